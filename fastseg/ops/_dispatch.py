@@ -1,0 +1,148 @@
+"""Kernel or reference: the one decision, the switch that forces the reference, and the record of what was decided."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from contextlib import ContextDecorator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+_in_reference: ContextVar[int] = ContextVar("fastseg_in_reference", default=0)
+_reference_depth = 0  # the same for compiled code: Dynamo cannot trace ContextVar.get, but guards a module variable
+_report: ContextVar["Report | None"] = ContextVar("fastseg_report", default=None)
+
+
+class reference(ContextDecorator):  # named as it is used: `with fastseg.reference():`
+    """Inside the block (or the decorated function), every fastseg op runs its plain-PyTorch reference.
+
+    The A/B switch for tests, benchmarks and debugging. Scoped to the calling thread or task; code compiled by
+    ``torch.compile`` sees it process-wide.
+    """
+
+    def __enter__(self) -> "reference":
+        global _reference_depth
+        _in_reference.set(_in_reference.get() + 1)
+        _reference_depth += 1
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _reference_depth
+        _in_reference.set(_in_reference.get() - 1)
+        _reference_depth -= 1
+
+
+class Decision(NamedTuple):
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    path: str  # "triton", "cudnn" or "reference"
+    why: str
+
+
+class Report:
+    """The decisions recorded inside ``fastseg.explain()``, in call order; ``str()`` gives a table."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    def __str__(self) -> str:
+        rows = [Decision._fields, *([str(field) for field in d] for d in self.decisions)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(Decision._fields))]
+        return "\n".join("  ".join(f.ljust(w) for f, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+class explain:  # named as it is used: `with fastseg.explain() as report:`
+    """Record, for each op called inside the block, which path ran and why.
+
+    Example:
+        >>> with fastseg.explain() as report:
+        ...     model(x)
+        >>> print(report)
+    """
+
+    def __enter__(self) -> Report:
+        report = Report()
+        self._token = _report.set(report)
+        return report
+
+    def __exit__(self, *exc) -> None:
+        _report.reset(self._token)
+
+
+def use_kernel(
+    op: str, x: Tensor, *others: Tensor | None, unsupported: str = "", form: Callable[[], str] = str
+) -> bool:
+    """Whether ``op`` runs its Triton kernel on these tensors; records the decision for ``explain``.
+
+    Args:
+        op: public name, for messages.
+        x: the tensor that decides device and dtype.
+        others: further tensors; they must be on the device of ``x``. None is skipped.
+        unsupported: why the kernel cannot take this configuration, or "".
+        form: says which of the op's kernels runs; called only where a record is kept.
+
+    Raises:
+        ValueError: the tensors are on different devices.
+    """
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
+    if torch.compiler.is_compiling():
+        return not (_reference_depth or unsupported or _no_kernel(x))
+    why = "inside fastseg.reference()" if _in_reference.get() else unsupported or _no_kernel(x)
+    report = _report.get()
+    if report is not None:
+        path, why_text = ("reference", why) if why else ("triton", form())
+        report.decisions.append(
+            Decision(op, tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), path, why_text)
+        )
+    return not why
+
+
+def record_reference(op: str, x: Tensor, why: str) -> None:
+    """Record for ``explain`` that ``op`` has only its reference path."""
+    use_kernel(op, x, unsupported=why)
+
+
+def _no_kernel(x: Tensor) -> str:
+    """Why no kernel can run on a tensor like ``x``, or ""."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if x.device.type == "cuda":
+        return "" if x.dtype in KERNEL_DTYPES else f"no kernel for {x.dtype}"
+    if x.device.type != "cpu":
+        return f"no kernel for a {x.device.type} tensor"
+    if not INTERPRETED:
+        return "CPU tensor"
+    return "" if x.dtype in (*KERNEL_DTYPES, torch.float64) else f"no kernel for {x.dtype}"
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd wants this call recorded by the op's own Function; in a captured graph the bare op is recorded."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a convolution computes in: autocast's where it is on, else that of ``x`` (float64 and integers stay)."""
+    kind = x.device.type
+    if x.dtype in KERNEL_DTYPES and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

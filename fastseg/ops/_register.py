@@ -1,0 +1,60 @@
+"""Registering ops with ``torch.library``, and the layout rules that launcher, plain implementation and fake share."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED
+
+NAMESPACE = "fastseg"
+DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
+
+
+def qualified(name: str) -> str:
+    """``fastseg::name``; the one place that spells the namespace."""
+    return f"{NAMESPACE}::{name}"
+
+
+def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
+    """Define one op.
+
+    Args:
+        schema: ``name(Tensor x, ...) -> Tensor``.
+        launch: settles the layout and launches; runs for CUDA and ROCm tensors, and for CPU tensors when interpreted.
+        plain: the same in plain PyTorch; runs for CPU tensors, and where an exported program must hold no custom op.
+        fake: shapes, dtypes and strides only.
+
+    Returns:
+        The op's default overload.
+    """
+    name = schema.partition("(")[0]
+    torch.library.define(qualified(name), schema.removeprefix(name))
+    torch.library.impl(qualified(name), "CUDA", launch if HAS_TRITON else plain)
+    torch.library.impl(qualified(name), "CPU", launch if INTERPRETED else plain)
+    torch.library.register_fake(qualified(name), fake)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    DECOMPOSITIONS[op] = plain
+    return op
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """channels_last where ``x`` is dense in it and not contiguous as well; else contiguous."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def channels_last(t: Tensor) -> Tensor:
+    """(N, C, H, W), dense with the channels innermost: a copy where it is not, the only one a kernel's input goes through."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def like(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``: what comes out is laid out as what went in."""
+    return y.contiguous(memory_format=memory_format_of(x))
+
+
+def new_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """An uninitialised (N, C, H, W) tensor in the dtype and memory format of ``x``."""
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))

@@ -1,0 +1,331 @@
+"""The registered ops behind ``separable_conv2d``, each with its implementations, and the autograd Function over them.
+
+``separable_conv2d`` gives y alone; ``separable_conv2d_train`` gives what a backward and running statistics need besides;
+``separable_conv2d_bwd`` gives every gradient but the residual's, which is dy itself.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastseg.ops._dispatch import HAS_TRITON
+from fastseg.ops._register import channels_last, like, new_map, qualified, register
+
+if HAS_TRITON:
+    from fastseg.kernels.batch_norm_act import Norm
+    from fastseg.kernels.separable_conv import Needs, separable_conv_bwd, separable_conv_fwd, with_stats
+    from fastseg.kernels.separable_conv_fwd import Acts, Weights
+    from fastseg.kernels.separable_conv_plan import Geometry
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda v: v,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "leaky_relu": F.leaky_relu,
+}
+_ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "none": lambda g, v: g,
+    "relu": lambda g, v: g.masked_fill(v <= 0, 0),
+    "relu6": lambda g, v: g.masked_fill((v <= 0) | (v >= 6), 0),
+    "leaky_relu": lambda g, v: torch.where(v > 0, g, g * 0.01),
+}
+TENSORS = 14  # of Call's fields; the rest are numbers and names
+
+
+class Call(NamedTuple):
+    """The arguments of the registered ops, in the order of their schemas."""
+
+    x: Tensor
+    dw: Tensor
+    pw: Tensor
+    dw_bias: Tensor | None
+    pw_bias: Tensor | None
+    mid_mean: Tensor | None  # running statistics; None where this batch's are used
+    mid_var: Tensor | None
+    mid_weight: Tensor | None
+    mid_bias: Tensor | None
+    post_mean: Tensor | None
+    post_var: Tensor | None
+    post_weight: Tensor | None
+    post_bias: Tensor | None
+    residual: Tensor | None
+    stride: int
+    padding: int
+    dilation: int
+    pre_act: str
+    mid_act: str
+    post_act: str
+    mid: str  # "none", "running" or "batch"
+    mid_eps: float
+    post: str
+    post_eps: float
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        reach = self.dilation * (self.dw.shape[-1] - 1) + 1
+        OH, OW = ((size + 2 * self.padding - reach) // self.stride + 1 for size in self.x.shape[2:])
+        return self.x.shape[0], self.pw.shape[0], OH, OW
+
+    @property
+    def keeps_z(self) -> bool:
+        """Whether a backward reads the pointwise convolution's output."""
+        return self.post != "none" or self.post_act != "none"
+
+
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", str: "str", float: "float"}
+_SCHEMA = ", ".join(f"{_TYPES[annotation]} {name}" for name, annotation in Call.__annotations__.items())
+
+
+def stats_dtype_of(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+# --- with kernels
+
+
+def _kernel_args(a: Call) -> tuple:
+    """The launchers' arguments from the schema's: layouts settled, norms and sizes gathered."""
+    x = channels_last(a.x)
+    contiguous = lambda t: None if t is None else t.contiguous()
+    weights = Weights(*(contiguous(t) for t in (a.dw, a.pw, a.dw_bias, a.pw_bias)))
+    out = a.out_shape
+    g = Geometry(*x.shape, out[1], *out[2:], a.dw.shape[-1], a.stride, a.padding, a.dilation)
+    norms = []
+    for kind, tensors, eps in ((a.mid, a[5:9], a.mid_eps), (a.post, a[9:13], a.post_eps)):
+        norms.append(None if kind == "none" else Norm(*(contiguous(t) for t in tensors), eps, kind == "batch"))
+    return x, weights, g, Acts(a.pre_act, a.mid_act, a.post_act), *norms
+
+
+def _launch_eval(*args) -> Tensor:
+    a = Call(*args)
+    residual = None if a.residual is None else channels_last(a.residual)
+    return like(a.x, separable_conv_fwd(*_kernel_args(a), residual, save_z=False).y)
+
+
+def _launch_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Call(*args)
+    residual = None if a.residual is None else channels_last(a.residual)
+    out = separable_conv_fwd(*_kernel_args(a), residual, save_z=a.keeps_z)
+    empty = lambda t, dtype: a.x.new_empty(0, dtype=dtype) if t is None else t
+    stats = stats_dtype_of(a.x)
+    return like(a.x, out.y), empty(out.z, a.x.dtype), empty(out.mid_stats, stats), empty(out.post_stats, stats)
+
+
+def _launch_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
+    a = Call(*args)
+    x, weights, g, acts, mid, post = _kernel_args(a)
+    mid, post = with_stats(mid, mid_stats), with_stats(post, post_stats)
+    wanted = Needs(*needs)
+    grads = separable_conv_bwd(channels_last(dy), x, z if a.keeps_z else None, weights, g, acts, mid, post, wanted)
+    dx = None if grads.x is None else like(a.x, grads.x)
+    flat = (dx, *grads[1:5], *_norm_grads(grads.mid), *_norm_grads(grads.post))
+    return tuple(
+        x.new_empty(0) if grad is None else grad.to(owner.dtype) for grad, owner in zip(flat, _owners(a), strict=True)
+    )
+
+
+def _norm_grads(sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(2, C) sums of g and g uhat -> gradients of weight and bias, in tensors of their own."""
+    return (None, None) if sums is None else (sums[1].clone(), sums[0].clone())
+
+
+def _owners(a: Call) -> tuple[Tensor, ...]:
+    """Whose gradients the backward op returns, in order; x stands for a tensor that is not there."""
+    tensors = (a.x, a.dw, a.pw, a.dw_bias, a.pw_bias, a.mid_weight, a.mid_bias, a.post_weight, a.post_bias)
+    return tuple(a.x if t is None else t for t in tensors)
+
+
+# --- in plain PyTorch
+
+
+def compose(
+    x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_act, post_act, mid_norm, post_norm
+) -> tuple[Tensor, Tensor]:
+    """The op written out, with the norms as functions. -> y, z."""
+    cast = lambda t: None if t is None else t.to(x.dtype)  # under autocast, only x was cast
+    v = ACTIVATIONS[pre_act](x)
+    u = F.conv2d(v, cast(dw), cast(dw_bias), stride, padding, dilation, groups=dw.shape[0])
+    z = F.conv2d(ACTIVATIONS[mid_act](mid_norm(u)), cast(pw), cast(pw_bias))
+    y = ACTIVATIONS[post_act](post_norm(z))
+    return y if residual is None else y + residual, z
+
+
+class _PlainNorm:
+    """``norm(v)`` with this batch's or the running statistics; keeps the batch's for the caller."""
+
+    def __init__(self, kind: str, mean, var, weight, bias, eps: float, x: Tensor):
+        self.kind, self.mean, self.var, self.weight, self.bias, self.eps = kind, mean, var, weight, bias, eps
+        self.stats = x.new_empty(0, dtype=stats_dtype_of(x))
+
+    def __call__(self, v: Tensor) -> Tensor:
+        if self.kind == "none":
+            return v
+        if self.kind == "batch":
+            wide = v.to(self.stats.dtype)
+            var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
+            unbiased = torch.var(wide, (0, 2, 3), correction=1)
+            self.stats = torch.stack((mean, var, unbiased))
+            self.mean, self.var = mean, var
+        return F.batch_norm(v, self.mean, self.var, self.weight, self.bias, False, 0.0, self.eps)
+
+
+def _plain_norms(a: Call) -> tuple[_PlainNorm, _PlainNorm]:
+    return _PlainNorm(a.mid, *a[5:9], a.mid_eps, a.x), _PlainNorm(a.post, *a[9:13], a.post_eps, a.x)
+
+
+def _plain_eval(*args) -> Tensor:
+    return _plain_train(*args)[0]
+
+
+def _plain_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Call(*args)
+    mid, post = _plain_norms(a)
+    y, z = compose(*a[:5], *a[13:20], mid, post)
+    z = channels_last(z) if a.keeps_z else z.new_empty(0)
+    return like(a.x, y.to(a.x.dtype)), z, mid.stats, post.stats
+
+
+def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
+    a = Call(*args)
+    wide = stats_dtype_of(a.x)
+    conv = torch.ops.aten.convolution_backward
+    cast = lambda t: t.to(wide)
+    v = ACTIVATIONS[a.pre_act](cast(a.x))
+    bias = None if a.dw_bias is None else cast(a.dw_bias)
+    geometry = ([a.stride] * 2, [a.padding] * 2, [a.dilation] * 2, False, [0, 0], a.dw.shape[0])
+    u = F.conv2d(v, cast(a.dw), bias, *geometry[:3], groups=geometry[5])
+    mid, post = _plain_norms(a)
+    for norm, stats in ((mid, mid_stats), (post, post_stats)):
+        if norm.kind == "batch":
+            norm.kind, norm.mean, norm.var = "running", stats[0], stats[1]
+    activated = ACTIVATIONS[a.mid_act](mid(u))
+    dz, dpost_weight, dpost_bias = _plain_norm_bwd(cast(dy), cast(z), post, a.post == "batch", a.post_act)
+    ones, zeros = [1, 1], [0, 0]
+    da, dpw, dpw_bias = conv(dz, activated, cast(a.pw), [a.pw.shape[0]], ones, zeros, ones, False, zeros, 1, [True] * 3)
+    du, dmid_weight, dmid_bias = _plain_norm_bwd(da, u, mid, a.mid == "batch", a.mid_act)
+    dv, ddw, ddw_bias = conv(du, v, cast(a.dw), [a.dw.shape[0]], *geometry, [True] * 3)
+    dx = like(a.x, _ACTIVATION_GRADS[a.pre_act](dv, cast(a.x)))
+    wanted = Wanted(*needs)
+    grads = (dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias)
+    return tuple(
+        grad.to(owner.dtype).contiguous(memory_format=torch.preserve_format) if want else a.x.new_empty(0)
+        for grad, want, owner in zip(grads, wanted.flat, _owners(a), strict=True)
+    )
+
+
+def _plain_norm_bwd(dy: Tensor, v: Tensor, norm: _PlainNorm, batch: bool, act: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The formula in the header of kernels/common.py. -> gradient at v, of weight, of bias."""
+    if norm.kind == "none":
+        none = dy.new_empty(0)
+        return (_ACTIVATION_GRADS[act](dy, v) if act != "none" else dy), none, none
+    column = lambda t: t.to(dy.dtype)[None, :, None, None]
+    rstd = torch.rsqrt(column(norm.var) + norm.eps)
+    vhat = (v - column(norm.mean)) * rstd
+    weight = 1.0 if norm.weight is None else column(norm.weight)
+    g = _ACTIVATION_GRADS[act](dy, vhat * weight + (0.0 if norm.bias is None else column(norm.bias)))
+    dbias, dweight = g.sum((0, 2, 3)), (g * vhat).sum((0, 2, 3))
+    if batch:
+        count = v.numel() // v.shape[1]
+        g = g - column(dbias) / count - vhat * column(dweight) / count
+    return g * weight * rstd, dweight, dbias
+
+
+# --- shapes, registration, autograd
+
+
+def _fake_eval(*args) -> Tensor:
+    a = Call(*args)
+    return new_map(a.x, a.out_shape)
+
+
+def _fake_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Call(*args)
+    N, COUT, OH, OW = a.out_shape
+    z = a.x.new_empty(N, OH, OW, COUT).permute(0, 3, 1, 2) if a.keeps_z else a.x.new_empty(0)
+    dtype = stats_dtype_of(a.x)
+    stats = lambda kind, channels: a.x.new_empty((3, channels) if kind == "batch" else 0, dtype=dtype)
+    return new_map(a.x, a.out_shape), z, stats(a.mid, a.x.shape[1]), stats(a.post, COUT)
+
+
+def _fake_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
+    a = Call(*args)
+    grads = []
+    for want, owner in zip(Wanted(*needs).flat, _owners(a), strict=True):
+        if not want:
+            grads.append(a.x.new_empty(0))
+        elif owner is a.x:
+            grads.append(new_map(a.x, a.x.shape))
+        else:
+            grads.append(owner.new_empty(owner.shape))
+    return tuple(grads)
+
+
+class Wanted(NamedTuple):
+    """Which gradients the backward computes; a norm's weight and bias come together."""
+
+    x: bool
+    dw: bool
+    pw: bool
+    dw_bias: bool
+    pw_bias: bool
+    mid: bool
+    post: bool
+
+    @property
+    def flat(self) -> tuple[bool, ...]:
+        return (*self[:5], self.mid, self.mid, self.post, self.post)
+
+
+eval_op = register(f"separable_conv2d({_SCHEMA}) -> Tensor", _launch_eval, _plain_eval, _fake_eval)
+train_op = register(
+    f"separable_conv2d_train({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", _launch_train, _plain_train, _fake_train
+)
+bwd_op = register(
+    "separable_conv2d_bwd(Tensor dy, Tensor z, Tensor mid_stats, Tensor post_stats, bool[] needs, "
+    f"{_SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+    _launch_bwd,
+    _plain_bwd,
+    _fake_bwd,
+)
+
+
+class _SeparableConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        y, z, mid_stats, post_stats = train_op(*args)
+        _SeparableConv2d.save(ctx, args, (y, z, mid_stats, post_stats))
+        ctx.mark_non_differentiable(mid_stats, post_stats)
+        return y, mid_stats, post_stats
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*output[1:], *inputs[:TENSORS])
+        ctx.options = inputs[TENSORS:]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy, *_):
+        z, mid_stats, post_stats, *tensors = ctx.saved_tensors
+        a = Call(*tensors, *ctx.options)
+        need = Call(*ctx.needs_input_grad)
+        needs = [need.x, need.dw, need.pw, need.dw_bias, need.pw_bias,
+                 bool(need.mid_weight or need.mid_bias), bool(need.post_weight or need.post_bias)]  # fmt: skip
+        grads = bwd_op(dy, z, mid_stats, post_stats, needs, *a)
+        grads = [
+            grad if grad.numel() > 0 or want else None for grad, want in zip(grads, Wanted(*needs).flat, strict=True)
+        ]
+        dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias = grads
+        residual = dy if need.residual else None
+        running = (None, None)
+        tensor_grads = (dx, ddw, dpw, ddw_bias, dpw_bias, *running, dmid_weight, dmid_bias, *running, dpost_weight,
+                        dpost_bias, residual)  # fmt: skip
+        return *tensor_grads, *(None for _ in ctx.options)
+
+
+torch.library.register_autograd(
+    qualified("separable_conv2d_train"), _SeparableConv2d.backward, setup_context=_SeparableConv2d.save
+)

@@ -1,0 +1,251 @@
+"""Depthwise convolution, batch norm, activation, pointwise convolution, batch norm, activation, residual: one op."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
+from fastseg.ops._separable_conv import ACTIVATIONS, TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
+
+if HAS_TRITON:
+    from fastseg.kernels.separable_conv_plan import Geometry, plan
+
+Activation = Literal["relu", "relu6", "leaky_relu"]
+
+
+class BatchNormArgs(NamedTuple):
+    """One batch norm's tensors and options, in the order of ``torch.nn.functional.batch_norm``.
+
+    ``training`` normalises by this batch and updates the running statistics in place where they are not None.
+    ``weight`` and ``bias`` come together or not at all.
+    """
+
+    running_mean: Tensor | None
+    running_var: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    training: bool = False
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
+def separable_conv2d(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    dilation: int = 1,
+    pre_act: Activation | None = None,
+    mid_norm: BatchNormArgs | None = None,
+    mid_act: Activation | None = None,
+    post_norm: BatchNormArgs | None = None,
+    post_act: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Depthwise separable convolution with everything around it:
+
+        u = conv2d(pre_act(x), depthwise_weight, depthwise_bias, stride, padding, dilation, groups=C)
+        z = conv2d(mid_act(mid_norm(u)), pointwise_weight, pointwise_bias)
+        y = post_act(post_norm(z)) + residual
+
+    On a GPU the depthwise map stays on the chip or is stored once, whichever a cost model finds faster (``explain`` shows
+    it); for the backward, ``x`` and ``z`` are kept, everything else is computed again. Gradients are first order.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last; contiguous input costs one copy each way.
+        depthwise_weight: (C, 1, K, K).
+        pointwise_weight: (COUT, C, 1, 1).
+        depthwise_bias: (C,).
+        pointwise_bias: (COUT,).
+        stride: of the depthwise taps, in pixels.
+        padding: zeros on each side, in pixels; None means ``dilation * (K - 1) // 2``.
+        dilation: distance of neighbouring taps, in pixels.
+        pre_act: activation applied to ``x``; None, "relu", "relu6" or "leaky_relu" (slope 0.01).
+        mid_norm: batch norm between the halves.
+        mid_act: activation between the halves.
+        post_norm: batch norm of the output.
+        post_act: activation of the output.
+        residual: (N, COUT, OH, OW), added last.
+
+    Returns:
+        (N, COUT, OH, OW), OH = (H + 2 padding - dilation (K - 1) - 1) // stride + 1, in the memory format of ``x``. Under
+        autocast the convolutions run in autocast's dtype, as torch's do.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, tensors on different devices, batch statistics of one
+            value per channel.
+        TypeError: dtypes that differ outside autocast, or are no floating point.
+
+    Reference: Chollet, Xception, arXiv:1610.02357; orders of norm and activation as in MobileNetV2 (arXiv:1801.04381) and
+    DeepLabV3+ (arXiv:1802.02611).
+    """
+    padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
+    x = x.to(autocast_dtype(x))
+    residual = None if residual is None else residual.to(autocast_dtype(residual))
+    tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    out = _check(x, *tensors, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act, residual)
+    unsupported, form = _unsupported(x, depthwise_weight, mid_norm, out, stride, padding, dilation)
+    if not use_kernel("separable_conv2d", x, *tensors, residual, unsupported=unsupported, form=form):
+        return separable_conv2d_ref(
+            x, *tensors, stride=stride, padding=padding, dilation=dilation, pre_act=pre_act, mid_norm=mid_norm,
+            mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual,
+        )  # fmt: skip
+    call = Call(
+        x, *tensors, *_norm_tensors(mid_norm), *_norm_tensors(post_norm), residual, stride, padding, dilation,
+        pre_act or "none", mid_act or "none", post_act or "none", *_norm_options(mid_norm), *_norm_options(post_norm),
+    )  # fmt: skip
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:TENSORS])
+    if not wants_grad and "batch" not in (call.mid, call.post):
+        return eval_op(*call)
+    if needs_grad(*call[:TENSORS]):
+        y, mid_stats, post_stats = _SeparableConv2d.apply(*call)
+    else:
+        y, _, mid_stats, post_stats = train_op(*call)
+    _update_running(mid_norm, mid_stats)
+    _update_running(post_norm, post_stats)
+    return y
+
+
+def separable_conv2d_ref(
+    x: Tensor,
+    depthwise_weight: Tensor,
+    pointwise_weight: Tensor,
+    depthwise_bias: Tensor | None = None,
+    pointwise_bias: Tensor | None = None,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    dilation: int = 1,
+    pre_act: Activation | None = None,
+    mid_norm: BatchNormArgs | None = None,
+    mid_act: Activation | None = None,
+    post_norm: BatchNormArgs | None = None,
+    post_act: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``separable_conv2d`` in plain PyTorch; without gradients, fixed fp32 norms are folded into the weights (CPUs)."""
+    padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
+    if not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64):
+        depthwise_weight, depthwise_bias, mid_norm = _fold(depthwise_weight, depthwise_bias, mid_norm)
+        pointwise_weight, pointwise_bias, post_norm = _fold(pointwise_weight, pointwise_bias, post_norm)
+    return compose(
+        x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride, padding, dilation,
+        pre_act or "none", mid_act or "none", post_act or "none",
+        lambda u: _torch_norm(u, mid_norm), lambda z: _torch_norm(z, post_norm),
+    )[0]  # fmt: skip
+
+
+def _torch_norm(v: Tensor, norm: BatchNormArgs | None) -> Tensor:
+    if norm is None:
+        return v
+    mean, var, weight, bias, training, momentum, eps = norm
+    return F.batch_norm(v, mean, var, weight, bias, training, momentum, eps)
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
+    """A fixed norm folded into the convolution before it: scale and shift of its output channels."""
+    if norm is None or norm.training:
+        return weight, bias, norm
+    scale = torch.rsqrt(norm.running_var + norm.eps)
+    scale = scale if norm.weight is None else scale * norm.weight
+    shift = -norm.running_mean * scale if bias is None else (bias - norm.running_mean) * scale
+    shift = shift if norm.bias is None else shift + norm.bias
+    return weight * scale.to(weight.dtype)[:, None, None, None], shift, None
+
+
+def _norm_tensors(norm: BatchNormArgs | None) -> tuple[Tensor | None, ...]:
+    if norm is None:
+        return (None, None, None, None)
+    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
+    return (*running, norm.weight, norm.bias)
+
+
+def _norm_options(norm: BatchNormArgs | None) -> tuple[str, float]:
+    if norm is None:
+        return "none", 0.0
+    return "batch" if norm.training else "running", norm.eps
+
+
+def _update_running(norm: BatchNormArgs | None, stats: Tensor) -> None:
+    """Running statistics as torch's: the unbiased variance, weighted by momentum."""
+    if norm is not None and norm.training and norm.running_mean is not None:
+        with torch.no_grad():
+            norm.running_mean.lerp_(stats[0].to(norm.running_mean.dtype), norm.momentum)
+            norm.running_var.lerp_(stats[2].to(norm.running_var.dtype), norm.momentum)
+
+
+def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, Callable[[], str]]:
+    """Why the kernels cannot take these sizes, or ""; and the form the cost model chooses, for ``explain``."""
+    if not HAS_TRITON:
+        return "", str
+    g = Geometry(*x.shape, out[1], *out[2:], dw.shape[-1], stride, padding, dilation)
+    if dw.shape[-1] > 7:
+        return f"kernel size {g.K} > 7", str
+    if 0 in out:
+        return "empty output", str
+    batch = mid_norm is not None and mid_norm.training
+    return g.unsupported(), lambda: str(plan(g, x.dtype, mid_batch_stats=batch))
+
+
+def _check(
+    x, dw, pw, dw_bias, pw_bias, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act, residual
+) -> tuple[int, int, int, int]:
+    """Raise on bad arguments; -> the output's shape."""
+    name = "separable_conv2d"
+    for label, act in (("pre_act", pre_act), ("mid_act", mid_act), ("post_act", post_act)):
+        if act is not None and act not in ACTIVATIONS:
+            raise ValueError(f'{name}: {label} is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if x.dim() != 4:
+        raise ValueError(f"{name}: x is {tuple(x.shape)}; it must be (N, C, H, W)")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x is {x.dtype}; it must be a floating-point tensor")
+    C, K = dw.shape[0], dw.shape[-1]
+    if dw.shape != (x.shape[1], 1, K, K):
+        raise ValueError(
+            f"{name}: depthwise_weight is {tuple(dw.shape)}; x has {x.shape[1]} channels: use (C, 1, K, K)"
+        )
+    if pw.dim() != 4 or pw.shape[1:] != (C, 1, 1):
+        raise ValueError(f"{name}: pointwise_weight is {tuple(pw.shape)}; it must be (COUT, {C}, 1, 1)")
+    if stride < 1 or dilation < 1 or padding < 0:
+        raise ValueError(f"{name}: stride {stride} and dilation {dilation} must be >= 1, padding {padding} >= 0")
+    if not torch.is_autocast_enabled(x.device.type):
+        for label, t in (("depthwise_weight", dw), ("pointwise_weight", pw), ("residual", residual)):
+            if t is not None and t.dtype != x.dtype:
+                raise TypeError(f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same")
+    OH, OW = ((size + 2 * padding - dilation * (K - 1) - 1) // stride + 1 for size in x.shape[2:])
+    if OH < 1 or OW < 1:
+        raise ValueError(
+            f"{name}: x is {tuple(x.shape)}, smaller than the {K}x{K} taps at dilation {dilation}; pad more"
+        )
+    out = (x.shape[0], pw.shape[0], OH, OW)
+    for label, bias, channels in (("depthwise_bias", dw_bias, C), ("pointwise_bias", pw_bias, pw.shape[0])):
+        if bias is not None and bias.shape != (channels,):
+            raise ValueError(f"{name}: {label} is {tuple(bias.shape)}; it must be ({channels},)")
+    for label, norm, channels in (("mid_norm", mid_norm, C), ("post_norm", post_norm, pw.shape[0])):
+        _check_norm(f"{name}: {label}", norm, channels, x, out)
+    if residual is not None and residual.shape != out:
+        raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
+    return out
+
+
+def _check_norm(label: str, norm: BatchNormArgs | None, channels: int, x: Tensor, out: tuple[int, ...]) -> None:
+    if norm is None:
+        return
+    if (norm.weight is None) != (norm.bias is None) or (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{label}: give weight and bias both or neither, and running_mean and running_var likewise")
+    if norm.running_mean is None and not norm.training:
+        raise ValueError(f"{label}: without running statistics, set training=True")
+    for field, t in zip(norm._fields[:4], norm[:4], strict=True):
+        if t is not None and (t.shape != (channels,) or t.device != x.device):
+            raise ValueError(
+                f"{label}.{field} is {tuple(t.shape)} on {t.device}; it must be ({channels},) on {x.device}"
+            )
+    if norm.training and out[0] * out[2] * out[3] == 1:
+        raise ValueError(f"{label}: expected more than 1 value per channel when training, got an output of {out}")

@@ -1,0 +1,1 @@
+"""Triton kernels, the functions that launch them, and their launch configurations."""

@@ -1,0 +1,236 @@
+"""Launch configurations, and the one function through which every kernel is launched.
+
+A launcher asks ``select`` for block sizes and launch options. The answer comes, for each kernel and row, from the first
+of: an ``override``; the user's tables (``~/.cache/fastseg/tuned``); the shipped tables (``kernels/tuned``); the heuristic
+that the kernel's file registers, with its reason written beside it. Nothing is searched for at run time: ``fastseg tune``
+searches, and writes a table.
+"""
+
+import functools
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+SHIPPED = Path(__file__).parent / "tuned"
+USER = Path.home() / ".cache" / "fastseg" / "tuned"
+OPTIONS = ("num_warps", "num_stages")
+
+_DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
+_heuristics: dict[str, Callable[..., dict[str, int]]] = {}
+_candidates: dict[str, Callable[..., list[dict[str, int]]]] = {}
+_overrides: dict[str, dict[str, int]] = {}
+_select_observer: Callable[[str, int, dict], None] | None = None
+
+
+class Config:
+    """Block sizes by name (``cfg.BLOCK_M``), and ``.launch``: all keywords of the launch."""
+
+    __slots__ = ("launch", "source")
+
+    def __init__(self, values: Mapping[str, int], source: str):
+        self.launch = {**values, "enable_fp_fusion": True}  # named: Triton's default changes in 3.10
+        self.source = source
+
+    def __getattr__(self, name: str) -> int:
+        try:
+            return self.launch[name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def __repr__(self) -> str:
+        return f"Config({self.launch}, source={self.source!r})"
+
+
+def heuristic(kernel: str) -> Callable:
+    """Register ``f(size, **key) -> values`` as the default configuration of ``kernel``."""
+
+    def add(fn: Callable[..., dict[str, int]]) -> Callable[..., dict[str, int]]:
+        _heuristics[kernel] = fn
+        return fn
+
+    return add
+
+
+def candidates(kernel: str) -> Callable:
+    """Register ``f(size, **key) -> [values, ...]``: what ``fastseg tune`` tries for ``kernel``."""
+
+    def add(fn: Callable[..., list[dict[str, int]]]) -> Callable[..., list[dict[str, int]]]:
+        _candidates[kernel] = fn
+        return fn
+
+    return add
+
+
+def candidates_of(kernel: str, size: int, **key) -> list[dict[str, int]]:
+    """The heuristic's choice first, then what tuning tries besides; no duplicates."""
+    rows = [_heuristics[kernel](size, **key)]
+    for row in _candidates.get(kernel, lambda size, **key: [])(size, **key):
+        if row not in rows:
+            rows.append(row)
+    return rows
+
+
+def kernels() -> list[str]:
+    """The names that ``select`` knows."""
+    return sorted(_heuristics)
+
+
+@contextmanager
+def override(kernel: str, **values: int) -> Iterator[None]:
+    """Use ``values`` for ``kernel`` inside the block; names left out keep the heuristic's value.
+
+    Process-wide, not per thread: a CUDA backward runs on autograd's own threads.
+    """
+    if kernel not in _heuristics:
+        raise KeyError(f"no kernel {kernel!r}; known: {', '.join(kernels())}")
+    saved = _overrides.get(kernel)
+    _overrides[kernel] = values
+    try:
+        yield
+    finally:
+        if saved is None:
+            del _overrides[kernel]
+        else:
+            _overrides[kernel] = saved
+
+
+def row_name(**key) -> str:
+    """``C=32,dtype=bf16``: the sorted key, as tables spell it."""
+    return ",".join(f"{name}={_DTYPE_NAMES.get(value, value)}" for name, value in sorted(key.items()))
+
+
+def select(kernel: str, *, size: int, device: torch.device, **key) -> Config:
+    """The configuration of ``kernel`` for ``size`` elements (or rows) on ``device``; ``key`` is what else picks a row."""
+    if _select_observer is not None:
+        _select_observer(kernel, size, key)
+    if kernel in _overrides:
+        return Config({**_heuristics[kernel](size, **key), **_overrides[kernel]}, "override")
+    if device.type == "cuda":
+        found = _lookup(kernel, row_name(**key), max(size, 1), _table_names(device.index))
+        if found is not None:
+            return found
+    return Config(_heuristics[kernel](size, **key), "heuristic")
+
+
+@contextmanager
+def observe_selects(fn: Callable[[str, int, dict], None]) -> Iterator[None]:
+    """Inside the block, ``fn(kernel, size, key)`` is called for each configuration a launcher asks for (tuning)."""
+    global _select_observer
+    saved, _select_observer = _select_observer, fn
+    try:
+        yield
+    finally:
+        _select_observer = saved
+
+
+@functools.lru_cache(maxsize=4096)
+def _lookup(kernel: str, row: str, size: int, names: tuple[str, ...]) -> Config | None:
+    for folder in (USER, SHIPPED):
+        for name in names:
+            rows = _read_table(folder / f"{name}.json").get(kernel, {}).get(row)
+            if rows:
+                nearest = min(rows, key=lambda s: (abs(math.log(int(s) / size)), int(s)))
+                return Config(rows[nearest], str(folder / f"{name}.json"))
+    return None
+
+
+def forget_tables() -> None:
+    """Read the tables again at the next launch (after tuning wrote one)."""
+    _lookup.cache_clear()
+    _read_table.cache_clear()
+
+
+@functools.cache
+def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
+    """kernel -> row -> size -> values; an unreadable file counts as empty, with one warning."""
+    try:
+        text = path.read_text()
+    except OSError:
+        return {}
+    try:
+        table = json.loads(text)
+        written = str(table.get("triton", ""))
+        configs = table["configs"]
+        for rows in configs.values():
+            for sizes in rows.values():
+                for size, values in sizes.items():
+                    if int(size) < 1 or not values or not all(type(v) is int and v > 0 for v in values.values()):
+                        raise ValueError(f"size {size}: {values} is not a table of positive integers")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        warnings.warn(f"fastseg: the table {path} is left out, it is not readable: {error}", stacklevel=2)
+        return {}
+    if written.split(".")[:2] != triton.__version__.split(".")[:2]:
+        warnings.warn(
+            f"fastseg: {path} was tuned with Triton {written}, this is {triton.__version__}; run `fastseg tune`",
+            stacklevel=2,
+        )
+    return configs
+
+
+@functools.cache
+def _table_names(index: int) -> tuple[str, ...]:
+    """The GPU's own table before its architecture's."""
+    if torch.version.hip:
+        arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    else:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+    return (gpu_name(index), arch)
+
+
+def gpu_name(index: int) -> str:
+    """``NVIDIA_H200``: the device's name with ``_`` for spaces, the H200 family folded into one."""
+    name = torch.cuda.get_device_name(index).replace(" ", "_")
+    return "NVIDIA_H200" if name.startswith("NVIDIA_H200") else name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launch guard.
+
+_intercept: Callable[[object, tuple[int, ...], tuple, dict], None] | None = None
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
+    """Launch ``kernel[grid](*args, **kwargs)`` on the tensors' own device.
+
+    Triton launches on the *current* device and stream; this enters the device of the arguments first. Also the one
+    place where launches are counted, compiled ahead of time, or watched (``intercept``).
+    """
+    device = None
+    for arg in args:
+        if isinstance(arg, Tensor):
+            if device is None:
+                device = arg.device
+            assert arg.device == device, f"{kernel}: tensors on {device} and {arg.device}"
+    assert math.prod(grid) < 2**31 and max(grid[1:], default=1) <= 65535, f"{kernel}: grid {grid} is past CUDA's limits"
+    if _intercept is not None:
+        _intercept(kernel, grid, args, kwargs)
+    else:
+        run(kernel, grid, args, kwargs)
+
+
+def run(kernel, grid: tuple[int, ...], args: tuple, kwargs: dict) -> None:
+    """The launch itself; only ``launch`` and an ``intercept`` function call it."""
+    first = next(arg for arg in args if isinstance(arg, Tensor))
+    with torch.cuda.device(first.device) if first.device.type == "cuda" else nullcontext():
+        kernel[grid](*args, **kwargs)
+
+
+@contextmanager
+def intercept(fn: Callable[[object, tuple[int, ...], tuple, dict], None]) -> Iterator[None]:
+    """Inside the block, call ``fn(kernel, grid, args, kwargs)`` in place of each launch; ``fn`` may call ``run``.
+
+    How the test tools see launches: counting, traffic, ahead-of-time compilation on ``meta`` tensors. Process-wide.
+    """
+    global _intercept
+    saved, _intercept = _intercept, fn
+    try:
+        yield
+    finally:
+        _intercept = saved
