@@ -1,3 +1,6 @@
 """fastseg: fused kernels, drop-in modules and models for semantic segmentation in PyTorch."""
 
+from fastseg.ops._dispatch import explain, reference
+
 __version__ = "0.1.0"
+__all__ = ["explain", "reference"]

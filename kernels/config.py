@@ -20,7 +20,6 @@ from torch import Tensor
 
 SHIPPED = Path(__file__).parent / "tuned"
 USER = Path.home() / ".cache" / "fastseg" / "tuned"
-OPTIONS = ("num_warps", "num_stages")
 
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _heuristics: dict[str, Callable[..., dict[str, int]]] = {}
@@ -209,6 +208,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
                 device = arg.device
             assert arg.device == device, f"{kernel}: tensors on {device} and {arg.device}"
     assert math.prod(grid) < 2**31 and max(grid[1:], default=1) <= 65535, f"{kernel}: grid {grid} is past CUDA's limits"
+    if torch.version.hip:
+        kwargs.pop("maxnreg", None)  # an option of NVIDIA's backend alone
     if _intercept is not None:
         _intercept(kernel, grid, args, kwargs)
     else:

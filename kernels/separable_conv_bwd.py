@@ -118,7 +118,7 @@ def _separable_conv_bwd_dw_input_kernel(
     g1_ptr, u_ptr, x_ptr, dw_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, mid_sums_ptr,
     dx_ptr,
     H, W, OH, OW, stride, padding, dilation, mid_eps, inv_count,
-    C: tl.constexpr, K: tl.constexpr, PRE_ACT: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_BATCH: tl.constexpr, ACC: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -153,7 +153,7 @@ def _separable_conv_bwd_dw_input_kernel(
                 du = norm_act_grad(du, u, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, mid_sums_ptr, offs_c,
                                    mask_c, mid_eps, inv_count, C, True, MID_AFFINE, MID_BATCH, "none", ACC)  # fmt: skip
                 du = tl.where(mask, du, 0.0)  # outside the map: batch statistics make it non-zero
-            w = tl.load(dw_ptr + offs_c * (K * K) + ky * K + kx, mask=mask_c, other=0.0).to(ACC)
+            w = tl.load(dw_ptr + offs_c * DW_C + (ky * K + kx) * DW_T, mask=mask_c, other=0.0).to(ACC)
             dx += du * w[None, :]
     offs = n * H * W * C + (iy * W + ix)[:, None] * C + offs_c[None, :]
     mask = mask_m[:, None] & mask_c[None, :]
@@ -265,8 +265,8 @@ def depthwise_bwd_input(
         _separable_conv_bwd_dw_input_kernel, (tiles, triton.cdiv(g.C, cfg.BLOCK_C)),
         g1, u, x, w.dw, *mid_vectors, mid_sums, dx,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
-        C=g.C, K=g.K, PRE_ACT=pre_act, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats,
-        ACC=acc_dtype(x), **cfg.launch,
+        C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
+        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return dx
 
@@ -293,9 +293,9 @@ def depthwise_bwd_weight(
 
 @heuristic("separable_conv_bwd_pw_input")
 def _pw_input_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
-    """64 rows: dy, z and the accumulator are alive at once; all of C where it fits, so that dz is computed once."""
-    return {"BLOCK_M": 64, "BLOCK_N": min(128, max(16, triton.next_power_of_2(C))), "BLOCK_K": 32,
-            "num_warps": 4, "num_stages": 2}  # fmt: skip
+    """64 rows: dy, z and the accumulator are alive at once; 128 channels where they fit, so that dz is computed rarely."""
+    block_n = min(128 if dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(C)))
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 
 @heuristic("separable_conv_bwd_pw_weight")

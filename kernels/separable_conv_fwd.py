@@ -16,8 +16,8 @@ from fastseg.kernels.separable_conv_plan import Geometry, fused_block_n
 @triton.jit
 def depthwise_tile(
     x_ptr, dw_ptr, bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-    C: tl.constexpr, K: tl.constexpr, PRE_ACT: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """K x K taps of one image at input positions (iy, ix) of the first tap: -> (BLOCK_M, BLOCK_K), in ACC.
 
@@ -31,7 +31,7 @@ def depthwise_tile(
             col = ix + kx * dilation
             mask = (mask_y & (col >= 0) & (col < W))[:, None] & mask_k[None, :]
             x = tl.load(x_ptr + (y * W + col)[:, None] * C + offs_k[None, :], mask=mask, other=0.0).to(ACC)
-            w = tl.load(dw_ptr + offs_k * (K * K) + ky * K + kx, mask=mask_k, other=0.0).to(ACC)
+            w = tl.load(dw_ptr + offs_k * DW_C + (ky * K + kx) * DW_T, mask=mask_k, other=0.0).to(ACC)
             u += activate(x, PRE_ACT) * w[None, :]
     if HAS_BIAS:
         u += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(ACC)[None, :]
@@ -72,7 +72,8 @@ def _separable_conv_fwd_fused_kernel(
     pw_ptr, pw_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
     z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
     H, W, OH, OW, stride, padding, dilation, mid_eps, post_eps,
-    C: tl.constexpr, COUT: tl.constexpr, K: tl.constexpr, PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
+    C: tl.constexpr, COUT: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr,
+    PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
     POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -92,6 +93,7 @@ def _separable_conv_fwd_fused_kernel(
     iy = oy * stride - padding
     ix = ox * stride - padding
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_w = offs_n[None, :] * C + tl.arange(0, BLOCK_K)[:, None]  # one tile of offsets for all k: saves 24 spills
     x_ptr += n * H * W * C
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -99,12 +101,12 @@ def _separable_conv_fwd_fused_kernel(
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < C
         a = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-                           C, K, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_K)  # fmt: skip
+                           C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_K)  # fmt: skip
         a = a.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
         a = norm_act(a, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
                      MID_NORM, MID_AFFINE, MID_ACT, ACC)  # fmt: skip
         mask_w = mask_k[:, None] & (offs_n < COUT)[None, :]
-        w = tl.load(pw_ptr + offs_n[None, :] * C + offs_k[:, None], mask=mask_w, other=0.0)
+        w = tl.load(pw_ptr + k + offs_w, mask=mask_w, other=0.0)
         dtype = y_ptr.dtype.element_ty
         acc = tl.dot(a.to(dtype), w.to(dtype), acc, input_precision=PRECISION, out_dtype=ACC)
     if PW_BIAS:
@@ -121,7 +123,7 @@ def _separable_conv_fwd_dw_kernel(
     x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     u_ptr, tile_stats_ptr, counts_ptr,
     H, W, OH, OW, stride, padding, dilation, mid_eps,
-    C: tl.constexpr, K: tl.constexpr, PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr,
     STATS: tl.constexpr, STORE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -142,7 +144,7 @@ def _separable_conv_fwd_dw_kernel(
     x_ptr += n * H * W * C
 
     u = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, oy * stride - padding, ox * stride - padding, mask_m, offs_c, mask_c,
-                       H, W, dilation, C, K, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_C)  # fmt: skip
+                       H, W, dilation, C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_C)  # fmt: skip
     u = u.to(u_ptr.dtype.element_ty).to(ACC)  # statistics are of what torch would have stored
     if STATS:
         count = store_tile_stats(u, mask_m, tile, tile_stats_ptr, offs_c, mask_c, C, ACC)
@@ -157,7 +159,8 @@ def _separable_conv_fwd_dw_kernel(
 
 @triton.jit
 def _separable_conv_fwd_pw_kernel(
-    u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, pw_ptr, pw_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
+    u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
+    pw_ptr, pw_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
     z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
     M, mid_eps, post_eps,
     C: tl.constexpr, COUT: tl.constexpr,
@@ -194,12 +197,22 @@ def _separable_conv_fwd_pw_kernel(
 
 
 class Weights(NamedTuple):
-    """depthwise (C, 1, K, K), pointwise (COUT, C, 1, 1), contiguous; biases (C,) and (COUT,) or None. Any float dtype."""
+    """Any float dtype; ``dw`` as ``tap_weights`` gives it, the others contiguous."""
 
-    dw: Tensor
-    pw: Tensor
-    dw_bias: Tensor | None
-    pw_bias: Tensor | None
+    dw: Tensor  # (C, K * K)
+    pw: Tensor  # (COUT, C, 1, 1)
+    dw_bias: Tensor | None  # (C,)
+    pw_bias: Tensor | None  # (COUT,)
+
+
+def tap_weights(dw: Tensor, g: Geometry) -> Tensor:
+    """(C, 1, K, K) -> (C, K*K), with the channels innermost in memory where that is worth a launch.
+
+    A thread holds 8 channels. Taps innermost, it loads their weights one by one, twice the L1 traffic of the pixels;
+    channels innermost, in one 16-byte load. From about 4 M depthwise elements on, that saves more than the copy costs.
+    """
+    taps = dw.reshape(g.C, g.K * g.K)
+    return taps.t().contiguous().t() if g.pixels * g.C >= 2**22 else taps.contiguous()
 
 
 class Acts(NamedTuple):
@@ -242,7 +255,7 @@ def depthwise_fwd(
         _separable_conv_fwd_dw_kernel, (tiles, triton.cdiv(g.C, cfg.BLOCK_C)),
         x, w.dw, _or(w.dw_bias, x), *vectors, u if store else x, tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
-        C=g.C, K=g.K, PRE_ACT=pre_act, DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
+        C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act, DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
         STATS=stats, STORE=store, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return u, batch_stats(tile_stats, counts) if stats else None
@@ -253,7 +266,8 @@ def fused_fwd(
     *, stats: bool, save_z: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """x (N, C, H, W) in NHWC memory -> (y, z, stats (3, COUT)): y and z (N, COUT, OH, OW) the same; None where not made."""
-    cfg = select("separable_conv_fwd_fused", size=g.pixels, device=x.device, C=g.C, COUT=g.COUT, K=g.K, dtype=x.dtype)
+    cfg = select("separable_conv_fwd_fused", size=g.pixels, device=x.device, C=g.C, COUT=g.COUT, K=g.K, dtype=x.dtype,
+                 stats=stats)  # fmt: skip
     tiles = g.N * triton.cdiv(g.OH, cfg.BLOCK_H) * triton.cdiv(g.OW, cfg.BLOCK_W)
     y, z, tile_stats, counts = _outputs(x, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
@@ -263,7 +277,7 @@ def fused_fwd(
         x, w.dw, _or(w.dw_bias, x), *mid_vectors, w.pw, _or(w.pw_bias, x), *post_vectors, _or(residual, x),
         _or(z, y), _or(y, z), tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
-        C=g.C, COUT=g.COUT, K=g.K, PRE_ACT=acts.pre, DW_BIAS=w.dw_bias is not None,
+        C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre, DW_BIAS=w.dw_bias is not None,
         MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
         POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post, HAS_RESIDUAL=residual is not None,
         STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
@@ -307,13 +321,17 @@ def _dw_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
 
 
 @heuristic("separable_conv_fwd_fused")
-def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """BLOCK_N covers COUT, so that the depthwise tile is computed once; 8 warps where its accumulator needs them."""
+def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> dict[str, int]:
+    """BLOCK_N covers COUT, so that the depthwise tile is computed once.
+
+    8 x 8 pixels and 32 channels leave room for two blocks per multiprocessor: one's taps run beside the other's dot.
+    With statistics the epilogue needs more registers than that allows.
+    """
     block_n = fused_block_n(COUT, dtype)
-    block_k = 32 if dtype.itemsize > 2 or C <= 32 else 64
-    wide = block_n >= 128
-    return {"BLOCK_H": 8, "BLOCK_W": 16 if wide else 8, "BLOCK_N": block_n, "BLOCK_K": block_k,
-            "num_warps": 8 if wide else 4, "num_stages": 1}  # fmt: skip
+    config = {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32, "num_stages": 1}
+    if block_n * dtype.itemsize < 512:
+        return {**config, "num_warps": 4}
+    return {**config, "num_warps": 8} if stats else {**config, "num_warps": 8, "maxnreg": 128}
 
 
 @heuristic("separable_conv_fwd_pw")

@@ -18,7 +18,7 @@ from fastseg.ops._register import channels_last, like, new_map, qualified, regis
 if HAS_TRITON:
     from fastseg.kernels.batch_norm_act import Norm
     from fastseg.kernels.separable_conv import Needs, separable_conv_bwd, separable_conv_fwd, with_stats
-    from fastseg.kernels.separable_conv_fwd import Acts, Weights
+    from fastseg.kernels.separable_conv_fwd import Acts, Weights, tap_weights
     from fastseg.kernels.separable_conv_plan import Geometry
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -91,9 +91,9 @@ def _kernel_args(a: Call) -> tuple:
     """The launchers' arguments from the schema's: layouts settled, norms and sizes gathered."""
     x = channels_last(a.x)
     contiguous = lambda t: None if t is None else t.contiguous()
-    weights = Weights(*(contiguous(t) for t in (a.dw, a.pw, a.dw_bias, a.pw_bias)))
     out = a.out_shape
     g = Geometry(*x.shape, out[1], *out[2:], a.dw.shape[-1], a.stride, a.padding, a.dilation)
+    weights = Weights(tap_weights(a.dw, g), *(contiguous(t) for t in (a.pw, a.dw_bias, a.pw_bias)))
     norms = []
     for kind, tensors, eps in ((a.mid, a[5:9], a.mid_eps), (a.post, a[9:13], a.post_eps)):
         norms.append(None if kind == "none" else Norm(*(contiguous(t) for t in tensors), eps, kind == "batch"))

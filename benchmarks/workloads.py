@@ -1,0 +1,209 @@
+"""Named shapes that the benchmarks and the floors share, each with its origin. Sizes are pixels of the op's input."""
+
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+
+@dataclass(frozen=True)
+class SeparableShape:
+    """One depthwise-then-pointwise convolution: (N, C, H, W) -> (N, COUT, H / stride, W / stride), "same" padding."""
+
+    name: str
+    C: int
+    COUT: int
+    H: int
+    W: int
+    N: int = 16
+    kernel_size: int = 3
+    stride: int = 1
+    dilation: int = 1
+    origin: str = ""
+
+    @property
+    def out_size(self) -> tuple[int, int]:
+        """Output height and width."""
+        return -(-self.H // self.stride), -(-self.W // self.stride)
+
+    @property
+    def inputs(self) -> int:
+        """Elements of the input."""
+        return self.N * self.C * self.H * self.W
+
+    @property
+    def hidden(self) -> int:
+        """Elements of the depthwise output."""
+        return self.N * self.C * self.out_size[0] * self.out_size[1]
+
+    @property
+    def outputs(self) -> int:
+        """Elements of the output."""
+        return self.N * self.COUT * self.out_size[0] * self.out_size[1]
+
+
+@dataclass(frozen=True)
+class AsppShape:
+    """One dense ASPP: 1x1, three atrous 3x3 and image pooling from C to 256 channels each, projected to 256."""
+
+    C: int
+    H: int
+    W: int
+    N: int
+    rates: tuple[int, ...] = (6, 12, 18)
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class PoolShape:
+    """One 2x2 max pooling, or the unpooling that undoes it; H and W are the larger map's."""
+
+    name: str
+    C: int
+    H: int
+    W: int
+    N: int
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """C maps of (H, W) upsampled by ``scale``: for argmax, for the loss, as features, or as a transposed conv."""
+
+    C: int
+    H: int
+    W: int
+    scale: int
+    N: int
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """A whole network on N images of (H, W) pixels; ``model`` is a key of ``model_layers.MODELS``."""
+
+    model: str
+    H: int = 512
+    W: int = 512
+    N: int = 1
+    classes: int = 21
+
+
+Shape = TypeVar("Shape", SeparableShape, ModelShape)
+
+SEPARABLE = (
+    SeparableShape("xception_middle_n1", 728, 728, 32, 32, N=1, origin="Xception-65 middle flow, 512x512, stride 16"),
+    SeparableShape("xception_middle", 728, 728, 32, 32, origin="Xception-65 middle flow, 512x512, stride 16"),
+    SeparableShape("xception_middle_cityscapes", 728, 728, 64, 128, N=1, origin="the same at 1024x2048"),
+    SeparableShape("xception_entry_128", 128, 128, 256, 256, origin="Xception-65 entry flow, 512x512, stride 2"),
+    SeparableShape("xception_entry_256", 256, 256, 128, 128, origin="Xception-65 entry flow, 512x512, stride 4"),
+    SeparableShape("decoder", 304, 256, 128, 128, origin="DeepLabV3+ decoder, 512x512"),
+    SeparableShape("decoder_cityscapes", 304, 256, 256, 512, N=1, origin="DeepLabV3+ decoder, 1024x2048"),
+    SeparableShape(
+        "aspp_separable", 2048, 256, 32, 32, dilation=6, origin="separable ASPP branch on Xception-65, rate 6"
+    ),
+    SeparableShape("mobilenet_144_24", 144, 24, 128, 128, origin="MobileNetV2 block 3 depthwise + project"),
+    SeparableShape("mobilenet_960_160", 960, 160, 32, 32, dilation=2, origin="MobileNetV2 blocks 15-16, stride 16"),
+)
+
+SEPARABLE_TRAINING = tuple(
+    shape
+    for shape in SEPARABLE
+    if shape.name in ("xception_middle", "decoder", "xception_entry_128", "mobilenet_144_24")
+)
+
+ASPP = (
+    AsppShape(2048, 32, 32, 1, origin="Xception-65 or ResNet, 512x512, stride 16"),
+    AsppShape(2048, 32, 32, 16, origin="the same, batch 16"),
+    AsppShape(2048, 64, 64, 16, (12, 24, 36), origin="the same at stride 8"),
+    AsppShape(2048, 64, 128, 1, origin="1024x2048, stride 16"),
+    AsppShape(320, 32, 32, 16, origin="MobileNetV2, 512x512, stride 16"),
+    AsppShape(320, 64, 128, 1, origin="MobileNetV2, 1024x2048, stride 16"),
+    AsppShape(512, 64, 64, 16, (12, 24, 36), origin="VGG or ResNet-34, 512x512, stride 8"),
+)
+
+# Maps on which the share of useful ASPP work is tabulated: (H, W), rates.
+ASPP_MAPS = (
+    ((32, 32), (6, 12, 18)),
+    ((33, 33), (6, 12, 18)),
+    ((45, 60), (6, 12, 18)),
+    ((64, 64), (6, 12, 18)),
+    ((64, 64), (12, 24, 36)),
+    ((65, 65), (6, 12, 18)),
+    ((65, 65), (12, 24, 36)),
+    ((64, 128), (6, 12, 18)),
+    ((128, 256), (12, 24, 36)),
+    ((97, 97), (12, 24, 36)),
+)
+
+POOLING = (
+    PoolShape("SegNet L1", 64, 360, 480, 1),
+    PoolShape("SegNet L1", 64, 360, 480, 16),
+    PoolShape("SegNet L2", 128, 180, 240, 16),
+)
+
+UPSAMPLING = (
+    HeadShape(256, 32, 32, 4, 16, "DeepLabV3+ decoder"),
+    HeadShape(21, 128, 128, 4, 16, "DeepLabV3+ logits, VOC"),
+    HeadShape(150, 128, 128, 4, 16, "DeepLabV3+ logits, ADE20K"),
+    HeadShape(512, 32, 32, 2, 16, "U-Net decoder"),
+)
+
+ARGMAX = (
+    HeadShape(21, 128, 128, 4, 1, "VOC"),
+    HeadShape(21, 128, 128, 4, 16, "VOC"),
+    HeadShape(150, 128, 128, 4, 1, "ADE20K"),
+    HeadShape(150, 128, 128, 4, 16, "ADE20K"),
+    HeadShape(19, 256, 512, 4, 1, "Cityscapes"),
+    HeadShape(19, 128, 256, 8, 1, "Cityscapes, stride 8"),
+    HeadShape(21, 64, 64, 8, 16, "FCN-8s"),
+)
+
+CROSS_ENTROPY = (
+    *ARGMAX[:4],
+    HeadShape(19, 192, 192, 4, 8, "Cityscapes crop"),
+    HeadShape(19, 256, 512, 4, 2, "Cityscapes"),
+)
+
+DECONV = (
+    HeadShape(21, 64, 64, 8, 1, "FCN-8s, VOC"),
+    HeadShape(21, 64, 64, 8, 16, "FCN-8s, VOC"),
+    HeadShape(150, 64, 64, 8, 16, "FCN-8s, ADE20K"),
+    HeadShape(21, 16, 16, 2, 16, "FCN-8s, first upsampling"),
+)
+
+MODELS = (
+    ModelShape("deeplabv3plus_mobilenet_v2"),
+    ModelShape("deeplabv3plus_mobilenet_v2", N=16),
+    ModelShape("deeplabv3plus_mobilenet_v2", 1024, 2048, classes=19),
+    ModelShape("deeplabv3plus_mobilenet_v2", 1024, 2048, 8, 19),
+    ModelShape("deeplabv3plus_mobilenet_v2", classes=150),
+    ModelShape("deeplabv3plus_mobilenet_v2", N=16, classes=150),
+    ModelShape("deeplabv3plus_xception65"),
+    ModelShape("deeplabv3plus_xception65", N=16),
+    ModelShape("deeplabv3plus_xception65", 1024, 2048, classes=19),
+    ModelShape("deeplabv3plus_xception65", 1024, 2048, 8, 19),
+    ModelShape("deeplabv3plus_xception65", classes=150),
+    ModelShape("deeplabv3plus_xception65", N=16, classes=150),
+    ModelShape("unet"),
+    ModelShape("unet", N=16),
+    ModelShape("unet", classes=150),
+    ModelShape("unet", N=16, classes=150),
+    ModelShape("segnet", 360, 480, classes=12),
+    ModelShape("segnet", 360, 480, 16, 12),
+    ModelShape("fcn8s"),
+    ModelShape("fcn8s", N=16),
+    ModelShape("fcn8s", classes=150),
+    ModelShape("fcn8s", N=16, classes=150),
+)
+
+MODELS_TRAINING = tuple(
+    shape
+    for shape in MODELS
+    if shape.N == 16
+    and (shape.classes != 150 or shape.model.startswith("deeplabv3plus"))  # one batch size, no ADE twins
+)
+
+
+def tiny(shape: Shape) -> Shape:
+    """The same case cut down for a CPU: at most 16 channels and 12 x 12 pixels; a model gets 64 x 64 pixels."""
+    if isinstance(shape, ModelShape):
+        return replace(shape, H=64, W=64, N=1)
+    return replace(shape, C=min(shape.C, 16), COUT=min(shape.COUT, 8), H=min(shape.H, 12), W=min(shape.W, 12), N=1)

@@ -1,0 +1,201 @@
+"""Confusion matrix, and the segmentation scores computed from it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Absent = Literal["nan", "zero", "one"]
+ABSENT: dict[str, float] = {"nan": float("nan"), "zero": 0.0, "one": 1.0}
+
+
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """Scores of a confusion matrix, as fractions; ``str()`` gives a table.
+
+    Attributes:
+        pixel_accuracy: correct pixels / pixels.
+        mean_pixel_accuracy: mPA, the mean over classes of correct pixels / pixels of the class; equals ``mean_recall``.
+        mean_iou: mIoU, the mean of ``iou``.
+        frequency_weighted_iou: FWIoU, the mean of ``iou`` weighted by the pixels of each class in the target.
+        mean_precision: the mean of ``precision``.
+        mean_recall: the mean of ``recall``.
+        iou: (C,) float64, TP / (TP + FP + FN).
+        precision: (C,) float64, TP / (TP + FP).
+        recall: (C,) float64, TP / (TP + FN).
+        pixels: (C,) int64, pixels of each class in the target.
+    """
+
+    pixel_accuracy: float
+    mean_pixel_accuracy: float
+    mean_iou: float
+    frequency_weighted_iou: float
+    mean_precision: float
+    mean_recall: float
+    iou: Tensor
+    precision: Tensor
+    recall: Tensor
+    pixels: Tensor
+
+    def __str__(self) -> str:
+        lines = [f"{'class':>8}{'IoU':>10}{'precision':>12}{'recall':>10}{'pixels':>14}"]
+        columns = (self.iou.tolist(), self.precision.tolist(), self.recall.tolist(), self.pixels.tolist())
+        for i, (iou, precision, recall, pixels) in enumerate(zip(*columns, strict=True)):
+            lines.append(f"{i:>8}{iou:>10.4f}{precision:>12.4f}{recall:>10.4f}{pixels:>14}")
+        means = (self.mean_iou, self.mean_precision, self.mean_recall, int(self.pixels.sum()))
+        lines.append("{:>8}{:>10.4f}{:>12.4f}{:>10.4f}{:>14}".format("mean", *means))
+        lines.append(
+            f"pixel accuracy {self.pixel_accuracy:.4f}, mPA {self.mean_pixel_accuracy:.4f}, "
+            f"mIoU {self.mean_iou:.4f}, FWIoU {self.frequency_weighted_iou:.4f}"
+        )
+        return "\n".join(lines)
+
+
+class ConfusionMatrix:
+    """Exact int64 counts of (target class, predicted class), gathered batch by batch.
+
+    Args:
+        num_classes: classes, background included.
+        ignore_index: target value whose pixels are not counted, whatever was predicted there.
+
+    Raises:
+        ValueError: ``num_classes`` is less than one.
+
+    Example:
+        >>> confusion = ConfusionMatrix(num_classes=2, ignore_index=255)
+        >>> confusion.update(pred=torch.tensor([[0, 1, 1]]), target=torch.tensor([[0, 0, 255]]))
+        >>> confusion.compute().pixel_accuracy
+        0.5
+    """
+
+    def __init__(self, num_classes: int, *, ignore_index: int | None = None):
+        if num_classes < 1:
+            raise ValueError(f"ConfusionMatrix: num_classes is {num_classes}; at least one class is needed")
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all counts."""
+        # The C x C counts, then one each for ignored pixels, targets out of range and predictions out of range.
+        self._counts = torch.zeros(self.num_classes**2 + 3, dtype=torch.int64)
+
+    def update(self, pred: Tensor, target: Tensor) -> None:
+        """Count the pixels of a batch.
+
+        Args:
+            pred: predicted class indices, of any shape and integer dtype.
+            target: true class indices or ``ignore_index``, same shape and device.
+
+        Raises:
+            TypeError: not integers.
+            ValueError: shapes or devices differ, or an index is out of range. On the CPU nothing of the batch is then
+                counted; elsewhere the device is not stopped for a look, and ``compute`` and ``matrix`` raise instead.
+        """
+        if pred.shape != target.shape:
+            raise ValueError(
+                f"ConfusionMatrix.update: pred is {tuple(pred.shape)}, target is {tuple(target.shape)}; "
+                "both are class indices per pixel (logits need argmax(1) first)"
+            )
+        if pred.device != target.device:
+            raise ValueError(f"ConfusionMatrix.update: pred is on {pred.device}, target on {target.device}")
+        for name, t in (("pred", pred), ("target", target)):
+            if t.is_floating_point() or t.is_complex():
+                raise TypeError(f"ConfusionMatrix.update: {name} is {t.dtype}; give integer class indices")
+        pred, target = pred.flatten().long(), target.flatten().long()
+        bins = self._bins(pred, target)
+        if bins.device.type == "cpu":
+            counts = torch.bincount(bins, minlength=len(self._counts))
+            if counts[-2:].any():
+                raise ValueError(self._out_of_range(pred, target))
+            self._counts = self._counts.cpu() + counts
+        else:  # bincount would wait for the device
+            self._counts = self._counts.to(bins.device)
+            self._counts.scatter_add_(0, bins, torch.ones_like(bins))
+
+    def _bins(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The entry of ``_counts`` that each pixel belongs to."""
+        C = self.num_classes
+        bins = target * C + pred
+        bins = torch.where((pred < 0) | (pred >= C), C**2 + 2, bins)
+        bins = torch.where((target < 0) | (target >= C), C**2 + 1, bins)
+        return bins if self.ignore_index is None else torch.where(target == self.ignore_index, C**2, bins)
+
+    def _out_of_range(self, pred: Tensor, target: Tensor) -> str:
+        kept = torch.ones_like(target, dtype=torch.bool) if self.ignore_index is None else target != self.ignore_index
+        found = [
+            f"{name} {int(t[kept].min())} to {int(t[kept].max())}" for name, t in (("target", target), ("pred", pred))
+        ]
+        return (
+            f"ConfusionMatrix.update: values are {' and '.join(found)}; "
+            f"classes are 0 to {self.num_classes - 1}, ignore_index is {self.ignore_index}"
+        )
+
+    def reduce(self, group: dist.ProcessGroup | None = None) -> None:
+        """Sum the counts over the processes of ``torch.distributed``, in place, on every one of them.
+
+        Call it once, after the last update and in every process: a second call would count everything again. Without an
+        initialised process group it does nothing.
+        """
+        if dist.is_available() and dist.is_initialized():
+            if dist.get_backend(group) == "nccl":
+                self._counts = self._counts.cuda()  # a process without a single batch still holds them on the CPU
+            dist.all_reduce(self._counts, group=group)
+
+    @property
+    def matrix(self) -> Tensor:
+        """(C, C) int64 on the CPU: entry [t, p] counts pixels of class t predicted as p.
+
+        Raises:
+            ValueError: an index out of range was counted on another device than the CPU.
+        """
+        counts = self._counts.cpu()
+        bad_targets, bad_preds = counts[-2:].tolist()
+        if bad_targets or bad_preds:
+            raise ValueError(
+                f"ConfusionMatrix: {bad_targets} target and {bad_preds} pred values were out of range; "
+                f"classes are 0 to {self.num_classes - 1}, ignore_index is {self.ignore_index}"
+            )
+        return counts[:-3].view(self.num_classes, self.num_classes)
+
+    def compute(self, absent: Absent = "nan") -> Scores:
+        """Scores of everything counted so far.
+
+        Args:
+            absent: what 0/0 gives, as for the IoU of a class found in neither target nor prediction: "nan", which the
+                means leave out (as mmsegmentation), "zero" (as the DeepLabV3+ article's code), or "one" (as
+                segmentation_models_pytorch offers). The last two enter the means.
+
+        Raises:
+            ValueError: ``absent`` is none of the three, or an index out of range was counted.
+        """
+        if absent not in ABSENT:
+            raise ValueError(f"ConfusionMatrix.compute: absent is {absent!r}; use one of {', '.join(ABSENT)}")
+        matrix = self.matrix.double()  # exact up to 2^53 pixels
+        undefined = ABSENT[absent]
+        correct, in_target, in_pred = matrix.diag(), matrix.sum(1), matrix.sum(0)
+        iou = _ratio(correct, in_target + in_pred - correct, undefined)
+        precision = _ratio(correct, in_pred, undefined)
+        recall = _ratio(correct, in_target, undefined)
+        present = in_target > 0
+        return Scores(
+            pixel_accuracy=_ratio(correct.sum(), matrix.sum(), undefined).item(),
+            mean_pixel_accuracy=recall.nanmean().item(),
+            mean_iou=iou.nanmean().item(),
+            frequency_weighted_iou=_ratio((in_target * iou)[present].sum(), matrix.sum(), undefined).item(),
+            mean_precision=precision.nanmean().item(),
+            mean_recall=recall.nanmean().item(),
+            iou=iou,
+            precision=precision,
+            recall=recall,
+            pixels=self.matrix.sum(1),
+        )
+
+    def __repr__(self) -> str:
+        return f"ConfusionMatrix(num_classes={self.num_classes}, ignore_index={self.ignore_index})"
+
+
+def _ratio(numerator: Tensor, denominator: Tensor, undefined: float) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator, undefined)

@@ -1,0 +1,40 @@
+"""Architectures, by name."""
+
+import inspect
+
+from torch import nn
+
+from fastseg.models.deeplab import DeepLabV3Plus
+from fastseg.models.weights import load_weights
+
+MODELS: dict[str, type[nn.Module]] = {"deeplabv3plus": DeepLabV3Plus}
+
+__all__ = ["MODELS", "DeepLabV3Plus", "create", "load_weights", "names"]
+
+
+def names() -> list[str]:
+    """The names that ``create`` knows, sorted."""
+    return sorted(MODELS)
+
+
+def create(name: str, num_classes: int, **options) -> nn.Module:
+    """Build a model: ``MODELS[name](num_classes, **options)``, with random weights.
+
+    Args:
+        name: one of ``names()``.
+        num_classes: classes, background included.
+        options: keywords of the model's constructor.
+
+    Raises:
+        ValueError: no such model or option, or a value that the option cannot take.
+
+    Example:
+        >>> model = create("deeplabv3plus", num_classes=21, output_stride=8)
+    """
+    if name not in MODELS:
+        raise ValueError(f"create: no model {name!r}; use one of {', '.join(names())}")
+    known = [option for option in inspect.signature(MODELS[name]).parameters if option != "num_classes"]
+    unknown = [option for option in options if option not in known]
+    if unknown:
+        raise ValueError(f"create: {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    return MODELS[name](num_classes, **options)
