@@ -38,6 +38,35 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
     return op
 
 
+class _FirstOrder(torch.autograd.Function):
+    """The identity, whose backward raises; ``anchor`` requires grad, so that the result does."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, name: str, *grads: Tensor | None):
+        ctx.name = name
+        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(f"{ctx.name}: its gradients are first order; a second derivative was asked for")
+
+
+def first_order(name: str) -> Callable:
+    """Decorate a Function's backward: a second derivative raises, where ``once_differentiable`` alone would drop it."""
+
+    def decorate(backward: Callable) -> Callable:
+        def wrapped(ctx, *grad_outputs):
+            with torch.no_grad():
+                grads = backward(ctx, *grad_outputs)
+            if not torch.is_grad_enabled():  # it is under create_graph=True
+                return grads
+            return _FirstOrder.apply(torch.empty(0, requires_grad=True), name, *grads)
+
+        return wrapped
+
+    return decorate
+
+
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """channels_last where ``x`` is dense in it and not contiguous as well; else contiguous."""
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastseg.ops._dispatch import HAS_TRITON
-from fastseg.ops._register import channels_last, like, new_map, qualified, register
+from fastseg.ops._register import channels_last, first_order, like, new_map, qualified, register
 
 if HAS_TRITON:
     from fastseg.kernels.batch_norm_act import Norm
@@ -307,8 +307,7 @@ class _SeparableConv2d(torch.autograd.Function):
         ctx.options = inputs[TENSORS:]
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy, *_):
+    def gradients(ctx, dy, *_):
         z, mid_stats, post_stats, *tensors = ctx.saved_tensors
         a = Call(*tensors, *ctx.options)
         need = Call(*ctx.needs_input_grad)
@@ -325,7 +324,9 @@ class _SeparableConv2d(torch.autograd.Function):
                         dpost_bias, residual)  # fmt: skip
         return *tensor_grads, *(None for _ in ctx.options)
 
+    backward = staticmethod(first_order("separable_conv2d")(gradients))
+
 
 torch.library.register_autograd(
-    qualified("separable_conv2d_train"), _SeparableConv2d.backward, setup_context=_SeparableConv2d.save
+    qualified("separable_conv2d_train"), once_differentiable(_SeparableConv2d.gradients), setup_context=_SeparableConv2d.save
 )

@@ -1,0 +1,51 @@
+"""What is compiled ahead of time: launcher calls on ``meta`` tensors, and what each compiled kernel has to show.
+
+A case is a function of a dtype that calls a launcher (or an op) as a network would, with realistic sizes; ``meta``
+tensors have no memory, so a map of 2^31 elements costs nothing. ``make kernel-report`` prints what the cases compile
+to, ``tests/aot/test_budgets.py`` asserts it. Every kernel is reached by some case, and by one whose largest tensor is
+past 2^31 elements: only there do 32-bit offsets show.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {}
+DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.float32)
+
+# Kernels whose sums of products run on matrix units for fp16 and bf16.
+MATRIX_KERNELS: frozenset[str] = frozenset()
+# Cases with tiles of fewer than 64 rows by intention: HMMA is then right on sm_90 and sm_100 too.
+SMALL_TILE_CASES: frozenset[str] = frozenset()
+# Kernel or case -> why its global loads cannot be 128 bits wide.
+SCALAR_LOADS: dict[str, str] = {}
+# Cases that ask for tf32.
+TF32_CASES: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What one kernel promises in one case.
+
+    Attributes:
+        matrix: its products run on the target's own matrix instruction.
+        small_tile: the older HMMA counts as well.
+        vector: it has global loads of 128 bits.
+        tf32: it may use tf32.
+    """
+
+    matrix: bool = False
+    small_tile: bool = False
+    vector: bool = True
+    tf32: bool = False
+
+
+def claims_of(case: str, kernel: str, dtype: torch.dtype) -> Claims:
+    """The claims of ``kernel`` in ``case``, from the tables above."""
+    return Claims(
+        matrix=kernel in MATRIX_KERNELS and dtype in (torch.float16, torch.bfloat16),
+        small_tile=case in SMALL_TILE_CASES,
+        vector=case not in SCALAR_LOADS and kernel not in SCALAR_LOADS,
+        tf32=case in TF32_CASES,
+    )

@@ -1,0 +1,52 @@
+"""How the tests run: on a CUDA device, or under Triton's interpreter with our checker; seed, NaN poison, skips."""
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated: Triton reads it there
+
+if importlib.util.find_spec("fastseg") is None or importlib.util.find_spec("fastseg.kernels") is None:
+    pytest.exit("fastseg is not installed: run `pip install -e .` in the repository's root", returncode=4)
+
+from fastseg.ops._dispatch import INTERPRETED
+from fastseg.testing import poison
+
+if INTERPRETED:
+    import interpreter
+
+    interpreter.install()
+    torch.set_num_threads(1)  # the maps are tiny: threads cost more than they bring
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_CUDA and not INTERPRETED:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the kernels run: "cpu" under the interpreter, else "cuda"."""
+    if INTERPRETED:
+        return "cpu"
+    if not HAS_CUDA:
+        pytest.skip("kernels run on a CUDA device, or with TRITON_INTERPRET=1")
+    return "cuda"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poison():
+    with poison():
+        yield
