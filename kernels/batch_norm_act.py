@@ -4,7 +4,7 @@
     backward   g = dy act'(norm(z)),   dbias = sum(g),   dweight = sum(g zhat)
 
 Statistics arrive as one (mean, squared deviations) pair per tile, written by the kernel that produced z while the tile
-was in registers, and are merged here by Chan's formula in a fixed order: no second read of z, no atomics, deterministic.
+was in registers, and are merged here by Chan's formula in a fixed order: no second read of z, no atomics.
 Traffic in elements: forward 2MC (3MC with a residual); reduce of the backward 2MC; statistics 2 C tiles.
 """
 
@@ -16,11 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.common import activate_grad, load_norm, norm_act, store_tile_sums
-from fastseg.kernels.config import heuristic, launch, select
+from fastseg.kernels.config import candidates, heuristic, launch, select
 
 
 class Norm(NamedTuple):
-    """One batch norm as a kernel sees it: fp32 or fp64 vectors of C elements. ``weight`` and ``bias``: both or neither."""
+    """One batch norm as a kernel sees it: vectors of C elements. ``weight`` and ``bias``: both or neither."""
 
     mean: Tensor
     var: Tensor  # biased
@@ -31,7 +31,7 @@ class Norm(NamedTuple):
 
 
 def norm_args(norm: Norm | None, dummy: Tensor) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor, float], bool, bool]:
-    """-> (weight, bias, mean, var, eps) as kernel arguments, NORM, AFFINE; ``dummy`` stands for a pointer nobody reads."""
+    """-> (weight, bias, mean, var, eps) for a kernel, NORM, AFFINE; ``dummy`` stands for a pointer nobody reads."""
     if norm is None:
         return (dummy, dummy, dummy, dummy, 0.0), False, False
     affine = norm.weight is not None
@@ -56,8 +56,8 @@ def stats_dtype(x: Tensor) -> torch.dtype:
 def _batch_stats_kernel(
     tile_stats_ptr, counts_ptr,
     stats_ptr,
-    tiles, C,
-    ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    tiles,
+    C: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -146,7 +146,15 @@ def batch_stats(tile_stats: Tensor, counts: Tensor) -> Tensor:
     cfg = select("batch_stats", size=tiles, device=stats.device, C=C)
     acc = acc_dtype(stats)
     launch(
-        _batch_stats_kernel, (triton.cdiv(C, cfg.BLOCK_C),), tile_stats, counts, stats, tiles, C, ACC=acc, **cfg.launch
+        _batch_stats_kernel,
+        (triton.cdiv(C, cfg.BLOCK_C),),
+        tile_stats,
+        counts,
+        stats,
+        tiles,
+        C=C,
+        ACC=acc,
+        **cfg.launch,
     )
     return stats
 
@@ -206,3 +214,19 @@ def _rows_config(size: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """4096 elements a program: 32 a thread, so that each thread has several 16-byte loads in flight."""
     block_c = min(64, max(16, triton.next_power_of_2(C)))
     return {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
+
+
+@candidates("batch_norm_act_fwd")
+@candidates("batch_norm_act_bwd_reduce")
+def _rows_candidates(size: int, C: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    return [
+        {"BLOCK_M": elements // c, "BLOCK_C": c, "num_warps": warps}
+        for elements in (1024, 2048, 4096, 8192)
+        for c in (32, 64, 128)
+        for warps in (4, 8)
+    ]
+
+
+@candidates("batch_stats")
+def _batch_stats_candidates(size: int, C: int) -> list[dict[str, int]]:
+    return [{"BLOCK_T": t, "BLOCK_C": c, "num_warps": 4} for t in (32, 64, 128) for c in (8, 16, 32)]

@@ -1,7 +1,7 @@
 """Device functions shared by the kernels: activations and batch normalisation, forward and backward.
 
-Activations are named by strings ("none", "relu", "relu6", "leaky_relu"), as ``tl.constexpr``. They keep torch's rules for
-NaN (NaN stays NaN, in ReLU too) and for -0.0, which is why none is written with ``tl.maximum``.
+Activations are named by strings ("none", "relu", "relu6", "leaky_relu"), as ``tl.constexpr``. They keep torch's rules
+for NaN (NaN stays NaN, in ReLU too) and for -0.0, which is why none is written with ``tl.maximum``.
 
     normalise   v = (u - mean) rstd weight + bias,   rstd = 1 / sqrt(var + eps)
     backward    du = weight rstd (g - mean(g) - uhat mean(g uhat)),   uhat = (u - mean) rstd,   g = dL/dv
@@ -39,7 +39,7 @@ def activate_grad(g, v, ACT: tl.constexpr):
 
 @triton.jit
 def load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, AFFINE: tl.constexpr, ACC: tl.constexpr):
-    """-> mean, rstd, weight, bias of the channels ``offs``, in ACC; all 0 where masked, so that masked channels give 0."""
+    """-> mean, rstd, weight, bias of the channels ``offs``, in ACC; weight and bias are 0 where masked."""
     mean = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(ACC)
     var = tl.load(var_ptr + offs, mask=mask, other=1.0).to(ACC)
     rstd = 1.0 / tl.sqrt(var + eps)

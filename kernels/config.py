@@ -1,9 +1,9 @@
 """Launch configurations, and the one function through which every kernel is launched.
 
-A launcher asks ``select`` for block sizes and launch options. The answer comes, for each kernel and row, from the first
-of: an ``override``; the user's tables (``~/.cache/fastseg/tuned``); the shipped tables (``kernels/tuned``); the heuristic
-that the kernel's file registers, with its reason written beside it. Nothing is searched for at run time: ``fastseg tune``
-searches, and writes a table.
+A launcher asks ``select`` for block sizes and launch options. The answer comes, for each kernel and row, from the
+first of: an ``override``; the user's tables (``~/.cache/fastseg/tuned``); the shipped tables (``kernels/tuned``); the
+heuristic that the kernel's file registers, with its reason written beside it. Nothing is searched for at run time:
+``fastseg tune`` searches, and writes a table.
 """
 
 import functools
@@ -106,15 +106,13 @@ def row_name(**key) -> str:
 
 
 def select(kernel: str, *, size: int, device: torch.device, **key) -> Config:
-    """The configuration of ``kernel`` for ``size`` elements (or rows) on ``device``; ``key`` is what else picks a row."""
+    """The configuration of ``kernel`` for ``size`` elements (or rows); ``key`` is what else picks a row."""
     if _select_observer is not None:
         _select_observer(kernel, size, key)
     if kernel in _overrides:
         return Config({**_heuristics[kernel](size, **key), **_overrides[kernel]}, "override")
     if device.type == "cuda":
-        found = _lookup(kernel, row_name(**key), max(size, 1), _table_names(device.index))
-        if found is not None:
-            return found
+        return _lookup(kernel, max(size, 1), tuple(key.items()), _table_names(device.index))
     return Config(_heuristics[kernel](size, **key), "heuristic")
 
 
@@ -130,14 +128,21 @@ def observe_selects(fn: Callable[[str, int, dict], None]) -> Iterator[None]:
 
 
 @functools.lru_cache(maxsize=4096)
-def _lookup(kernel: str, row: str, size: int, names: tuple[str, ...]) -> Config | None:
-    for folder in (USER, SHIPPED):
-        for name in names:
-            rows = _read_table(folder / f"{name}.json").get(kernel, {}).get(row)
-            if rows:
-                nearest = min(rows, key=lambda s: (abs(math.log(int(s) / size)), int(s)))
-                return Config(rows[nearest], str(folder / f"{name}.json"))
-    return None
+def _lookup(kernel: str, size: int, key: tuple[tuple[str, object], ...], names: tuple[str, ...]) -> Config:
+    default = _heuristics[kernel](size, **dict(key))
+    row = row_name(**dict(key))
+    for path in (folder / f"{name}.json" for folder in (USER, SHIPPED) for name in names):
+        rows = _read_table(path).get(kernel, {}).get(row)
+        if not rows:
+            continue
+        values = rows[min(rows, key=lambda s: (abs(math.log(int(s) / size)), int(s)))]
+        if values.keys() == default.keys():
+            return Config(values, str(path))
+        warnings.warn(
+            f"fastseg: {path}: {kernel} has {sorted(values)} where {sorted(default)} are asked for; row left out",
+            stacklevel=2,
+        )
+    return Config(default, "heuristic")
 
 
 def forget_tables() -> None:
@@ -171,6 +176,15 @@ def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
             stacklevel=2,
         )
     return configs
+
+
+def compute_capability() -> int:
+    """90 for sm_90: of the NVIDIA target that kernels are compiled for now; 0 elsewhere, and under the interpreter."""
+    try:
+        target = triton.runtime.driver.active.get_current_target()
+    except RuntimeError:  # "0 active drivers": no GPU
+        return 0
+    return target.arch if target.backend == "cuda" else 0
 
 
 @functools.cache

@@ -126,6 +126,8 @@ def compile_launches(
         name = kernel.fn.__name__
         if not isinstance(kernel, JITFunction):
             raise RuntimeError(f"compile_launches: {name} is interpreted; start the process with TRITON_INTERPRET=0")
+        if TARGETS[target].gpu.backend == "hip":
+            kwargs.pop("maxnreg", None)  # as `config.launch` does on such a GPU
         begin = time.perf_counter()
         try:
             compiled = kernel.warmup(*args, grid=grid, **kwargs)

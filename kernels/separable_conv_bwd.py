@@ -1,8 +1,8 @@
 """Kernels and launchers of the separable convolution's backward; the story is in ``separable_conv.py``.
 
-Names: g2 = gradient after the pointwise half's norm and activation (dy), dz = at the pointwise convolution's output,
-g1 = at the depthwise half's norm output (after the middle activation's gradient), du = at the depthwise output. dz and du
-are never stored: each kernel that needs them computes them from (dy, z) and (g1, u) as it loads.
+Names: dz = gradient at the pointwise convolution's output, g1 = at the middle norm's output (behind the middle
+activation), du = at the depthwise convolution's output. dz and du are never stored: each kernel that needs them computes
+them from (dy, z) and (g1, u) as it loads.
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args, rows_per_program, stats_dtype
 from fastseg.kernels.common import activate, activate_grad, load_norm, norm_act, norm_act_grad, store_tile_sums
-from fastseg.kernels.config import heuristic, launch, select
+from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.separable_conv_fwd import Acts, Weights, precision
 from fastseg.kernels.separable_conv_plan import Geometry
 
@@ -46,8 +46,8 @@ def _separable_conv_bwd_pw_input_kernel(
         dz = tl.load(dy_ptr + offs, mask=mask, other=0.0)
         if POST_NORM or POST_ACT != "none":
             z = tl.load(z_ptr + offs, mask=mask, other=0.0).to(ACC)
-            dz = norm_act_grad(dz.to(ACC), z, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, post_sums_ptr,
-                               offs_k, mask_k, post_eps, inv_count, COUT,
+            dz = norm_act_grad(dz.to(ACC), z, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
+                               post_sums_ptr, offs_k, mask_k, post_eps, inv_count, COUT,
                                POST_NORM, POST_AFFINE, POST_BATCH, POST_ACT, ACC).to(dtype)  # fmt: skip
         w = tl.load(pw_ptr + offs_k[:, None] * C + offs_n[None, :], mask=mask_k[:, None] & mask_n[None, :], other=0.0)
         acc = tl.dot(dz, w.to(dtype), acc, input_precision=PRECISION, out_dtype=ACC)
@@ -99,8 +99,8 @@ def _separable_conv_bwd_pw_weight_kernel(
         dz = tl.load(dy_ptr + offs, mask=mask_dz, other=0.0)
         if POST_NORM or POST_ACT != "none":
             z = tl.load(z_ptr + offs, mask=mask_dz, other=0.0).to(ACC)
-            dz = norm_act_grad(dz.to(ACC), z, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, post_sums_ptr,
-                               offs_n, mask_n, post_eps, inv_count, COUT,
+            dz = norm_act_grad(dz.to(ACC), z, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
+                               post_sums_ptr, offs_n, mask_n, post_eps, inv_count, COUT,
                                POST_NORM, POST_AFFINE, POST_BATCH, POST_ACT, ACC)  # fmt: skip
             dz = tl.where(mask_dz, dz, 0.0).to(dtype)  # rows past the end: batch statistics make them non-zero
         mask_a = mask_m[:, None] & mask_k[None, :]
@@ -213,7 +213,7 @@ def pointwise_bwd_input(
     dy: Tensor, z: Tensor, u: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None,
     post_sums: Tensor, *, sums: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dy, z (N, COUT, OH, OW), u (N, C, OH, OW) in NHWC memory -> g1 like u; mid sums (2, C), or anything without ``sums``."""
+    """dy, z (N, COUT, OH, OW), u (N, C, OH, OW) in NHWC memory -> g1 like u; mid sums (2, C), if asked for."""
     g1 = torch.empty_like(u)
     cfg = select("separable_conv_bwd_pw_input", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
     tiles = triton.cdiv(g.pixels, cfg.BLOCK_M)
@@ -265,8 +265,8 @@ def depthwise_bwd_input(
         _separable_conv_bwd_dw_input_kernel, (tiles, triton.cdiv(g.C, cfg.BLOCK_C)),
         g1, u, x, w.dw, *mid_vectors, mid_sums, dx,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
-        C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
-        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, ACC=acc_dtype(x), **cfg.launch,
+        C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act, ACC=acc_dtype(x),
+        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, **cfg.launch,
     )  # fmt: skip
     return dx
 
@@ -285,17 +285,27 @@ def depthwise_bwd_weight(
         _separable_conv_bwd_dw_weight_kernel, (splits, blocks),
         g1, u, x, *mid_vectors, mid_sums, ddw,
         g.pixels, rows, g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
-        C=g.C, K=g.K, TAPS=triton.next_power_of_2(g.K * g.K), PRE_ACT=pre_act,
-        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, ACC=acc_dtype(x), **cfg.launch,
+        C=g.C, K=g.K, TAPS=triton.next_power_of_2(g.K * g.K), PRE_ACT=pre_act, ACC=acc_dtype(x),
+        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, **cfg.launch,
     )  # fmt: skip
     return ddw.sum(0)
 
 
 @heuristic("separable_conv_bwd_pw_input")
 def _pw_input_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
-    """64 rows: dy, z and the accumulator are alive at once; 128 channels where they fit, so that dz is computed rarely."""
+    """64 rows: dy, z and the accumulator are alive at once; many channels, so that dz is computed rarely."""
     block_n = min(128 if dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(C)))
     return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
+
+
+@candidates("separable_conv_bwd_pw_input")
+def _pw_input_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(64, 64, 32, 4), (64, 128, 32, 4), (64, 128, 64, 8), (64, 256, 32, 8), (128, 64, 32, 8), (128, 128, 32, 8)]
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (1, 2, 3)
+    ]
 
 
 @heuristic("separable_conv_bwd_pw_weight")
@@ -305,13 +315,38 @@ def _pw_weight_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[
             "BLOCK_K": 64 if C > 32 else 32, "num_warps": 4, "num_stages": 2}  # fmt: skip
 
 
+@candidates("separable_conv_bwd_pw_weight")
+def _pw_weight_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 8), (32, 128, 128, 8), (64, 128, 64, 8), (64, 128, 128, 8)]
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (1, 2, 3)
+    ]
+
+
 @heuristic("separable_conv_bwd_dw_input")
 def _dw_input_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """As the depthwise forward, with half the channels: g1 and u are both loaded for each tap."""
+    """As the depthwise forward, with half the pixels: g1 and u are both loaded for each tap."""
     return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_C": 32, "num_warps": 4}
+
+
+@candidates("separable_conv_bwd_dw_input")
+def _dw_input_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(4, 8, 32), (4, 8, 64), (4, 16, 32), (8, 8, 16), (8, 8, 32), (8, 8, 64), (8, 16, 16), (8, 16, 32)]
+    return [{"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n} for h, w, c in tiles for n in (4, 8)]
 
 
 @heuristic("separable_conv_bwd_dw_weight")
 def _dw_weight_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     """32 channels are one 64-byte segment; 64 rows amortise adding a tap into the padded accumulator."""
     return {"BLOCK_M": 64, "BLOCK_C": 32, "num_warps": 4}
+
+
+@candidates("separable_conv_bwd_dw_weight")
+def _dw_weight_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    return [
+        {"BLOCK_M": m, "BLOCK_C": c, "num_warps": warps}
+        for m, c in [(32, 32), (32, 64), (64, 16), (64, 32), (64, 64), (128, 16), (128, 32)]
+        for warps in (2, 4, 8)
+    ]

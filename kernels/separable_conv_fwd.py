@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Norm, acc_dtype, batch_stats, norm_args, stats_dtype
 from fastseg.kernels.common import activate, norm_act, store_tile_stats
-from fastseg.kernels.config import heuristic, launch, select
+from fastseg.kernels.config import candidates, compute_capability, heuristic, launch, select
 from fastseg.kernels.separable_conv_plan import Geometry, fused_block_n
 
 
@@ -123,8 +123,8 @@ def _separable_conv_fwd_dw_kernel(
     x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     u_ptr, tile_stats_ptr, counts_ptr,
     H, W, OH, OW, stride, padding, dilation, mid_eps,
-    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
-    MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr,
+    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
+    DW_BIAS: tl.constexpr, MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr,
     STATS: tl.constexpr, STORE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -255,7 +255,8 @@ def depthwise_fwd(
         _separable_conv_fwd_dw_kernel, (tiles, triton.cdiv(g.C, cfg.BLOCK_C)),
         x, w.dw, _or(w.dw_bias, x), *vectors, u if store else x, tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
-        C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act, DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
+        C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
+        DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
         STATS=stats, STORE=store, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return u, batch_stats(tile_stats, counts) if stats else None
@@ -265,7 +266,7 @@ def fused_fwd(
     x: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
     *, stats: bool, save_z: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """x (N, C, H, W) in NHWC memory -> (y, z, stats (3, COUT)): y and z (N, COUT, OH, OW) the same; None where not made."""
+    """x (N, C, H, W) in NHWC memory -> (y, z, stats (3, COUT)): y, z (N, COUT, OH, OW) the same; or None."""
     cfg = select("separable_conv_fwd_fused", size=g.pixels, device=x.device, C=g.C, COUT=g.COUT, K=g.K, dtype=x.dtype,
                  stats=stats)  # fmt: skip
     tiles = g.N * triton.cdiv(g.OH, cfg.BLOCK_H) * triton.cdiv(g.OW, cfg.BLOCK_W)
@@ -277,8 +278,8 @@ def fused_fwd(
         x, w.dw, _or(w.dw_bias, x), *mid_vectors, w.pw, _or(w.pw_bias, x), *post_vectors, _or(residual, x),
         _or(z, y), _or(y, z), tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
-        C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre, DW_BIAS=w.dw_bias is not None,
-        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
+        C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre,
+        DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
         POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post, HAS_RESIDUAL=residual is not None,
         STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
     )  # fmt: skip
@@ -320,18 +321,34 @@ def _dw_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     return {"BLOCK_H": 8, "BLOCK_W": 16, "BLOCK_C": 32, "num_warps": 4}
 
 
+@candidates("separable_conv_fwd_dw")
+def _dw_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(4, 8, 64), (4, 16, 32), (4, 16, 64), (8, 8, 32), (8, 8, 64), (8, 16, 16), (8, 16, 32), (8, 16, 64)]
+    return [{"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n} for h, w, c in tiles for n in (4, 8)]
+
+
 @heuristic("separable_conv_fwd_fused")
 def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> dict[str, int]:
     """BLOCK_N covers COUT, so that the depthwise tile is computed once.
 
     8 x 8 pixels and 32 channels leave room for two blocks per multiprocessor: one's taps run beside the other's dot.
-    With statistics the epilogue needs more registers than that allows.
+    128 registers do not spill on sm_90; they do on sm_80 and sm_100, and in the epilogue with statistics (255: no limit).
     """
     block_n = fused_block_n(COUT, dtype)
-    config = {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32, "num_stages": 1}
-    if block_n * dtype.itemsize < 512:
-        return {**config, "num_warps": 4}
-    return {**config, "num_warps": 8} if stats else {**config, "num_warps": 8, "maxnreg": 128}
+    wide = block_n * dtype.itemsize >= 512
+    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 8 if wide else 4,
+            "num_stages": 1, "maxnreg": 128 if wide and not stats and compute_capability() == 90 else 255}  # fmt: skip
+
+
+@candidates("separable_conv_fwd_fused")
+def _fused_candidates(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> list[dict[str, int]]:
+    tiles = [(8, 8, 32, 4), (8, 8, 32, 8), (8, 8, 64, 8), (4, 16, 32, 8), (8, 16, 32, 8), (8, 16, 64, 8), (8, 8, 64, 4)]
+    return [
+        {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": 1, "maxnreg": regs}
+        for n in {fused_block_n(COUT, dtype), min(128, fused_block_n(COUT, dtype))}
+        for h, w, k, warps in tiles
+        for regs in (128, 255)
+    ]
 
 
 @heuristic("separable_conv_fwd_pw")
@@ -341,3 +358,14 @@ def _pw_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, in
     block_k = 32 if dtype.itemsize > 2 or C <= 32 else 64
     return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k,
             "num_warps": 8 if block_n == 128 else 4, "num_stages": 3}  # fmt: skip
+
+
+@candidates("separable_conv_fwd_pw")
+def _pw_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8),
+             (128, 256, 64, 8), (64, 256, 64, 4), (64, 256, 32, 8), (128, 128, 32, 8)]  # fmt: skip
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (2, 3, 4)
+    ]

@@ -1,8 +1,8 @@
 """Sizes of a separable convolution, and the cost model that chooses between its two forms.
 
-Fused: one kernel computes the depthwise tile and feeds it to the GEMM; the depthwise map never reaches memory, but it is
-computed again for each block of output channels, and its arithmetic waits for the GEMM's. Split: one kernel writes the
-depthwise map, a second is a plain GEMM. With U depthwise elements, e bytes each, and n = ceil(COUT / BLOCK_N):
+Fused: one kernel computes the depthwise tile and feeds it to the GEMM; the depthwise map never reaches memory, but it
+is computed again for each block of output channels, and its arithmetic waits for the GEMM's. Split: one kernel writes
+the depthwise map, a second is a plain GEMM. With U depthwise elements, e bytes each, and n = ceil(COUT / BLOCK_N):
 
     fused   max(e (A + Y) / BW,  n (2K^2 + 1) U / LANES + 2 U COUT / DOT)
     split   max(e (A + U) / BW,  (2K^2 + 1) U / LANES) + max(e (U + Y) / BW,  2 U COUT / DOT)
@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-# An H200's ceilings in elements or bytes per second. Only their ratios decide, and those move little between data-centre GPUs.
+# An H200's ceilings in operations or bytes per second. Only their ratios decide; they differ little between GPUs.
 BANDWIDTH = 4.3e12
 LANES = 33.4e12
 DOT = {torch.float16: 790e12, torch.bfloat16: 790e12, torch.float32: 395e12, torch.float64: 67e12}

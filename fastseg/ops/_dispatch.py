@@ -132,7 +132,7 @@ def _no_kernel(x: Tensor) -> str:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd wants this call recorded by the op's own Function; in a captured graph the bare op is recorded."""
+    """Whether the op's own Function shall record this call; a captured graph records the bare op instead."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -141,7 +141,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a convolution computes in: autocast's where it is on, else that of ``x`` (float64 and integers stay)."""
+    """The dtype a convolution computes in: autocast's where it is on, else that of ``x`` (float64 stays)."""
     kind = x.device.type
     if x.dtype in KERNEL_DTYPES and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -75,7 +75,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def channels_last(t: Tensor) -> Tensor:
-    """(N, C, H, W), dense with the channels innermost: a copy where it is not, the only one a kernel's input goes through."""
+    """(N, C, H, W), dense with the channels innermost: the only copy a kernel's input goes through, if any."""
     return t.contiguous(memory_format=torch.channels_last)
 
 

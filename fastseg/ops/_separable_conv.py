@@ -1,7 +1,7 @@
 """The registered ops behind ``separable_conv2d``, each with its implementations, and the autograd Function over them.
 
-``separable_conv2d`` gives y alone; ``separable_conv2d_train`` gives what a backward and running statistics need besides;
-``separable_conv2d_bwd`` gives every gradient but the residual's, which is dy itself.
+``separable_conv2d`` gives y alone; ``separable_conv2d_train`` gives what a backward and running statistics need
+besides; ``separable_conv2d_bwd`` gives every gradient but the residual's, which is dy itself.
 """
 
 from collections.abc import Callable
@@ -328,5 +328,7 @@ class _SeparableConv2d(torch.autograd.Function):
 
 
 torch.library.register_autograd(
-    qualified("separable_conv2d_train"), once_differentiable(_SeparableConv2d.gradients), setup_context=_SeparableConv2d.save
+    qualified("separable_conv2d_train"),
+    once_differentiable(_SeparableConv2d.gradients),
+    setup_context=_SeparableConv2d.save,
 )

@@ -55,8 +55,8 @@ def separable_conv2d(
         z = conv2d(mid_act(mid_norm(u)), pointwise_weight, pointwise_bias)
         y = post_act(post_norm(z)) + residual
 
-    On a GPU the depthwise map stays on the chip or is stored once, whichever a cost model finds faster (``explain`` shows
-    it); for the backward, ``x`` and ``z`` are kept, everything else is computed again. Gradients are first order.
+    On a GPU the depthwise map stays on the chip or is stored once, whichever a cost model finds faster (``explain``
+    shows it); for the backward, ``x`` and ``z`` are kept, everything else is computed again. Gradients are first order.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; contiguous input costs one copy each way.
@@ -75,16 +75,16 @@ def separable_conv2d(
         residual: (N, COUT, OH, OW), added last.
 
     Returns:
-        (N, COUT, OH, OW), OH = (H + 2 padding - dilation (K - 1) - 1) // stride + 1, in the memory format of ``x``. Under
-        autocast the convolutions run in autocast's dtype, as torch's do.
+        (N, COUT, OH, OW), OH = (H + 2 padding - dilation (K - 1) - 1) // stride + 1, in the memory format of ``x``.
+        Under autocast the convolutions run in autocast's dtype, as torch's do.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation, tensors on different devices, batch statistics of one
             value per channel.
         TypeError: dtypes that differ outside autocast, or are no floating point.
 
-    Reference: Chollet, Xception, arXiv:1610.02357; orders of norm and activation as in MobileNetV2 (arXiv:1801.04381) and
-    DeepLabV3+ (arXiv:1802.02611).
+    Reference: Chollet, Xception, arXiv:1610.02357; orders of norm and activation as in MobileNetV2 (arXiv:1801.04381)
+    and DeepLabV3+ (arXiv:1802.02611).
     """
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     x = x.to(autocast_dtype(x))
@@ -175,10 +175,13 @@ def _norm_options(norm: BatchNormArgs | None) -> tuple[str, float]:
 
 def _update_running(norm: BatchNormArgs | None, stats: Tensor) -> None:
     """Running statistics as torch's: the unbiased variance, weighted by momentum."""
-    if norm is not None and norm.training and norm.running_mean is not None:
+    if norm is None or not norm.training or norm.running_mean is None:
+        return
+    for buffer, batch in ((norm.running_mean, stats[0]), (norm.running_var, stats[2])):
+        # .data: torch's batch norm does not count its update as a change that another graph's backward must notice
+        buffer = buffer if torch.compiler.is_compiling() else buffer.data
         with torch.no_grad():
-            norm.running_mean.lerp_(stats[0].to(norm.running_mean.dtype), norm.momentum)
-            norm.running_var.lerp_(stats[2].to(norm.running_var.dtype), norm.momentum)
+            buffer.lerp_(batch.to(buffer.dtype), norm.momentum)
 
 
 def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, Callable[[], str]]:

@@ -77,20 +77,25 @@ def test_every_order(order, training, form, device):
     check_op(separable_conv2d, separable_conv2d_ref, inputs, terms=200, **kwargs)
 
 
-SIZES = {
-    "blocks": dict(C=32, COUT=32, H=8, W=8),  # whole blocks everywhere
-    "channels past a block": dict(C=33, COUT=65, H=5, W=6, N=3),
-    "one pixel": dict(N=4, H=1, W=1, training=False),  # batch statistics: of few values, or invariant to a factor
-    "one channel": dict(C=1, COUT=1, H=7, W=4, training=False),
-    "thin": dict(H=1, W=23),
-    "stride 2, even": dict(H=8, W=10, stride=2),
-    "stride 2, odd, dilated": dict(H=9, W=13, stride=2, dilation=2),
-    "stride 3, no padding": dict(H=10, W=11, stride=3, padding=0),
-    "5x5": dict(K=5, H=9, W=7),
-    "7x7 dilated": dict(N=1, K=7, H=9, W=10, dilation=2),
-    "even kernel": dict(K=2, H=6, W=7, padding=1),
-    "padding past the kernel": dict(H=4, W=5, padding=4),
-    "dilation past the map": dict(H=5, W=6, dilation=7, training=False),
+SIZES: dict[str, dict] = {
+    "blocks": {"C": 32, "COUT": 32, "H": 8, "W": 8},  # whole blocks everywhere
+    "channels past a block": {"C": 33, "COUT": 65, "H": 5, "W": 6, "N": 3},
+    "one pixel": {
+        "N": 4,
+        "H": 1,
+        "W": 1,
+        "training": False,
+    },  # batch statistics: of few values, or invariant to a factor
+    "one channel": {"C": 1, "COUT": 1, "H": 7, "W": 4, "training": False},
+    "thin": {"H": 1, "W": 23},
+    "stride 2, even": {"H": 8, "W": 10, "stride": 2},
+    "stride 2, odd, dilated": {"H": 9, "W": 13, "stride": 2, "dilation": 2},
+    "stride 3, no padding": {"H": 10, "W": 11, "stride": 3, "padding": 0},
+    "5x5": {"K": 5, "H": 9, "W": 7},
+    "7x7 dilated": {"N": 1, "K": 7, "H": 9, "W": 10, "dilation": 2},
+    "even kernel": {"K": 2, "H": 6, "W": 7, "padding": 1},
+    "padding past the kernel": {"H": 4, "W": 5, "padding": 4},
+    "dilation past the map": {"H": 5, "W": 6, "dilation": 7, "training": False},
 }
 
 
@@ -322,25 +327,30 @@ def test_autocast_takes_the_autocast_dtype(device):
 
 
 ERRORS = {
-    "unknown activation": (dict(post_act="gelu"), ValueError, "post_act is 'gelu'"),
-    "3-D input": (dict(x=torch.zeros(5, 9, 11)), ValueError, r"x is \(5, 9, 11\); it must be \(N, C, H, W\)"),
-    "integer input": (dict(x=torch.zeros(2, 5, 9, 11, dtype=torch.int32)), TypeError, "x is torch.int32"),
-    "channels": (dict(x=torch.zeros(2, 4, 9, 11)), ValueError, "x has 4 channels"),
-    "pointwise": (dict(pw=torch.zeros(7, 4, 1, 1)), ValueError, r"must be \(COUT, 5, 1, 1\)"),
-    "mixed dtypes": (dict(dw=torch.zeros(5, 1, 3, 3, dtype=torch.float16)), TypeError, "should be the same"),
-    "too small": (dict(x=torch.zeros(2, 5, 2, 2), padding=0), ValueError, "smaller than the 3x3 taps"),
-    "stride": (dict(stride=0), ValueError, "stride 0"),
-    "bias": (dict(dw_bias=torch.zeros(4)), ValueError, r"depthwise_bias is \(4,\)"),
-    "residual": (dict(residual=torch.zeros(2, 7, 9, 10)), ValueError, "residual is"),
-    "norm size": (dict(mid_norm=BatchNormArgs(torch.zeros(4), torch.ones(4))), ValueError, "mid_norm.running_mean is"),
-    "no statistics": (dict(mid_norm=BatchNormArgs(None, None)), ValueError, "set training=True"),
+    "unknown activation": ({"post_act": "gelu"}, ValueError, "post_act is 'gelu'"),
+    "3-D input": ({"x": torch.zeros(5, 9, 11)}, ValueError, r"x is \(5, 9, 11\); it must be \(N, C, H, W\)"),
+    "integer input": ({"x": torch.zeros(2, 5, 9, 11, dtype=torch.int32)}, TypeError, "x is torch.int32"),
+    "channels": ({"x": torch.zeros(2, 4, 9, 11)}, ValueError, "x has 4 channels"),
+    "pointwise": ({"pw": torch.zeros(7, 4, 1, 1)}, ValueError, r"must be \(COUT, 5, 1, 1\)"),
+    "mixed dtypes": ({"dw": torch.zeros(5, 1, 3, 3, dtype=torch.float16)}, TypeError, "should be the same"),
+    "too small": ({"x": torch.zeros(2, 5, 2, 2), "padding": 0}, ValueError, "smaller than the 3x3 taps"),
+    "stride": ({"stride": 0}, ValueError, "stride 0"),
+    "bias": ({"dw_bias": torch.zeros(4)}, ValueError, r"depthwise_bias is \(4,\)"),
+    "residual": ({"residual": torch.zeros(2, 7, 9, 10)}, ValueError, "residual is"),
+    "norm size": ({"mid_norm": BatchNormArgs(torch.zeros(4), torch.ones(4))}, ValueError, "mid_norm.running_mean is"),
+    "no statistics": ({"mid_norm": BatchNormArgs(None, None)}, ValueError, "set training=True"),
 }
 
 
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors(case, device):
     changes, kind, text = ERRORS[case]
-    args = {"x": torch.zeros(2, 5, 9, 11), "dw": torch.zeros(5, 1, 3, 3), "pw": torch.zeros(7, 5, 1, 1), "dw_bias": None}
+    args = {
+        "x": torch.zeros(2, 5, 9, 11),
+        "dw": torch.zeros(5, 1, 3, 3),
+        "pw": torch.zeros(7, 5, 1, 1),
+        "dw_bias": None,
+    }
     args |= {name: value for name, value in changes.items() if name in args}
     options = {name: value for name, value in changes.items() if name not in args}
     to = lambda v: v.to(device) if isinstance(v, Tensor) else v

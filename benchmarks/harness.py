@@ -1,0 +1,237 @@
+"""How a function is timed, checked and described: shared by the pytest benchmarks and ``gpu.py``."""
+
+import importlib.util
+import platform
+import shutil
+import statistics
+import subprocess
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fastseg.ops._dispatch import HAS_TRITON
+
+GRAPH_BELOW = 100e-6  # seconds; under this the host's time to launch shows in a time taken between events
+
+# Relative L2 distance from an fp32 run that rounding in the dtype explains; see `disagreement`.
+AGREEMENT = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+Function = Callable[[], object]
+
+
+class Timing(NamedTuple):
+    """Seconds of each repetition, and how they were taken: "events", "graph" or "wall"."""
+
+    seconds: list[float]
+    timer: str
+
+
+def do_bench(fn: Function, milliseconds: float) -> list[float]:
+    """Seconds between two events around each call, the L2 cache emptied before it."""
+    import triton.testing
+
+    times = triton.testing.do_bench(fn, warmup=max(1, int(milliseconds / 4)), rep=milliseconds, return_mode="all")
+    return [ms * 1e-3 for ms in times]
+
+
+def device_times(fn: Function, *, graph: bool = True, milliseconds: float = 60) -> Timing:
+    """Device times of ``fn`` on CUDA.
+
+    A call shorter than ``GRAPH_BELOW`` is captured, and the graph's replays are timed in its place: what remains is the
+    kernels and the gaps between them, with the cache as cold as for the long ones.
+
+    Args:
+        fn: what to time.
+        graph: whether ``fn`` may be captured; a backward of a forward outside the graph may not.
+        milliseconds: how long to repeat.
+    """
+    seconds = do_bench(fn, milliseconds)
+    if not graph or statistics.median(seconds) >= GRAPH_BELOW:
+        return Timing(seconds, "events")
+    try:
+        replay = captured(fn)
+    except RuntimeError:  # it synchronises or copies from the host: timed as it is
+        return Timing(seconds, "events")
+    return Timing(do_bench(replay, milliseconds), "graph")
+
+
+def captured(fn: Function) -> Function:
+    """``fn`` as a CUDA graph; the returned function replays it and returns the same output tensors each time."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = fn()
+
+    def replay() -> object:
+        graph.replay()
+        return output
+
+    return replay
+
+
+def summary(timing: Timing, *, bytes_moved: float | None = None, floor_s: float | None = None) -> dict:
+    """Median and spread in microseconds; GB/s and the share of the roofline where bytes and floor are given."""
+    median = statistics.median(timing.seconds)
+    low, high = _quantiles(timing.seconds)
+    out = {
+        "median_us": median * 1e6,
+        "p20_us": low * 1e6,
+        "p80_us": high * 1e6,
+        "samples": len(timing.seconds),
+        "timer": timing.timer,
+    }
+    if bytes_moved is not None:
+        out["gb_per_s"] = bytes_moved / median * 1e-9
+    if floor_s is not None:
+        out["roofline"] = floor_s / median
+    return out
+
+
+def _quantiles(values: list[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    fifths = statistics.quantiles(values, n=5, method="inclusive")
+    return fifths[0], fifths[3]
+
+
+def peak_mib(fn: Function, device: torch.device) -> float | None:
+    """MiB that one call allocates above what was there before, at its peak; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    fn()
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    fn()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def launch_count(fn: Function) -> int:
+    """fastseg's own kernel launches in one call."""
+    if not HAS_TRITON:
+        return 0
+    from fastseg.kernels import config
+
+    count = 0
+
+    def on_launch(*launch) -> None:
+        nonlocal count
+        count += 1
+        config.run(*launch)
+
+    with config.intercept(on_launch):
+        fn()
+    return count
+
+
+def kernel_count(fn: Function, device: torch.device) -> int | None:
+    """All kernels, copies and fills that one call runs on a CUDA device, fastseg's or not; None on a CPU."""
+    if device.type != "cuda":
+        return None
+    fn()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fn()
+        torch.cuda.synchronize(device)
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+
+
+def config_sources(fn: Function, device: torch.device) -> list[str]:
+    """``kernel[row]: where its configuration came from``, for each question to ``select`` in one call."""
+    if not HAS_TRITON:
+        return []
+    from fastseg.kernels import config
+
+    asked: list[tuple[str, int, dict]] = []
+    with config.observe_selects(lambda kernel, size, key: asked.append((kernel, size, key))):
+        fn()
+    return sorted(
+        {
+            f"{kernel}[{config.row_name(**key)}]: {config.select(kernel, size=size, device=device, **key).source}"
+            for kernel, size, key in asked
+        }
+    )
+
+
+def distance(got: object, want: object) -> float:
+    """Largest relative L2 distance between corresponding tensors; NaN counts as infinite."""
+    worst = 0.0
+    for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        error = float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30))
+        worst = max(worst, error) if error == error else float("inf")
+    return worst
+
+
+def disagreement(results: Mapping[str, object], exact: object, dtype: torch.dtype, baseline: str = "eager") -> str:
+    """Why the providers' results are not all the same function, or "".
+
+    Each may be as far from ``exact`` (an fp32 run of the baseline) as rounding explains, or half as far again as the
+    baseline is: gradients behind a ReLU move more than rounding, because signs near zero flip, and do so for everyone.
+    """
+    allowed = max(AGREEMENT[dtype], 1.5 * distance(results[baseline], exact))
+    errors = {name: distance(result, exact) for name, result in results.items()}
+    return "; ".join(
+        f"{name} is {error:.2e} from fp32, allowed {allowed:.2e}"
+        for name, error in errors.items()
+        if not error <= allowed or error == float("inf")
+    )
+
+
+def floats(result: object) -> list[Tensor]:
+    """The tensors of a result, copied: the next call of a captured function overwrites them."""
+    return [leaf.detach().clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What a time depends on: device, driver and versions, and the date."""
+    out = {
+        "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "torch": torch.__version__,
+        "triton": _triton_version(),
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+    if device.type == "cuda":
+        out["cuda"] = str(torch.version.cuda or torch.version.hip)
+        out["cudnn"] = str(torch.backends.cudnn.version())
+        out["driver"] = _driver()
+    return out
+
+
+def _triton_version() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "none"
+    import triton
+
+    return triton.__version__
+
+
+def _driver() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "unknown"
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.split()
+    return lines[0] if lines else "unknown"
+
+
+def here() -> torch.device:
+    """The CUDA device where there is one, set up as a user would for speed; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    torch.backends.cudnn.benchmark = True
+    return torch.device("cuda", 0)
+
+
+def dtype_for(device: torch.device) -> torch.dtype:
+    """bf16 under autocast on a GPU; fp32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,334 @@
+"""The benchmark harness itself: timing, the stages of gpu.py, results that survive a crash, tables and plots."""
+
+import json
+import subprocess
+import sys
+
+import bench_models
+import bench_separable_conv as bench
+import gpu
+import harness
+import plot
+import pytest
+import record
+import tables
+import torch
+import workloads
+
+CPU = torch.device("cpu")
+
+
+# The fixture and the timing behind it.
+
+
+def _conftest():
+    """benchmarks/conftest.py as a module; pytest has imported tests/conftest.py only."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("benchmarks_conftest", record.ROOT / "benchmarks" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_times_taken_elsewhere_become_the_plugins_statistics(benchmark):
+    """Pins pytest-benchmark's private API: `_make_stats`, `update`, `_mode`."""
+    if benchmark.disabled:
+        pytest.skip("statistics are off")
+    _conftest().feed(benchmark, [3e-6, 1e-6, 2e-6])
+    assert list(benchmark.stats.stats.data) == [3e-6, 1e-6, 2e-6]
+    assert benchmark.stats.stats.median == pytest.approx(2e-6)
+    assert benchmark.stats.as_dict()["stats"]["median"] == pytest.approx(2e-6)
+
+
+def test_a_short_call_is_timed_as_a_graph(monkeypatch):
+    calls = []
+
+    def fake_bench(fn, milliseconds):
+        calls.append(fn)
+        return {"long": [2e-4], "short": [5e-5], "replay": [2e-5], "stuck": [5e-5]}[fn]
+
+    def fake_capture(fn):
+        if fn == "stuck":
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return "replay"
+
+    monkeypatch.setattr(harness, "do_bench", fake_bench)
+    monkeypatch.setattr(harness, "captured", fake_capture)
+    assert harness.device_times("long") == ([2e-4], "events")
+    assert harness.device_times("short") == ([2e-5], "graph")
+    assert harness.device_times("short", graph=False) == ([5e-5], "events")
+    assert harness.device_times("stuck") == ([5e-5], "events")
+    assert calls == ["long", "short", "replay", "short", "stuck"]
+
+
+def test_summary():
+    row = harness.summary(harness.Timing([4e-6, 1e-6, 2e-6, 3e-6, 5e-6], "events"), bytes_moved=6e3, floor_s=1.5e-6)
+    assert row["median_us"] == pytest.approx(3)
+    assert (row["p20_us"], row["p80_us"]) == (pytest.approx(1.8), pytest.approx(4.2))
+    assert row["gb_per_s"] == pytest.approx(2)
+    assert row["roofline"] == pytest.approx(0.5)
+    assert "roofline" not in harness.summary(harness.Timing([1.0], "wall"))
+
+
+def test_a_provider_that_computes_something_else_is_named():
+    exact = torch.randn(1000)
+    rough = exact.bfloat16()
+    results = {"eager": rough, "fastseg": rough.clone(), "compile": rough * 1.05}
+    assert harness.disagreement({k: results[k] for k in ("eager", "fastseg")}, exact, torch.bfloat16) == ""
+    assert harness.disagreement(results, exact, torch.bfloat16).startswith("compile is 5.")
+    results["compile"] = torch.full_like(rough, torch.nan)
+    assert "compile is inf" in harness.disagreement(results, exact, torch.bfloat16)
+    assert "eager is inf" in harness.disagreement({"eager": results["compile"]}, exact, torch.bfloat16)
+
+
+# What is measured.
+
+
+@pytest.mark.parametrize("mode", bench.MODES)
+def test_the_exact_result_is_fp32_whatever_autocast_says(mode):
+    problem = bench.Problem(workloads.tiny(workloads.SEPARABLE[0]), mode, CPU)
+    want = problem.exact()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = problem.exact()
+        rounded = harness.floats(problem.function(problem.plain)())
+    assert [t.dtype for t in got] == [torch.float32] * len(got)
+    assert harness.distance(got, want) < 1e-6
+    assert harness.distance(rounded, want) > 1e-4
+
+
+def test_a_backward_holds_no_forward():
+    problem = bench.Problem(workloads.tiny(workloads.SEPARABLE[0]), "train-backward", CPU)
+    calls = []
+    problem.plain.register_forward_hook(lambda *args: calls.append(1))
+    backward = problem.function(problem.plain)
+    first, second = backward(), backward()
+    assert len(calls) == 1
+    assert len(first) == 1 + len(list(problem.plain.parameters()))
+    assert harness.distance(first, second) == 0
+
+
+def test_forced_forms_launch_what_they_name(device):
+    from fastseg.kernels import config
+
+    problem = bench.Problem(workloads.tiny(workloads.SEPARABLE[0]), "eval", torch.device(device))
+    launched = {}
+    for form in ("fused", "split"):
+        names = launched[form] = []
+
+        def note(*launch, names=names):
+            names.append(launch[0].fn.__name__)
+            config.run(*launch)
+
+        with problem.context(), bench.forced(form), config.intercept(note):
+            problem.function(problem.fused)()
+    assert launched["fused"] == ["_separable_conv_fwd_fused_kernel"]
+    assert launched["split"] == ["_separable_conv_fwd_dw_kernel", "_separable_conv_fwd_pw_kernel"]
+
+
+def test_least_traffic():
+    shape = workloads.SeparableShape("s", C=4, COUT=8, H=6, W=6, N=2, stride=2)
+    elements = {mode: bench.Problem(shape, mode, CPU).bytes_moved / 4 for mode in bench.MODES}
+    A, Y, W = 2 * 4 * 36, 2 * 8 * 9, 4 * 9 + 4 * 8
+    assert elements == {"eval": A + Y + W, "train-forward": A + 2 * Y + W, "train-backward": 2 * (A + Y + W)}
+
+
+# gpu.py.
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu.main([]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--rehearse" in error
+
+
+def _gpu(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(record.ROOT / "benchmarks" / "gpu.py"), "--rehearse", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+
+
+@pytest.mark.parametrize("stage", ["env", "ops", "tune"])
+def test_rehearsal(stage, tmp_path):
+    path = tmp_path / "cpu.json"
+    done = _gpu("--stage", stage, "--results", str(path), "--budget", "120")
+    assert done.returncode == 0, done.stdout + done.stderr
+    stages = record.read(path)
+    assert list(stages) == [stage]
+    assert stages[stage]["status"] == "ok"
+    assert stages[stage]["tests"] == "not run"
+    assert stages[stage]["machine"]["torch"] == torch.__version__
+    rows = stages[stage]["rows"]
+    if stage == "ops":
+        pairs = {(row["shape"], row["mode"]) for row in rows}
+        assert {mode for _, mode in pairs} == set(bench.MODES)
+        assert {(row["shape"], row["mode"], row["provider"]) for row in rows} == {
+            (*pair, provider) for pair in pairs for provider in ("fastseg", "eager")
+        }
+        assert all(row["median_us"] > 0 and row["path"].startswith("reference") for row in rows)
+    elif stage == "tune":
+        assert any(row["row"].startswith("separable_conv_fwd_fused[") for row in rows)
+        table = json.loads((tmp_path / "tuned" / "cpu.json").read_text())
+        assert {row["row"].partition("[")[0] for row in rows if row["best"]} == set(table["configs"])
+    else:
+        assert {"copy", "eager op, host"} <= {row["what"] for row in rows}
+
+
+def _run_with(monkeypatch, tmp_path, workers):
+    """`drive` with stages that are snippets of Python in place of the real workers."""
+    path = tmp_path / "fake.json"
+    script = tmp_path / "worker.py"
+    head = f"import sys; sys.path.insert(0, {str(record.ROOT / 'benchmarks')!r})\n"
+    head += "from pathlib import Path\nimport record\n"
+    body = "stage, path = sys.argv[sys.argv.index('--stage') + 1], Path(sys.argv[sys.argv.index('--results') + 1])\n"
+    log = "log = record.Log(path, stage, 100, {})\nlog.row(value=1)\n"
+    script.write_text(head + body + log + f"exec({workers!r}[stage])\n")
+    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "SHARES", dict.fromkeys(workers, 1.0))
+    return path, gpu.drive(list(workers), path, 100, rehearse=False)
+
+
+def test_a_stage_that_dies_takes_no_other_with_it(monkeypatch, tmp_path):
+    workers = {
+        "one": "log.finish()",
+        "two": "import os; os.kill(os.getpid(), 11)",
+        "three": "log.row(value=2); raise RuntimeError('boom')",
+        "four": "log.row(value=2); log.finish()",
+    }
+    path, status = _run_with(monkeypatch, tmp_path, workers)
+    stages = record.read(path)
+    assert status == 1
+    assert {name: len(stage["rows"]) for name, stage in stages.items()} == {"one": 1, "two": 1, "three": 2, "four": 2}
+    assert [stages[name]["status"] for name in workers] == [
+        "ok",
+        "crashed with exit status -11",
+        "crashed with exit status 1",
+        "ok",
+    ]
+    assert [file.name for file in tmp_path.glob("fake*")] == ["fake.json"]
+
+
+def test_a_stage_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path, monkeypatch):
+    def hang(command, env, timeout, check):
+        path, stage = (command[command.index(option) + 1] for option in ("--results", "--stage"))
+        record.write(record.Path(path), stage, {"status": "running", "rows": [{"value": 1}]})
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "run", hang)
+    path = tmp_path / "fake.json"
+    assert gpu.run_stage("ops", path, 60, rehearse=False) == "cut off"
+    assert record.read(path)["ops"] | {"seconds": 0} == {"status": "cut off", "rows": [{"value": 1}], "seconds": 0}
+
+
+def test_the_budget_ends_the_run(monkeypatch, tmp_path):
+    begun = []
+    clock = iter(range(0, 10_000, 60))
+    monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(gpu, "run_stage", lambda stage, path, seconds, rehearse: begun.append((stage, seconds)) or "ok")
+    assert gpu.drive(["env", "tests", "ops", "tune"], tmp_path / "x.json", 200, rehearse=False) == 1
+    assert begun == [("env", 0.08 * 200), ("tests", 80.0), ("ops", 20)]
+
+
+def test_red_tests_follow_the_times(tmp_path):
+    path = tmp_path / "x.json"
+    for status in ("failed", "passed"):
+        record.write(path, "tests", {"status": status, "code": record.code_digest()})
+        assert record.Log(path, "ops", 1, {}).record["tests"] == status
+    record.write(path, "tests", {"status": "passed", "code": "of another day"})
+    assert record.Log(path, "ops", 1, {}).record["tests"] == "not run"
+    record.write(path, "tests", {"status": "cut off", "code": record.code_digest()})
+    assert record.Log(path, "ops", 1, {}).record["tests"] == "not run"
+
+
+def test_a_broken_results_file_is_not_overwritten(tmp_path, capsys):
+    path = tmp_path / "x.json"
+    path.write_text('{"ops": ')
+    assert gpu.main(["--rehearse", "--stage", "env", "--results", str(path)]) == 2
+    assert "move it away" in capsys.readouterr().err
+    assert path.read_text() == '{"ops": '
+
+
+# Tables and plots.
+
+
+def _stages(tests: str = "passed") -> dict:
+    row = {"shape": "decoder", "mode": "eval", "median_us": 100.0}
+    ops = [row | {"provider": "fastseg"}, row | {"provider": "eager", "median_us": 600.0}]
+    ops += [row | {"provider": "compile", "wrong": "compile is 5.0 from fp32"}]
+    return {
+        "ops": {"tests": tests, "rows": ops},
+        "ops-tuned": {"tests": tests, "rows": [row | {"provider": "fastseg", "median_us": 80.0}]},
+    }
+
+
+def _cells(text: str, shape: str) -> list[str]:
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {shape} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")][2:]
+
+
+def test_a_table_shows_what_counts():
+    text = tables.separable_eval("NVIDIA_H200", _stages())
+    assert _cells(text, "decoder") == ["600", tables.MISSING, "80.0", "7.50x", "", "85%"]
+    assert _cells(text, "xception_middle") == [tables.MISSING] * 3 + [""] * 3
+
+
+@pytest.mark.parametrize("tests", ["failed", "not run"])
+def test_a_time_on_red_tests_is_no_time(tests):
+    assert _cells(tables.separable_eval("NVIDIA_H200", _stages(tests)), "decoder")[:3] == [tables.MISSING] * 3
+
+
+def test_a_training_step_is_forward_and_backward():
+    times = {("s", "train-forward", "eager"): 1.0, ("s", "train-backward", "eager"): 2.0}
+    assert tables.step_time(times, "s", "eager") == 3.0
+    assert tables.step_time({("s", "train-forward", "eager"): 1.0}, "s", "eager") is None
+
+
+def test_figures_fill_the_readme_and_say_what_is_not_measured(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    first, second = "<!-- table:separable-eval -->\nold\n<!-- end -->", "<!-- table:models -->\n<!-- end -->"
+    readme.write_text(f"# Title\n{first}\nbetween\n{second}\nlast\n")
+    arguments = ["--readme", str(readme), "--results", str(tmp_path)]
+    assert plot.main(arguments) == 0
+    once = readme.read_text()
+    assert once.startswith("# Title\n<!-- table:separable-eval -->\n| shape |")
+    assert "old" not in once
+    assert "\n<!-- end -->\nbetween\n" in once
+    assert once.endswith("<!-- end -->\nlast\n")
+    assert once.count(tables.MISSING) > 30
+    assert plot.main(arguments) == 0
+    assert readme.read_text() == once
+    for name in ("separable", "models"):
+        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in (tmp_path / "figures" / f"{name}.svg").read_text()
+
+    record.write(tmp_path / "NVIDIA_H200.json", "ops", _stages()["ops"])
+    assert plot.main(arguments) == 0
+    assert "**NVIDIA H200**" in readme.read_text()
+    assert _cells(readme.read_text(), "decoder")[0] == "600"
+    assert (tmp_path / "figures" / "separable-NVIDIA_H200.svg").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["<!-- table:nothing -->\n<!-- end -->", "<!-- table:models -->\n<!-- table:machine -->\n<!-- end -->"]
+)
+def test_a_bad_mark_leaves_the_readme_alone(tmp_path, text, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    assert plot.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
+    assert readme.read_text() == text
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_table_of_models():
+    name = bench_models.label(bench_models.SHAPES[0])
+    times = {("eager", False): 900.0, ("fastseg", False): 500.0, ("fastseg", True): 100.0}
+    rows = [
+        {"shape": name, "provider": provider, "cuda_graph": graph, "median_us": us, "images_per_s": 1e6 / us}
+        | {"peak_mib": None if graph else us / 100, "kernels": 5}
+        for (provider, graph), us in times.items()
+    ]
+    text = tables.models("NVIDIA_H200", {"models": {"tests": "passed", "rows": rows}})
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} ")]
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2:] == ["900 / -", tables.MISSING, "500 / 100", "10000", "9 / 5", "5 / 5"]
