@@ -9,9 +9,9 @@ Layout: NHWC, channels innermost, so that every tap is a row of 16-byte loads wh
 multiply-adds in fp32 (one tensor-core tile per channel would be 1/16 used); only the pointwise half is a dot.
 
 Evaluation, in elements (A = x, U = u, Y = y or z): fused A + Y, split A + 2U + Y; unfused torch, with each norm and
-activation a pass of its own, A + 6U + 6Y. In the fused form the depthwise tile goes from registers into the dot as its A
-operand, and batch norm parameters are read raw: no folding launches. `separable_conv_plan.plan` chooses the form; both
-round u and z as torch does, so that they differ by the order of the dot's sum alone.
+activation a pass of its own, A + 6U + 5Y. In the fused form the depthwise tile goes from registers into the dot as its
+A operand, and batch norm parameters are read raw: no folding launches. `separable_conv_plan.plan` chooses the form;
+both round u and z as torch does, so that they differ by the order of the dot's sum alone.
 
 Training with batch statistics: the kernel that produces u (or z) reduces each tile to (mean, squared deviations) while
 it holds it. Fused: A (statistics of u only) + A + Y, then 2Y to normalise z; split: A + 2U + Y + 2Y.

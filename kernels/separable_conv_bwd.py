@@ -1,8 +1,8 @@
 """Kernels and launchers of the separable convolution's backward; the story is in ``separable_conv.py``.
 
 Names: dz = gradient at the pointwise convolution's output, g1 = at the middle norm's output (behind the middle
-activation), du = at the depthwise convolution's output. dz and du are never stored: each kernel that needs them computes
-them from (dy, z) and (g1, u) as it loads.
+activation), du = at the depthwise convolution's output. dz and du are never stored: each kernel that needs them
+computes them from (dy, z) and (g1, u) as it loads.
 """
 
 import torch

@@ -279,7 +279,8 @@ def fused_fwd(
         _or(z, y), _or(y, z), tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
         C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre,
-        DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
+        DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
+        PW_BIAS=w.pw_bias is not None,
         POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post, HAS_RESIDUAL=residual is not None,
         STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
     )  # fmt: skip
@@ -332,7 +333,8 @@ def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stat
     """BLOCK_N covers COUT, so that the depthwise tile is computed once.
 
     8 x 8 pixels and 32 channels leave room for two blocks per multiprocessor: one's taps run beside the other's dot.
-    128 registers do not spill on sm_90; they do on sm_80 and sm_100, and in the epilogue with statistics (255: no limit).
+    128 registers do not spill on sm_90; they do on sm_80 and sm_100, and in the epilogue with statistics (255: no
+    limit).
     """
     block_n = fused_block_n(COUT, dtype)
     wide = block_n * dtype.itemsize >= 512

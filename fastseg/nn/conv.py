@@ -12,9 +12,9 @@ class SeparableConv2d(nn.Module):
     """Depthwise K x K, then pointwise 1x1, each with optional batch norm and activation, as one op.
 
     The order is ``pre_act, depthwise, mid_norm, mid_act, pointwise, post_norm, post_act``; leaving parts out gives the
-    orders found in the field (the article's Xception blocks: ``pre_act="relu", mid_norm=True, post_act=None``; MobileNetV2:
-    ``mid_norm=True, mid_act="relu6", post_act=None``; a separable ASPP branch: ``mid_norm=True, mid_act="relu"``). An order
-    that begins with a norm is ``nn.BatchNorm2d`` in front, and ``pre_act``.
+    orders found in the field (the article's Xception blocks: ``pre_act="relu", mid_norm=True, post_act=None``;
+    MobileNetV2: ``mid_norm=True, mid_act="relu6", post_act=None``; a separable ASPP branch: ``mid_norm=True,
+    mid_act="relu"``). An order that begins with a norm is ``nn.BatchNorm2d`` in front, and ``pre_act``.
 
     Children ``depthwise``, ``mid_norm``, ``pointwise``, ``post_norm`` are ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d``
     (absent norms are None): weights load, convert and quantise as torch's own.
@@ -109,8 +109,8 @@ def run_separable(
 ) -> Tensor:
     """Run torch modules, wherever they live and whatever they are called, as one separable convolution.
 
-    Modules that the op cannot stand for (SyncBatchNorm, a quantised or parametrised child, one with hooks, string padding) are
-    called one after the other instead, with the same result; ``fastseg.explain()`` says why.
+    Modules that the op cannot stand for (SyncBatchNorm, a quantised or parametrised child, one with hooks, string
+    padding) are called one after the other instead, with the same result; ``fastseg.explain()`` says why.
     """
     why = _not_fusible(depthwise, mid_norm, pointwise, post_norm)
     if why:
@@ -144,7 +144,12 @@ def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
 
 def _not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
     """Why these modules must be called as they are, or ""."""
-    for module, plain in ((depthwise, nn.Conv2d), (mid_norm, nn.BatchNorm2d), (pointwise, nn.Conv2d), (post_norm, nn.BatchNorm2d)):
+    for module, plain in (
+        (depthwise, nn.Conv2d),
+        (mid_norm, nn.BatchNorm2d),
+        (pointwise, nn.Conv2d),
+        (post_norm, nn.BatchNorm2d),
+    ):
         if module is None:
             continue
         if type(module) is not plain:

@@ -1,8 +1,9 @@
-"""separable_conv2d against plain PyTorch in fp64: values, gradients, layouts, dtypes, and the cases that break kernels."""
+"""separable_conv2d against plain PyTorch in fp64: values, gradients, layouts, dtypes, and what breaks kernels."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from separable_inputs import ORDERS, make
 from torch import Tensor
 
 import fastseg
@@ -10,53 +11,8 @@ from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops.separable_conv import separable_conv2d_ref
 from fastseg.testing import Tolerance, check_op, compare, guard, guarded
 
-# What stands around the two convolutions, as the field writes it: pre_act, mid_norm, mid_act, post_norm, post_act.
-ORDERS = {
-    "bare": (None, False, None, False, None),
-    "smp": (None, False, None, True, "relu"),
-    "cadene": ("relu", False, None, True, None),
-    "xception": ("relu", True, None, True, None),
-    "aspp": (None, True, "relu", True, "relu"),
-    "mobilenet": (None, True, "relu6", True, None),
-    "norms": (None, True, None, True, None),  # no kinks: half types are compared with fp64 by it
-    "presep": ("leaky_relu", False, None, False, None),  # a BatchNorm2d in front makes it timm's
-    "acts": ("relu6", False, "leaky_relu", False, "leaky_relu"),
-}
 # Half types: u, a, z (forward) and dz, g1 (backward) are each rounded once, as torch rounds them.
 HALF = {torch.float16: Tolerance(2**-9, 2**-9), torch.bfloat16: Tolerance(2**-6, 2**-6)}
-
-
-def make(
-    order="aspp", N=2, C=5, H=9, W=11, COUT=7, K=3, stride=1, padding=None, dilation=1, bias=False, training=False,
-    residual=False, dtype=torch.float32, device="cpu", layout=torch.channels_last, affine=True,
-):  # fmt: skip
-    """-> inputs, keyword arguments; every floating-point tensor requires grad whose gradient is not 0 by cancellation."""
-    pre_act, mid, mid_act, post, post_act = ORDERS[order]
-    grad = lambda t: t.to(device).requires_grad_()
-
-    def norm(channels):
-        weight, bias = (grad(torch.rand(channels) + 0.5), grad(torch.randn(channels) * 0.3)) if affine else (None, None)
-        mean, var = torch.randn(channels) * 0.1, torch.rand(channels) + 0.5
-        return BatchNormArgs(mean.to(device), var.to(device), weight, bias, training)
-
-    inputs = [
-        grad(torch.randn(N, C, H, W).to(dtype).to(memory_format=layout)),
-        grad((torch.randn(C, 1, K, K) / K).to(dtype)),
-        grad((torch.randn(COUT, C, 1, 1) / C**0.5).to(dtype)),
-        grad(torch.randn(C).to(dtype)) if bias else None,
-        grad(torch.randn(COUT).to(dtype)) if bias else None,
-    ]
-    kwargs = {
-        "stride": stride, "padding": padding, "dilation": dilation, "pre_act": pre_act, "mid_act": mid_act,
-        "post_act": post_act, "mid_norm": norm(C) if mid else None, "post_norm": norm(COUT) if post else None,
-    }  # fmt: skip
-    if training and mid and post and mid_act is None:
-        kwargs["mid_norm"].bias.requires_grad_(False)  # a shift that the second norm's batch statistics take out again
-    if residual:
-        padding = dilation * (K - 1) // 2 if padding is None else padding
-        out = [(size + 2 * padding - dilation * (K - 1) - 1) // stride + 1 for size in (H, W)]
-        kwargs["residual"] = grad(torch.randn(N, COUT, *out).to(dtype).to(memory_format=layout))
-    return inputs, kwargs
 
 
 @pytest.fixture(params=["fused", "split"])
@@ -125,7 +81,8 @@ def test_gradcheck(order, form, device):
         pytest.skip("float64 runs under the interpreter only")
     inputs, kwargs = make(order, N=2, C=2, H=3, W=4, COUT=3, bias=order == "acts", training=True, residual=True,
                           dtype=torch.float64)  # fmt: skip
-    leaves = [t for t in (*inputs, *(kwargs["mid_norm"] or ())[2:4], *(kwargs["post_norm"] or ())[2:4], kwargs["residual"])
+    norms = [t for norm in (kwargs["mid_norm"], kwargs["post_norm"]) if norm for t in norm[2:4]]
+    leaves = [t for t in (*inputs, *norms, kwargs["residual"])
               if t is not None]  # fmt: skip
 
     def run(*_):
@@ -230,7 +187,8 @@ def test_no_gradient_paths(device):
     assert not torch.equal(kwargs["mid_norm"].running_mean, before)  # training statistics move all the same
     inputs, kwargs = make(device=device)
     with torch.inference_mode():
-        check_op(separable_conv2d, separable_conv2d_ref, [None if t is None else t.detach() for t in inputs], grad=False, terms=50,
+        inputs = [None if t is None else t.detach() for t in inputs]
+        check_op(separable_conv2d, separable_conv2d_ref, inputs, grad=False, terms=50,
                  **kwargs)  # fmt: skip
 
 
