@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,12 @@ import torch
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is decorated: Triton reads it there
+
+if "ttsem" in sys.modules:
+    from emulated import launchers_for_all
+
+    with launchers_for_all():
+        import fastseg.ops  # noqa: F401
 
 if importlib.util.find_spec("fastseg") is None or importlib.util.find_spec("fastseg.kernels") is None:
     pytest.exit("fastseg is not installed: run `pip install -e .` in the repository's root", returncode=4)
@@ -50,3 +57,9 @@ def _seed() -> None:
 def _poison():
     with poison():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _ieee(monkeypatch) -> None:
+    """fp32 means fp32: with tf32 on, torch's default for convolutions, three digits are all that could be compared."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)

@@ -7,6 +7,7 @@ from separable_inputs import ORDERS, make
 from torch import Tensor
 
 import fastseg
+from fastseg.kernels import config
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops.separable_conv import separable_conv2d_ref
 from fastseg.testing import Tolerance, check_op, compare, guard, guarded
@@ -73,6 +74,22 @@ def test_aspp_rates(rate, device):
 def test_half(dtype, training, form, device):
     inputs, kwargs = make("norms", C=40, COUT=24, training=training, dtype=dtype, residual=True, device=device)
     check_op(separable_conv2d, separable_conv2d_ref, inputs, tolerance=HALF[dtype], terms=100, **kwargs)
+
+
+@pytest.mark.parametrize("allowed", [False, True], ids=["ieee", "tf32"])
+def test_precision_follows_torchs_switch(allowed, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    seen = []
+
+    def watch(kernel, grid, args, kwargs):
+        seen.append(kwargs.get("PRECISION"))
+        config.run(kernel, grid, args, kwargs)
+
+    inputs, kwargs = make("smp", device=device)
+    with config.intercept(watch):
+        check_op(separable_conv2d, separable_conv2d_ref, inputs, terms=100,
+                 tolerance=Tolerance(2**-10, 2**-10) if allowed else None, **kwargs)  # fmt: skip
+    assert {p for p in seen if p} == {"tf32" if allowed else "ieee"}
 
 
 @pytest.mark.parametrize("order", ["mobilenet", "acts"])
