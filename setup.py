@@ -12,6 +12,7 @@ VERSION = next(
 
 TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis", "expecttest"]
 PLOT = ["matplotlib>=3.8"]
+ONNX = ["onnx", "onnxscript"]
 DEMO = ["scikit-image>=0.25", "pillow>=12.2", "tqdm"]
 
 setup(
@@ -20,7 +21,6 @@ setup(
     description="Fused Triton kernels, drop-in modules and models for semantic segmentation in PyTorch",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11",
     package_dir={"fastseg.kernels": "kernels"},
     packages=[
@@ -36,7 +36,8 @@ setup(
         "demo": DEMO,
         "plot": PLOT,
         "hub": ["safetensors"],
-        "dev": [*TEST, *DEMO, *PLOT, "safetensors", "ruff", "build"],
+        "onnx": ONNX,
+        "dev": [*TEST, *DEMO, *PLOT, *ONNX, "onnxruntime", "safetensors", "ruff", "build"],
     },
     entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},
 )

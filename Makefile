@@ -1,0 +1,89 @@
+# The commands of the README. Every target sets up what it needs in .venv (about 1 GB with the CPU build of torch).
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+BUDGET ?= 540
+STAGE ?=
+export OMP_NUM_THREADS ?= 1
+
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -q --durations=5
+COMPILED := TRITON_INTERPRET=0 $(BIN)/pytest -q
+
+.PHONY: setup demo doctor test test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu tune figures
+
+$(VENV)/.ready: setup.py constraints-ci.txt
+	@$(PYTHON) -c 'import sys; sys.exit("fastseg needs Python 3.11 or later, this is %s; set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q --disable-pip-version-check -c constraints-ci.txt -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.ready
+
+demo: setup
+	OMP_NUM_THREADS=2 $(BIN)/fastseg demo
+
+doctor: setup
+	$(BIN)/fastseg doctor
+
+# Two chains side by side, one a core; each pytest process is of its own kind (tests/conftest.py says why).
+test: setup lint
+	$(MAKE) -j2 --no-print-directory test-kernels test-compiled-and-cpu
+
+test-kernels: setup
+	$(INTERPRETED) --ignore=tests/aot --ignore=tests/integration
+	$(INTERPRETED) tests/integration
+
+.PHONY: test-compiled-and-cpu
+test-compiled-and-cpu: setup
+	$(MAKE) --no-print-directory test-compiled
+	$(MAKE) --no-print-directory test-cpu
+	$(MAKE) --no-print-directory test-emulated EMULATED='tests/ops -k "(every_order and aspp) or (half and bfloat16)"'
+
+test-compiled: setup
+	$(COMPILED) tests/aot
+
+test-cpu: setup
+	$(COMPILED) tests/integration
+	$(COMPILED) benchmarks --benchmark-disable
+
+# The second checker executes the compiled TTIR on an emulated device; optional: a young package with pins of its own.
+EMULATED ?= tests/ops
+test-emulated: setup
+	@if $(BIN)/python -c 'import ttsem' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check --no-deps --ignore-requires-python ttsem==0.1.0; \
+	then TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q -m 'not gpu' $(EMULATED); \
+	else echo 'ttsem does not install here: the second checker is skipped'; fi
+
+# Processes 1 and 3 on the oldest, the pinned and the newest supported Triton.
+MATRIX := 3.6.0 3.7.1 3.9.0
+test-matrix: $(MATRIX:%=test-matrix-%)
+
+test-matrix-%:
+	$(PYTHON) -m venv .venv-triton-$*
+	.venv-triton-$*/bin/pip install -q --disable-pip-version-check -c constraints-ci.txt -e '.[dev]'
+	.venv-triton-$*/bin/pip install -q --disable-pip-version-check --no-deps triton==$*
+	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q --ignore=tests/aot --ignore=tests/integration
+	TRITON_INTERPRET=0 .venv-triton-$*/bin/pytest -q tests/aot
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: setup
+	TRITON_INTERPRET=0 $(BIN)/pytest benchmarks
+
+kernel-report: setup
+	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.report
+
+roofline: setup
+	$(BIN)/python benchmarks/roofline.py
+
+# On a machine with a CUDA GPU, its own torch and Triton, and no network: nothing is downloaded.
+gpu:
+	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
+	$(PYTHON) benchmarks/gpu.py --budget $(BUDGET) --stage "$(STAGE)"
+
+tune:
+	$(PYTHON) benchmarks/gpu.py --stage tune --budget $(BUDGET)
+
+figures: setup
+	$(BIN)/python benchmarks/plot.py
