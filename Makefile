@@ -20,7 +20,7 @@ $(VENV)/.ready: setup.py constraints-ci.txt
 setup: $(VENV)/.ready
 
 demo: setup
-	OMP_NUM_THREADS=2 $(BIN)/fastseg demo
+	OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive $(BIN)/fastseg demo
 
 doctor: setup
 	$(BIN)/fastseg doctor

@@ -112,7 +112,7 @@ def select(kernel: str, *, size: int, device: torch.device, **key) -> Config:
     if kernel in _overrides:
         return Config({**_heuristics[kernel](size, **key), **_overrides[kernel]}, "override")
     if device.type == "cuda":
-        return _lookup(kernel, max(size, 1), tuple(key.items()), _table_names(device.index))
+        return _lookup(kernel, max(size, 1), tuple(key.items()), table_names(device.index))
     return Config(_heuristics[kernel](size, **key), "heuristic")
 
 
@@ -188,7 +188,7 @@ def compute_capability() -> int:
 
 
 @functools.cache
-def _table_names(index: int) -> tuple[str, ...]:
+def table_names(index: int) -> tuple[str, ...]:
     """The GPU's own table before its architecture's."""
     if torch.version.hip:
         arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]

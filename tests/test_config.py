@@ -33,7 +33,7 @@ def toy(monkeypatch, tmp_path):
 
 def _forget():
     config.forget_tables()
-    config._table_names.cache_clear()
+    config.table_names.cache_clear()
 
 
 def _write(

@@ -60,10 +60,10 @@ def toys(monkeypatch, tmp_path):
     monkeypatch.setattr(config, "USER", tmp_path / "user")
     monkeypatch.setattr(config, "SHIPPED", tmp_path / "shipped")
     config.forget_tables()
-    config._table_names.cache_clear()
+    config.table_names.cache_clear()
     yield
     config.forget_tables()
-    config._table_names.cache_clear()
+    config.table_names.cache_clear()
 
 
 @pytest.fixture

@@ -35,14 +35,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"load_weights: no file at {path}; weights are read from local files only")
-    tensors = _unwrap(_read(path), path)
+    tensors = unwrap(read_payload(path), path)
     faults = _faults(tensors, model.state_dict())
     if faults:
         raise ValueError(f"load_weights: {path} does not fit {type(model).__name__}: {'; '.join(faults)}")
     model.load_state_dict(tensors, strict=False)  # not strict about num_batches_tracked; the rest is checked
 
 
-def _read(path: Path) -> object:
+def read_payload(path: Path) -> object:
     try:
         with path.open("rb") as file:
             head = file.read(9)
@@ -83,7 +83,7 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"the checksum of {damaged} is wrong; the file is damaged")
 
 
-def _unwrap(payload: object, path: Path) -> dict[str, Tensor]:
+def unwrap(payload: object, path: Path) -> dict[str, Tensor]:
     inner = payload
     while isinstance(inner, Mapping):
         payload = inner

@@ -1,0 +1,130 @@
+"""Say what this machine has, and which path each op takes on it, and why."""
+
+import argparse
+import importlib.metadata
+import platform
+import re
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+import fastseg
+from fastseg.inference.comparison import op_cases
+from fastseg.inference.images import first_line
+from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, Report
+
+DISTRIBUTION = "fastseg-kernels"
+# First and last version that the project is tested with; None: whatever is newer should do.
+VERSIONS = {
+    "python": ((3, 11), None),
+    "torch": ((2, 11), (2, 15)),
+    "triton": ((3, 6), (3, 9)),
+    "numpy": ((1, 26), None),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def run(args: argparse.Namespace) -> int:
+    problems: list[str] = []
+    print(f"fastseg {fastseg.__version__} on {platform.platform()}\n\nVersions")
+    for name in VERSIONS:
+        print(f"  {name:<8}{version_line(name)}")
+    others = clashing_distributions()
+    if others:
+        problems.append(f"{', '.join(others)} also installs the package `fastseg`: pip uninstall {' '.join(others)}")
+    print("\nDevices")
+    for line in device_lines():
+        print(f"  {line}")
+    print("\nTuned tables")
+    for line in table_lines():
+        print(f"  {line}")
+    for device, dtype in probes():
+        print(f"\nPaths on {device}, {str(dtype).removeprefix('torch.')}")
+        report, failures = explain_ops(device, dtype)
+        print("\n".join(f"  {line}" for line in dict.fromkeys(str(report).splitlines())))
+        problems += failures
+    print()
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print(f"{len(problems)} problem{'s' * (len(problems) != 1)} found")
+    return 1 if problems else 0
+
+
+def version_line(name: str) -> str:
+    """``2.13.0 (tested: 2.11 to 2.15)``, with a word where it is missing or outside."""
+    low, high = VERSIONS[name]
+    span = "needs {}.{} or later".format(*low) if high is None else "tested: {}.{} to {}.{}".format(*low, *high)
+    try:
+        version = platform.python_version() if name == "python" else importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return f"not installed ({span})"
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    inside = low <= found and (high is None or found <= high)
+    return f"{version} ({span})" if inside else f"{version} OUTSIDE THE RANGE ({span})"
+
+
+def clashing_distributions() -> list[str]:
+    """Distributions besides ours that install a package called ``fastseg``."""
+    owners = importlib.metadata.packages_distributions().get("fastseg", [])
+    return sorted({name for name in owners if name.lower().replace("_", "-") != DISTRIBUTION})
+
+
+def device_lines() -> Iterator[str]:
+    """The CPU, each GPU with memory and capability, and whether kernels are interpreted."""
+    yield f"CPU, {torch.get_num_threads()} threads"
+    if not torch.cuda.is_available():
+        yield "no GPU that torch can use" + (" (this torch is built without CUDA)" if not torch.version.cuda else "")
+    for index in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(index)
+        memory = f"{gpu.total_memory / 2**30:.0f} GiB"
+        yield f"cuda:{index}: {gpu.name}, {memory}, compute capability {gpu.major}.{gpu.minor}"
+    yield f"Triton's interpreter is {'on: kernels run on the CPU, slowly' if INTERPRETED else 'off'}"
+
+
+def table_lines() -> Iterator[str]:
+    """For each GPU, the first table found; without a GPU, which tables there are."""
+    if not HAS_TRITON:
+        yield "none: Triton is not installed"
+        return
+    from fastseg.kernels import config  # needs Triton
+
+    folders = {"the user's": config.USER, "shipped": config.SHIPPED}
+    if not torch.cuda.is_available():
+        shipped = sorted(path.stem for path in config.SHIPPED.glob("*.json"))
+        yield f"none applies without a GPU; shipped: {', '.join(shipped) or 'none'}"
+        return
+    for index in range(torch.cuda.device_count()):
+        names = config.table_names(index)
+        found = [
+            f"{owner} {name}.json"
+            for owner, folder in folders.items()
+            for name in names
+            if (folder / f"{name}.json").is_file()
+        ]
+        yield f"cuda:{index}: {', then '.join([*found, 'heuristics'])}"
+
+
+def probes() -> Iterator[tuple[torch.device, torch.dtype]]:
+    """What to call the ops with: fp32 on the CPU, and what people train and infer with on the first GPU."""
+    yield torch.device("cpu"), torch.float32
+    if torch.cuda.is_available():
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            yield torch.device("cuda", 0), dtype
+
+
+def explain_ops(device: torch.device, dtype: torch.dtype) -> tuple[Report, list[str]]:
+    """Call each op once: what was decided, and what failed."""
+    failures = []
+    divisor = 1 if device.type == "cuda" else 32  # the cost model looks at sizes; the interpreter needs few pixels
+    with fastseg.explain() as report, torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for case in op_cases(device, dtype, divisor):
+            try:
+                case.fastseg()
+            except Exception as error:  # whatever a driver or compiler raises, the report goes on
+                failures.append(f"{case.name} on {device}, {dtype}: {type(error).__name__}: {first_line(error)}")
+    return report, failures

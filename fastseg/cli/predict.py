@@ -1,0 +1,74 @@
+"""Segment photographs: class maps as palette PNGs, and colour overlays."""
+
+import argparse
+import os
+from pathlib import Path
+
+from fastseg.cli.common import add_device, positive_int, progress
+from fastseg.inference.checkpoint import load_checkpoint
+from fastseg.inference.images import MAX_CLASSES, class_map, first_line, overlay, read_image, write_png
+from fastseg.inference.segment import segment
+from fastseg.models import names
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or JPEG files")
+    parser.add_argument("--model", choices=names(), help="needed where the weights do not say which model they are of")
+    parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="safetensors, or of torch.save")
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="where the results go")
+    parser.add_argument("--classes", type=positive_int, metavar="N", help="classes (default: what the weights say)")
+    parser.add_argument(
+        "--overlay", action=argparse.BooleanOptionalAction, default=True, help="write overlays too (default: yes)"
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    model, classes = load_checkpoint(args.weights, args.model, args.classes)
+    if len(classes) > MAX_CLASSES:
+        raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
+    model = model.to(args.device)
+    _make_folder(args.output)
+    inputs = {path.resolve() for path in args.images}
+    bar = progress(list(zip(args.images, _output_stems(args.images), strict=True)), "predict", unit="image")
+    failed = 0
+    for path, stem in bar:
+        try:
+            targets = [args.output / f"{stem}_{kind}.png" for kind in ("classes", "overlay")[: 1 + args.overlay]]
+            for target in targets:
+                if target.resolve() in inputs:
+                    raise ValueError(f"{path}: the result would overwrite the input {target}; use another -o")
+            image = read_image(path)
+            labels = segment(model, image[None])[0]
+            write_png(targets[0], class_map(labels, len(classes)))
+            if args.overlay:
+                write_png(targets[1], overlay(image, labels, len(classes)))
+        except (ValueError, OSError) as error:
+            failed += 1
+            bar.write(f"fastseg predict: {first_line(error)}")
+        except (RuntimeError, MemoryError) as error:  # out of memory, on this image
+            failed += 1
+            bar.write(f"fastseg predict: {path}: {first_line(error)}")
+    done = f"{len(args.images) - failed} of {len(args.images)} images"
+    print(f"{done} segmented into {args.output}; classes: {', '.join(classes)}")
+    return 1 if failed else 0
+
+
+def _make_folder(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(f"{folder}: cannot be written to")
+
+
+def _output_stems(paths: list[Path]) -> list[str]:
+    """The stem of each path; where several have the same, the later ones get ``-2``, ``-3``, ..."""
+    originals, used = {path.stem for path in paths}, set()
+    stems = []
+    for path in paths:
+        stem, number = path.stem, 1
+        while stem in used or (number > 1 and stem in originals):
+            number += 1
+            stem = f"{path.stem}-{number}"
+        used.add(stem)
+        stems.append(stem)
+    return stems

@@ -1,0 +1,1 @@
+"""Around the models: files and pictures, mosaics of textures, weights with their options, timing."""

@@ -1,0 +1,153 @@
+"""Images in and out: safe reading of files from anyone, whole files or none on the way out.
+
+A file is opened only as PNG or JPEG, its size is checked from the header before a pixel is decoded, and whatever a
+decoder raises on a broken file becomes one ``ValueError`` that names the file.
+"""
+
+import colorsys
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import Tensor
+
+FORMATS = ("PNG", "JPEG")
+SUFFIXES = (".png", ".jpg", ".jpeg")
+MAX_PIXELS = 2**25  # 33.5 million: above what cameras give, and 100 MB of RGB
+MAX_CLASSES = 256  # a class map is a palette PNG of 8 bits
+
+# Mean and deviation of ImageNet's RGB values in [0, 1], which torchvision's and timm's weights were trained with.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read a PNG or JPEG file, upright as its EXIF orientation says, without alpha.
+
+    Args:
+        path: the file.
+        max_pixels: refuse an image of more pixels than this before decoding it.
+
+    Returns:
+        (H, W, 3), uint8, RGB.
+
+    Raises:
+        ValueError: the file is missing, unreadable, no PNG or JPEG, truncated, or too large.
+    """
+    path = Path(path)
+    if not path.is_file():  # a directory, or a pipe that would block
+        raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path, formats=FORMATS) as image:
+                pixels = image.width * image.height
+                if pixels <= max_pixels:
+                    return _rgb(ImageOps.exif_transpose(image))
+        except Image.UnidentifiedImageError:
+            raise ValueError(f"{path}: not a PNG or JPEG image") from None
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError):
+            raise ValueError(f"{path}: a decompression bomb: more than the limit of {max_pixels} pixels") from None
+        except (
+            Exception
+        ) as error:  # on broken data the decoders raise OSError, SyntaxError, struct.error, EOFError, ...
+            raise ValueError(f"{path}: cannot be read: {first_line(error)}") from error
+    raise ValueError(f"{path}: {image.width} x {image.height} pixels, more than the limit of {max_pixels}")
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where there is none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+def _rgb(image: Image.Image) -> np.ndarray:
+    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return np.array(image.convert("RGB"))
+
+
+def to_tensor(images: np.ndarray) -> Tensor:
+    """uint8 RGB, (H, W, 3) or (N, H, W, 3), to float32, (N, 3, H, W): ``(image / 255 - MEAN) / STD``."""
+    stack = torch.from_numpy(images).reshape(-1, *images.shape[-3:])
+    x = (stack.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
+    return x.permute(0, 3, 1, 2)  # channels_last in memory, as the pixels were
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """A file to write into that replaces ``path`` at the end of the block; on an error ``path`` stays as it was.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+    path = Path(path)
+    temporary = path.with_name(
+        f".{path.name}.{os.getpid()}.tmp"
+    )  # the same folder: a rename does not cross file systems
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_png(path: str | Path, image: Image.Image) -> None:
+    """Write ``image`` as a PNG file, whole or not at all."""
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
+
+
+def palette(num_classes: int) -> np.ndarray:
+    """Distinct colours, (num_classes, 3) uint8: the hue turns by the golden ratio, so neighbours differ."""
+    if not 1 <= num_classes <= MAX_CLASSES:
+        raise ValueError(f"palette: num_classes is {num_classes}; a class map holds 1 to {MAX_CLASSES} classes")
+    tones = ((0.75, 0.95), (0.95, 0.65), (0.45, 0.85))  # saturation and value, by turns
+    colours = [colorsys.hsv_to_rgb(0.618034 * i % 1, *tones[i % len(tones)]) for i in range(num_classes)]
+    return np.round(np.array(colours) * 255).astype(np.uint8)
+
+
+def class_map(labels: np.ndarray, num_classes: int) -> Image.Image:
+    """A palette image whose pixel values are the class indices of ``labels``, (H, W).
+
+    Raises:
+        ValueError: a label is outside ``[0, num_classes)``.
+    """
+    colours = palette(num_classes)
+    if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(f"class_map: labels from {labels.min()} to {labels.max()} with num_classes={num_classes}")
+    image = Image.fromarray(labels.astype(np.uint8))
+    image.putpalette(colours.tobytes())
+    return image
+
+
+def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int, alpha: float = 0.45) -> Image.Image:
+    """The colours of ``labels``, (H, W), laid over ``image``, (H, W, 3) uint8: ``(1 - alpha) image + alpha colour``."""
+    return Image.blend(Image.fromarray(image), class_map(labels, num_classes).convert("RGB"), alpha)
+
+
+def figure(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str]) -> Image.Image:
+    """Rows of panels of one size under their titles, and below them a legend of the class colours."""
+    font, gap, line = ImageFont.load_default(), 8, 22
+    width, height = rows[0][0].size
+    sheet = Image.new(
+        "RGB", (gap + (width + gap) * len(titles), line + (height + gap) * len(rows) + line), (255, 255, 255)
+    )
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        x = gap + (width + gap) * column
+        draw.text((x, 5), title, (0, 0, 0), font)
+        for row, panels in enumerate(rows):
+            sheet.paste(panels[column].convert("RGB"), (x, line + (height + gap) * row))
+    x, y = gap, sheet.height - line + 2
+    for name, colour in zip(classes, palette(len(classes)).tolist(), strict=True):
+        draw.rectangle((x, y, x + 14, y + 12), tuple(colour))
+        draw.text((x + 20, y), name, (0, 0, 0), font)
+        x += 32 + int(draw.textlength(name, font))
+    return sheet

@@ -1,0 +1,76 @@
+"""The comparison with eager PyTorch compares what it says it does, and times fairly."""
+
+import time
+
+import pytest
+import torch
+
+import fastseg
+from fastseg.inference import comparison
+from fastseg.inference.timing import interleaved
+from fastseg.models import create
+from fastseg.nn.conv import SeparableConv2d
+
+
+def test_eager_form_calls_the_children_and_agrees():
+    model = create("deeplabv3plus", 3, width=0.1, decoder_channels=16).eval()
+    plain = comparison.eager_form(model)
+    x = torch.randn(1, 3, 32, 32)
+    with torch.no_grad(), fastseg.explain() as report:
+        got = plain(x)
+    assert {decision.path for decision in report} == {"reference"}
+    assert {decision.why for decision in report} == {"a child has hooks"}
+    with torch.no_grad(), fastseg.reference(), fastseg.explain() as report:
+        want = model(x)
+    assert "a child has hooks" not in {decision.why for decision in report}  # the original is untouched
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@fastseg.reference()
+def test_each_op_agrees_with_eager():
+    for case in comparison.op_cases(torch.device("cpu"), torch.float32, 32):
+        assert comparison.compare(case, seconds=0).difference < 1e-5, case.name
+
+
+@fastseg.reference()
+def test_difference_is_seen():
+    module = SeparableConv2d(8, 8).eval()
+    other = SeparableConv2d(8, 8).eval()
+    case = comparison.module_case("separable_conv2d", "8x8", module, other, torch.randn(1, 8, 8, 8))
+    assert comparison.compare(case, seconds=0).difference > 0.1
+
+
+def test_interleaved_times_each_function():
+    calls = []
+
+    def sleeper(name, seconds):
+        def call():
+            calls.append(name)
+            time.sleep(seconds)
+
+        return call
+
+    samples = interleaved({"slow": sleeper("slow", 0.02), "fast": sleeper("fast", 0.0)}, repetitions=6, warmup=2)
+    assert len(samples["slow"]) == len(samples["fast"]) == 6
+    assert min(samples["slow"]) >= 0.02
+    assert calls[:4] == ["slow", "slow", "fast", "fast"]
+    rounds = [tuple(calls[i : i + 2]) for i in range(4, 16, 2)]
+    assert {frozenset(pair) for pair in rounds} == {frozenset(("slow", "fast"))}
+    assert len(set(rounds)) == 2  # both orders occur
+
+
+def test_table_shows_who_is_faster():
+    case = comparison.Case("op", "shape", torch.Tensor, torch.Tensor)
+    text = comparison.table([comparison.Result(case, 0.002, 0.005, 0.0)])
+    assert text.splitlines()[1].split() == ["op", "shape", "2.000", "5.000", "2.50", "0e+00"]
+
+
+@pytest.mark.parametrize("name", ["fastseg", "eager"])
+def test_model_case_gives_class_maps(name):
+    model = create("deeplabv3plus", 3, width=0.1, decoder_channels=16)
+    case = comparison.model_case("model", model, 33, torch.device("cpu"), torch.float32)
+    with torch.no_grad(), fastseg.reference():
+        labels = getattr(case, name)()
+        x = comparison._image(3, 33, torch.device("cpu"), torch.float32)
+        want = model.eval()(x).argmax(1)
+    assert (labels.long() == want).float().mean() > 0.99

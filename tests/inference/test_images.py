@@ -1,0 +1,176 @@
+"""Images in and out: what is read is exact or refused in one line; what is written is whole or not there."""
+
+import os
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastseg.inference import images
+
+
+def _random_image(height=7, width=5, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def _save(image, path, **options):
+    image.save(path, **options)
+    return path
+
+
+def test_read_is_exact(tmp_path):
+    rgb = _random_image()
+    np.testing.assert_array_equal(images.read_image(_save(Image.fromarray(rgb), tmp_path / "rgb.png")), rgb)
+    alpha = np.dstack([rgb, np.zeros(rgb.shape[:2], np.uint8)])
+    np.testing.assert_array_equal(images.read_image(_save(Image.fromarray(alpha), tmp_path / "alpha.png")), rgb)
+    grey = images.read_image(_save(Image.fromarray(rgb[..., 0]), tmp_path / "grey.png"))
+    np.testing.assert_array_equal(grey, rgb[..., :1].repeat(3, 2))
+
+
+def test_sixteen_bits_keep_the_high_byte(tmp_path):
+    deep = np.array([[0x00FF, 0x0100, 0xABCD, 0xFFFF]], np.uint16)
+    read = images.read_image(_save(Image.fromarray(deep), tmp_path / "deep.png"))
+    assert read[0, :, 0].tolist() == [0x00, 0x01, 0xAB, 0xFF]
+
+
+def test_jpeg_is_turned_upright(tmp_path):
+    half = np.zeros((16, 32, 3), np.uint8)
+    half[:, 16:] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the top of the scene is at the right
+    upright = images.read_image(_save(Image.fromarray(half), tmp_path / "turned.jpg", exif=exif, quality=95))
+    assert upright.shape == (32, 16, 3)
+    assert upright[:12].max() < 32
+    assert upright[20:].min() > 224
+
+
+def _bomb(path, side):
+    _save(Image.new("1", (side, side)), path)
+    assert path.stat().st_size < 50_000
+    return path
+
+
+def _bad_file(kind, folder):
+    path = folder / f"{kind.replace(' ', '_')}.png"
+    rgb = Image.fromarray(_random_image(64, 64))
+    match kind:
+        case "directory":
+            path.mkdir()
+        case "empty":
+            path.touch()
+        case "text":
+            path.write_text("<svg><script>alert(1)</script></svg>")
+        case "gif":
+            _save(rgb, path, format="GIF")
+        case "truncated png" | "truncated jpeg":
+            _save(rgb, path, format=kind.split()[1].upper())
+            path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
+        case "header only":
+            path.write_bytes(_save(rgb, path).read_bytes()[:20])
+        case "own cap":
+            _bomb(path, 6000)
+        case "bomb":
+            _bomb(path, 12_000)
+        case "huge bomb":
+            _bomb(path, 18_000)
+    return path
+
+
+BAD = {
+    "missing": "no such file",
+    "directory": "not a file",
+    "empty": "not a PNG or JPEG",
+    "text": "not a PNG or JPEG",
+    "gif": "not a PNG or JPEG",
+    "truncated png": "cannot be read: ",
+    "truncated jpeg": "cannot be read: ",
+    "header only": "",  # Pillow's versions differ on whether such a file is recognised
+    "own cap": "6000 x 6000 pixels",  # below Pillow's limits
+    "bomb": "limit",  # Pillow only warns
+    "huge bomb": "limit",  # Pillow raises
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_file_is_one_clear_error(kind, tmp_path):
+    path = _bad_file(kind, tmp_path)
+    with warnings.catch_warnings(record=True) as leaked:
+        warnings.simplefilter("always")  # a caller's filter does not open the gate
+        with pytest.raises(ValueError, match=BAD[kind]) as error:
+            images.read_image(path)
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+    assert not [w for w in leaked if issubclass(w.category, Image.DecompressionBombWarning)]
+
+
+def test_bomb_is_not_decoded(tmp_path, monkeypatch):
+    path = _bomb(tmp_path / "bomb.png", 12_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # some programs switch Pillow's check off
+    monkeypatch.setattr(Image.Image, "load", lambda self: pytest.fail("decoded"))
+    with pytest.raises(ValueError, match="12000 x 12000 pixels"):
+        images.read_image(path)
+
+
+def test_to_tensor_normalises(tmp_path):
+    image = _random_image()
+    x = images.to_tensor(image)
+    assert x.shape == (1, 3, 7, 5)
+    want = (image[2, 3, 1] / 255 - images.MEAN[1]) / images.STD[1]
+    torch.testing.assert_close(x[0, 1, 2, 3].item(), want, rtol=1e-6, atol=1e-6)
+    both = images.to_tensor(np.stack([image, 255 - image]))
+    torch.testing.assert_close(both[0], x[0], rtol=0, atol=0)
+
+
+def test_atomic_write_keeps_the_old_file_on_error(tmp_path):
+    path = tmp_path / "result.png"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError, match="disk"), images.atomic_write(path) as file:
+        file.write(b"half")
+        raise RuntimeError("disk full")
+    assert path.read_bytes() == b"old"
+    with images.atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"  # nothing is seen before the end
+    assert path.read_bytes() == b"new"
+    assert os.listdir(tmp_path) == ["result.png"]
+
+
+def test_class_map_holds_indices_and_colours(tmp_path):
+    labels = np.array([[0, 1, 2], [18, 255, 7]])
+    path = tmp_path / "map.png"
+    images.write_png(path, images.class_map(labels, 256))
+    with Image.open(path) as image:
+        assert image.mode == "P"
+        np.testing.assert_array_equal(np.asarray(image), labels)
+        np.testing.assert_array_equal(np.asarray(image.convert("RGB")), images.palette(256)[labels])
+
+
+@pytest.mark.parametrize("labels", [[[0, 3]], [[-1, 0]], [[0, 256]]], ids=str)  # 256 would wrap to 0
+def test_class_map_refuses_labels_out_of_range(labels):
+    with pytest.raises(ValueError, match="num_classes=3"):
+        images.class_map(np.array(labels), 3)
+
+
+def test_palette_colours_are_distinct():
+    assert len({tuple(colour) for colour in images.palette(256).tolist()}) == 256
+    with pytest.raises(ValueError, match="257"):
+        images.palette(257)
+
+
+def test_overlay_blends():
+    image, labels = _random_image(), np.arange(35).reshape(7, 5) % 4
+    got = np.asarray(images.overlay(image, labels, 4, alpha=0.25)).astype(float)
+    want = 0.75 * image + 0.25 * images.palette(4)[labels]
+    assert np.abs(got - want).max() <= 1
+
+
+def test_figure_places_panels_and_legend():
+    panels = [Image.fromarray(_random_image(20, 30, seed)) for seed in range(4)]
+    sheet = np.asarray(images.figure([panels[:2], panels[2:]], ("left", "right"), ("a", "b")))
+    for panel in panels:
+        windows = np.lib.stride_tricks.sliding_window_view(sheet, (20, 30, 3))[:, :, 0]
+        assert (windows == np.asarray(panel)).all((2, 3, 4)).sum() == 1
+    for colour in images.palette(2):
+        assert (sheet[-22:] == colour).all(-1).any()
