@@ -70,9 +70,7 @@ class SeparableConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        for label, act in (("pre_act", pre_act), ("mid_act", mid_act), ("post_act", post_act)):
-            if act is not None and act not in ACTIVATIONS:
-                raise ValueError(f'SeparableConv2d: {label} is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+        _check_activations("SeparableConv2d", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
         where = {"device": device, "dtype": dtype}
         norm = lambda channels: nn.BatchNorm2d(channels, eps, momentum, **where)
         padding = dilation * (kernel_size - 1) // 2 if padding is None else padding
@@ -114,6 +112,7 @@ def run_separable(
     """
     why = _not_fusible(depthwise, mid_norm, pointwise, post_norm)
     if why:
+        _check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
         record_reference("separable_conv2d", x, why)
         act = lambda name, v: v if name is None else ACTIVATIONS[name](v)
         norm = lambda module, v: v if module is None else module(v)
@@ -142,6 +141,12 @@ def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
     return BatchNormArgs(*running, norm.weight, norm.bias, training, 0.0 if momentum is None else momentum, norm.eps)
 
 
+def _check_activations(name: str, **acts: str | None) -> None:
+    for label, act in acts.items():
+        if act is not None and act not in ACTIVATIONS:
+            raise ValueError(f'{name}: {label} is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+
+
 def _not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
     """Why these modules must be called as they are, or ""."""
     for module, plain in (
@@ -156,6 +161,8 @@ def _not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn
             return f"a child is {type(module).__name__}, not {plain.__name__}"
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return "a child has hooks"
+        if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
+            return "a child's forward was replaced"
     d, p = depthwise, pointwise
     square = all(isinstance(v, tuple) and v[0] == v[1] for v in (d.kernel_size, d.stride, d.padding, d.dilation))
     if not square or d.padding_mode != "zeros" or not d.groups == d.in_channels == d.out_channels:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastseg.ops._dispatch import HAS_TRITON
-from fastseg.ops._register import channels_last, first_order, like, new_map, qualified, register
+from fastseg.ops._register import channels_last, first_order, like, memory_format_of, new_map, qualified, register
 
 if HAS_TRITON:
     from fastseg.kernels.batch_norm_act import Norm
@@ -164,13 +164,15 @@ class _PlainNorm:
     def __call__(self, v: Tensor) -> Tensor:
         if self.kind == "none":
             return v
+        wide = lambda t: None if t is None else t.to(self.stats.dtype)  # torch wants one dtype of statistics and affine
+        affine = wide(self.weight), wide(self.bias)
         if self.kind == "batch":
-            wide = v.to(self.stats.dtype)
-            var, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-            unbiased = torch.var(wide, (0, 2, 3), correction=1)
+            values = wide(v.detach())
+            var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+            unbiased = torch.var(values, (0, 2, 3), correction=1)
             self.stats = torch.stack((mean, var, unbiased))
-            self.mean, self.var = mean, var
-        return F.batch_norm(v, self.mean, self.var, self.weight, self.bias, False, 0.0, self.eps)
+            return F.batch_norm(v, None, None, *affine, True, 0.0, self.eps)  # differentiable, once decomposed
+        return F.batch_norm(v, wide(self.mean), wide(self.var), *affine, False, 0.0, self.eps)
 
 
 def _plain_norms(a: Call) -> tuple[_PlainNorm, _PlainNorm]:
@@ -208,11 +210,15 @@ def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, nee
     da, dpw, dpw_bias = conv(dz, activated, cast(a.pw), [a.pw.shape[0]], ones, zeros, ones, False, zeros, 1, [True] * 3)
     du, dmid_weight, dmid_bias = _plain_norm_bwd(da, u, mid, a.mid == "batch", a.mid_act)
     dv, ddw, ddw_bias = conv(du, v, cast(a.dw), [a.dw.shape[0]], *geometry, [True] * 3)
+    if a.mid == "batch":  # they take a constant out again: exactly 0, as the kernels have it
+        ddw_bias = torch.zeros_like(ddw_bias)
+    if a.post == "batch":
+        dpw_bias = torch.zeros_like(dpw_bias)
     dx = like(a.x, _ACTIVATION_GRADS[a.pre_act](dv, cast(a.x)))
     wanted = Wanted(*needs)
     grads = (dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias)
     return tuple(
-        grad.to(owner.dtype).contiguous(memory_format=torch.preserve_format) if want else a.x.new_empty(0)
+        grad.to(owner.dtype, memory_format=memory_format_of(owner)) if want else a.x.new_empty(0)
         for grad, want, owner in zip(grads, wanted.flat, _owners(a), strict=True)
     )
 
