@@ -333,13 +333,14 @@ def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stat
     """BLOCK_N covers COUT, so that the depthwise tile is computed once.
 
     8 x 8 pixels and 32 channels leave room for two blocks per multiprocessor: one's taps run beside the other's dot.
-    128 registers do not spill on sm_90; they do on sm_80 and sm_100, and in the epilogue with statistics (255: no
-    limit).
+    128 registers do not spill on sm_90; they do on sm_80 and sm_100, in fp32, and in the epilogue with statistics (255:
+    no limit).
     """
     block_n = fused_block_n(COUT, dtype)
     wide = block_n * dtype.itemsize >= 512
+    limited = wide and dtype.itemsize == 2 and not stats and compute_capability() == 90
     return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 8 if wide else 4,
-            "num_stages": 1, "maxnreg": 128 if wide and not stats and compute_capability() == 90 else 255}  # fmt: skip
+            "num_stages": 1, "maxnreg": 128 if limited else 255}  # fmt: skip
 
 
 @candidates("separable_conv_fwd_fused")
