@@ -1,4 +1,4 @@
-# The commands of the README. Every target sets up what it needs in .venv (about 1 GB with the CPU build of torch).
+# The commands of the README. Every target but `gpu` and `tune` sets up what it needs in .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -48,12 +48,13 @@ test-cpu: setup
 
 # The second checker executes the compiled TTIR on an emulated device; optional: a young package with pins of its own.
 EMULATED ?= tests/ops
-test-emulated: setup
+READY ?= setup
+test-emulated: $(READY)
 	@if $(BIN)/python -c 'import ttsem' 2>/dev/null || $(BIN)/pip install -q --disable-pip-version-check --no-deps --ignore-requires-python ttsem==0.1.0; \
 	then TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q -m 'not gpu' $(EMULATED); \
 	else echo 'ttsem does not install here: the second checker is skipped'; fi
 
-# Processes 1 and 3 on the oldest, the pinned and the newest supported Triton.
+# The processes that see Triton, on the oldest, the pinned and the newest supported Triton.
 MATRIX := 3.6.0 3.7.1 3.9.0
 test-matrix: $(MATRIX:%=test-matrix-%)
 
@@ -62,7 +63,9 @@ test-matrix-%:
 	.venv-triton-$*/bin/pip install -q --disable-pip-version-check -c constraints-ci.txt -e '.[dev]'
 	.venv-triton-$*/bin/pip install -q --disable-pip-version-check --no-deps triton==$*
 	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q --ignore=tests/aot --ignore=tests/integration
+	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q tests/integration
 	TRITON_INTERPRET=0 .venv-triton-$*/bin/pytest -q tests/aot
+	@if [ $* != 3.6.0 ]; then $(MAKE) --no-print-directory test-emulated VENV=.venv-triton-$* READY=; fi  # it needs 3.7
 
 lint: setup
 	$(BIN)/ruff check .

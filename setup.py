@@ -10,7 +10,7 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-TEST = ["pytest>=8", "pytest-benchmark>=5", "hypothesis", "expecttest"]
+TEST = ["pytest>=8", "pytest-benchmark>=5"]
 PLOT = ["matplotlib>=3.8"]
 ONNX = ["onnx", "onnxscript"]
 DEMO = ["scikit-image>=0.25", "pillow>=12.2", "tqdm"]
@@ -37,7 +37,7 @@ setup(
         "plot": PLOT,
         "hub": ["safetensors"],
         "onnx": ONNX,
-        "dev": [*TEST, *DEMO, *PLOT, *ONNX, "onnxruntime", "safetensors", "ruff", "build"],
+        "dev": [*TEST, *DEMO, *PLOT, *ONNX, "onnxruntime", "safetensors", "ruff"],
     },
     entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},
 )

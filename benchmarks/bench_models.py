@@ -1,9 +1,9 @@
 """Whole models, inference: latency of a call, throughput, peak memory, and kernels per forward.
 
 Traffic has no formula short enough for this header; ``model_walk.py`` walks the layers. Providers are one model with
-the same weights: "fastseg" as it is, "eager" under ``fastseg.reference()``, where every op is its plain-PyTorch lines,
-"compile" that compiled. ``gpu.py`` times each by call + synchronise, as a user would see it, and again as a CUDA graph,
-where nothing of the host is left.
+the same weights: "fastseg" as it is, "eager" its ``eager_form``, whose Conv2d, BatchNorm2d and activations run one by
+one, "compile" that compiled. ``gpu.py`` times each by call + synchronise, as a user would see it, and again as a CUDA
+graph, where nothing of the host is left.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from workloads import MODELS, ModelShape
 
+from fastseg.inference.comparison import eager_form
 from fastseg.models import create
-from fastseg.ops._dispatch import reference
 
 # model of `workloads` -> arguments of `create`; the others have floors already and no network yet.
 CREATED = {"deeplabv3plus_mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"})}
@@ -37,6 +37,7 @@ class Problem:
         name, options = CREATED[shape.model]
         torch.manual_seed(0)
         self.model = create(name, shape.classes, **options).eval().to(device, memory_format=torch.channels_last)
+        self.plain = eager_form(self.model)
         x = torch.randn(shape.N, 3, shape.H, shape.W, generator=torch.Generator().manual_seed(0))
         self.x = x.to(device, self.dtype).contiguous(memory_format=torch.channels_last)
 
@@ -48,28 +49,20 @@ class Problem:
 
     def functions(self) -> dict[str, Callable[[], Tensor]]:
         """provider -> one forward."""
-
-        def under_reference(model: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
-            def forward() -> Tensor:
-                with reference():
-                    return model(self.x)
-
-            return forward
-
-        functions = {"fastseg": lambda: self.model(self.x), "eager": under_reference(self.model)}
+        functions = {"fastseg": lambda: self.model(self.x), "eager": lambda: self.plain(self.x)}
         if self.device.type == "cuda":
             torch._dynamo.reset()  # else all shapes share one cache, and past its limit run uncompiled
-            compiled = torch.compile(self.model, mode="max-autotune-no-cudagraphs", dynamic=False)
-            functions["compile"] = under_reference(compiled)
+            compiled = torch.compile(self.plain, mode="max-autotune-no-cudagraphs", dynamic=False)
+            functions["compile"] = lambda: compiled(self.x)
         return functions
 
     def exact(self) -> Tensor:
-        """The reference's logits in fp32, without tf32."""
+        """The plain form's logits in fp32, without tf32."""
         saved = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
-            with torch.autocast(self.device.type, enabled=False), torch.no_grad(), reference():
-                return self.model(self.x.float())
+            with torch.autocast(self.device.type, enabled=False), torch.no_grad():
+                return self.plain(self.x.float())
         finally:
             torch.backends.cudnn.allow_tf32 = saved
 

@@ -1,8 +1,8 @@
-"""What ``make figures`` runs: results into the README's tables, and into plots in ``benchmarks/results/figures``.
+"""What ``make figures`` runs: results into the README's tables, and what was measured into plots under them.
 
     python benchmarks/plot.py [--readme README.md] [--results benchmarks/results]
 
-The README marks where a table goes; what stands between the marks is replaced:
+The README marks where a table and its plot go; what stands between the marks is replaced:
 
     <!-- table:separable-eval -->
     <!-- end -->
@@ -10,9 +10,10 @@ The README marks where a table goes; what stands between the marks is replaced:
 
 import argparse
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import bench_models
@@ -26,8 +27,13 @@ MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {"eager": "#9a9a9a", "compile": "#5b8db8", "fastseg": "#c8553d"}
 
 
-def fill(text: str, results: dict[str, dict[str, dict]]) -> str:
+def fill(text: str, results: dict[str, dict[str, dict]], figures: Mapping[tuple[str, str], str]) -> str:
     """``text`` with every marked table written anew: one per GPU, or the floors alone.
+
+    Args:
+        text: of the README.
+        results: GPU -> stages.
+        figures: (table, GPU) -> path of the plot that goes under it, relative to the README.
 
     Raises:
         ValueError: a mark names a table that does not exist, or has no end.
@@ -41,17 +47,23 @@ def fill(text: str, results: dict[str, dict[str, dict]]) -> str:
         raise ValueError("a table's mark has no <!-- end --> before the next")
 
     def written(match: re.Match) -> str:
-        make = tables.TABLES[match.group(2)]
+        table = match.group(2)
+        make = tables.TABLES[table]
         if not results:
             return f"{match.group(1)}{make('', {})}\n{match.group(3)}"
-        parts = [f"**{gpu.replace('_', ' ')}**\n\n{make(gpu, stages)}\n" for gpu, stages in results.items()]
+        parts = []
+        for gpu, stages in results.items():
+            name = gpu.replace("_", " ")
+            parts.append(f"**{name}**\n\n{make(gpu, stages)}\n")
+            if (table, gpu) in figures:
+                parts.append(f"![{table}, {name}]({figures[table, gpu]})\n")
         return f"{match.group(1)}{chr(10).join(parts)}{match.group(3)}"
 
     return MARKED.sub(written, text)
 
 
-def draw_separable(path: Path, gpu: str, stages: dict[str, dict]) -> None:
-    """Inference times over the fused floor, per shape: 1 is the roofline. Floors alone where nothing was measured."""
+def draw_separable(path: Path, gpu: str, stages: dict[str, dict]) -> bool:
+    """Inference times over the fused floor, per shape: 1 is the roofline. False, and no file, if none was measured."""
     chip, times = tables.chip_of(gpu), tables.op_times(stages)
     series = {}
     for name, strategy in zip(tables.PROVIDERS, STRATEGIES, strict=True):
@@ -60,11 +72,11 @@ def draw_separable(path: Path, gpu: str, stages: dict[str, dict]) -> None:
         measured = [times.get((s.name, "eval", name)) for s in SEPARABLE]
         series[name] = floors, [None if m is None else m / f for m, f in zip(measured, fused, strict=True)]
     title = f"Separable convolution, inference, {chip.name}"
-    _bars(path, title, [s.name for s in SEPARABLE], series, "time / fused floor")
+    return _bars(path, title, [s.name for s in SEPARABLE], series, "time / fused floor")
 
 
-def draw_models(path: Path, gpu: str, stages: dict[str, dict]) -> None:
-    """Time per image, the better of called and CUDA graph, beside the floors."""
+def draw_models(path: Path, gpu: str, stages: dict[str, dict]) -> bool:
+    """Time per image, the better of called and CUDA graph, beside the floors. False, and no file, if none is known."""
     chip, found = tables.chip_of(gpu), tables.model_rows(stages)
     series = {}
     all_floors = [tables.model_floors(shape, chip) for shape in bench_models.SHAPES]
@@ -77,39 +89,46 @@ def draw_models(path: Path, gpu: str, stages: dict[str, dict]) -> None:
             measured.append(min(known) if known else None)
         series[name] = floors, measured
     labels = [bench_models.label(shape).replace("_mobilenet", "\nmobilenet") for shape in bench_models.SHAPES]
-    _bars(path, f"Inference, {chip.name}", labels, series, "us per image")
+    return _bars(path, f"Inference, {chip.name}", labels, series, "us per image")
 
 
 def _bars(
     path: Path, title: str, labels: list[str], series: dict[str, tuple[list[float], list[float | None]]], unit: str
-) -> None:
-    """Grouped bars: measured ones filled, floors as outlines; written as PNG and SVG."""
+) -> bool:
+    """Grouped bars as a PNG: measured ones filled, floors as outlines. False, and no file, if nothing was measured."""
+    if all(value is None for _, values in series.values() for value in values):
+        return False
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    matplotlib.rcParams["svg.hashsalt"] = "fastseg"  # the same input gives the same file
     figure, axes = plt.subplots(figsize=(11, 4.5), layout="constrained")
     width = 0.8 / len(series)
-    any_measured = any(value is not None for _, values in series.values() for value in values)
     for i, (name, (floors, measured)) in enumerate(series.items()):
         at = [x + (i - (len(series) - 1) / 2) * width for x in range(len(labels))]
-        axes.bar(
-            at, [value or 0 for value in measured], width, color=COLOURS[name], label=name if any_measured else None
-        )
+        axes.bar(at, [value or 0 for value in measured], width, color=COLOURS[name], label=name)
         axes.bar(
             at, floors, width, fill=False, edgecolor=COLOURS[name], hatch="//", linewidth=1, label=f"{name}: floor"
         )
     axes.set_xticks(range(len(labels)), labels, rotation=25, ha="right", fontsize=8)
     axes.set_ylabel(unit)
-    axes.set_title(title + ("" if any_measured else ": floors (computed), not measured yet"))
+    axes.set_title(title)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=8, ncols=2, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path.with_suffix(".png"), dpi=130, metadata={"Software": None})
-    figure.savefig(path.with_suffix(".svg"), metadata={"Date": None})
+    figure.savefig(path, dpi=130, metadata={"Software": None})  # the same input gives the same file
     plt.close(figure)
+    return True
+
+
+FIGURES = {"separable-eval": draw_separable, "models": draw_models}  # table -> the plot under it
+
+
+def draw(results: dict[str, dict[str, dict]], folder: Path) -> dict[tuple[str, str], Path]:
+    """Plot what was measured: (table, GPU) -> PNG in ``folder``."""
+    paths = {(table, gpu): folder / f"{table}-{gpu}.png" for gpu in results for table in FIGURES}
+    return {(table, gpu): path for (table, gpu), path in paths.items() if FIGURES[table](path, gpu, results[gpu])}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,10 +137,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--readme", type=Path, default=record.ROOT / "README.md")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of <gpu>.json files")
     options = parser.parse_args(argv)
+    drawing = importlib.util.find_spec("matplotlib") is not None
     try:
         results = tables.all_results(options.results)
         before = options.readme.read_text()
-        after = fill(before, results)
+        paths = draw(results, options.results / "figures") if drawing else {}
+        links = {key: Path(os.path.relpath(path, options.readme.parent)).as_posix() for key, path in paths.items()}
+        after = fill(before, results, links)
     except (ValueError, OSError) as error:
         print(f"figures: {options.readme}: {error}", file=sys.stderr)
         return 2
@@ -130,14 +152,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         part.write_text(after)
         part.replace(options.readme)
     print(f"{options.readme}: {len(MARKED.findall(after))} tables")
-    if importlib.util.find_spec("matplotlib") is None:
+    for path in paths.values():
+        print(path)
+    if not drawing:
         print("figures: no plots, matplotlib is not installed (pip install matplotlib)", file=sys.stderr)
         return 2
-    for gpu, stages in (results or {"": {}}).items():
-        for name, draw in (("separable", draw_separable), ("models", draw_models)):
-            path = options.results / "figures" / (f"{name}-{gpu}" if gpu else name)
-            draw(path, gpu, stages)
-            print(f"{path}.png, .svg")
     return 0
 
 

@@ -19,15 +19,15 @@ from fastseg.kernels.separable_conv_plan import Geometry
 
 def _separable(
     dtype: torch.dtype, *, N: int, C: int, H: int, W: int, COUT: int, stride: int = 1, dilation: int = 1,
-    batch_stats: bool = False, backward: bool = False, residual: bool = False, tf32: bool = True,
+    batch_stats: bool = False, backward: bool = False, residual: bool = False, tf32: bool = True, K: int = 3,
 ) -> None:  # fmt: skip
-    """A 3x3 pair with both norms and ReLUs."""
+    """A pair with both norms and ReLUs."""
     OH, OW = (H - 1) // stride + 1, (W - 1) // stride + 1
-    g = Geometry(N, C, H, W, COUT, OH, OW, 3, stride, dilation, dilation)
+    g = Geometry(N, C, H, W, COUT, OH, OW, K, stride, dilation * (K // 2), dilation)
     meta = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")
     nhwc = lambda n, c, h, w: meta(n, h, w, c).permute(0, 3, 1, 2)
     norm = lambda c: Norm(*(meta(c, dtype=torch.float32) for _ in range(4)), 1e-5, batch_stats)
-    weights = Weights(tap_weights(meta(C, 1, 3, 3), g), meta(COUT, C, 1, 1), None, None)
+    weights = Weights(tap_weights(meta(C, 1, K, K), g), meta(COUT, C, 1, 1), None, None)
     acts = Acts("none", "relu", "relu")
     x, y = nhwc(N, C, H, W), nhwc(N, COUT, OH, OW)
     saved, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
@@ -51,12 +51,14 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "decoder 304->256, backward": lambda dtype: _separable(dtype, **_DECODER, batch_stats=True, backward=True),
     "middle flow 728->728": lambda dtype: _separable(dtype, **_MIDDLE),
     "middle flow 728->728, batch statistics": lambda dtype: _separable(dtype, **_MIDDLE, batch_stats=True),
+    "5x5 304->256": lambda dtype: _separable(dtype, N=16, C=304, H=128, W=128, COUT=256, K=5),
+    "7x7 144->96": lambda dtype: _separable(dtype, N=16, C=144, H=64, W=64, COUT=96, K=7),
     "MobileNetV2 960->160, no tf32": lambda dtype: _separable(dtype, N=1, C=960, H=32, W=32, COUT=160, tf32=False),
     "MobileNetV2 144->24, residual": lambda dtype: _separable(dtype, N=1, C=144, H=128, W=128, COUT=24, residual=True),
     "MobileNetV2 960->160, dilated": lambda dtype: _separable(dtype, N=1, C=960, H=33, W=33, COUT=160, dilation=2),
     "odd channels 33->21, stride 2": lambda dtype: _separable(dtype, N=2, C=33, H=65, W=47, COUT=21, stride=2),
 }
-DTYPES: tuple[torch.dtype, ...] = (torch.float16, torch.float32)
+DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)  # fp16 compiles to the same but for the type
 
 # Kernels whose sums of products run on matrix units for fp16 and bf16.
 MATRIX_KERNELS: frozenset[str] = frozenset(

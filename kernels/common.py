@@ -15,6 +15,19 @@ import triton.language as tl
 
 
 @triton.jit
+def tile_pixels(tile, H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Pixels of tile number ``tile`` over a batch of (H, W) maps: -> image (int64), rows, columns, which are inside."""
+    tiles_w = tl.cdiv(W, BLOCK_W)
+    tiles_image = tl.cdiv(H, BLOCK_H) * tiles_w
+    n = (tile // tiles_image).to(tl.int64)
+    in_image = tile % tiles_image
+    offs_m = tl.arange(0, BLOCK_H * BLOCK_W)
+    y = in_image // tiles_w * BLOCK_H + offs_m // BLOCK_W
+    x = in_image % tiles_w * BLOCK_W + offs_m % BLOCK_W
+    return n, y, x, (y < H) & (x < W)
+
+
+@triton.jit
 def activate(v, ACT: tl.constexpr):
     if ACT == "relu":
         v = tl.where(v < 0, 0.0, v)

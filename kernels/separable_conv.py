@@ -24,6 +24,10 @@ Backward keeps x, z and the statistics. u is computed again (A + U); a, dz and d
     dx = du (*) dw      2U + A       a gather: each input pixel collects its taps
     ddw                 2U + A
 
+On top come a residual (Y), z where it is kept (Y), a second read of x by dx where there is a pre-activation (A), the
+weights, and partial sums (at most one tile of them for each of 1024 programs). Without batch statistics dx and ddw read
+no u. On maps of 4 M elements and more, torch first copies the taps into (K*K, C) order, 2 K^2 C elements.
+
 No atomics anywhere: two runs give the same bits.
 """
 
@@ -32,14 +36,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+# Registers what the launchers ask `select` for.
+from fastseg.kernels import separable_conv_configs  # noqa: F401
 from fastseg.kernels.batch_norm_act import Norm, batch_norm_act_bwd_reduce, batch_norm_act_fwd
 from fastseg.kernels.separable_conv_bwd import (
-    depthwise_bwd_input,
-    depthwise_bwd_weight,
-    pointwise_bwd_input,
-    pointwise_bwd_weight,
+    separable_conv_bwd_dw_input,
+    separable_conv_bwd_dw_weight,
+    separable_conv_bwd_pw_input,
+    separable_conv_bwd_pw_weight,
 )
-from fastseg.kernels.separable_conv_fwd import Acts, Weights, depthwise_fwd, fused_fwd, pointwise_fwd
+from fastseg.kernels.separable_conv_fwd import (
+    Acts,
+    Weights,
+    separable_conv_fwd_dw,
+    separable_conv_fwd_fused,
+    separable_conv_fwd_pw,
+)
 from fastseg.kernels.separable_conv_plan import Geometry, plan
 
 
@@ -89,12 +101,12 @@ def separable_conv_fwd(
     fused = plan(g, x.dtype, mid_batch_stats=mid_batch).form == "fused"
     mid_stats = None
     if mid_batch:
-        u, mid_stats = depthwise_fwd(x, w, g, acts.pre, None, "none", stats=True, store=not fused)
+        u, mid_stats = separable_conv_fwd_dw(x, w, g, acts.pre, None, "none", stats=True, store=not fused)
         mid = with_stats(mid, mid_stats)
     elif not fused:
-        u, _ = depthwise_fwd(x, w, g, acts.pre, mid, acts.mid, stats=False, store=True)
+        u, _ = separable_conv_fwd_dw(x, w, g, acts.pre, mid, acts.mid, stats=False, store=True)
         mid, acts = None, acts._replace(mid="none")  # done
-    half, source = (fused_fwd, x) if fused else (pointwise_fwd, u)
+    half, source = (separable_conv_fwd_fused, x) if fused else (separable_conv_fwd_pw, u)
     y, z, post_stats = half(source, w, g, acts, mid, post, residual, stats=post_batch, save_z=save_z)
     if post_batch:
         y = batch_norm_act_fwd(z, with_stats(post, post_stats), acts.post, residual)
@@ -117,15 +129,15 @@ def separable_conv_bwd(
     )
     if not (first_half or needs.pw):
         return grads
-    u, _ = depthwise_fwd(x, w, g, acts.pre, None, "none", stats=False, store=True)
+    u, _ = separable_conv_fwd_dw(x, w, g, acts.pre, None, "none", stats=False, store=True)
     if needs.pw:
-        grads = grads._replace(pw=pointwise_bwd_weight(dy, z, u, g, acts, mid, post, post_sums))
+        grads = grads._replace(pw=separable_conv_bwd_pw_weight(dy, z, u, g, acts, mid, post, post_sums))
     if first_half:
         sums = mid is not None or needs.dw_bias
-        g1, mid_sums = pointwise_bwd_input(dy, z, u, w, g, acts, mid, post, post_sums, sums=sums)
+        g1, mid_sums = separable_conv_bwd_pw_input(dy, z, u, w, g, acts, mid, post, post_sums, sums=sums)
         grads = grads._replace(
-            x=depthwise_bwd_input(g1, u, x, w, g, acts.pre, mid, mid_sums) if needs.x else None,
-            dw=depthwise_bwd_weight(g1, u, x, g, acts.pre, mid, mid_sums) if needs.dw else None,
+            x=separable_conv_bwd_dw_input(g1, u, x, w, g, acts.pre, mid, mid_sums) if needs.x else None,
+            dw=separable_conv_bwd_dw_weight(g1, u, x, g, acts.pre, mid, mid_sums) if needs.dw else None,
             dw_bias=_bias_gradient(mid_sums, mid) if needs.dw_bias else None,
             mid=mid_sums if needs.mid else None,
         )

@@ -11,8 +11,16 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args, rows_per_program, stats_dtype
-from fastseg.kernels.common import activate, activate_grad, load_norm, norm_act, norm_act_grad, store_tile_sums
-from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.common import (
+    activate,
+    activate_grad,
+    load_norm,
+    norm_act,
+    norm_act_grad,
+    store_tile_sums,
+    tile_pixels,
+)
+from fastseg.kernels.config import launch, select
 from fastseg.kernels.separable_conv_fwd import Acts, Weights, precision
 from fastseg.kernels.separable_conv_plan import Geometry
 
@@ -123,14 +131,7 @@ def _separable_conv_bwd_dw_input_kernel(
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    tiles_w = tl.cdiv(W, BLOCK_W)
-    tiles_image = tl.cdiv(H, BLOCK_H) * tiles_w
-    n = (tile // tiles_image).to(tl.int64)
-    in_image = tile % tiles_image
-    offs_m = tl.arange(0, BLOCK_H * BLOCK_W)
-    iy = in_image // tiles_w * BLOCK_H + offs_m // BLOCK_W
-    ix = in_image % tiles_w * BLOCK_W + offs_m % BLOCK_W
-    mask_m = (iy < H) & (ix < W)
+    n, iy, ix, mask_m = tile_pixels(tile, H, W, BLOCK_H, BLOCK_W)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     g1_ptr += n * OH * OW * C
@@ -209,7 +210,7 @@ def _separable_conv_bwd_dw_weight_kernel(
     tl.store(ddw_ptr + offs, acc, mask=(offs_t < K * K)[:, None] & mask_c[None, :])
 
 
-def pointwise_bwd_input(
+def separable_conv_bwd_pw_input(
     dy: Tensor, z: Tensor, u: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None,
     post_sums: Tensor, *, sums: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -231,7 +232,7 @@ def pointwise_bwd_input(
     return g1, mid_sums.sum(0) if sums else g1
 
 
-def pointwise_bwd_weight(
+def separable_conv_bwd_pw_weight(
     dy: Tensor, z: Tensor, u: Tensor, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, post_sums: Tensor
 ) -> Tensor:
     """dy, z (N, COUT, OH, OW), u (N, C, OH, OW) in NHWC memory -> (COUT, C, 1, 1) in the dtype of sums."""
@@ -253,7 +254,7 @@ def pointwise_bwd_weight(
     return dpw.sum(0)
 
 
-def depthwise_bwd_input(
+def separable_conv_bwd_dw_input(
     g1: Tensor, u: Tensor, x: Tensor, w: Weights, g: Geometry, pre_act: str, mid: Norm | None, mid_sums: Tensor
 ) -> Tensor:
     """g1, u (N, C, OH, OW), x (N, C, H, W) in NHWC memory -> dx like x."""
@@ -271,7 +272,7 @@ def depthwise_bwd_input(
     return dx
 
 
-def depthwise_bwd_weight(
+def separable_conv_bwd_dw_weight(
     g1: Tensor, u: Tensor, x: Tensor, g: Geometry, pre_act: str, mid: Norm | None, mid_sums: Tensor
 ) -> Tensor:
     """g1, u (N, C, OH, OW), x (N, C, H, W) in NHWC memory -> (C, 1, K, K) in the dtype of sums."""
@@ -289,64 +290,3 @@ def depthwise_bwd_weight(
         MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, **cfg.launch,
     )  # fmt: skip
     return ddw.sum(0)
-
-
-@heuristic("separable_conv_bwd_pw_input")
-def _pw_input_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
-    """64 rows: dy, z and the accumulator are alive at once; many channels, so that dz is computed rarely."""
-    block_n = min(128 if dtype.itemsize == 2 else 64, max(16, triton.next_power_of_2(C)))
-    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
-
-
-@candidates("separable_conv_bwd_pw_input")
-def _pw_input_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    tiles = [(64, 64, 32, 4), (64, 128, 32, 4), (64, 128, 64, 8), (64, 256, 32, 8), (128, 64, 32, 8), (128, 128, 32, 8)]
-    return [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-        for m, n, k, warps in tiles
-        for stages in (1, 2, 3)
-    ]
-
-
-@heuristic("separable_conv_bwd_pw_weight")
-def _pw_weight_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
-    """64 x 64 outputs a program keep dz and the activation of 64 rows in registers beside the accumulator."""
-    return {"BLOCK_M": 64 if dtype.itemsize == 2 else 32, "BLOCK_N": 64 if COUT > 32 else 32,
-            "BLOCK_K": 64 if C > 32 else 32, "num_warps": 4, "num_stages": 2}  # fmt: skip
-
-
-@candidates("separable_conv_bwd_pw_weight")
-def _pw_weight_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    tiles = [(32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 8), (32, 128, 128, 8), (64, 128, 64, 8), (64, 128, 128, 8)]
-    return [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-        for m, n, k, warps in tiles
-        for stages in (1, 2, 3)
-    ]
-
-
-@heuristic("separable_conv_bwd_dw_input")
-def _dw_input_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """As the depthwise forward, with half the pixels: g1 and u are both loaded for each tap."""
-    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_C": 32, "num_warps": 4}
-
-
-@candidates("separable_conv_bwd_dw_input")
-def _dw_input_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    tiles = [(4, 8, 32), (4, 8, 64), (4, 16, 32), (8, 8, 16), (8, 8, 32), (8, 8, 64), (8, 16, 16), (8, 16, 32)]
-    return [{"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n} for h, w, c in tiles for n in (4, 8)]
-
-
-@heuristic("separable_conv_bwd_dw_weight")
-def _dw_weight_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """32 channels are one 64-byte segment; 64 rows amortise adding a tap into the padded accumulator."""
-    return {"BLOCK_M": 64, "BLOCK_C": 32, "num_warps": 4}
-
-
-@candidates("separable_conv_bwd_dw_weight")
-def _dw_weight_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    return [
-        {"BLOCK_M": m, "BLOCK_C": c, "num_warps": warps}
-        for m, c in [(32, 32), (32, 64), (64, 16), (64, 32), (64, 64), (128, 16), (128, 32)]
-        for warps in (2, 4, 8)
-    ]

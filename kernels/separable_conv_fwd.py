@@ -8,9 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Norm, acc_dtype, batch_stats, norm_args, stats_dtype
-from fastseg.kernels.common import activate, norm_act, store_tile_stats
-from fastseg.kernels.config import candidates, compute_capability, heuristic, launch, select
-from fastseg.kernels.separable_conv_plan import Geometry, fused_block_n
+from fastseg.kernels.common import activate, norm_act, store_tile_stats, tile_pixels
+from fastseg.kernels.config import launch, select
+from fastseg.kernels.separable_conv_plan import Geometry
 
 
 @triton.jit
@@ -21,7 +21,8 @@ def depthwise_tile(
 ):  # fmt: skip
     """K x K taps of one image at input positions (iy, ix) of the first tap: -> (BLOCK_M, BLOCK_K), in ACC.
 
-    The loop over tap rows stays a loop: unrolled, all K*K tap tiles are hoisted and spill (1.1 KB of stack at 8x16x64).
+    The loop over tap rows stays a loop: unrolled, all K*K tap tiles are hoisted and spill (1.1 KB of stack at 8x16x64,
+    sm_90, Triton 3.6).
     """
     u = tl.zeros((BLOCK_M, BLOCK_K), ACC)
     for ky in tl.range(0, K, num_stages=1, loop_unroll_factor=1):
@@ -53,13 +54,13 @@ def finish_tile(
     mask = mask_m[:, None] & mask_n[None, :]
     offs = rows[:, None] * COUT + offs_n[None, :]
     z = z.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
+    if STATS or SAVE_Z:
+        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
     if STATS:
         count = store_tile_stats(z, mask_m, tile, tile_stats_ptr, offs_n, mask_n, COUT, ACC)
         if pid_n == 0:
             tl.store(counts_ptr + tile, count)
-    if STATS or SAVE_Z:
-        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
-    if not STATS:
+    else:
         y = norm_act(z, weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_n, mask_n, eps, NORM, AFFINE, ACT, ACC)
         if HAS_RESIDUAL:
             y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(ACC)
@@ -82,18 +83,11 @@ def _separable_conv_fwd_fused_kernel(
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     tile = tl.program_id(0)
     pid_n = tl.program_id(1)
-    tiles_w = tl.cdiv(OW, BLOCK_W)
-    tiles_image = tl.cdiv(OH, BLOCK_H) * tiles_w
-    n = (tile // tiles_image).to(tl.int64)
-    in_image = tile % tiles_image
-    offs_m = tl.arange(0, BLOCK_M)
-    oy = in_image // tiles_w * BLOCK_H + offs_m // BLOCK_W
-    ox = in_image % tiles_w * BLOCK_W + offs_m % BLOCK_W
-    mask_m = (oy < OH) & (ox < OW)
+    n, oy, ox, mask_m = tile_pixels(tile, OH, OW, BLOCK_H, BLOCK_W)
     iy = oy * stride - padding
     ix = ox * stride - padding
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_w = offs_n[None, :] * C + tl.arange(0, BLOCK_K)[:, None]  # one tile of offsets for all k: saves 24 spills
+    offs_w = offs_n[None, :] * C + tl.arange(0, BLOCK_K)[:, None]  # one for all k: 24 spills less
     x_ptr += n * H * W * C
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
@@ -131,14 +125,7 @@ def _separable_conv_fwd_dw_kernel(
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     tile = tl.program_id(0)
     pid_c = tl.program_id(1)
-    tiles_w = tl.cdiv(OW, BLOCK_W)
-    tiles_image = tl.cdiv(OH, BLOCK_H) * tiles_w
-    n = (tile // tiles_image).to(tl.int64)
-    in_image = tile % tiles_image
-    offs_m = tl.arange(0, BLOCK_M)
-    oy = in_image // tiles_w * BLOCK_H + offs_m // BLOCK_W
-    ox = in_image % tiles_w * BLOCK_W + offs_m % BLOCK_W
-    mask_m = (oy < OH) & (ox < OW)
+    n, oy, ox, mask_m = tile_pixels(tile, OH, OW, BLOCK_H, BLOCK_W)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     x_ptr += n * H * W * C
@@ -209,7 +196,8 @@ def tap_weights(dw: Tensor, g: Geometry) -> Tensor:
     """(C, 1, K, K) -> (C, K*K), with the channels innermost in memory where that is worth a launch.
 
     A thread holds 8 channels. Taps innermost, it loads their weights one by one, twice the L1 traffic of the pixels;
-    channels innermost, in one 16-byte load. From about 4 M depthwise elements on, that saves more than the copy costs.
+    channels innermost, in one 16-byte load. By estimate (a wavefront a cycle, 2 us a launch), that saves more than the
+    copy costs from about 4 M depthwise elements on.
     """
     taps = dw.reshape(g.C, g.K * g.K)
     return taps.t().contiguous().t() if g.pixels * g.C >= 2**22 else taps.contiguous()
@@ -242,7 +230,7 @@ def _or(t: Tensor | None, dummy: Tensor) -> Tensor:
     return dummy if t is None else t
 
 
-def depthwise_fwd(
+def separable_conv_fwd_dw(
     x: Tensor, w: Weights, g: Geometry, pre_act: str, mid: Norm | None, mid_act: str, *, stats: bool, store: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """x (N, C, H, W) in NHWC memory -> (u (N, C, OH, OW) the same, or None; stats (3, C) of the raw u, or None)."""
@@ -262,7 +250,7 @@ def depthwise_fwd(
     return u, batch_stats(tile_stats, counts) if stats else None
 
 
-def fused_fwd(
+def separable_conv_fwd_fused(
     x: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
     *, stats: bool, save_z: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
@@ -287,11 +275,11 @@ def fused_fwd(
     return y, z, batch_stats(tile_stats, counts) if stats else None
 
 
-def pointwise_fwd(
+def separable_conv_fwd_pw(
     u: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
     *, stats: bool, save_z: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """u (N, C, OH, OW) in NHWC memory, before ``mid`` and ``acts.mid`` -> as ``fused_fwd``."""
+    """u (N, C, OH, OW) in NHWC memory, before ``mid`` and ``acts.mid`` -> as ``separable_conv_fwd_fused``."""
     cfg = select("separable_conv_fwd_pw", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
     tiles = triton.cdiv(g.pixels, cfg.BLOCK_M)
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
@@ -314,61 +302,3 @@ def _outputs(x: Tensor, g: Geometry, tiles: int, stats: bool, save_z: bool):
     y = None if stats else empty_nhwc(x, g, g.COUT)
     z = empty_nhwc(x, g, g.COUT) if stats or save_z else None
     return y, z, *(_stats_buffers(x, tiles, g.COUT) if stats else (x, x))
-
-
-@heuristic("separable_conv_fwd_dw")
-def _dw_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """An 8x16 tile re-reads (8+2)(16+2)/128 = 1.4 inputs per output through L1; 32 channels are one 64-byte segment."""
-    return {"BLOCK_H": 8, "BLOCK_W": 16, "BLOCK_C": 32, "num_warps": 4}
-
-
-@candidates("separable_conv_fwd_dw")
-def _dw_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    tiles = [(4, 8, 64), (4, 16, 32), (4, 16, 64), (8, 8, 32), (8, 8, 64), (8, 16, 16), (8, 16, 32), (8, 16, 64)]
-    return [{"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n} for h, w, c in tiles for n in (4, 8)]
-
-
-@heuristic("separable_conv_fwd_fused")
-def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> dict[str, int]:
-    """BLOCK_N covers COUT, so that the depthwise tile is computed once.
-
-    8 x 8 pixels and 32 channels leave room for two blocks per multiprocessor: one's taps run beside the other's dot.
-    128 registers do not spill on sm_90; they do on sm_80 and sm_100, in fp32, and in the epilogue with statistics (255:
-    no limit).
-    """
-    block_n = fused_block_n(COUT, dtype)
-    wide = block_n * dtype.itemsize >= 512
-    limited = wide and dtype.itemsize == 2 and not stats and compute_capability() == 90
-    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 8 if wide else 4,
-            "num_stages": 1, "maxnreg": 128 if limited else 255}  # fmt: skip
-
-
-@candidates("separable_conv_fwd_fused")
-def _fused_candidates(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> list[dict[str, int]]:
-    tiles = [(8, 8, 32, 4), (8, 8, 32, 8), (8, 8, 64, 8), (4, 16, 32, 8), (8, 16, 32, 8), (8, 16, 64, 8), (8, 8, 64, 4)]
-    return [
-        {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": 1, "maxnreg": regs}
-        for n in {fused_block_n(COUT, dtype), min(128, fused_block_n(COUT, dtype))}
-        for h, w, k, warps in tiles
-        for regs in (128, 255)
-    ]
-
-
-@heuristic("separable_conv_fwd_pw")
-def _pw_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
-    """128 x 128 is the smallest tile whose arithmetic hides its loads on Hopper; wgmma needs 64 rows."""
-    block_n = min(128, max(16, triton.next_power_of_2(COUT)))
-    block_k = 32 if dtype.itemsize > 2 or C <= 32 else 64
-    return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k,
-            "num_warps": 8 if block_n == 128 else 4, "num_stages": 3}  # fmt: skip
-
-
-@candidates("separable_conv_fwd_pw")
-def _pw_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    tiles = [(64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8),
-             (128, 256, 64, 8), (64, 256, 64, 4), (64, 256, 32, 8), (128, 128, 32, 8)]  # fmt: skip
-    return [
-        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-        for m, n, k, warps in tiles
-        for stages in (2, 3, 4)
-    ]

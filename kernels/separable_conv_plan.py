@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-# An H200's ceilings in operations or bytes per second. Only their ratios decide; they differ little between GPUs.
+# An H200's ceilings in operations or bytes per second, for every GPU: only their ratios decide.
 BANDWIDTH = 4.3e12
 LANES = 33.4e12
 DOT = {torch.float16: 790e12, torch.bfloat16: 790e12, torch.float32: 395e12, torch.float64: 67e12}

@@ -1,8 +1,10 @@
 """The benchmark harness itself: timing, the stages of gpu.py, results that survive a crash, tables and plots."""
 
 import json
+import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import bench_models
 import bench_separable_conv as bench
@@ -14,6 +16,8 @@ import record
 import tables
 import torch
 import workloads
+
+from fastseg.ops._dispatch import explain, reference
 
 CPU = torch.device("cpu")
 
@@ -124,6 +128,35 @@ def test_forced_forms_launch_what_they_name(device):
             problem.function(problem.fused)()
     assert launched["fused"] == ["_separable_conv_fwd_fused_kernel"]
     assert launched["split"] == ["_separable_conv_fwd_dw_kernel", "_separable_conv_fwd_pw_kernel"]
+
+
+@pytest.fixture
+def model_problem():
+    return bench_models.Problem(replace(bench_models.SHAPES[0], H=64, W=64), CPU)
+
+
+def test_the_eager_model_is_plain_and_agrees(model_problem):
+    functions = model_problem.functions()
+    with model_problem.context():
+        with explain() as eager:
+            functions["eager"]()
+        with reference():  # the interpreter would take minutes
+            with explain() as ours:
+                functions["fastseg"]()
+            assert model_problem.disagreement(functions) == ""
+            model_problem.model.cls_conv.bias.add_(1)
+            assert model_problem.disagreement(functions).startswith("fastseg is")
+    assert {decision.why for decision in eager} == {"a child has hooks"}
+    assert {decision.why for decision in ours} == {"inside fastseg.reference()"}
+
+
+def test_what_is_compiled_is_the_eager_model(model_problem, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+    model_problem.device = torch.device("cuda")
+    functions = model_problem.functions()
+    assert compiled == [model_problem.plain]
+    assert torch.equal(functions["compile"](), functions["eager"]())
 
 
 def test_least_traffic():
@@ -298,15 +331,21 @@ def test_figures_fill_the_readme_and_say_what_is_not_measured(tmp_path, capsys):
     assert once.count(tables.MISSING) > 30
     assert plot.main(arguments) == 0
     assert readme.read_text() == once
-    for name in ("separable", "models"):
-        assert (tmp_path / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (tmp_path / "figures" / f"{name}.svg").read_text()
+    assert "![" not in once
+    assert not (tmp_path / "figures").exists()
 
     record.write(tmp_path / "NVIDIA_H200.json", "ops", _stages()["ops"])
     assert plot.main(arguments) == 0
     assert "**NVIDIA H200**" in readme.read_text()
     assert _cells(readme.read_text(), "decoder")[0] == "600"
-    assert (tmp_path / "figures" / "separable-NVIDIA_H200.svg").exists()
+    (link,) = re.findall(r"\n\n!\[.*\]\((.*)\)\n<!-- end -->\nbetween", readme.read_text())
+    assert readme.read_text().count("![") == 1  # no model was measured
+    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["separable-eval-NVIDIA_H200.png"]
+    assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
+
+    record.write(tmp_path / "NVIDIA_H200.json", "ops", _stages("failed")["ops"])
+    assert plot.main(arguments) == 0
+    assert "![" not in readme.read_text()
 
 
 @pytest.mark.parametrize(

@@ -138,13 +138,18 @@ def test_predict_refuses_bad_weights(tmp_path, weights, capsys, kind):
 
 def test_predict_into_a_folder_that_cannot_be(tmp_path, weights, capsys, monkeypatch):
     photo = _photo(tmp_path / "a.png")
-    assert _predict(photo, "--weights", weights, "-o", photo / "out") == 1
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("fastseg predict: ")
-    assert str(photo / "out") in line
+    line = "fastseg predict: {}: cannot be made or written to ({}); choose another folder with -o\n"
+    for folder, why in ((photo / "out", "Not a directory"), (photo, "File exists")):
+        assert _predict(photo, "--weights", weights, "-o", folder) == 1
+        assert capsys.readouterr().err == line.format(folder, why)
     monkeypatch.setattr(os, "access", lambda *args: False)
     assert _predict(photo, "--weights", weights, "-o", tmp_path / "out") == 1
-    assert "cannot be written to" in capsys.readouterr().err
+    assert capsys.readouterr().err == line.format(tmp_path / "out", "Permission denied")
+
+
+def test_predict_says_that_the_weights_are_a_directory(tmp_path, capsys):
+    assert _predict("a.png", "--weights", tmp_path, "-o", tmp_path / "out") == 1
+    assert capsys.readouterr().err == f"fastseg predict: {tmp_path}: is a directory; name a file with weights\n"
 
 
 def test_predict_leaves_nothing_half_written(tmp_path, weights, capsys, monkeypatch):
@@ -198,7 +203,7 @@ def test_predict_does_not_overwrite_its_inputs(tmp_path, weights, capsys):
 def test_doctor_reports(capsys):
     assert main(["doctor"]) == 0
     out = capsys.readouterr().out
-    assert f"torch   {torch.__version__} (tested: 2.11 to 2.15)" in out
+    assert f"torch   {torch.__version__} (supported: 2.11 to 2.15)" in out
     assert "inside fastseg.reference()" in out  # the reason is the real one
     for case in comparison.op_cases(torch.device("cpu"), torch.float32, 32):
         assert re.search(rf"^  {case.name} ", out, re.MULTILINE)
@@ -208,15 +213,20 @@ def test_doctor_reports(capsys):
 @pytest.mark.parametrize(
     ("version", "words"),
     [
-        ("2.10.1", "OUTSIDE"),
-        ("2.11.0", "2.11.0 (tested"),
-        ("2.15.3+cu130", "2.15.3+cu130 (tested"),
-        ("2.16.0", "OUTSIDE"),
+        ("2.10.1", "2.10.1 OUTSIDE THE RANGE (supported"),
+        ("2.11.0", "2.11.0 (supported"),
+        ("2.15.3+cu130", "2.15.3+cu130 (supported"),
+        ("2.16.0", "2.16.0 OUTSIDE THE RANGE (supported"),
     ],
 )
-def test_doctor_knows_the_tested_range(monkeypatch, version, words):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
-    assert words in doctor.version_line("torch")
+def test_doctor_knows_the_supported_range(monkeypatch, capsys, version, words):
+    known, outside = importlib.metadata.version, "OUTSIDE" in words
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version if name == "torch" else known(name))
+    monkeypatch.setattr(doctor, "probes", lambda: [])
+    assert main(["doctor"]) == int(outside)
+    out = capsys.readouterr().out
+    assert f"  torch   {words}" in out
+    assert (f"PROBLEM: torch {words}" in out) == outside
 
 
 def test_doctor_finds_the_other_fastseg(monkeypatch, capsys):
@@ -340,6 +350,12 @@ def test_progress_without_tqdm(monkeypatch, capsys):
         (["dance"], "dance"),
         (["demo", "--steps", "0"], "--steps"),
         (["demo", "--steps", "many"], "invalid integer value: 'many'"),
+        (["tune", "--classes", "0"], "--classes: 0 is less than 1"),
+        (["tune", "--batch", "1", "0"], "--batch: 0 is less than 1"),
+        (["tune", "--size", "512", "-1"], "--size: -1 is less than 1"),
+        (["tune", "--budget", "0"], "--budget: 0 is not above 0"),
+        (["tune", "--budget", "nan"], "--budget: nan is not above 0"),
+        (["tune", "--budget", "long"], "invalid number value: 'long'"),
         (["demo", "--device", "cuda:99"], "no device 'cuda:99' here"),
         (["demo", "--device", "toaster"], "no device 'toaster' here"),
         (["predict", "a.png"], "--weights"),

@@ -6,6 +6,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import roofline
+import torch
 from floors import DEVICES, Cost, find_device, floor_of, floor_us, saved_bytes, separable_training, times_us
 from model_layers import mobilenet_blocks, walk
 from op_floors import (
@@ -21,6 +22,8 @@ from op_floors import (
 from pruned_argmax import adjacent_logits, check_pruning, smooth_logits, to_bf16
 from useful_macs import aspp_fraction, region_fraction, strip_shape, tile_fraction, useful_fraction
 from workloads import ASPP, ASPP_MAPS, SEPARABLE, ModelShape, tiny
+
+from fastseg.kernels import separable_conv_plan as plan
 
 H200 = DEVICES["H200"]
 SHAPES = {shape.name: shape for shape in SEPARABLE}
@@ -319,6 +322,10 @@ def test_devices_are_found_by_the_name_a_gpu_reports():
     assert find_device("NVIDIA A100-SXM4-80GB") is DEVICES["A100"]
     assert find_device("NVIDIA H200") is H200
     assert find_device("NVIDIA GeForce RTX 4090") is None
+
+
+def test_the_cost_model_and_the_floors_have_the_same_ceilings():
+    assert (plan.BANDWIDTH, plan.LANES, plan.DOT[torch.bfloat16]) == (H200.bandwidth, H200.fma, H200.tensor)
 
 
 def test_tiny_shapes_keep_the_kind_of_case():

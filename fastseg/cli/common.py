@@ -23,6 +23,17 @@ def positive_int(text: str) -> int:
 positive_int.__name__ = "integer"  # argparse: "invalid integer value: 'x'"
 
 
+def positive_float(text: str) -> float:
+    """argparse type: a number above 0."""
+    value = float(text)
+    if value < 0:  # nan as well
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+positive_float.__name__ = "number"
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``: by default the GPU where there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,6 +27,7 @@ EXPECTED_MIOU = 0.85  # of the default number of steps; over 0.9 is usual
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
     parser.add_argument("--model", choices=names(), default="deeplabv3plus", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="of mosaics, weights and training (default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=STEPS, help="training steps (default: %(default)s)")
@@ -35,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Train, score, draw and time; 0, or ``ValueError`` where the training diverged or scores poorly."""
     start = time.perf_counter()
     args.output.mkdir(parents=True, exist_ok=True)
     photographs = load_photographs()

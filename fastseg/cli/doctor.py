@@ -15,7 +15,7 @@ from fastseg.inference.images import first_line
 from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, Report
 
 DISTRIBUTION = "fastseg-kernels"
-# First and last version that the project is tested with; None: whatever is newer should do.
+# First and last version that the project supports; None: whatever is newer should do.
 VERSIONS = {
     "python": ((3, 11), None),
     "torch": ((2, 11), (2, 15)),
@@ -32,7 +32,10 @@ def run(args: argparse.Namespace) -> int:
     problems: list[str] = []
     print(f"fastseg {fastseg.__version__} on {platform.platform()}\n\nVersions")
     for name in VERSIONS:
-        print(f"  {name:<8}{version_line(name)}")
+        line, inside = version_line(name)
+        print(f"  {name:<8}{line}")
+        if not inside:
+            problems.append(f"{name} {line}")
     others = clashing_distributions()
     if others:
         problems.append(f"{', '.join(others)} also installs the package `fastseg`: pip uninstall {' '.join(others)}")
@@ -54,17 +57,17 @@ def run(args: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def version_line(name: str) -> str:
-    """``2.13.0 (tested: 2.11 to 2.15)``, with a word where it is missing or outside."""
+def version_line(name: str) -> tuple[str, bool]:
+    """``2.13.0 (supported: 2.11 to 2.15)``, and whether that is inside the range; what is missing is not outside."""
     low, high = VERSIONS[name]
-    span = "needs {}.{} or later".format(*low) if high is None else "tested: {}.{} to {}.{}".format(*low, *high)
+    span = "needs {}.{} or later".format(*low) if high is None else "supported: {}.{} to {}.{}".format(*low, *high)
     try:
         version = platform.python_version() if name == "python" else importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed ({span})"
+        return f"not installed ({span})", True
     found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     inside = low <= found and (high is None or found <= high)
-    return f"{version} ({span})" if inside else f"{version} OUTSIDE THE RANGE ({span})"
+    return f"{version}{'' if inside else ' OUTSIDE THE RANGE'} ({span})", inside
 
 
 def clashing_distributions() -> list[str]:

@@ -1,6 +1,7 @@
 """Segment photographs: class maps as palette PNGs, and colour overlays."""
 
 import argparse
+import errno
 import os
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from fastseg.models import names
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or JPEG files")
     parser.add_argument("--model", choices=names(), help="needed where the weights do not say which model they are of")
     parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="safetensors, or of torch.save")
@@ -24,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    """Segment each image; 0, or 1 where one failed. Bad weights or folders raise ``ValueError`` or ``OSError``."""
     model, classes = load_checkpoint(args.weights, args.model, args.classes)
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
@@ -55,9 +58,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _make_folder(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise PermissionError(f"{folder}: cannot be written to")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        message = f"{folder}: cannot be made or written to ({error.strerror}); choose another folder with -o"
+        raise OSError(message) from error
 
 
 def _output_stems(paths: list[Path]) -> list[str]:

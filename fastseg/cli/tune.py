@@ -2,14 +2,15 @@
 
 import argparse
 import functools
-import importlib.util
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from fastseg.cli.common import positive_float, positive_int, progress
 from fastseg.models import create, names
 from fastseg.ops._dispatch import HAS_TRITON
 
@@ -20,14 +21,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("ops", nargs="*", metavar="OP", help="tune the kernels whose names begin so (default: all)")
     parser.add_argument("--model", default="deeplabv3plus", choices=names(), help="tune what this model launches")
-    parser.add_argument("--classes", type=int, default=21)
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 16], metavar="N", help="images per batch")
+    parser.add_argument("--classes", type=positive_int, default=21)
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 16], metavar="N", help="images per batch")
     parser.add_argument(
-        "--size", type=int, nargs=2, default=[512, 512], metavar=("H", "W"), help="image size in pixels"
+        "--size", type=positive_int, nargs=2, default=[512, 512], metavar=("H", "W"), help="image size in pixels"
     )
     parser.add_argument("--dtype", default="bf16", choices=DTYPES, help="autocast dtype; fp32 is without autocast")
     parser.add_argument("--train", action="store_true", help="tune a training step as well")
-    parser.add_argument("--budget", type=float, default=600, metavar="SECONDS", help="begin nothing after this time")
+    parser.add_argument(
+        "--budget", type=positive_float, default=600, metavar="SECONDS", help="begin nothing after this time"
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="default: ~/.cache/fastseg/tuned")
 
 
@@ -72,8 +75,11 @@ def tune_steps(
     path.parent.mkdir(parents=True, exist_ok=True)
     calls = [call for step in steps for call in observe.op_calls(step)]
     rows = observe.rows_of(calls, lambda kernel: not ops or kernel.startswith(tuple(ops)))
-    with _Progress(len(rows)) as progress:
-        left = tune.tune(rows, functools.partial(_note, progress, path), seconds=seconds, **search)
+    bar = progress(rows, "tune", unit="row")
+    note = functools.partial(_note, bar.write, path)
+    deadline, left = time.monotonic() + seconds, []
+    for row in bar:
+        left += tune.tune([row], note, seconds=deadline - time.monotonic(), **search)
     if left:
         print(f"no time was left for {len(left)} of {len(rows)} rows; a larger --budget, or OP, tunes them")
     if len(left) == len(rows):
@@ -101,41 +107,15 @@ def _steps(options: argparse.Namespace, device: torch.device) -> list[Callable[[
     return [functools.partial(step, batch, train) for train in trains for batch in options.batch]
 
 
-def _note(progress: "_Progress", path: Path, row, trials) -> None:
+def _note(show: Callable[[str], None], path: Path, row, trials) -> None:
     """Write what one row's search found, and show it."""
     from fastseg.kernels import tune
 
     chosen = tune.best(trials)
     if chosen is None:
-        progress.step(f"{row}: none of {len(trials)} candidates ran: {trials[0].note}")
+        show(f"{row}: none of {len(trials)} candidates ran: {trials[0].note}")
         return
     tune.write_table(path, tune.entry(row, chosen), gpu=path.stem)
     first = trials[0].us
     gain = f"{first / chosen.us:.2f} x the heuristic" if first is not None else "the heuristic does not run"
-    progress.step(f"{row}: {chosen.us:.1f} us, {gain}, {len(trials)} tried")
-
-
-class _Progress:
-    """A bar where tqdm is installed, else numbered lines."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.bar = total, 0, None
-
-    def __enter__(self) -> "_Progress":
-        if importlib.util.find_spec("tqdm") is not None:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.total, unit="row")
-        return self
-
-    def __exit__(self, *exc) -> None:
-        if self.bar is not None:
-            self.bar.close()
-
-    def step(self, line: str) -> None:
-        self.done += 1
-        if self.bar is None:
-            print(f"[{self.done}/{self.total}] {line}", flush=True)
-        else:
-            self.bar.write(line)
-            self.bar.update()
+    show(f"{row}: {chosen.us:.1f} us, {gain}, {len(trials)} tried")

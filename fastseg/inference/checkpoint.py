@@ -40,9 +40,12 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: no such file.
+        IsADirectoryError: a directory.
         ValueError: the file cannot be read, or is not of this model.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a directory; name a file with weights")
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no file with weights is there")
     payload = read_payload(path)

@@ -18,7 +18,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG")
-SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_PIXELS = 2**25  # 33.5 million: above what cameras give, and 100 MB of RGB
 MAX_CLASSES = 256  # a class map is a palette PNG of 8 bits
 

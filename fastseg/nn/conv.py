@@ -24,7 +24,8 @@ class SeparableConv2d(nn.Module):
         out_channels: channels of the output.
         kernel_size: K, in taps.
         stride: in pixels.
-        padding: zeros on each side, in pixels; None means ``dilation * (kernel_size - 1) // 2``.
+        padding: zeros on each side, in pixels; None means ``dilation * (kernel_size - 1) // 2``, which keeps H and W at
+            stride 1 where ``dilation * (kernel_size - 1)`` is even.
         dilation: distance of neighbouring taps, in pixels.
         bias: whether both convolutions have a bias.
         pre_act: activation of the input: None, "relu", "relu6" or "leaky_relu".
@@ -34,6 +35,8 @@ class SeparableConv2d(nn.Module):
         post_act: activation of the output.
         eps: of both norms.
         momentum: of both norms; None averages cumulatively.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Returns:
         (N, out_channels, OH, OW), in the memory format of the input.
@@ -71,6 +74,8 @@ class SeparableConv2d(nn.Module):
     ):
         super().__init__()
         _check_activations("SeparableConv2d", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
+        if not isinstance(kernel_size, int):
+            raise TypeError(f"SeparableConv2d: kernel_size is {kernel_size!r}; it must be an int: the kernel is square")
         where = {"device": device, "dtype": dtype}
         norm = lambda channels: nn.BatchNorm2d(channels, eps, momentum, **where)
         padding = dilation * (kernel_size - 1) // 2 if padding is None else padding

@@ -133,6 +133,12 @@ def _norm_grads(sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if sums is None else (sums[1].clone(), sums[0].clone())
 
 
+def per_output(needs: list[bool]) -> tuple[bool, ...]:
+    """``needs`` (x, dw, pw, dw_bias, pw_bias, mid, post) for each output: a norm's weight and bias come together."""
+    *five, mid, post = needs
+    return (*five, mid, mid, post, post)
+
+
 def _owners(a: Call) -> tuple[Tensor, ...]:
     """Whose gradients the backward op returns, in order; x stands for a tensor that is not there."""
     tensors = (a.x, a.dw, a.pw, a.dw_bias, a.pw_bias, a.mid_weight, a.mid_bias, a.post_weight, a.post_bias)
@@ -146,7 +152,8 @@ def compose(
     x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_act, post_act, mid_norm, post_norm
 ) -> tuple[Tensor, Tensor]:
     """The op written out, with the norms as functions. -> y, z."""
-    cast = lambda t: None if t is None else t.to(x.dtype)  # under autocast, only x was cast
+    autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
+    cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     v = ACTIVATIONS[pre_act](x)
     u = F.conv2d(v, cast(dw), cast(dw_bias), stride, padding, dilation, groups=dw.shape[0])
     z = F.conv2d(ACTIVATIONS[mid_act](mid_norm(u)), cast(pw), cast(pw_bias))
@@ -215,11 +222,10 @@ def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, nee
     if a.post == "batch":
         dpw_bias = torch.zeros_like(dpw_bias)
     dx = like(a.x, _ACTIVATION_GRADS[a.pre_act](dv, cast(a.x)))
-    wanted = Wanted(*needs)
     grads = (dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias)
     return tuple(
         grad.to(owner.dtype, memory_format=memory_format_of(owner)) if want else a.x.new_empty(0)
-        for grad, want, owner in zip(grads, wanted.flat, _owners(a), strict=True)
+        for grad, want, owner in zip(grads, per_output(needs), _owners(a), strict=True)
     )
 
 
@@ -260,7 +266,7 @@ def _fake_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def _fake_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
     a = Call(*args)
     grads = []
-    for want, owner in zip(Wanted(*needs).flat, _owners(a), strict=True):
+    for want, owner in zip(per_output(needs), _owners(a), strict=True):
         if not want:
             grads.append(a.x.new_empty(0))
         elif owner is a.x:
@@ -268,22 +274,6 @@ def _fake_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, need
         else:
             grads.append(owner.new_empty(owner.shape))
     return tuple(grads)
-
-
-class Wanted(NamedTuple):
-    """Which gradients the backward computes; a norm's weight and bias come together."""
-
-    x: bool
-    dw: bool
-    pw: bool
-    dw_bias: bool
-    pw_bias: bool
-    mid: bool
-    post: bool
-
-    @property
-    def flat(self) -> tuple[bool, ...]:
-        return (*self[:5], self.mid, self.mid, self.post, self.post)
 
 
 eval_op = register(f"separable_conv2d({_SCHEMA}) -> Tensor", _launch_eval, _plain_eval, _fake_eval)
@@ -321,7 +311,7 @@ class _SeparableConv2d(torch.autograd.Function):
                  bool(need.mid_weight or need.mid_bias), bool(need.post_weight or need.post_bias)]  # fmt: skip
         grads = bwd_op(dy, z, mid_stats, post_stats, needs, *a)
         grads = [
-            grad if grad.numel() > 0 or want else None for grad, want in zip(grads, Wanted(*needs).flat, strict=True)
+            grad if grad.numel() > 0 or want else None for grad, want in zip(grads, per_output(needs), strict=True)
         ]
         dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias = grads
         residual = dy if need.residual else None

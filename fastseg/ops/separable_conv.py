@@ -65,7 +65,8 @@ def separable_conv2d(
         depthwise_bias: (C,).
         pointwise_bias: (COUT,).
         stride: of the depthwise taps, in pixels.
-        padding: zeros on each side, in pixels; None means ``dilation * (K - 1) // 2``.
+        padding: zeros on each side, in pixels; None means ``dilation * (K - 1) // 2``, which keeps H and W at stride 1
+            where ``dilation * (K - 1)`` is even.
         dilation: distance of neighbouring taps, in pixels.
         pre_act: activation applied to ``x``; None, "relu", "relu6" or "leaky_relu" (slope 0.01).
         mid_norm: batch norm between the halves.
@@ -81,7 +82,8 @@ def separable_conv2d(
     Raises:
         ValueError: shapes that do not fit, an unknown activation, tensors on different devices, batch statistics of one
             value per channel.
-        TypeError: dtypes that differ outside autocast, or are no floating point.
+        TypeError: dtypes of ``x``, weights and residual that differ outside autocast, or are no floating point; biases
+            and norms may have another floating-point dtype.
 
     Reference: Chollet, Xception, arXiv:1610.02357; orders of norm and activation as in MobileNetV2 (arXiv:1801.04381)
     and DeepLabV3+ (arXiv:1802.02611).
@@ -221,7 +223,9 @@ def _check(
     if not torch.is_autocast_enabled(x.device.type):
         for label, t in (("depthwise_weight", dw), ("pointwise_weight", pw), ("residual", residual)):
             if t is not None and t.dtype != x.dtype:
-                raise TypeError(f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same")
+                raise TypeError(
+                    f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
+                )
     OH, OW = ((size + 2 * padding - dilation * (K - 1) - 1) // stride + 1 for size in x.shape[2:])
     if OH < 1 or OW < 1:
         raise ValueError(

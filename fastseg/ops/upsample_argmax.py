@@ -49,7 +49,7 @@ def upsample_argmax(
         raise TypeError(f"upsample_argmax: dtype is {dtype}; use torch.uint8 or torch.int64")
     if dtype == torch.uint8 and classes > UINT8_CLASSES:
         raise ValueError(f"upsample_argmax: {classes} classes do not fit uint8; use dtype=torch.int64")
-    record_reference("upsample_argmax", logits, "no kernel yet")
+    record_reference("upsample_argmax", logits, "this op has only a reference path")
     return upsample_argmax_ref(logits, size, scale_factor, align_corners=align_corners, dtype=dtype)
 
 

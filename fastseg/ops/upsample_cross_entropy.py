@@ -50,7 +50,7 @@ def upsample_cross_entropy(
         raise TypeError(f"upsample_cross_entropy: logits are {logits.dtype}; give floating-point logits")
     if target.dtype not in TARGET_DTYPES:
         raise TypeError(f"upsample_cross_entropy: target is {target.dtype}; give class indices, uint8, int32 or int64")
-    record_reference("upsample_cross_entropy", logits, "no kernel yet")
+    record_reference("upsample_cross_entropy", logits, "this op has only a reference path")
     return upsample_cross_entropy_ref(
         logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
     )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg import explain, reference
+from fastseg.kernels import config
 from fastseg.models import DeepLabV3Plus, create, names
 from fastseg.models.encoders import MobileNetV2
 
@@ -248,3 +249,13 @@ def plain_deeplab(state: dict[str, Tensor], x: Tensor, output_stride: int, train
     y = F.dropout(conv_norm_relu(y, "cat_conv.0", "cat_conv.1"), 0.5, training)
     y = F.dropout(conv_norm_relu(y, "cat_conv.4", "cat_conv.5"), 0.1, training)
     return resize(conv(y, "cls_conv"), x.shape[-2:])
+
+
+def test_launches_per_forward(device):
+    """Each of MobileNetV2's 17 pairs is one launch at 512^2, batch 1; counted, not run."""
+    model = DeepLabV3Plus(21).to(device, memory_format=torch.channels_last).eval()
+    launched = []
+    with torch.no_grad(), config.intercept(lambda kernel, *_: launched.append(kernel.fn.__name__)), explain() as report:
+        model.logits(torch.zeros(1, 3, 512, 512, device=device).to(memory_format=torch.channels_last))
+    assert [d.why.split(":")[0] for d in report if d.op == "separable_conv2d"] == ["fused"] * 17
+    assert launched == ["_separable_conv_fwd_fused_kernel"] * 17
