@@ -54,7 +54,7 @@ def finish_tile(
     mask = mask_m[:, None] & mask_n[None, :]
     offs = rows[:, None] * COUT + offs_n[None, :]
     z = z.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
-    if STATS or SAVE_Z:
+    if STATS or SAVE_Z:  # before the statistics: they need the registers
         tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
     if STATS:
         count = store_tile_stats(z, mask_m, tile, tile_stats_ptr, offs_n, mask_n, COUT, ACC)
@@ -133,15 +133,15 @@ def _separable_conv_fwd_dw_kernel(
     u = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, oy * stride - padding, ox * stride - padding, mask_m, offs_c, mask_c,
                        H, W, dilation, C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_C)  # fmt: skip
     u = u.to(u_ptr.dtype.element_ty).to(ACC)  # statistics are of what torch would have stored
+    if STORE:
+        a = norm_act(u, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_c, mask_c, mid_eps,
+                     MID_NORM, MID_AFFINE, MID_ACT, ACC)  # fmt: skip
+        offs = (n * OH * OW + oy * OW + ox)[:, None] * C + offs_c[None, :]
+        tl.store(u_ptr + offs, a.to(u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
     if STATS:
         count = store_tile_stats(u, mask_m, tile, tile_stats_ptr, offs_c, mask_c, C, ACC)
         if pid_c == 0:
             tl.store(counts_ptr + tile, count)
-    if STORE:
-        u = norm_act(u, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_c, mask_c, mid_eps,
-                     MID_NORM, MID_AFFINE, MID_ACT, ACC)  # fmt: skip
-        offs = (n * OH * OW + oy * OW + ox)[:, None] * C + offs_c[None, :]
-        tl.store(u_ptr + offs, u.to(u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
 
 
 @triton.jit

@@ -26,7 +26,7 @@ positive_int.__name__ = "integer"  # argparse: "invalid integer value: 'x'"
 def positive_float(text: str) -> float:
     """argparse type: a number above 0."""
     value = float(text)
-    if value < 0:  # nan as well
+    if not value > 0:  # nan as well
         raise argparse.ArgumentTypeError(f"{text} is not above 0")
     return value
 
