@@ -178,15 +178,6 @@ def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     return configs
 
 
-def compute_capability() -> int:
-    """90 for sm_90: of the NVIDIA target that kernels are compiled for now; 0 elsewhere, and under the interpreter."""
-    try:
-        target = triton.runtime.driver.active.get_current_target()
-    except RuntimeError:  # "0 active drivers": no GPU
-        return 0
-    return target.arch if target.backend == "cuda" else 0
-
-
 @functools.cache
 def table_names(index: int) -> tuple[str, ...]:
     """The GPU's own table before its architecture's."""

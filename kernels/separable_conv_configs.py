@@ -7,7 +7,7 @@ until a table in ``tuned/`` replaces it.
 import torch
 import triton
 
-from fastseg.kernels.config import candidates, compute_capability, heuristic
+from fastseg.kernels.config import candidates, heuristic
 from fastseg.kernels.separable_conv_plan import fused_block_n
 
 
@@ -25,17 +25,14 @@ def _dw_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[s
 
 @heuristic("separable_conv_fwd_fused")
 def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> dict[str, int]:
-    """BLOCK_N covers COUT, so that the depthwise tile is computed once.
+    """BLOCK_N covers COUT, so that the depthwise tile is computed once; 64 rows are what wgmma takes.
 
-    8 x 8 pixels and 32 channels leave room for two blocks per multiprocessor: one's taps run beside the other's dot.
-    On sm_90, 128 registers do not spill with 3 x 3 taps; elsewhere, with more taps, in fp32, and in the epilogue with
-    statistics they do (255: no limit).
+    A wide accumulator leaves room for one block per multiprocessor (172 registers on sm_90). 128 registers would make
+    it two, at 0 to 26 spills by shape and Triton version; tuning tries it. 255 is no limit.
     """
     block_n = fused_block_n(COUT, dtype)
-    wide = block_n * dtype.itemsize >= 512
-    limited = wide and K == 3 and dtype.itemsize == 2 and not stats and compute_capability() == 90
-    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 8 if wide else 4,
-            "num_stages": 1, "maxnreg": 128 if limited else 255}  # fmt: skip
+    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32,
+            "num_warps": 8 if block_n * dtype.itemsize >= 512 else 4, "num_stages": 1, "maxnreg": 255}  # fmt: skip
 
 
 @candidates("separable_conv_fwd_fused")
@@ -122,14 +119,17 @@ def _dw_input_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[
 
 @heuristic("separable_conv_bwd_dw_weight")
 def _dw_weight_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """A 64-byte segment of channels; 64 rows amortise adding a tap into the padded accumulator."""
-    return {"BLOCK_M": 64, "BLOCK_C": 64 // dtype.itemsize, "num_warps": 4}
+    """A 64-byte segment of channels; 64 rows amortise adding a tap into the padded accumulator.
+
+    Left to itself, ptxas takes 80 or 128 registers and spills a few with Triton 3.9.
+    """
+    return {"BLOCK_M": 64, "BLOCK_C": 64 // dtype.itemsize, "num_warps": 4, "maxnreg": 168}
 
 
 @candidates("separable_conv_bwd_dw_weight")
 def _dw_weight_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
     return [
-        {"BLOCK_M": m, "BLOCK_C": c, "num_warps": warps}
+        {"BLOCK_M": m, "BLOCK_C": c, "num_warps": warps, "maxnreg": 168}
         for m, c in [(32, 32), (32, 64), (64, 16), (64, 32), (64, 64), (128, 16), (128, 32)]
         for warps in (2, 4, 8)
     ]

@@ -171,7 +171,9 @@ class _PlainNorm:
     def __call__(self, v: Tensor) -> Tensor:
         if self.kind == "none":
             return v
-        wide = lambda t: None if t is None else t.to(self.stats.dtype)  # torch wants one dtype of statistics and affine
+        wide = lambda t: (
+            None if t is None else t.to(self.stats.dtype).contiguous()
+        )  # torch wants one dtype of statistics and affine
         affine = wide(self.weight), wide(self.bias)
         if self.kind == "batch":
             values = wide(v.detach())

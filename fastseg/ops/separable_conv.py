@@ -147,7 +147,9 @@ def separable_conv2d_ref(
 def _torch_norm(v: Tensor, norm: BatchNormArgs | None) -> Tensor:
     if norm is None:
         return v
-    mean, var, weight, bias, training, momentum, eps = norm
+    mean, var, *affine, training, momentum, eps = norm
+    # contiguous: torch 2.13 reads a strided weight as if dense in the channels_last backward on a CPU
+    weight, bias = (None if t is None else t.contiguous() for t in affine)
     return F.batch_norm(v, mean, var, weight, bias, training, momentum, eps)
 
 

@@ -148,6 +148,7 @@ def install() -> None:
     I.GridExecutor._init_args_hst = _recording(I.GridExecutor._init_args_hst)
     I.GridExecutor.__call__ = _checking(I.GridExecutor.__call__)
     I.InterpreterBuilder.create_dot = _widening(I.InterpreterBuilder.create_dot)
+    I.InterpreterBuilder.create_masked_load = _undefined_where_masked(I.InterpreterBuilder.create_masked_load)
     I._patch_lang = _once_per_launch(I._patch_lang)
 
 
@@ -234,6 +235,20 @@ def _widened(handle: Any) -> Any:
         return handle
     bits = handle.data.view(np.uint16).astype(np.uint32) << np.uint32(16)
     return I.TensorHandle(bits.view(np.float32), tl.float32)
+
+
+def _undefined_where_masked(original: Callable) -> Callable:
+    """A masked load without ``other`` gives 0 in the interpreter, anything on a GPU: here NaN, or -1 of integers."""
+
+    @functools.wraps(original)
+    def create_masked_load(self, ptrs, mask, other, *args, **kwargs):
+        if other is None and _launch is not None:
+            dtype = I._get_np_dtype(ptrs.get_element_ty())
+            ones = np.frombuffer(b"\xff" * np.dtype(dtype).itemsize, dtype)[0]
+            other = I.TensorHandle(np.full(np.shape(ptrs.data), ones, dtype), ptrs.get_element_ty())
+        return original(self, ptrs, mask, other, *args, **kwargs)
+
+    return create_masked_load
 
 
 def _once_per_launch(original: Callable) -> Callable:
