@@ -137,3 +137,15 @@ def test_images_of_2_to_the_31_elements_are_left_to_torch():
     g = Geometry(1, 2**11, 2**10, 2**10, 16, 2**9, 2**9, 3, 2, 1, 1)
     assert "2147483648 elements" in g.unsupported()
     assert g._replace(C=2**11 - 1).unsupported() == ""
+
+
+def test_reference_reads_strided_norm_parameters():
+    """torch 2.13's own batch norm does not, in the backward of channels_last input on a CPU."""
+    inputs, kwargs = make("smp")
+    dense = kwargs["post_norm"]
+    strided = dense._replace(weight=dense.weight.detach().repeat_interleave(2)[::2].requires_grad_())
+    grads = []
+    for norm in (dense, strided):
+        y = separable_conv2d_ref(*inputs, **{**kwargs, "post_norm": norm})
+        grads.append(torch.autograd.grad(y.square().sum(), inputs[0])[0])
+    torch.testing.assert_close(grads[1], grads[0])
