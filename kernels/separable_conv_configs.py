@@ -10,17 +10,26 @@ import triton
 from fastseg.kernels.config import candidates, heuristic
 from fastseg.kernels.separable_conv_plan import fused_block_n
 
+# Of the kernels that hold taps: all there are. Left to itself, ptxas takes 80 or 128 and spills a few (3 to 7 on sm_80
+# to sm_100, by Triton's version).
+TAP_REGISTERS = 255
+
 
 @heuristic("separable_conv_fwd_dw")
 def _dw_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """An 8x16 tile re-reads (8+2)(16+2)/128 = 1.4 inputs per output through L1; 32 channels are one 64-byte segment."""
-    return {"BLOCK_H": 8, "BLOCK_W": 16, "BLOCK_C": 32, "num_warps": 4}
+    """An 8x16 tile re-reads (8+2)(16+2)/128 = 1.4 inputs per output through L1, in 64-byte segments."""
+    return {"BLOCK_H": 8, "BLOCK_W": 16, "BLOCK_C": 64 // dtype.itemsize, "num_warps": 4,
+            "maxnreg": TAP_REGISTERS}  # fmt: skip
 
 
 @candidates("separable_conv_fwd_dw")
 def _dw_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
     tiles = [(4, 8, 64), (4, 16, 32), (4, 16, 64), (8, 8, 32), (8, 8, 64), (8, 16, 16), (8, 16, 32), (8, 16, 64)]
-    return [{"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n} for h, w, c in tiles for n in (4, 8)]
+    return [
+        {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n, "maxnreg": TAP_REGISTERS}
+        for h, w, c in tiles
+        for n in (4, 8)
+    ]
 
 
 @heuristic("separable_conv_fwd_fused")
@@ -108,28 +117,30 @@ def _pw_weight_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> l
 @heuristic("separable_conv_bwd_dw_input")
 def _dw_input_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     """As the depthwise forward, with half the pixels: g1 and u are both loaded for each tap."""
-    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_C": 32, "num_warps": 4}
+    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_C": 64 // dtype.itemsize, "num_warps": 4,
+            "maxnreg": TAP_REGISTERS}  # fmt: skip
 
 
 @candidates("separable_conv_bwd_dw_input")
 def _dw_input_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
     tiles = [(4, 8, 32), (4, 8, 64), (4, 16, 32), (8, 8, 16), (8, 8, 32), (8, 8, 64), (8, 16, 16), (8, 16, 32)]
-    return [{"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n} for h, w, c in tiles for n in (4, 8)]
+    return [
+        {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_C": c, "num_warps": n, "maxnreg": TAP_REGISTERS}
+        for h, w, c in tiles
+        for n in (4, 8)
+    ]
 
 
 @heuristic("separable_conv_bwd_dw_weight")
 def _dw_weight_config(size: int, C: int, K: int, dtype: torch.dtype) -> dict[str, int]:
-    """A 64-byte segment of channels; 64 rows amortise adding a tap into the padded accumulator.
-
-    Left to itself, ptxas takes 80 or 128 registers and spills a few with Triton 3.9.
-    """
-    return {"BLOCK_M": 64, "BLOCK_C": 64 // dtype.itemsize, "num_warps": 4, "maxnreg": 168}
+    """A 64-byte segment of channels; 64 rows amortise adding a tap into the padded accumulator."""
+    return {"BLOCK_M": 64, "BLOCK_C": 64 // dtype.itemsize, "num_warps": 4, "maxnreg": TAP_REGISTERS}
 
 
 @candidates("separable_conv_bwd_dw_weight")
 def _dw_weight_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
     return [
-        {"BLOCK_M": m, "BLOCK_C": c, "num_warps": warps, "maxnreg": 168}
+        {"BLOCK_M": m, "BLOCK_C": c, "num_warps": warps, "maxnreg": TAP_REGISTERS}
         for m, c in [(32, 32), (32, 64), (64, 16), (64, 32), (64, 64), (128, 16), (128, 32)]
         for warps in (2, 4, 8)
     ]
