@@ -301,7 +301,8 @@ class _SeparableConv2d(torch.autograd.Function):
 
     @staticmethod
     def save(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*output[1:], *inputs[:TENSORS])
+        *read, _ = inputs[:TENSORS]  # no gradient reads the residual, the last
+        ctx.save_for_backward(*output[1:], *read, None)
         ctx.options = inputs[TENSORS:]
 
     @staticmethod
@@ -312,9 +313,7 @@ class _SeparableConv2d(torch.autograd.Function):
         needs = [need.x, need.dw, need.pw, need.dw_bias, need.pw_bias,
                  bool(need.mid_weight or need.mid_bias), bool(need.post_weight or need.post_bias)]  # fmt: skip
         grads = bwd_op(dy, z, mid_stats, post_stats, needs, *a)
-        grads = [
-            grad if grad.numel() > 0 or want else None for grad, want in zip(grads, per_output(needs), strict=True)
-        ]
+        grads = [grad if want else None for grad, want in zip(grads, per_output(needs), strict=True)]
         dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias = grads
         residual = dy if need.residual else None
         running = (None, None)

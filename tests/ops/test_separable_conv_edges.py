@@ -149,3 +149,12 @@ def test_reference_reads_strided_norm_parameters():
         y = separable_conv2d_ref(*inputs, **{**kwargs, "post_norm": norm})
         grads.append(torch.autograd.grad(y.square().sum(), inputs[0])[0])
     torch.testing.assert_close(grads[1], grads[0])
+
+
+def test_residual_is_not_kept_for_backward():
+    inputs, kwargs = make("aspp", training=True, residual=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
+        separable_conv2d(*inputs, **kwargs)
+    assert inputs[0].data_ptr() in kept  # x is, on either path
+    assert kwargs["residual"].data_ptr() not in kept  # its gradient is dy itself
