@@ -2,6 +2,17 @@
 
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.pooling import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from fastseg.nn.upsampling import UpsampleArgmax
 
-__all__ = ["SeparableConv2d", "UpsampleArgmax", "UpsampleCrossEntropyLoss"]
+__all__ = [
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
+    "SeparableConv2d",
+    "UpsampleArgmax",
+    "UpsampleCrossEntropyLoss",
+]
