@@ -8,6 +8,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import Norm, batch_norm_stats
 from fastseg.kernels.max_pool import max_pool_fwd
 from fastseg.kernels.max_unpool import max_unpool_bwd, max_unpool_fwd
+from fastseg.kernels.max_unpool_conv import max_unpool_conv_fwd
 from fastseg.kernels.norm_max_pool_bwd import norm_max_pool_bwd
 from fastseg.kernels.pooling import Pooling, new_index, new_map
 
@@ -39,6 +40,14 @@ def _stage(dtype: torch.dtype, pool: Pooling) -> None:
     norm_max_pool_bwd(y, index, z, norm, "relu", pool, 2)
 
 
+def _unpool_conv(dtype: torch.dtype, pool: Pooling, COUT: int) -> None:
+    meta = torch.empty(0, dtype=dtype, device="meta")
+    weight = torch.empty(COUT, pool.C, 3, 3, dtype=dtype, device="meta").to(memory_format=torch.channels_last)
+    bias = torch.empty(COUT, device="meta")
+    v = new_map(meta, pool, pool.out).select(2, 0)
+    max_unpool_conv_fwd(v, new_index(meta, pool, 2), weight, bias, "relu", pool, 2)
+
+
 _SEGNET = {"C": 64, "H": 360, "W": 480, "K": 2, "S": 2, "P": 0}  # its first stage
 _LARGE = 256  # images that put the larger map past 2^31 elements
 
@@ -49,8 +58,11 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "SegNet pool, int64, NCHW": lambda dtype: _pool(dtype, _pooling(_LARGE, **_SEGNET, last=False), 64),
     "ResNet pool, codes": lambda dtype: _pool(dtype, _pooling(16, 64, 256, 256, 3, 2, 1, True), 4, add=True),
     "SegNet stage": lambda dtype: _stage(dtype, _pooling(_LARGE, **_SEGNET, last=True)),
+    "SegNet decoder 64->64": lambda dtype: _unpool_conv(dtype, _pooling(_LARGE, **_SEGNET, last=True), 64),
     "SegNet stage 5": lambda dtype: _stage(dtype, _pooling(16, 512, 23, 30, 2, 2, 0, True)),
 }
+MATRIX_KERNELS = {"_max_unpool_conv_fwd_kernel"}
+TF32_CASES = {"SegNet decoder 64->64"}
 _NCHW = "windows two pixels apart along the line: their cells are loaded one by one, their neighbours by the same warp"
 SCALAR_LOADS = {
     "SegNet pool, codes, NCHW": _NCHW,
