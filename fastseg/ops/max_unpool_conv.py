@@ -28,7 +28,7 @@ def max_unpool_conv2d(
     stride: int | tuple[int, int] | None = None,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """``act(conv2d(max_unpool2d(input, indices, ...), weight, bias, padding="same"))``, what a decoder's stage begins with.
+    """What a decoder's stage begins with: ``act(conv2d(max_unpool2d(input, indices, ...), weight, bias))``, same padding.
 
     Without gradients, from compact indices and in channels_last the unpooled map can stay unwritten: the convolution's
     operand is then built from the windows. A cost model says where that pays (``explain`` shows it): for 1x1. Else the
@@ -57,7 +57,7 @@ def max_unpool_conv2d(
         raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
     if weight.dim() != 4 or input.dim() != 4 or weight.shape[1] != input.shape[1]:
         raise ValueError(
-            f"{name}: input is {tuple(input.shape)} and weight {tuple(weight.shape)}; give (N, C, h, w), (COUT, C, K, K)"
+            f"{name}: input is {tuple(input.shape)}, weight {tuple(weight.shape)}; give (N, C, h, w), (COUT, C, K, K)"
         )
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name}: weight is {tuple(weight.shape)}; its kernel must be square and odd")
@@ -74,6 +74,8 @@ def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
     """Why the map is written, or ""; and what the cost model says."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
         return "gradients are wanted: unpooling, then convolution", ""
+    if torch.compiler.is_compiling():
+        return "a captured graph: unpooling, then convolution", ""
     if not isinstance(indices, PoolIndices) or not indices.channels_last or input.numel() == 0:
         return "no compact indices in channels_last: unpooling, then convolution", ""
     pair = lambda v: tuple(v) if isinstance(v, (tuple, list)) else (v, v)
