@@ -28,7 +28,7 @@ def max_unpool_conv2d(
     stride: int | tuple[int, int] | None = None,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """What a decoder's stage begins with: ``act(conv2d(max_unpool2d(input, indices, ...), weight, bias))``, same padding.
+    """What a decoder's stage begins with: ``act(conv2d(max_unpool2d(input, indices), weight, bias))``, same padding.
 
     Without gradients, from compact indices and in channels_last the unpooled map can stay unwritten: the convolution's
     operand is then built from the windows. A cost model says where that pays (``explain`` shows it): for 1x1. Else the
