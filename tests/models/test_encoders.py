@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseg.models.encoders import VGG16
+from fastseg import reference
+from fastseg.models.encoders import ENCODERS, VGG16, ResNet
 
 VGG_INDICES = {  # of the convolutions in torchvision's features; a batch norm is at the next index
     False: (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28),
@@ -104,6 +105,100 @@ class TestVGG16:
     def test_bad_option(self, options, message):
         with pytest.raises(ValueError, match=message):
             VGG16(**options)
+
+
+# Depth: trainable parameters without the classifier, 3x3 convolutions of a block, blocks of the four layers.
+RESNETS = {
+    18: (11_176_512, 2, (2, 2, 2, 2)),
+    34: (21_284_672, 2, (3, 4, 6, 3)),
+    50: (23_508_032, 1, (3, 4, 6, 3)),
+    101: (42_500_160, 1, (3, 4, 23, 3)),
+}
+# (Layer 3, layer 4) as (stride, dilation of the first block, dilation of the others), by (output stride, style).
+PLACES = {
+    (32, "torchvision"): ((2, 1, 1), (2, 1, 1)),
+    (16, "torchvision"): ((2, 1, 1), (1, 1, 2)),
+    (16, "smp"): ((2, 1, 1), (1, 2, 2)),
+    (8, "torchvision"): ((1, 1, 2), (1, 2, 4)),
+    (8, "smp"): ((1, 2, 2), (1, 4, 4)),
+}
+
+
+class TestResNet:
+    @pytest.mark.parametrize("depth", RESNETS)
+    def test_golden_count_and_names(self, depth):
+        with torch.device("meta"):
+            encoder = ResNet(depth)
+        count, wide, blocks = RESNETS[depth]
+        assert parameters(encoder) == count
+        names = {"conv1", "bn1"}
+        for i, number in enumerate(blocks, 1):
+            for k in range(number):
+                convolutions = range(1, 3 if wide == 2 else 4)
+                names |= {f"layer{i}.{k}.{kind}{n}" for n in convolutions for kind in ("conv", "bn")}
+            if i > 1 or wide == 1:
+                names |= {f"layer{i}.0.downsample.{n}" for n in (0, 1)}
+        assert {key.rpartition(".")[0] for key in encoder.state_dict()} == names
+        assert not [key for key in encoder.state_dict() if "conv" in key and key.endswith("bias")]
+        expansion = 1 if wide == 2 else 4
+        assert encoder.out_channels == [3, 64, *(c * expansion for c in (64, 128, 256, 512))]
+        assert tuple(encoder.layer4[0].conv1.weight.shape[:2]) == (512, 256 * expansion)
+
+    # At width 0.05 the first two layers are equally wide: a layer that lost its stride keeps its projection.
+    @pytest.mark.parametrize(("depth", "width"), [(18, 0.05), (18, 0.1), (50, 0.1)])
+    @pytest.mark.parametrize("place", PLACES, ids=str)
+    def test_equals_plain_pytorch(self, depth, width, place):
+        output_stride, style = place
+        encoder = randomise(ResNet(depth, 2, output_stride, width, dilation_style=style)).double()
+        _, wide, blocks = RESNETS[depth]
+
+        def plain(state: dict[str, Tensor], x: Tensor) -> list[Tensor]:
+            conv = lambda x, key, *args: F.conv2d(x, state[f"{key}.weight"], None, *args)
+            norm = lambda x, key: plain_norm(state, key, x)
+            features = [x, F.relu(norm(conv(x, "conv1", 2, 3), "bn1"))]
+            y = F.max_pool2d(features[1], 3, 2, 1)
+            places = ((1, 1, 1), (2, 1, 1), *PLACES[place])
+            for i, (number, (stride, first, later)) in enumerate(zip(blocks, places, strict=True), 1):
+                for k in range(number):
+                    name, s, d = f"layer{i}.{k}", stride if k == 0 else 1, first if k == 0 else later
+                    skip = y
+                    if wide == 2:
+                        y = F.relu(norm(conv(y, f"{name}.conv1", s, d, d), f"{name}.bn1"))
+                        y = norm(conv(y, f"{name}.conv2", 1, d, d), f"{name}.bn2")
+                    else:
+                        y = F.relu(norm(conv(y, f"{name}.conv1"), f"{name}.bn1"))
+                        y = F.relu(norm(conv(y, f"{name}.conv2", s, d, d), f"{name}.bn2"))
+                        y = norm(conv(y, f"{name}.conv3"), f"{name}.bn3")
+                    if k == 0 and (i > 1 or wide == 1):
+                        skip = norm(conv(skip, f"{name}.downsample.0", s), f"{name}.downsample.1")
+                    y = F.relu(y + skip)
+                features.append(y)
+            return features
+
+        compare_with_plain(encoder, plain, torch.randn(2, 2, 65, 47, dtype=torch.float64))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"depth": 19}, "depth is 19; use one of 18, 34, 50, 101"),
+            ({"output_stride": 4}, "output_stride is 4; use 8, 16 or 32"),
+            ({"dilation_style": "caffe"}, 'dilation_style is \'caffe\'; use "torchvision" or "smp"'),
+            ({"width": float("nan")}, "ResNet: width is nan"),
+        ],
+    )
+    def test_bad_option(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            ResNet(**{"depth": 18, **options})
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_one_signature(name):
+    """(in_channels, output_stride, width); entry i of the features has stride 2^i, and the width announced."""
+    encoder = ENCODERS[name](1, 32, 0.1).eval()
+    with reference(), torch.no_grad():
+        features = encoder(torch.randn(1, 1, 64, 96))
+    assert [tuple(f.shape[-2:]) for f in features] == [(64 >> i, 96 >> i) for i in range(6)]
+    assert [f.shape[1] for f in features] == encoder.out_channels
 
 
 def plain_norm(state: dict[str, Tensor], key: str, x: Tensor) -> Tensor:
