@@ -210,8 +210,9 @@ def bilinear_fwd(
         x, dummy if skip is None else skip, dummy if bias is None else bias, y,
         planes, IH, IW, OH, OW, *((1, 1) if skip is None else skip.shape[2:]), skip_crop, taps.padding,
         *scale_args(taps),
-        C=C if channels_last or bias is not None else 1, MODE=taps.mode, S=taps.stride, K=taps.kernel, CHANNELS_LAST=channels_last,
-        FLAT=flat, HAS_SKIP=skip is not None, HAS_BIAS=bias is not None, ACC=acc_dtype(x), **cfg.launch,
+        C=C if channels_last or bias is not None else 1, MODE=taps.mode, S=taps.stride, K=taps.kernel,
+        CHANNELS_LAST=channels_last, FLAT=flat, HAS_SKIP=skip is not None, HAS_BIAS=bias is not None,
+        ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return y
 
