@@ -199,7 +199,7 @@ def bilinear_fwd(
     """x (N, C, IH, IW), skip (N, C, SH, SW) dense in one format, bias (C,) -> y (N, C, OH, OW) in that format."""
     N, C, IH, IW = x.shape
     OH, OW = out
-    y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=memory_format(channels_last))
+    y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=layout_of(channels_last))
     if y.numel() == 0:
         return y
     cfg = select_for("bilinear_fwd", y, channels_last)
@@ -217,7 +217,7 @@ def bilinear_fwd(
     return y
 
 
-def memory_format(channels_last: bool) -> torch.memory_format:
+def layout_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
@@ -238,7 +238,7 @@ def is_flat(C: int, dtype: torch.dtype) -> bool:
 def select_for(kernel: str, owned: Tensor, channels_last: bool):
     """``owned``: the map whose elements the programs own."""
     C, W = owned.shape[1], owned.shape[3]
-    width = min(512, triton.next_power_of_2(W * C if channels_last and is_flat(C, owned.dtype) else W))
+    width = min(1024, triton.next_power_of_2(W * C if channels_last and is_flat(C, owned.dtype) else W))
     C = C if channels_last else 0
     return select(kernel, size=owned.numel(), device=owned.device, C=C, W=width, dtype=owned.dtype)
 
@@ -266,9 +266,10 @@ def _tile(elements: int, C: int, W: int, dtype: torch.dtype) -> tuple[int, int]:
     return min(elements // block_c, max(W, 4)), block_c
 
 
-def tile_config(elements: int, rows: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
+def tile_config(elements: int, per_thread: int, rows: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
+    """Tiles of about ``elements``, fewer on small maps, with ``per_thread`` in each thread."""
     block_w, block_c = _tile(elements, C, W, dtype)
-    warps = max(1, min(4, block_w * block_c // 256))
+    warps = max(1, min(8, block_w * block_c // (32 * per_thread)))
     return {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": warps}
 
 
@@ -280,9 +281,9 @@ def rows_of(size: int, elements: int, programs: int) -> int:
 @heuristic("bilinear_fwd")
 def _fwd_config(size: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
     """1024 elements a row are one 16-byte store of 16-bit elements a thread; 2048 programs fill an H200 twice."""
-    return tile_config(1024, rows_of(size, 1024, 2048), C, W, dtype)
+    return tile_config(1024, 8, rows_of(size, 1024, 2048), C, W, dtype)
 
 
 @candidates("bilinear_fwd")
 def _fwd_candidates(size: int, C: int, W: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    return [tile_config(elements, rows, C, W, dtype) for elements in (512, 1024, 2048) for rows in (1, 2, 4, 8, 16)]
+    return [tile_config(elements, 8, rows, C, W, dtype) for elements in (512, 1024, 2048) for rows in (1, 2, 4, 8, 16)]

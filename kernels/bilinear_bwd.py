@@ -11,15 +11,19 @@ from fastseg.kernels.bilinear import (
     grid_of,
     hat,
     is_flat,
-    memory_format,
+    layout_of,
     owned_tile,
     rows_of,
     scale_args,
     select_for,
     tile_config,
 )
-from fastseg.kernels.common import source_position
+from fastseg.kernels.common import clamp_index, source_position
 from fastseg.kernels.config import candidates, heuristic, launch
+
+# Outputs an input pixel reaches along a row up to which their weights, the same in every row, are kept in registers.
+UNROLL_VECTORS = 8  # a thread then has that many 16-byte loads in flight
+UNROLL_ELEMENTS = 16
 
 
 @triton.jit
@@ -60,8 +64,7 @@ def _first_output(
         o = tl.where(ratio > 0, tl.ceil((at + shift) / tl.where(ratio > 0, ratio, 1.0) - shift), at).to(tl.int32)
         o = tl.where(i < size, o, out)
         o = tl.where(i < 0, 0, o)
-    o = tl.where(o < 0, 0, o)
-    return tl.where(o > out, out, o)
+    return clamp_index(o, out)
 
 
 @triton.jit
@@ -111,28 +114,31 @@ def bilinear_bwd(dy: Tensor, size: tuple[int, int], taps: Taps, channels_last: b
     """dy (N, C, OH, OW) dense -> dx (N, C, IH, IW) in the same format."""
     N, C, OH, OW = dy.shape
     IH, IW = size
-    dx = torch.empty(N, C, IH, IW, dtype=dy.dtype, device=dy.device, memory_format=memory_format(channels_last))
+    dx = torch.empty(N, C, IH, IW, dtype=dy.dtype, device=dy.device, memory_format=layout_of(channels_last))
     if dx.numel() == 0:
         return dx
     cfg = select_for("bilinear_bwd", dx, channels_last)
     grid, planes, flat = grid_of(dx, channels_last, cfg)
     reach = taps.reach(IW, OW, 1)
+    unroll = reach <= (UNROLL_VECTORS if channels_last and not flat else UNROLL_ELEMENTS)
     launch(
         _bilinear_bwd_kernel, grid,
         dy, dx, planes, IH, IW, OH, OW, taps.padding, *scale_args(taps),
         C=C if channels_last else 1, MODE=taps.mode, S=taps.stride, K=taps.kernel, CHANNELS_LAST=channels_last,
-        FLAT=flat, ACC=acc_dtype(dy), REACH=reach, UNROLL=reach <= 8, **cfg.launch,
+        FLAT=flat, ACC=acc_dtype(dy), REACH=reach, UNROLL=unroll, **cfg.launch,
     )  # fmt: skip
     return dx
 
 
 @heuristic("bilinear_bwd")
 def _bwd_config(size: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
-    """As forward; half as wide where taps are single elements: their addresses and weights fill the registers."""
-    elements = 512 if C == 0 or is_flat(C, dtype) else 1024
-    return tile_config(elements, rows_of(size, elements, 1024), C, W, dtype)
+    """Vectors of channels: as forward. Single elements: one a thread, so that a warp's loads touch the fewest lines."""
+    elements, per_thread = (1024, 8) if C and not is_flat(C, dtype) else (256, 1)
+    return tile_config(elements, per_thread, rows_of(size, elements, 1024), C, W, dtype)
 
 
 @candidates("bilinear_bwd")
 def _bwd_candidates(size: int, C: int, W: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    return [tile_config(elements, rows, C, W, dtype) for elements in (256, 512, 1024) for rows in (1, 2, 4, 8)]
+    vectors = C and not is_flat(C, dtype)
+    tiles = [(512, 8), (1024, 8), (1024, 4)] if vectors else [(128, 1), (256, 1), (256, 2), (512, 2)]
+    return [tile_config(*tile, rows, C, W, dtype) for tile in tiles for rows in (1, 2, 4, 8)]

@@ -127,6 +127,13 @@ def store_tile_sums(g, gu, mask_m, tile, sums_ptr, offs, mask, C):
 
 
 @triton.jit
+def clamp_index(i, last):
+    """``i`` within [0, last], by minima alone (at the lower end, of the complement): bounds that the offset check can
+    follow, and no maximum, which is banned for what it does to NaN."""
+    return -1 - tl.minimum(-1 - tl.minimum(i, last), -1)
+
+
+@triton.jit
 def source_position(o, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
     """Where output pixel ``o`` lies in the input, in pixels: torch's rule in torch's order of operations, not clamped.
 
@@ -149,9 +156,8 @@ def source_taps(o, size, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl
     """
     p = source_position(o, scale, scale_rest, ALIGN_CORNERS, ACC)
     p = tl.where(p < 0, 0.0, p)
-    i0 = p.to(tl.int32)
-    i0 = tl.where(i0 > size - 1, size - 1, i0)
-    i1 = tl.where(i0 < size - 1, i0 + 1, i0)
+    i0 = clamp_index(p.to(tl.int32), size - 1)
+    i1 = tl.minimum(i0 + 1, size - 1)
     w1 = p - i0.to(ACC)
     w1 = tl.where(w1 > 1.0, 1.0, w1)
     return i0, i1, 1.0 - w1, w1

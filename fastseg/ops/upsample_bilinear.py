@@ -23,8 +23,8 @@ def upsample_bilinear(
     """As ``torch.nn.functional.interpolate(x, ..., mode="bilinear")``; differences: the backward is deterministic.
 
     Each input pixel gathers the gradient of its outputs, with fp32 sums, the same bits in every run; torch's CUDA
-    kernel adds them atomically in the dtype of ``x``. A pixel of weight 0 gets nothing, where torch gives it 0 times the
-    gradient: another result if that is not finite. The map is linear: second and forward-mode derivatives work.
+    kernel adds them atomically in the dtype of ``x``. A pixel of weight 0 gets nothing, where torch gives it 0 times
+    the gradient: another result if that is not finite. The map is linear: second and forward-mode derivatives work.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; neither is copied.
