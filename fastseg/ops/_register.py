@@ -67,11 +67,24 @@ def first_order(name: str) -> Callable:
     return decorate
 
 
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """channels_last where ``x`` is dense in it and not contiguous as well; else contiguous."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
-        return torch.channels_last
-    return torch.contiguous_format
+    """The format that torch's own kernels answer ``x`` with: channels_last(_3d) where the strides say so, dense or not.
+
+    Contiguous where both formats hold (one channel, or one pixel), and for what is neither 4-D nor 5-D.
+    """
+    last = _CHANNELS_LAST.get(x.dim())
+    if last is None or x.is_contiguous():
+        return torch.contiguous_format
+    least = 0  # strides ascend from the channels outwards, in a slice of a channels_last map too
+    for d in (1, *range(x.dim() - 1, 1, -1), 0):
+        size, stride = x.shape[d], x.stride(d)
+        if size == 0 or stride < least or (d == 1 and stride == 0) or (d == 0 and least == x.stride(1)):
+            return torch.contiguous_format
+        least = stride * max(size, 1)
+    return last
 
 
 def channels_last(t: Tensor) -> Tensor:
