@@ -2,6 +2,7 @@
 
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.pooling import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from fastseg.nn.upsampling import (
     BilinearConvTranspose2d,
     Upsample,
@@ -13,6 +14,12 @@ from fastseg.nn.upsampling import (
 
 __all__ = [
     "BilinearConvTranspose2d",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
     "SeparableConv2d",
     "Upsample",
     "UpsampleArgmax",

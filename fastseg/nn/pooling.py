@@ -1,0 +1,112 @@
+"""Max pooling with small indices, and max unpooling that is deterministic: drop-ins for torch's modules."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fastseg.ops.max_pool import IndexFormat, max_pool1d, max_pool2d, max_pool3d
+from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
+from fastseg.ops.pool_indices import PoolIndices
+
+
+class _MaxPool:
+    """What the three poolings add to torch's."""
+
+    pool: Callable
+
+    def __init__(self, *args, index_format: IndexFormat = "int64", **kwargs):
+        super().__init__(*args, **kwargs)
+        if index_format not in ("int64", "compact"):
+            raise ValueError(f'{type(self).__name__}: index_format is {index_format!r}; use "int64" or "compact"')
+        self.index_format = index_format
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+        """The maxima, and with ``return_indices`` their indices."""
+        return self.pool(
+            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices,
+            index_format=self.index_format,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", index_format='compact'" if self.index_format == "compact" else "")
+
+
+class MaxPool1d(_MaxPool, nn.MaxPool1d):
+    """As ``torch.nn.MaxPool1d``; difference: ``index_format``, as in ``MaxPool2d``.
+
+    Example:
+        >>> MaxPool1d(2)(torch.randn(2, 3, 9)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    pool = staticmethod(max_pool1d)
+
+
+class MaxPool2d(_MaxPool, nn.MaxPool2d):
+    """As ``torch.nn.MaxPool2d``; difference: ``index_format="compact"`` returns a ``fastseg.ops.PoolIndices``.
+
+    That is 2 bits a window of up to 4 cells, 4 up to 16, 8 up to 256, where torch's int64 takes 64. ``MaxUnpool2d``
+    takes either. See ``fastseg.ops.max_pool2d``.
+
+    Example:
+        >>> pool = MaxPool2d(2, return_indices=True, index_format="compact")
+        >>> values, indices = pool(torch.randn(2, 64, 32, 32).to(memory_format=torch.channels_last))
+        >>> indices.nbytes, indices.to_torch().nbytes
+        (8192, 262144)
+    """
+
+    pool = staticmethod(max_pool2d)
+
+
+class MaxPool3d(_MaxPool, nn.MaxPool3d):
+    """As ``torch.nn.MaxPool3d``; difference: ``index_format``, as in ``MaxPool2d``.
+
+    Example:
+        >>> MaxPool3d(2)(torch.randn(2, 3, 4, 6, 8)).shape
+        torch.Size([2, 3, 2, 3, 4])
+    """
+
+    pool = staticmethod(max_pool3d)
+
+
+class MaxUnpool1d(nn.MaxUnpool1d):
+    """As ``torch.nn.MaxUnpool1d``; differences: those of ``MaxUnpool2d``.
+
+    Example:
+        >>> values, indices = MaxPool1d(2, return_indices=True)(torch.randn(2, 3, 8))
+        >>> MaxUnpool1d(2)(values, indices).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
+        """Values (N, C, l) to where the indices say, (N, C, L); zeros elsewhere."""
+        return max_unpool1d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+class MaxUnpool2d(nn.MaxUnpool2d):
+    """As ``torch.nn.MaxUnpool2d``; differences: deterministic, also with ``torch.use_deterministic_algorithms(True)``;
+    takes compact indices; never follows an index that is outside. See ``fastseg.ops.max_unpool2d``.
+
+    Example:
+        >>> values, indices = MaxPool2d(2, return_indices=True)(torch.randn(2, 3, 8, 8))
+        >>> MaxUnpool2d(2)(values, indices).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
+        """Values (N, C, h, w) to where the indices say, (N, C, H, W); zeros elsewhere."""
+        return max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+class MaxUnpool3d(nn.MaxUnpool3d):
+    """As ``torch.nn.MaxUnpool3d``; differences: those of ``MaxUnpool2d``.
+
+    Example:
+        >>> values, indices = MaxPool3d(2, return_indices=True)(torch.randn(2, 3, 4, 4, 4))
+        >>> MaxUnpool3d(2)(values, indices).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """
+
+    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
+        """Values (N, C, d, h, w) to where the indices say, (N, C, D, H, W); zeros elsewhere."""
+        return max_unpool3d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
