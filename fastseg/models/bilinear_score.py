@@ -1,90 +1,59 @@
-"""FCN's fixed bilinear transposed convolutions, and class maps and losses through the last of them."""
+"""Class maps and losses of scores that a bilinear transposed convolution brings to the image's size.
 
-import torch
-from torch import Tensor, nn
+With kernel 2 * stride and an even stride, that convolution is an interpolation (``align_corners=False``) of the scores
+within a frame of zeros, the bias added to both. So class map and loss go through the fused heads, which build no scores
+at full resolution; the results are equal to rounding. Where the weight is learnt, or was loaded as something else than
+the bilinear kernel, the full scores are built.
+"""
+
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
-from fastseg.nn.upsampling import UpsampleArgmax
+from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
 
 
-def deconvolution(channels: int, stride: int, *, padding: int, bias: bool = False, trainable: bool) -> nn.Module:
-    """A transposed convolution with the bilinear kernel of size 2 * stride; its weight is frozen unless trainable."""
-    module = nn.ConvTranspose2d(channels, channels, 2 * stride, stride, padding, bias=bias)
-    module.weight.data.copy_(_bilinear_weight(module))
-    module.weight.requires_grad_(trainable)
-    return module
+def class_map(upsample: BilinearConvTranspose2d, scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """``upsample(scores, size).argmax(1)``: (N, C, h, w) -> (N, *size), uint8 up to 256 classes."""
+    if upsample._kind() != "bilinear":
+        return UpsampleArgmax(scale_factor=1)(upsample(scores, size))
+    framed, (top, left) = _framed(upsample, scores, size)
+    classes = UpsampleArgmax(scale_factor=upsample.stride[0])(framed)
+    return classes[:, top : top + size[0], left : left + size[1]].contiguous()
 
 
-def _bilinear_weight(module: nn.ConvTranspose2d) -> Tensor:
-    channels, size = module.in_channels, module.kernel_size[0]
-    taps = 1 - (torch.arange(size, dtype=torch.float64) - (size - 1) / 2).abs() / (size // 2)
-    kernel = torch.eye(channels, dtype=torch.float64)[:, :, None, None] * (taps[:, None] * taps)
-    return kernel.to(module.weight)
+def cross_entropy(upsample: BilinearConvTranspose2d, scores: Tensor, target: Tensor, **options) -> Tensor:
+    """``cross_entropy(upsample(scores, target.shape[1:]), target)``; options of ``UpsampleCrossEntropyLoss``."""
+    criterion = UpsampleCrossEntropyLoss(**options)
+    height, width = size = target.shape[-2:]
+    if target.dim() != 3 or upsample._kind() != "bilinear":
+        return criterion(upsample(scores, size), target)
+    framed, (top, left) = _framed(upsample, scores, size)
+    bottom, right = (
+        n * upsample.stride[0] - begin - side
+        for n, begin, side in zip(framed.shape[2:], (top, left), size, strict=True)
+    )
+    if not target.dtype.is_signed and not 0 <= criterion.ignore_index <= 255:
+        target = target.int()
+    target = F.pad(target, (left, right, top, bottom), value=criterion.ignore_index)
+    loss = criterion(framed, target)
+    return loss[:, top : top + height, left : left + width] if criterion.reduction == "none" else loss
 
 
-def is_bilinear(module: nn.ConvTranspose2d) -> bool:
-    """Whether the weight is the fixed bilinear kernel: neither learnt nor loaded otherwise."""
-    return not module.weight.requires_grad and torch.equal(module.weight, _bilinear_weight(module))
+def _framed(upsample: BilinearConvTranspose2d, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """The scores that, interpolated, hold ``upsample(scores, size)``, and the first row and column of it there.
 
-
-class BilinearScore:
-    """Class scores of an image: the window of a transposed convolution that begins at ``offset`` on both axes.
-
-    With the bilinear kernel it is an interpolation (``align_corners=False``) of the scores within a frame of zeros, the
-    bias added to both: so class map and loss go through the fused heads, which build no scores at full resolution.
-    Equal to rounding; where the kernel is learnt, the scores are built.
-
-    Args:
-        module: transposed convolution, kernel 2 * stride, even stride.
-        offset: first row and column of the window, in pixels.
+    Pixel y of the transposed convolution without padding is pixel y + stride / 2 of the interpolation of the scores
+    within a frame of one zero. Rows and columns of scores that the window does not touch are left out.
     """
-
-    def __init__(self, module: nn.ConvTranspose2d, offset: int):
-        self.module = module
-        self.offset = offset
-
-    def full(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
-        """(N, C, h, w) -> (N, C, *size)."""
-        rows, columns = (slice(self.offset, self.offset + side) for side in size)
-        return self.module(scores)[:, :, rows, columns]
-
-    def class_map(self, scores: Tensor, size: tuple[int, int]) -> Tensor:
-        """(N, C, h, w) -> ``full(scores, size).argmax(1)``, (N, *size); uint8 up to 256 classes."""
-        if not is_bilinear(self.module):
-            return UpsampleArgmax(scale_factor=1)(self.full(scores, size))
-        framed, (top, left), factor = self._framed(scores, size)
-        classes = UpsampleArgmax(scale_factor=factor)(framed)
-        return classes[:, top : top + size[0], left : left + size[1]].contiguous()
-
-    def cross_entropy(self, scores: Tensor, target: Tensor, **options) -> Tensor:
-        """``cross_entropy(full(scores, target.shape[1:]), target)``; options of ``UpsampleCrossEntropyLoss``."""
-        criterion = UpsampleCrossEntropyLoss(**options)
-        height, width = size = target.shape[-2:]
-        if target.dim() != 3 or not is_bilinear(self.module):
-            return criterion(self.full(scores, size), target)
-        framed, (top, left), factor = self._framed(scores, size)
-        if target.dtype == torch.uint8 and not 0 <= criterion.ignore_index <= 255:
-            target = target.int()
-        bottom, right = (
-            factor * n - side - begin for n, side, begin in zip(framed.shape[2:], size, (top, left), strict=True)
-        )
-        target = F.pad(target, (left, right, top, bottom), value=criterion.ignore_index)
-        loss = criterion(framed, target)
-        return loss[:, top : top + height, left : left + width] if criterion.reduction == "none" else loss
-
-    def _framed(self, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, list[int], int]:
-        """Scores that, interpolated, hold the window, and where it begins in them; the factor.
-
-        Pixel y of the unpadded transposed convolution is pixel y + factor / 2 of the interpolation of the scores
-        within one frame of zeros. Rows and columns of scores that the window does not touch are left out.
-        """
-        factor = self.module.stride[0]
-        frame, begins = [], []
-        for n, side in zip(scores.shape[2:], size, strict=True):
-            begin = self.offset + self.module.padding[0] + factor // 2
-            first, last = ((2 * y + 1 - factor) // (2 * factor) for y in (begin, begin + side - 1))  # left taps
-            frame = [1 - first, last + 1 - n, *frame]
-            begins.append(begin - first * factor)
-        framed = F.pad(scores, frame)
-        return framed if self.module.bias is None else framed + self.module.bias[:, None, None], begins, factor
+    stride, padding = upsample.stride[0], upsample.padding[0]
+    assert upsample.kernel_size[0] == 2 * stride and stride % 2 == 0
+    begin = padding + stride // 2
+    frame: list[int] = []
+    places = []
+    for n, side in zip(scores.shape[2:], size, strict=True):
+        first, last = ((2 * y + 1 - stride) // (2 * stride) for y in (begin, begin + side - 1))  # their left taps
+        frame = [1 - first, last + 1 - n, *frame]
+        places.append(begin - first * stride)
+    framed = F.pad(scores, frame)
+    return framed if upsample.bias is None else framed + upsample.bias[:, None, None], (places[0], places[1])

@@ -8,9 +8,10 @@ from typing import Literal
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseg.models.bilinear_score import BilinearScore, deconvolution
+from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
+from fastseg.nn.upsampling import BilinearConvTranspose2d
 
 # The strides of the finest scores that each backbone has.
 STRIDES = {"vgg16": (32, 16, 8), **{f"resnet{depth}": (32, 16, 8, 4) for depth in (18, 34, 50, 101)}}
@@ -84,10 +85,10 @@ class FCN(nn.Module):
         if at_once and (backbone, stride) != ("vgg16", 8):
             raise ValueError(f'FCN: at_once=True with {backbone} at stride {stride}; it is for "vgg16" at stride 8')
         self.stride, self.aux, self.at_once = stride, aux, at_once
-        # (transposed convolution, offset of the window in its output or, between stages, in the next stage's scores)
-        self._steps: tuple[tuple[str, int], ...] = ()  # from stage to stage
-        self._last = self._deepest = ("", 0)  # to the image: from the finest scores, and from the deepest ones
-        up = partial(deconvolution, num_classes, trainable=trainable_upsampling)
+        # Names of transposed convolutions: between stages (with the crop of the skip), and to the image.
+        self._steps: tuple[tuple[str, int], ...] = ()
+        self._last = self._deepest = ""
+        up = partial(BilinearConvTranspose2d, num_classes, trainable=trainable_upsampling)
         if backbone == "vgg16":
             self._form = "vgg16"
             self._build_vgg16(
@@ -101,10 +102,8 @@ class FCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
         scores, deepest = self._scores(x)
-        logits = self._head(self._last).full(scores, x.shape[2:])
-        if self.aux and self.training:
-            return [logits, self._head(self._deepest).full(deepest, x.shape[2:])]
-        return logits
+        logits = getattr(self, self._last)(scores, x.shape[2:])
+        return [logits, getattr(self, self._deepest)(deepest, x.shape[2:])] if self.aux and self.training else logits
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits before the last transposed convolution, one for ``stride`` pixels.
@@ -115,7 +114,7 @@ class FCN(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> class map (N, H, W), that of ``forward``; uint8 up to 256 classes."""
-        return self._head(self._last).class_map(self._scores(x)[0], x.shape[2:])
+        return bilinear_score.class_map(getattr(self, self._last), self._scores(x)[0], x.shape[2:])
 
     def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
@@ -128,9 +127,10 @@ class FCN(nn.Module):
         if target.shape[-2:] != x.shape[-2:]:
             raise ValueError(f"FCN.loss: x is {tuple(x.shape)}, target is {tuple(target.shape)}; give them equal sides")
         scores, deepest = self._scores(x)
-        loss = self._head(self._last).cross_entropy(scores, target, **options)
+        loss = bilinear_score.cross_entropy(getattr(self, self._last), scores, target, **options)
         if self.aux and self.training:
-            loss = loss + AUX_WEIGHT * self._head(self._deepest).cross_entropy(deepest, target, **options)
+            auxiliary = bilinear_score.cross_entropy(getattr(self, self._deepest), deepest, target, **options)
+            loss = loss + AUX_WEIGHT * auxiliary
         return loss
 
     def encoder_state(self) -> dict[str, Tensor]:
@@ -154,14 +154,10 @@ class FCN(nn.Module):
         deepest, *skips = maps(x)
         scores = deepest
         for (name, offset), skip in zip(self._steps, skips, strict=True):
-            up = getattr(self, name)(scores)
-            height, width = (min(a, b - offset) for a, b in zip(up.shape[2:], skip.shape[2:], strict=True))
-            scores = up[:, :, :height, :width] + skip[:, :, offset : offset + height, offset : offset + width]
+            # VGG16's skip is larger than what is upsampled, by its padding; a ResNet's may be smaller, by a pixel.
+            size = None if self._form == "vgg16" else skip.shape[2:]
+            scores = getattr(self, name)(scores, size, skip=skip, skip_offset=offset)
         return scores, deepest
-
-    def _head(self, place: tuple[str, int]) -> BilinearScore:
-        name, offset = place
-        return BilinearScore(getattr(self, name), offset)
 
     # The three forms: their layers, and their score maps from the deepest stage on.
 
@@ -182,11 +178,12 @@ class FCN(nn.Module):
             self.score_pool3 = nn.Conv2d(pool3, num_classes, 1)
             self.upscore_pool4 = up(2, padding=0)
         self._steps = (("upscore2", 5), ("upscore_pool4", 9))[: {32: 0, 16: 1, 8: 2}[self.stride]]
-        self._deepest = ("upscore", 19)
-        self._last = {32: self._deepest, 16: ("upscore16", 27), 8: ("upscore8", 31)}[self.stride]
-        self.add_module(self._last[0], up(self.stride, padding=0))
+        # The reference crops the image out of the last map: that is padding, by as much.
+        self._last, crop = {32: ("upscore", 19), 16: ("upscore16", 27), 8: ("upscore8", 31)}[self.stride]
+        self.add_module(self._last, up(self.stride, padding=crop))
         if self.aux:
-            self.upscore = up(32, padding=0)
+            self._deepest = "upscore"
+            self.upscore = up(32, padding=19)
 
     def _vgg16_maps(self, x: Tensor) -> list[Tensor]:
         pools = []
@@ -210,9 +207,9 @@ class FCN(nn.Module):
         for stride, channels in zip(strides, encoder.out_channels[-len(strides) :], strict=True):
             self.add_module(f"score{stride}", _resnet_head(channels, num_classes))
         self._steps = (("up_score2", 0),) * (len(strides) - 1)
-        self._last, self._deepest = (f"up_score{self.stride}", 0), ("up_score32", 0)
+        self._last, self._deepest = f"up_score{self.stride}", "up_score32"
         for stride in {2, self.stride} | ({32} if self.aux else set()):
-            self.add_module(f"up_score{stride}", up(stride, padding=stride // 2))
+            self.add_module(f"up_score{stride}", up(stride))
 
     def _resnet_maps(self, x: Tensor) -> list[Tensor]:
         strides = {5 - i: 32 >> i for i in range(len(self._steps) + 1)}
@@ -224,8 +221,8 @@ class FCN(nn.Module):
             self.add_module(str(i), layer)
         self.final_conv = nn.Conv2d(encoder.out_channels[-1], num_classes, 1)
         nn.init.xavier_uniform_(self.final_conv.weight)
-        self.transpose_conv = up(32, padding=16, bias=True)
-        self._last = self._deepest = ("transpose_conv", 0)
+        self.transpose_conv = up(32, bias=True)
+        self._last = "transpose_conv"
 
     def _d2l_maps(self, x: Tensor) -> list[Tensor]:
         for i in range(8):

@@ -17,7 +17,10 @@ NARROW = {
     "deeplabv3plus": {"width": 0.1, "decoder_channels": 16},
     "fcn": {"backbone": "resnet18", "stride": 4, "aux": True, "width": 0.05},
 }
-FUSED = {"deeplabv3plus": {"separable_conv2d"}, "fcn": set()}  # the ops of each that have kernels
+FUSED = {
+    "deeplabv3plus": {"separable_conv2d"},
+    "fcn": {"bilinear_conv_transpose2d"},
+}  # the ops of each that have kernels
 
 
 def parameters(module: nn.Module) -> int:
