@@ -4,8 +4,14 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from fastseg.nn.conv import batch_norm_args, watched
+from fastseg.nn.fold import can_fold, folded, run_conv, run_conv_norm_act, unfold
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation
+from fastseg.ops._dispatch import kernels_run
+from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.max_pool import IndexFormat, max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
+from fastseg.ops.max_unpool_conv import max_unpool_conv2d
 from fastseg.ops.pool_indices import PoolIndices
 
 
@@ -110,3 +116,48 @@ class MaxUnpool3d(nn.MaxUnpool3d):
     def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
         """Values (N, C, d, h, w) to where the indices say, (N, C, D, H, W); zeros elsewhere."""
         return max_unpool3d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+def run_conv_norm_act_pool(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: Activation | None, pool: MaxPool2d
+) -> tuple[Tensor, Tensor | PoolIndices]:
+    """``pool(act(norm(conv(x))))`` with indices: what follows the convolution is one op, and in evaluation the norm is
+    folded into it. Modules that somebody watches, and other kinds, are called one after another.
+
+    Where no kernel runs the indices are int64 whatever the pool says: torch's pooling makes them for nothing, and codes
+    would have to be made of them.
+    """
+    if watched(conv, nn.Conv2d) or watched(norm, nn.BatchNorm2d) or watched(pool, MaxPool2d) or pool.dilation != 1:
+        return pool(ACTIVATIONS[act or "none"](norm(conv(x))))
+    if can_fold(x, conv, norm):
+        y, args = run_conv(x, conv, norm), None
+    else:
+        if norm.training:
+            unfold(conv)
+        y, args = conv(x), batch_norm_args(norm)
+    return batch_norm_act_max_pool2d(
+        y, args, act, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, True,
+        index_format=pool.index_format if kernels_run(y) else "int64", inplace=True,
+    )  # fmt: skip
+
+
+def run_unpool_conv_norm_act(
+    x: Tensor,
+    indices: Tensor | PoolIndices,
+    unpool: MaxUnpool2d,
+    output_size: tuple[int, int],
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    act: Activation | None,
+) -> Tensor:
+    """``act(norm(conv(unpool(x, indices, output_size))))``; in evaluation the unpooled map may stay unwritten."""
+    K = conv.kernel_size[0]
+    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    same = conv.kernel_size == (K, K) and conv.padding == (K // 2, K // 2) and K % 2 == 1
+    foldable = plain and same and unpool.padding == (0, 0) and not watched(unpool, MaxUnpool2d)
+    if norm is None or not foldable or not can_fold(x, conv, norm):
+        return run_conv_norm_act(unpool(x, indices, output_size), conv, norm, act)
+    weight, bias = folded(x, conv, norm)
+    return max_unpool_conv2d(
+        x, indices, weight, bias, act, kernel_size=unpool.kernel_size, stride=unpool.stride, output_size=output_size
+    )

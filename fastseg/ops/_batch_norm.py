@@ -24,6 +24,11 @@ ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+def activate(v: Tensor, act: str | None, *, inplace: bool = False) -> Tensor:
+    """The activation named ``act``; ``inplace`` lets a ReLU overwrite ``v``."""
+    return F.relu_(v) if inplace and act == "relu" else ACTIVATIONS[act or "none"](v)
+
+
 class BatchNormArgs(NamedTuple):
     """One batch norm's tensors and options, in the order of ``torch.nn.functional.batch_norm``.
 

@@ -9,6 +9,7 @@ from fastseg.ops._batch_norm import (
     Activation,
     BatchNormArgs,
     PlainNorm,
+    activate,
     check_norm,
     norm_options,
     norm_tensors,
@@ -40,6 +41,7 @@ def batch_norm_act_max_pool2d(
     return_indices: bool = False,
     *,
     index_format: IndexFormat = "compact",
+    inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
     """What ends a stage of an encoder, ``max_pool2d(act(norm(x)), kernel_size, stride, padding, ...)``, as one op.
 
@@ -58,6 +60,7 @@ def batch_norm_act_max_pool2d(
         ceil_mode: whether a window that ends outside counts.
         return_indices: whether to return the chosen cells.
         index_format: "compact" or "int64".
+        inplace: whether ``x`` may be overwritten, where that saves a map.
 
     Returns:
         The maxima, (N, C, OH, OW), and with ``return_indices`` a ``PoolIndices`` or int64 indices.
@@ -81,8 +84,9 @@ def batch_norm_act_max_pool2d(
     unsupported = unsupported or _unsupported(x, norm, geometry, wants_grad)
     if not use_kernel(name, x, *tensors, unsupported=unsupported):
         return batch_norm_act_max_pool2d_ref(
-            x, norm, act, kernel_size, stride, padding, ceil_mode, return_indices, index_format=index_format
-        )
+            x, norm, act, kernel_size, stride, padding, ceil_mode, return_indices, index_format=index_format,
+            inplace=inplace,
+        )  # fmt: skip
     compact = index_format == "compact"
     bits = (bits_of(geometry.kernel) if compact or not return_indices else 64) if return_indices or wants_grad else 0
     kind, eps = norm_options(norm)
@@ -105,9 +109,10 @@ def batch_norm_act_max_pool2d_ref(
     return_indices: bool = False,
     *,
     index_format: IndexFormat = "compact",
+    inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
     """The same, one after another; the pooling by itself may still be a kernel."""
-    y = ACTIVATIONS[act or "none"](torch_norm(x, norm))
+    y = activate(torch_norm(x, norm), act, inplace=inplace or norm is not None)
     return max_pool2d(y, kernel_size, stride, padding, 1, ceil_mode, return_indices, index_format=index_format)
 
 
