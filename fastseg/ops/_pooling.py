@@ -141,38 +141,40 @@ def plain_pool(x, size, out, kernel, stride, padding, dilation, bits):
     return y, pack(encode(index, size, kernel, stride, padding, dilation), bits, is_last(x))
 
 
-def _flat_index(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:
-    """(N, C, windows) int64 from either kind of index; -1 where a code names no cell."""
-    if bits != INT64:
-        stored = PoolIndices(index, torch.Size(shape), *(tuple(v) for v in g.window), last)
-        index = stored.to_torch()
-    return index.flatten(2)
+def _as_int64(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:
+    """(N, C, *windows) int64 from either kind of index; -1 where a code names no cell."""
+    if bits == INT64:
+        return index
+    return PoolIndices(index, torch.Size(shape), *(tuple(v) for v in g.window), last).to_torch()
 
 
 def plain_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
-    flat = _flat_index(index, v.shape, Geometry(size, out, kernel, stride, padding, dilation), bits, last)
-    return spread_ref(v, flat, size, add=add, checked=bits == INT64 and not add, sync=sync)
+    index = _as_int64(index, v.shape, Geometry(size, out, kernel, stride, padding, dilation), bits, last)
+    return spread_ref(v, index, size, add=add, checked=bits == INT64 and not add, sync=sync)
 
 
-def spread_ref(v: Tensor, flat: Tensor, size: list[int], *, add: bool, checked: bool, sync: bool) -> Tensor:
-    """Unpooling by ``scatter``, differentiable; flat (N, C, windows) int64. Unchecked, an index outside is dropped."""
-    cells = math.prod(size)
-    ok = (flat >= 0) & (flat < cells)
+def spread_ref(v: Tensor, index: Tensor, size: list[int], *, add: bool, checked: bool, sync: bool) -> Tensor:
+    """Unpooling by ``scatter``, differentiable; index int64, as ``v``. Unchecked, an index outside is dropped."""
+    (N, C), cells, last = v.shape[:2], math.prod(size), is_last(v)
+    ok = (index >= 0) & (index < cells)
     if checked:
-        _check_indices(ok.all(), flat, size, sync)
-    values = v.flatten(2)
-    if not checked:
-        values = torch.where(ok, values, 0)
-    # What is dropped goes to a cell past the plane.
-    rows = v.new_zeros((*v.shape[:2], cells + 1))
-    target = torch.where(ok, flat, cells)
-    rows = rows.scatter_add(2, target, values) if add else rows.scatter(2, target, values)
-    y = rows[..., :cells].reshape(*v.shape[:2], *size)
-    return y.contiguous(memory_format=memory_format_of(v)).clone(memory_format=torch.preserve_format)
+        _check_indices(ok.all(), index, size, sync)
+    # One long row in the order of memory, whose last cell takes what is dropped: of equal targets the last one wins.
+    planes = torch.arange(N * C, device=v.device).view(N, C, *[1] * len(size))
+    target = (planes // C * cells + index) * C + planes % C if last else planes * cells + index
+    target = torch.where(ok, target, N * C * cells)
+    in_memory = lambda t: (t.movedim(1, -1) if last else t).reshape(-1)
+    row = v.new_zeros(N * C * cells + 1)
+    target, values = in_memory(target), in_memory(v)
+    row = row.scatter_add(0, target, values) if add else row.scatter(0, target, values)
+    shape = (N, *size, C) if last else (N, C, *size)
+    y = row[:-1].view(shape)
+    return (y.movedim(-1, 1) if last else y).clone(memory_format=memory_format_of(v))
 
 
 def _plain_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
-    flat = _flat_index(index, (*dy.shape[:2], *out), Geometry(size, out, kernel, stride, padding, dilation), bits, last)
+    g = Geometry(size, out, kernel, stride, padding, dilation)
+    flat = _as_int64(index, (*dy.shape[:2], *out), g, bits, last).flatten(2)
     ok = (flat >= 0) & (flat < math.prod(size))
     picked = torch.where(ok, dy.flatten(2).gather(2, torch.where(ok, flat, 0)), 0)
     return picked.view(*dy.shape[:2], *out).contiguous(memory_format=memory_format_of(dy))

@@ -141,12 +141,14 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
         v: (N, C, *windows).
         index: int64, of the same shape.
         geometry: sizes; ``size`` is the output's.
-        trusted: the index was made from codes; -1, where they name no cell, is then left out.
+        trusted: the index was made of codes; -1, where they name no cell, is then left out.
         sync: as ``check_indices``.
     """
     dims = len(geometry.size)
-    if torch.are_deterministic_algorithms_enabled() or trusted or (sync and v.device.type != "cpu"):
-        return spread_ref(v, index.flatten(2), geometry.size, add=False, checked=not trusted, sync=sync)
+    cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
+    dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
+    if torch.are_deterministic_algorithms_enabled() or dropped or (sync and v.device.type != "cpu"):
+        return spread_ref(v, index, geometry.size, add=False, checked=not trusted, sync=sync)
     return like(v, UNPOOL[dims](v, index, geometry.kernel, geometry.stride, geometry.padding, geometry.size))
 
 

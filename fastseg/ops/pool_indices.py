@@ -155,7 +155,7 @@ def bits_of(kernel_size: tuple[int, ...]) -> int:
 
 def _origins(axis: int, dims: int, windows: int, stride: int, padding: int, like: Tensor) -> Tensor:
     """The first coordinate of each window along one spatial axis, shaped to broadcast over (N, C, *windows)."""
-    start = torch.arange(windows, device=like.device) * stride - padding
+    start = torch.arange(windows, device=like.device, dtype=torch.int32) * stride - padding
     return start.view(-1, *[1] * (dims - 1 - axis))
 
 
@@ -163,32 +163,37 @@ def encode(indices: Tensor, input_size, kernel_size, stride, padding, dilation) 
     """int64 indices (N, C, *windows) -> codes, uint8, of the same shape and layout."""
     dims = len(input_size)
     code = torch.zeros_like(indices, dtype=torch.uint8)
-    rest, cells, taps = indices, 1, 1
+    rest, taps = indices.to(torch.int32) if math.prod(input_size) < 2**31 else indices, 1  # half the bytes to pass over
     for axis in reversed(range(dims)):
-        # The first coordinate takes what is left, also where a window lies outside the plane and torch's index does so.
-        at = rest % input_size[axis] if axis else rest
-        rest = rest // input_size[axis] if axis else rest
-        step = (at - _origins(axis, dims, indices.shape[2 + axis], stride[axis], padding[axis], indices)) // dilation[
-            axis
-        ]
-        code += (step * taps).to(torch.uint8)
-        cells, taps = cells * input_size[axis], taps * kernel_size[axis]
+        at = rest  # the first coordinate takes what is left
+        if axis > 0:
+            rest = rest // input_size[axis]
+            at = at - rest * input_size[axis]
+        step = at - _origins(axis, dims, indices.shape[2 + axis], stride[axis], padding[axis], indices)
+        step = step if dilation[axis] == 1 else step // dilation[axis]
+        code += (step if taps == 1 else step * taps).to(torch.uint8)
+        taps *= kernel_size[axis]
     return code
 
 
 def decode(codes: Tensor, input_size, kernel_size, stride, padding, dilation) -> Tensor:
     """Codes (N, C, *windows) -> int64 indices of the same shape; -1 where the code names no cell of the plane."""
     dims = len(input_size)
-    rest, flat, cells = codes.long(), torch.zeros_like(codes, dtype=torch.int64), 1
-    ok = torch.ones_like(codes, dtype=torch.bool)
+    wide = torch.int32 if math.prod(input_size) < 2**31 else torch.int64
+    ok = codes < math.prod(kernel_size)
+    rest, flat, cells = codes, 0, 1
     for axis in reversed(range(dims)):
-        step = rest % kernel_size[axis] if axis else rest
-        rest = rest // kernel_size[axis] if axis else rest
-        at = _origins(axis, dims, codes.shape[2 + axis], stride[axis], padding[axis], codes) + step * dilation[axis]
-        ok &= (step < kernel_size[axis]) & (at >= 0) & (at < input_size[axis])
-        flat += at * cells
-        cells *= input_size[axis]
-    return torch.where(ok, flat, -1)
+        step, n, windows = rest, input_size[axis], codes.shape[2 + axis]
+        if axis > 0:
+            rest = rest // kernel_size[axis]
+            step = step - rest * kernel_size[axis]
+        at = step.to(wide) * dilation[axis]
+        at = at.add_(_origins(axis, dims, windows, stride[axis], padding[axis], codes))
+        if padding[axis] or (windows - 1) * stride[axis] + dilation[axis] * (kernel_size[axis] - 1) >= n:
+            ok &= (at >= 0) & (at < n)  # some window is cut off
+        flat = at.mul_(cells).add_(flat)
+        cells *= n
+    return flat.long().masked_fill_(~ok, -1)
 
 
 def pack(codes: Tensor, bits: int, channels_last: bool) -> Tensor:
