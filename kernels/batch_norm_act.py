@@ -4,8 +4,9 @@
     backward   g = dy act'(norm(z)),   dbias = sum(g),   dweight = sum(g zhat)
 
 Statistics arrive as one (mean, squared deviations) pair per tile, written by the kernel that produced z while the tile
-was in registers, and are merged here by Chan's formula in a fixed order: no second read of z, no atomics.
-Traffic in elements: forward 2MC (3MC with a residual); reduce of the backward 2MC; statistics 2 C tiles.
+was in registers, and are merged here by Chan's formula in a fixed order: no second read of z, no atomics. For a z of
+another library's convolution a kernel here reads it once and writes the pairs.
+Traffic in elements: forward 2MC (3MC with a residual); reduce of the backward 2MC; statistics 2 C tiles (and MC).
 """
 
 from typing import NamedTuple
@@ -50,6 +51,39 @@ def acc_dtype(x: Tensor) -> tl.dtype:
 def stats_dtype(x: Tensor) -> torch.dtype:
     """The dtype of statistics and sums kept for maps like ``x``."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+@triton.jit
+def _batch_norm_tile_stats_kernel(
+    z_ptr,
+    tile_stats_ptr, counts_ptr,
+    M, rows,
+    C: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid_m = tl.program_id(0)
+    row0 = pid_m.to(tl.int64) * rows
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_c = offs_c < C
+    here = tl.minimum(rows, (M - row0).to(tl.int32))  # a number of rows, no data
+    first = tl.load(z_ptr + row0 * C + offs_m[:, None] * C + offs_c[None, :],
+                    mask=(offs_m < here)[:, None] & mask_c[None, :], other=0.0).to(ACC)  # fmt: skip
+    count = here.to(ACC)
+    # Sums about the first block's mean do not cancel: the block is one of those they are taken over.
+    pivot = tl.sum(first, axis=0) / tl.where(here < BLOCK_M, count, BLOCK_M)
+    sum_d, sum_dd = tl.zeros((BLOCK_M, BLOCK_C), ACC), tl.zeros((BLOCK_M, BLOCK_C), ACC)
+    for m in range(0, rows, BLOCK_M):
+        mask = (m + offs_m < here)[:, None] & mask_c[None, :]
+        z = tl.load(z_ptr + (row0 + m) * C + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+        d = tl.where(mask, z - pivot[None, :], 0.0)
+        sum_d += d
+        sum_dd += d * d
+    shift = tl.sum(sum_d, axis=0) / count
+    at = tile_stats_ptr + pid_m.to(tl.int64) * 2 * C + offs_c
+    tl.store(at, pivot + shift, mask=mask_c)
+    tl.store(at + C, tl.sum(sum_dd, axis=0) - shift * shift * count, mask=mask_c)
+    if tl.program_id(1) == 0:
+        tl.store(counts_ptr + pid_m, count)
 
 
 @triton.jit
@@ -159,6 +193,23 @@ def batch_stats(tile_stats: Tensor, counts: Tensor) -> Tensor:
     return stats
 
 
+def batch_norm_stats(z: Tensor) -> Tensor:
+    """z (N, C, H, W) in NHWC memory -> (3, C): mean, var, unbiased var; for a z that no kernel of ours has made."""
+    N, C, H, W = z.shape
+    M = N * H * W
+    cfg = select("batch_norm_tile_stats", size=M, device=z.device, C=C, dtype=z.dtype)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
+    rows = rows_per_program(M, cfg.BLOCK_M, blocks_c)
+    tiles = triton.cdiv(M, rows)
+    tile_stats = torch.empty(tiles, 2, C, dtype=stats_dtype(z), device=z.device)
+    counts = tile_stats.new_empty(tiles)
+    launch(
+        _batch_norm_tile_stats_kernel, (tiles, blocks_c),
+        z, tile_stats, counts, M, rows, C=C, ACC=acc_dtype(z), **cfg.launch,
+    )  # fmt: skip
+    return batch_stats(tile_stats, counts)
+
+
 def batch_norm_act_fwd(z: Tensor, norm: Norm, act: str, residual: Tensor | None) -> Tensor:
     """z (N, C, H, W) in NHWC memory, residual the same or None -> y: the same."""
     y = torch.empty_like(z)
@@ -210,6 +261,7 @@ def _batch_stats_config(size: int, C: int) -> dict[str, int]:
 
 @heuristic("batch_norm_act_fwd")
 @heuristic("batch_norm_act_bwd_reduce")
+@heuristic("batch_norm_tile_stats")
 def _rows_config(size: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """4096 elements a program: 32 a thread, so that each thread has several 16-byte loads in flight."""
     block_c = min(64, max(16, triton.next_power_of_2(C)))
@@ -218,6 +270,7 @@ def _rows_config(size: int, C: int, dtype: torch.dtype) -> dict[str, int]:
 
 @candidates("batch_norm_act_fwd")
 @candidates("batch_norm_act_bwd_reduce")
+@candidates("batch_norm_tile_stats")
 def _rows_candidates(size: int, C: int, dtype: torch.dtype) -> list[dict[str, int]]:
     return [
         {"BLOCK_M": elements // c, "BLOCK_C": c, "num_warps": warps}

@@ -88,16 +88,31 @@ def norm_act_grad(
     """
     if NORM:
         mean, rstd, weight, bias = load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, AFFINE, ACC)
-        uhat = (u - mean[None, :]) * rstd[None, :]
-        g = activate_grad(g, uhat * weight[None, :] + bias[None, :], ACT)
-        if BATCH_STATS:
-            mean_g = tl.load(sums_ptr + offs, mask=mask, other=0.0).to(ACC) * inv_count
-            mean_gu = tl.load(sums_ptr + C + offs, mask=mask, other=0.0).to(ACC) * inv_count
-            g = g - mean_g[None, :] - uhat * mean_gu[None, :]
-        g = g * (weight * rstd)[None, :]
+        mean_g, mean_gu = load_mean_grads(sums_ptr, offs, mask, inv_count, C, BATCH_STATS, ACC)
+        g = norm_grad(g, u, mean, rstd, weight, bias, mean_g, mean_gu, ACT)
     else:
         g = activate_grad(g, u, ACT)
     return g
+
+
+@triton.jit
+def load_mean_grads(sums_ptr, offs, mask, inv_count, C, BATCH_STATS: tl.constexpr, ACC: tl.constexpr):
+    """The means over rows of g and of g uhat from their sums (2, C); 0 with fixed statistics."""
+    if BATCH_STATS:
+        mean_g = tl.load(sums_ptr + offs, mask=mask, other=0.0).to(ACC) * inv_count
+        mean_gu = tl.load(sums_ptr + C + offs, mask=mask, other=0.0).to(ACC) * inv_count
+    else:
+        mean_g = offs.to(ACC) * 0.0
+        mean_gu = mean_g
+    return mean_g, mean_gu
+
+
+@triton.jit
+def norm_grad(g, u, mean, rstd, weight, bias, mean_g, mean_gu, ACT: tl.constexpr):
+    """The gradient at u of ``act(norm(u))`` from vectors that are in registers; g, u (rows, channels)."""
+    uhat = (u - mean[None, :]) * rstd[None, :]
+    g = activate_grad(g, uhat * weight[None, :] + bias[None, :], ACT)
+    return (g - mean_g[None, :] - uhat * mean_gu[None, :]) * (weight * rstd)[None, :]
 
 
 @triton.jit

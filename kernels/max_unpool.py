@@ -109,10 +109,13 @@ def _max_unpool_fwd_kernel(
     FLAT: tl.constexpr = BITS == INT64
     TAPS: tl.constexpr = KD * KH * KW
     CELLS: tl.constexpr = SD * SH * SW
-    v, index, owned = _window(  # overlapping windows are loaded again, cell by cell: nothing reads these
-        v_ptr, index_ptr, image, qd, qh, qw, channel, mask_m, offs_l, C, OD, OH, OW, CHANNELS_LAST, BITS, True, ACC,
-        BLOCK_M, BLOCK_L,
-    )  # fmt: skip
+    v, owned = tl.zeros((BLOCK_M, BLOCK_L), ACC), mask
+    index = v.to(tl.int32)
+    if DISJOINT or FLAT:  # overlapping windows are loaded cell by cell
+        v, index, owned = _window(
+            v_ptr, index_ptr, image, qd, qh, qw, channel, mask_m, offs_l, C, OD, OH, OW, CHANNELS_LAST, BITS, True,
+            ACC, BLOCK_M, BLOCK_L,
+        )  # fmt: skip
 
     if CHANNELS_LAST or SW != 2:
         for cell in tl.range(0, CELLS, loop_unroll_factor=CELLS if CELLS <= UNROLLED else 1):

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.ops import BatchNormArgs, separable_conv2d
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import record_reference
-from fastseg.ops.separable_conv import ACTIVATIONS, Activation
 
 
 class SeparableConv2d(nn.Module):

@@ -65,7 +65,7 @@ def layout(dims: int, last: bool) -> torch.memory_format:
     return {2: torch.channels_last, 3: torch.channels_last_3d}[dims] if last else _CONTIGUOUS
 
 
-def _drop(y: Tensor, dims: int) -> Tensor:
+def narrow(y: Tensor, dims: int) -> Tensor:
     """(N, C, D, H, W) from a kernel -> ``dims`` spatial axes."""
     for _ in range(3 - dims):
         y = y.select(2, 0)
@@ -79,7 +79,7 @@ def _launch_pool(x, size, out, kernel, stride, padding, dilation, bits):
     g, last = Geometry(size, out, kernel, stride, padding, dilation), is_last(x)
     x = x.contiguous(memory_format=memory_format_of(x))
     y, index = max_pool_fwd(x, g.pooling(*x.shape[:2], last), bits)
-    return _drop(y, len(size)), _drop(index, len(size)) if bits == INT64 else index
+    return narrow(y, len(size)), narrow(index, len(size)) if bits == INT64 else index
 
 
 def _launch_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
@@ -91,7 +91,7 @@ def _launch_unpool(v, index, size, out, kernel, stride, padding, dilation, bits,
     y, valid = max_unpool_fwd(v.contiguous(memory_format=fmt), index, pool, bits, add=add)
     if valid is not None:
         _check_indices(valid, index, size, sync)
-    return _drop(y, len(size)).contiguous(memory_format=memory_format_of(v))
+    return narrow(y, len(size)).contiguous(memory_format=memory_format_of(v))
 
 
 def _launch_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
@@ -100,7 +100,7 @@ def _launch_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, 
     fmt = layout(len(size), last)
     index = index.contiguous(memory_format=fmt) if bits == INT64 else index.contiguous()
     dx = max_unpool_bwd(dy.contiguous(memory_format=fmt), index, g.pooling(*dy.shape[:2], last), bits)
-    return _drop(dx, len(size)).contiguous(memory_format=memory_format_of(dy))
+    return narrow(dx, len(size)).contiguous(memory_format=memory_format_of(dy))
 
 
 def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) -> None:
@@ -127,7 +127,7 @@ def _by(size: list[int]) -> str:
 # --- in plain PyTorch
 
 
-def _plain_pool(x, size, out, kernel, stride, padding, dilation, bits):
+def plain_pool(x, size, out, kernel, stride, padding, dilation, bits):
     ceil = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
@@ -149,7 +149,7 @@ def _flat_index(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:
     return index.flatten(2)
 
 
-def _plain_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
+def plain_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
     flat = _flat_index(index, v.shape, Geometry(size, out, kernel, stride, padding, dilation), bits, last)
     return spread_ref(v, flat, size, add=add, checked=bits == INT64 and not add, sync=sync)
 
@@ -181,24 +181,28 @@ def _plain_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, l
 # --- shapes, registration
 
 
-def _fake_pool(x, size, out, kernel, stride, padding, dilation, bits):
+def fake_index(x, last: bool, size, out, kernel, stride, padding, dilation, bits) -> Tensor:
+    """The index of a pooling of ``x``, without values."""
     N, C = x.shape[:2]
-    fmt = memory_format_of(x)
-    y = new_map(x, (N, C, *out))
     if bits == INT64:
-        return y, torch.empty((N, C, *out), dtype=torch.int64, device=x.device, memory_format=fmt)
+        fmt = layout(len(size), last)
+        return torch.empty((N, C, *out), dtype=torch.int64, device=x.device, memory_format=fmt)
     if bits == 0:
-        return y, x.new_empty(0, dtype=torch.uint8)
-    rows, inner = (N * math.prod(out), C) if fmt != _CONTIGUOUS else (N * C * math.prod(out[:-1]), out[-1])
-    return y, x.new_empty((rows, (inner * bits + 7) // 8), dtype=torch.uint8)
+        return x.new_empty(0, dtype=torch.uint8)
+    rows, inner = (N * math.prod(out), C) if last else (N * C * math.prod(out[:-1]), out[-1])
+    return x.new_empty((rows, (inner * bits + 7) // 8), dtype=torch.uint8)
+
+
+def _fake_pool(x, *sizes):
+    return new_map(x, (*x.shape[:2], *sizes[1])), fake_index(x, is_last(x), *sizes)
 
 
 _SIZES = "SymInt[] size, SymInt[] out, int[] kernel, int[] stride, int[] padding, int[] dilation, int bits"
-pool_op = register(f"max_pool(Tensor x, {_SIZES}) -> (Tensor, Tensor)", _launch_pool, _plain_pool, _fake_pool)
+pool_op = register(f"max_pool(Tensor x, {_SIZES}) -> (Tensor, Tensor)", _launch_pool, plain_pool, _fake_pool)
 unpool_op = register(
     f"max_unpool(Tensor v, Tensor index, {_SIZES}, bool last, bool add, bool sync) -> Tensor",
     _launch_unpool,
-    _plain_unpool,
+    plain_unpool,
     lambda v, index, size, *_: new_map(v, (*v.shape[:2], *size)),
 )
 pick_op = register(

@@ -76,7 +76,7 @@ def test_torch_error_inputs(dims):
 @pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_layouts(geometry, dtype, device):
-    """Few distinct values: ties everywhere. Two images, sizes that no block divides, each layout as torch answers it."""
+    """Few distinct values: ties everywhere. Two images, sizes that no block divides; layouts as torch answers them."""
     x = torch.randint(-2, 3, (2, 5, 9, 7), device=device).to(dtype)
     for view in layouts(x):
         ours, theirs = both(2, view, *geometry)
@@ -132,7 +132,8 @@ def test_gradcheck(dims, geometry, device):
     x = torch.randperm(2 * 4**dims, device=device).double().view(1, 2, *[4] * dims).requires_grad_()
     for indices in ("int64", "compact"):
         pool = lambda t, f=indices: OURS[dims](t, *geometry, return_indices=True, index_format=f)[0]
-        assert torch.autograd.gradcheck(pool, x, eps=0.1, check_forward_ad=True)  # linear until two cells change places
+        # linear until two cells change places
+        assert torch.autograd.gradcheck(pool, x, eps=0.1, check_forward_ad=True, fast_mode=dims > 1)
         assert torch.autograd.gradgradcheck(pool, x, eps=0.1, fast_mode=True)
 
 
