@@ -21,9 +21,9 @@ from fastseg.kernels.bilinear import (
 from fastseg.kernels.common import clamp_index, source_position
 from fastseg.kernels.config import candidates, heuristic, launch
 
-# Outputs an input pixel reaches along a row up to which their weights, the same in every row, are kept in registers.
-UNROLL_VECTORS = 8  # a thread then has that many 16-byte loads in flight
-UNROLL_ELEMENTS = 16
+# Outputs of an input pixel along a row up to which single elements keep their weights, the same in every row, in
+# registers. A vector shares its weight, and computes it again: it needs the registers for loads in flight.
+UNROLL_UP_TO = 16
 
 
 @triton.jit
@@ -120,7 +120,7 @@ def bilinear_bwd(dy: Tensor, size: tuple[int, int], taps: Taps, channels_last: b
     cfg = select_for("bilinear_bwd", dx, channels_last)
     grid, planes, flat = grid_of(dx, channels_last, cfg)
     reach = taps.reach(IW, OW, 1)
-    unroll = reach <= (UNROLL_VECTORS if channels_last and not flat else UNROLL_ELEMENTS)
+    unroll = reach <= UNROLL_UP_TO and (flat or not channels_last)
     launch(
         _bilinear_bwd_kernel, grid,
         dy, dx, planes, IH, IW, OH, OW, taps.padding, *scale_args(taps),
@@ -133,12 +133,12 @@ def bilinear_bwd(dy: Tensor, size: tuple[int, int], taps: Taps, channels_last: b
 @heuristic("bilinear_bwd")
 def _bwd_config(size: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
     """Vectors of channels: as forward. Single elements: one a thread, so that a warp's loads touch the fewest lines."""
-    elements, per_thread = (1024, 8) if C and not is_flat(C, dtype) else (256, 1)
+    elements, per_thread = (1024, 32 // dtype.itemsize) if C and not is_flat(C, dtype) else (256, 1)
     return tile_config(elements, per_thread, rows_of(size, elements, 1024), C, W, dtype)
 
 
 @candidates("bilinear_bwd")
 def _bwd_candidates(size: int, C: int, W: int, dtype: torch.dtype) -> list[dict[str, int]]:
     vectors = C and not is_flat(C, dtype)
-    tiles = [(512, 8), (1024, 8), (1024, 4)] if vectors else [(128, 1), (256, 1), (256, 2), (512, 2)]
+    tiles = [(512, 8), (1024, 8), (1024, 16)] if vectors else [(128, 1), (256, 1), (256, 2), (512, 2)]
     return [tile_config(*tile, rows, C, W, dtype) for tile in tiles for rows in (1, 2, 4, 8)]

@@ -50,7 +50,6 @@ _FCN = (400, 21, 64, 64, 8)  # FCN-8s's last transposed convolution
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "upsample 256 channels 32->128": lambda dtype: _upsample(dtype, *_DECODER),
     "upsample 256 channels 32->128, backward": lambda dtype: _upsample(dtype, *_DECODER, backward=True),
-    "upsample 256 channels 32->128, corners": lambda dtype: _upsample(dtype, *_DECODER, align_corners=True),
     "upsample 256 channels 32->128, corners, backward": lambda dtype: _upsample(
         dtype, *_DECODER, align_corners=True, backward=True
     ),

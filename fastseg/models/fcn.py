@@ -169,7 +169,7 @@ class FCN(nn.Module):
         hidden = scaled(4096, width, "FCN")
         self.fc6 = nn.Conv2d(pool5, hidden, 7)
         self.fc7 = nn.Conv2d(hidden, hidden, 1)
-        self.dropout = nn.Dropout(0.5)
+        self.dropout = nn.Dropout(0.5)  # of single elements, as in Caffe; the port drops whole channels
         self.score_fr = nn.Conv2d(hidden, num_classes, 1)
         if self.stride <= 16:
             self.score_pool4 = nn.Conv2d(pool4, num_classes, 1)
@@ -208,7 +208,7 @@ class FCN(nn.Module):
             self.add_module(f"score{stride}", _resnet_head(channels, num_classes))
         self._steps = (("up_score2", 0),) * (len(strides) - 1)
         self._last, self._deepest = f"up_score{self.stride}", "up_score32"
-        for stride in {2, self.stride} | ({32} if self.aux else set()):
+        for stride in sorted({2, self.stride} | ({32} if self.aux else set())):
             self.add_module(f"up_score{stride}", up(stride))
 
     def _resnet_maps(self, x: Tensor) -> list[Tensor]:

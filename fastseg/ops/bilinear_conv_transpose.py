@@ -121,7 +121,8 @@ def bilinear_conv_transpose2d(
         bias: (C,), added to each channel.
         skip: (N, C, SH, SW), whose window of the output's size is added.
         skip_offset: first row and column of that window, in pixels.
-        output_size: OH and OW; past the reach of the kernel the convolution is 0. None means (n - 1) S + K - 2 padding.
+        output_size: OH and OW, any: more than torch's is what the kernel gives there, and 0 past its reach. None means
+            (n - 1) S + K - 2 padding.
 
     Returns:
         (N, C, OH, OW), in the memory format of ``x``; in autocast's dtype under autocast, as torch's convolutions.
@@ -165,12 +166,13 @@ def bilinear_conv_transpose2d_ref(
 ) -> Tensor:
     """``bilinear_conv_transpose2d`` in plain PyTorch."""
     K, padding = bilinear_geometry(stride, kernel_size, padding)
-    # 16-bit grouped convolutions with large kernels are slow on a CPU (64 taps: 7 times fp32)
+    # One group a channel, in the memory format of x: on a CPU, channels_last takes 0.1 to 0.2 of the time of a dense
+    # weight, NCHW 0.2 to 0.3 (21 channels). In 16 bits large kernels are slow there (64 taps: 7 times fp32).
     wide = torch.promote_types(x.dtype, torch.float32)
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         weight = _grouped_taps(K, x, wide)
-        y = grouped_conv_transpose2d(x.to(wide), weight, stride, padding, output_size)
+        y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, x.shape[1], output_size)
         if bias is not None:
             y = y + bias.to(wide)[:, None, None]
         if skip is not None:
@@ -178,16 +180,17 @@ def bilinear_conv_transpose2d_ref(
     return y.to(x.dtype).contiguous(memory_format=suggested_format(x))
 
 
-def grouped_conv_transpose2d(
-    x: Tensor, weight: Tensor, stride: int, padding: int, output_size: tuple[int, int] | None = None
+def sized_conv_transpose2d(
+    x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, size: tuple[int, int] | None
 ) -> Tensor:
-    """``conv_transpose2d`` of each channel by itself, with ``weight`` (C, 1, K, K); cut or zero-filled to a size.
-
-    In the memory format of ``x``: on a CPU, channels_last takes 0.1 to 0.2 of the time of a dense weight, NCHW 0.2 to
-    0.3 (21 channels), less than channels_last and a copy back.
-    """
-    y = F.conv_transpose2d(x, weight.contiguous(), None, stride, padding, groups=x.shape[1])
-    return y if output_size is None else resize(y, output_size)
+    """``conv_transpose2d`` cut at any size; beyond torch's own, with what the kernel gives there, and then zeros."""
+    natural = [(n - 1) * stride + weight.shape[-1] - 2 * padding for n in x.shape[-2:]]
+    if size is None or (size[0] <= natural[0] and size[1] <= natural[1]):
+        y = F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
+        return y if size is None else y[..., : size[0], : size[1]]
+    y = F.conv_transpose2d(x, weight, None, stride, groups=groups)[..., padding:, padding:]
+    y = y[..., : size[0], : size[1]]
+    return F.pad(y, (0, size[1] - y.shape[-1], 0, size[0] - y.shape[-2]))
 
 
 def conv_transpose2d_plus(
@@ -215,22 +218,12 @@ def conv_transpose2d_plus(
         skip_offset: where that window begins.
         output_size: OH and OW.
     """
-    if diagonal and x.dim() == 4:
-        taps = weight.diagonal().permute(2, 0, 1)[:, None]  # (C, 1, K, K)
-        y = grouped_conv_transpose2d(x, taps, stride, padding, output_size).contiguous(
-            memory_format=suggested_format(x)
-        )
-    else:
-        y = F.conv_transpose2d(x, weight, None, stride, padding)
-        y = y if output_size is None else resize(y, output_size)
+    groups = x.shape[1] if diagonal and x.dim() == 4 else 1
+    if groups > 1:
+        weight = weight.diagonal().permute(2, 0, 1)[:, None].contiguous()  # (C, 1, K, K)
+    y = sized_conv_transpose2d(x, weight, stride, padding, groups, output_size)
     y = y if bias is None else y + bias.to(y.dtype)[:, None, None]
     return y if skip is None else y + window(skip, skip_offset, y.shape[-2:])
-
-
-def resize(y: Tensor, size: tuple[int, int]) -> Tensor:
-    """``y`` cut, or continued by zeros, below and to the right."""
-    rows, columns = size[0] - y.shape[-2], size[1] - y.shape[-1]
-    return F.pad(y, (0, columns, 0, rows)) if rows > 0 or columns > 0 else y[..., : size[0], : size[1]]
 
 
 def window(skip: Tensor, offset: int, size: tuple[int, int]) -> Tensor:

@@ -81,7 +81,7 @@ def _target(x, size, scale_factor, recompute_scale_factor):
         factors = tuple(float(f) for f in pair)
         if not all(0 < f < float("inf") for f in factors):
             return None
-        out = tuple(int(n * f) for n, f in zip(x.shape[2:], factors, strict=True))
+        out = tuple(torch.sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True))
         if recompute_scale_factor:
             factors = (None, None)
     if min(x.shape[1], x.shape[2], x.shape[3], *out) < 1:
