@@ -66,16 +66,19 @@ def _batch_norm_tile_stats_kernel(
     offs_m = tl.arange(0, BLOCK_M)
     mask_c = offs_c < C
     here = tl.minimum(rows, (M - row0).to(tl.int32))  # a number of rows, no data
-    first = tl.load(z_ptr + row0 * C + offs_m[:, None] * C + offs_c[None, :],
-                    mask=(offs_m < here)[:, None] & mask_c[None, :], other=0.0).to(ACC)  # fmt: skip
+    # All programs measure from one row, so that their means differ by what fp32 resolves, however large the mean; and
+    # each sums about its first block's mean, which does not cancel: the block is one of those it sums over.
+    origin = tl.load(z_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
+    mask = (offs_m < here)[:, None] & mask_c[None, :]
+    first = tl.load(z_ptr + row0 * C + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(ACC)
     count = here.to(ACC)
-    # Sums about the first block's mean do not cancel: the block is one of those they are taken over.
+    first = tl.where(mask, first - origin[None, :], 0.0)
     pivot = tl.sum(first, axis=0) / tl.where(here < BLOCK_M, count, BLOCK_M)
     sum_d, sum_dd = tl.zeros((BLOCK_M, BLOCK_C), ACC), tl.zeros((BLOCK_M, BLOCK_C), ACC)
     for m in range(0, rows, BLOCK_M):
         mask = (m + offs_m < here)[:, None] & mask_c[None, :]
         z = tl.load(z_ptr + (row0 + m) * C + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(ACC)
-        d = tl.where(mask, z - pivot[None, :], 0.0)
+        d = tl.where(mask, z - origin[None, :] - pivot[None, :], 0.0)
         sum_d += d
         sum_dd += d * d
     shift = tl.sum(sum_d, axis=0) / count
@@ -88,10 +91,10 @@ def _batch_norm_tile_stats_kernel(
 
 @triton.jit
 def _batch_stats_kernel(
-    tile_stats_ptr, counts_ptr,
+    tile_stats_ptr, counts_ptr, origin_ptr,
     stats_ptr,
     tiles,
-    C: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, HAS_ORIGIN: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -114,6 +117,8 @@ def _batch_stats_kernel(
         row = offs_t[:, None].to(tl.int64) * 2 * C + offs_c[None, :]
         d = tl.load(tile_stats_ptr + row, mask=mask, other=0.0) - mean[None, :]
         m2 += tl.sum(tl.load(tile_stats_ptr + row + C, mask=mask, other=0.0) + count[:, None] * d * d, axis=0)
+    if HAS_ORIGIN:
+        mean += tl.load(origin_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
     tl.store(stats_ptr + offs_c, mean, mask=mask_c)
     tl.store(stats_ptr + C + offs_c, m2 / total, mask=mask_c)
     tl.store(stats_ptr + 2 * C + offs_c, m2 / (total - 1.0), mask=mask_c)
@@ -173,8 +178,11 @@ def _batch_norm_act_bwd_reduce_kernel(
     store_tile_sums(sum_g, sum_gz, offs_m < BLOCK_M, pid_m, sums_ptr, offs_c, mask_c, C)
 
 
-def batch_stats(tile_stats: Tensor, counts: Tensor) -> Tensor:
-    """(tiles, 2, C) means and squared deviations of tiles, (tiles,) rows in each -> (3, C): mean, var, unbiased var."""
+def batch_stats(tile_stats: Tensor, counts: Tensor, origin: Tensor | None = None) -> Tensor:
+    """(tiles, 2, C) means and squared deviations of tiles, (tiles,) rows in each -> (3, C): mean, var, unbiased var.
+
+    ``origin``: its first C elements are what the means are measured from.
+    """
     tiles, _, C = tile_stats.shape
     stats = tile_stats.new_empty(3, C)
     cfg = select("batch_stats", size=tiles, device=stats.device, C=C)
@@ -184,9 +192,11 @@ def batch_stats(tile_stats: Tensor, counts: Tensor) -> Tensor:
         (triton.cdiv(C, cfg.BLOCK_C),),
         tile_stats,
         counts,
+        tile_stats if origin is None else origin,
         stats,
         tiles,
         C=C,
+        HAS_ORIGIN=origin is not None,
         ACC=acc,
         **cfg.launch,
     )
@@ -207,7 +217,7 @@ def batch_norm_stats(z: Tensor) -> Tensor:
         _batch_norm_tile_stats_kernel, (tiles, blocks_c),
         z, tile_stats, counts, M, rows, C=C, ACC=acc_dtype(z), **cfg.launch,
     )  # fmt: skip
-    return batch_stats(tile_stats, counts)
+    return batch_stats(tile_stats, counts, z)
 
 
 def batch_norm_act_fwd(z: Tensor, norm: Norm, act: str, residual: Tensor | None) -> Tensor:
