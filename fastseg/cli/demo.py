@@ -23,6 +23,8 @@ from fastseg.models import create, names
 OPTIONS = {
     "deeplabv3plus": {"width": 0.25, "decoder_channels": 32},
     "fcn": {"backbone": "resnet18", "stride": 4, "width": 0.25},
+    "segnet": {"width": 0.125},
+    "segnet_basic": {"channels": 16},
 }
 STEPS, BATCH, SIDE = 400, 6, 160
 LEARNING_RATE = 0.02

@@ -16,10 +16,14 @@ from fastseg.models.encoders import MobileNetV2
 NARROW = {
     "deeplabv3plus": {"width": 0.1, "decoder_channels": 16},
     "fcn": {"backbone": "resnet18", "stride": 4, "aux": True, "width": 0.05},
+    "segnet": {"width": 0.02},
+    "segnet_basic": {"channels": 8},
 }
 FUSED = {
     "deeplabv3plus": {"separable_conv2d"},
     "fcn": {"bilinear_conv_transpose2d"},
+    "segnet": {"max_pool2d", "max_unpool2d"},
+    "segnet_basic": {"max_pool2d", "max_unpool2d"},
 }  # the ops of each that have kernels
 
 
