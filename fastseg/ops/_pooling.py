@@ -108,8 +108,8 @@ def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) ->
 
     A GPU must not be waited for: the device itself tests what the kernel found out, as torch's own kernel does.
     """
-    if not sync and valid.device.type != "cpu":
-        torch._assert_async(valid, f"max_unpool: an index is outside its output volume of {_by(size)}")
+    if torch.compiler.is_compiling() or (not sync and valid.device.type != "cpu"):
+        torch._assert_async(valid, "max_unpool: an index is outside its output volume")
     elif not valid.item():
         raise RuntimeError(invalid_index(index, size))
 

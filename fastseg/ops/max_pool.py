@@ -155,8 +155,9 @@ def pool_geometry(
         if k < 1 or s < 1 or d < 1 or not 0 <= p <= reach // 2:
             return None, bad
         span = n + 2 * p - d * (k - 1) - 1
-        o = (span + (s - 1 if ceil_mode else 0)) // s + 1
-        o -= bool(ceil_mode and (o - 1) * s >= n + p)
+        o = span // s + 1
+        if ceil_mode:  # but no window begins in the padding at the end
+            o = torch.sym_min((span + s - 1) // s + 1, (n + p - 1) // s + 1)
         if o < 1:
             return None, bad
         out.append(o)

@@ -103,7 +103,7 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
             f"{name}: kernel_size {kernel_size}, stride {stride}, padding {padding}; give {dims} numbers each"
         )
     kernel, stride, padding = sizes
-    size = list(F._unpool_output_size(input, kernel, stride, padding, output_size and list(output_size)))
+    size = _output_size(input, kernel, stride, padding, output_size and list(output_size))
     _check(input, indices, name, dims)
     if isinstance(indices, PoolIndices):
         indices.check()
@@ -127,6 +127,16 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     else:
         y = unpool(v, index, geometry, bits, last, add=False, sync=check_indices == "sync")
     return y if batched else y[0]
+
+
+def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] | None) -> list[int]:
+    """The output's spatial size; torch's own function says what is wrong with one that was given.
+
+    A graph takes it as it is: a check would be a guard, which sizes that hold for all inputs cannot always prove.
+    """
+    if output_size is not None and torch.compiler.is_compiling():
+        return output_size[-len(kernel) :]
+    return list(F._unpool_output_size(input, kernel, stride, padding, output_size))
 
 
 def indices_window(indices: PoolIndices) -> tuple[tuple[int, ...], ...]:

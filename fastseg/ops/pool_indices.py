@@ -162,7 +162,7 @@ def _origins(axis: int, dims: int, windows: int, stride: int, padding: int, like
 def encode(indices: Tensor, input_size, kernel_size, stride, padding, dilation) -> Tensor:
     """int64 indices (N, C, *windows) -> codes, uint8, of the same shape and layout."""
     dims = len(input_size)
-    code = torch.zeros_like(indices, dtype=torch.uint8)
+    code: Tensor | int = 0
     rest, taps = indices.to(torch.int32) if math.prod(input_size) < 2**31 else indices, 1  # half the bytes to pass over
     for axis in reversed(range(dims)):
         at = rest  # the first coordinate takes what is left
@@ -171,7 +171,7 @@ def encode(indices: Tensor, input_size, kernel_size, stride, padding, dilation) 
             at = at - rest * input_size[axis]
         step = at - _origins(axis, dims, indices.shape[2 + axis], stride[axis], padding[axis], indices)
         step = step if dilation[axis] == 1 else step // dilation[axis]
-        code += (step if taps == 1 else step * taps).to(torch.uint8)
+        code = code + (step if taps == 1 else step * taps).to(torch.uint8)
         taps *= kernel_size[axis]
     return code
 
@@ -187,13 +187,17 @@ def decode(codes: Tensor, input_size, kernel_size, stride, padding, dilation) ->
         if axis > 0:
             rest = rest // kernel_size[axis]
             step = step - rest * kernel_size[axis]
-        at = step.to(wide) * dilation[axis]
-        at = at.add_(_origins(axis, dims, windows, stride[axis], padding[axis], codes))
-        if padding[axis] or (windows - 1) * stride[axis] + dilation[axis] * (kernel_size[axis] - 1) >= n:
-            ok &= (at >= 0) & (at < n)  # some window is cut off
-        flat = at.mul_(cells).add_(flat)
+        step = step.to(wide) if dilation[axis] == 1 else step.to(wide) * dilation[axis]
+        at = step + _origins(axis, dims, windows, stride[axis], padding[axis], codes)
+        if (
+            torch.compiler.is_compiling()
+            or padding[axis]
+            or (windows - 1) * stride[axis] + dilation[axis] * (kernel_size[axis] - 1) >= n
+        ):
+            ok = ok & (at >= 0) & (at < n)  # some window is cut off
+        flat = at if cells == 1 else flat + at * cells
         cells *= n
-    return flat.long().masked_fill_(~ok, -1)
+    return torch.where(ok, flat.long(), -1)
 
 
 def pack(codes: Tensor, bits: int, channels_last: bool) -> Tensor:
@@ -204,9 +208,9 @@ def pack(codes: Tensor, bits: int, channels_last: bool) -> Tensor:
         return rows.contiguous() if rows.data_ptr() != codes.data_ptr() else rows.clone()
     width = -(-rows.shape[1] // fields)
     padded = torch.nn.functional.pad(rows, (0, width * fields - rows.shape[1])).view(-1, width, fields)
-    packed = padded[:, :, 0].clone()
+    packed = padded[:, :, 0]
     for field in range(1, fields):
-        packed |= padded[:, :, field] << (field * bits)
+        packed = packed + padded[:, :, field] * 2 ** (field * bits)  # no shifts: ONNX has none for tensors
     return packed
 
 
@@ -215,6 +219,5 @@ def _unpack(packed: Tensor, bits: int, inner: int) -> Tensor:
     fields = 8 // bits
     if fields == 1:
         return packed
-    shifts = torch.arange(fields, device=packed.device, dtype=torch.uint8) * bits
-    codes = (packed.unsqueeze(-1) >> shifts) & ((1 << bits) - 1)
-    return codes.flatten(-2)[..., :inner]
+    columns = [packed // 2 ** (field * bits) % 2**bits for field in range(fields)]
+    return torch.stack(columns, -1).flatten(-2)[..., :inner]
