@@ -128,7 +128,7 @@ def store_tile_sums(g, gu, mask_m, tile, sums_ptr, offs, mask, C):
 
 @triton.jit
 def nan_blind_maximum(a, b):
-    """The larger of two values; a NaN loses. For data without NaN, or whose NaN is looked for elsewhere."""
+    """The larger of two values; a NaN loses. For integers, and where NaN is looked for elsewhere."""
     return tl.maximum(a, b)
 
 
@@ -145,7 +145,7 @@ def source_coordinate(dst, low, scale, ALIGN_CORNERS: tl.constexpr, ACC: tl.cons
     else:
         src = (dst.to(ACC) + 0.5) * scale - 0.5
         src = tl.where(src < 0, 0.0, src)
-    first = tl.minimum(src.to(tl.int32), low - 1)
+    first = nan_blind_maximum(tl.minimum(src.to(tl.int32), low - 1), 0)
     return first, tl.minimum(first + 1, low - 1), src - first.to(ACC)
 
 
@@ -157,12 +157,9 @@ def first_output(cell, low, full, scale, inverse, ALIGN_CORNERS: tl.constexpr, A
     The inverse of ``source_coordinate`` is rounded differently, so its neighbours are tried.
     """
     guess = cell.to(ACC) * inverse if ALIGN_CORNERS else (cell.to(ACC) + 0.5) * inverse - 0.5
-    guess = tl.minimum(guess, full + 1.0)
-    dst = tl.floor(guess).to(tl.int32) - 1
-    dst = tl.where(dst < 0, 0, dst)
+    dst = nan_blind_maximum(tl.minimum(tl.floor(tl.minimum(guess, full + 1.0)).to(tl.int32), full), 1) - 1
     for _ in tl.static_range(3):
-        first, _, _ = source_coordinate(dst, low, scale, ALIGN_CORNERS, ACC)
-        dst += (first < cell).to(tl.int32)
+        dst += (source_coordinate(dst, low, scale, ALIGN_CORNERS, ACC)[0] < cell).to(tl.int32)
     dst = tl.where(cell <= 0, 0, tl.minimum(dst, full))
     return tl.where(cell >= low, full, dst)
 

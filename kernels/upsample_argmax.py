@@ -53,7 +53,7 @@ def _upsample_argmax_fwd_kernel(
                              C, ALIGN_CORNERS, ACC, BLOCK_W, BLOCK_X, BLOCK_C)  # (BLOCK_C,)  # fmt: skip
     for row in range(row_first, row_end, BLOCK_H * splits):
         offs_h = row + tl.arange(0, BLOCK_H)
-        _, _, h1 = source_coordinate(offs_h, h, scale_h, ALIGN_CORNERS, ACC)
+        h1 = source_coordinate(offs_h, h, scale_h, ALIGN_CORNERS, ACC)[2]
         h1 = h1[:, None]
         best = tl.full((BLOCK_H, BLOCK_W), float("-inf"), ACC)
         y = tl.zeros((BLOCK_H, BLOCK_W), tl.int32)
@@ -64,12 +64,12 @@ def _upsample_argmax_fwd_kernel(
                 bits = tl.sum(tl.where(able & (classes // 64 == word), bit, 0), axis=0)
                 while bits != 0:
                     lowest = bits & -bits
-                    # a power of two as a float is its exponent; the sign bit is that of 2^63
+                    # the exponent of a power of two as a float; 2^63 is a negative number, so the sign bit goes
                     exponent = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) & 255
-                    c = word * 64 + exponent - 127
+                    c = word * 64 + nan_blind_maximum(tl.minimum(exponent, 190), 127) - 127
                     bits = bits ^ lowest
-                    best, y = _compare(best, y, c, top_ptr + c * stride_c, bottom_ptr + c * stride_c,
-                                       left, right, w0, w1, h1)  # fmt: skip
+                    plane = c.to(tl.int64) * stride_c
+                    best, y = _compare(best, y, c, top_ptr + plane, bottom_ptr + plane, left, right, w0, w1, h1)
         else:
             for c in tl.range(0, C, num_stages=1, loop_unroll_factor=2):
                 best, y = _compare(best, y, c, top_ptr + c * stride_c, bottom_ptr + c * stride_c,
@@ -96,8 +96,8 @@ def _able_classes(
     BLOCK_W: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Which classes can win somewhere in the cells of BLOCK_W columns from ``column`` on: -> (BLOCK_C,) bool."""
-    first, _, _ = source_coordinate(column, w, scale_w, ALIGN_CORNERS, ACC)
-    last, _, _ = source_coordinate(tl.minimum(column + BLOCK_W, W) - 1, w, scale_w, ALIGN_CORNERS, ACC)
+    first = source_coordinate(column, w, scale_w, ALIGN_CORNERS, ACC)[0]
+    last = source_coordinate(tl.minimum(column + BLOCK_W, W) - 1, w, scale_w, ALIGN_CORNERS, ACC)[0]
     classes = tl.arange(0, BLOCK_C)
     able = tl.zeros((BLOCK_X, BLOCK_C), tl.int32)
     for cell in range(first, last + 1, BLOCK_X):
@@ -145,8 +145,8 @@ def upsample_argmax_fwd(x: Tensor, up: Upsampling, dtype: torch.dtype) -> Tensor
 
 @heuristic("upsample_argmax_fwd")
 def _argmax_config(size: int, C: int, dtype: torch.dtype, factor: int) -> dict[str, int]:
-    """One column a thread, the rows of a cell in its registers; 1024 to 2048 corners at a time to prune by."""
-    block_x = min(16, max(4, 2048 // triton.next_power_of_2(C)))
+    """One column a thread, the rows of a cell in its registers; about 1024 corners at a time to prune by."""
+    block_x = min(16, max(4, 1024 // triton.next_power_of_2(C)))
     return {"BLOCK_H": row_block(factor), "BLOCK_W": 128, "BLOCK_X": block_x, "num_warps": 4}
 
 

@@ -60,3 +60,10 @@ def row_splits(up: Upsampling) -> int:
 def row_block(factor: int) -> int:
     """Output rows of one tile: those of a cell row, up to 8 (the registers of a thread hold a tile's column)."""
     return min(8, triton.next_power_of_2(factor))
+
+
+class Loss(NamedTuple):
+    """What a cross entropy counts: the ignored target, and the share of each target spread over all classes."""
+
+    ignore_index: int
+    label_smoothing: float
