@@ -38,7 +38,8 @@ def _cross_entropy(
     target, lse = meta(N, full, full, dtype=labels), meta(N, full, full)
     weight = meta(C) if options else None
     x = _logits(dtype, N, C, low, torch.contiguous_format)
-    upsample_cross_entropy_fwd(x, target, weight, up, loss, per_pixel=options, save_lse=True)
+    losses = meta(N, full, full, dtype=dtype) if options else None
+    upsample_cross_entropy_fwd(x, target, weight, up, loss, losses=losses, save_lse=True)
     x = _logits(dtype, N, C, low, torch.channels_last if nhwc else torch.contiguous_format)
     dy = meta(N, full, full, dtype=dtype) if options else meta()
     upsample_cross_entropy_bwd(dy, x, target, weight, lse, up, loss)

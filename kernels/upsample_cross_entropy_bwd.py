@@ -42,7 +42,8 @@ def _upsample_cross_entropy_bwd_kernel(
     column += lane % LANES
     left = nan_blind_maximum(tl.minimum(cell, w - 1), 0) * stride_x
     right = tl.minimum(cell + 1, w - 1) * stride_x
-    classes = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    class_first = pid_c * BLOCK_C
+    classes = class_first + tl.arange(0, BLOCK_C)
     planes, known = (classes * stride_c)[:, None], (classes < C)[:, None]
     if SMOOTH:
         spread = smoothing / C + tl.zeros((BLOCK_C,), ACC)
@@ -86,13 +87,19 @@ def _upsample_cross_entropy_bwd_kernel(
                 lse = tl.load(lse_ptr + offs, mask=mask, other=float("inf"))  # (BLOCK_H, BLOCK)
                 target = load_target(target_ptr, offs, mask, ignore_index, C)[0]
                 top, bottom = t0 * a + t1 * b, t0 * c + t1 * d
-                g = tl.exp2(h0 * top[:, None, :] + h1 * bottom[:, None, :] - lse[None])  # (BLOCK_C, BLOCK_H, BLOCK)
+                if C > 1:  # two multiply-adds
+                    v = h0 * top[:, None, :] + (h1 * bottom[:, None, :] - lse[None])  # (BLOCK_C, BLOCK_H, BLOCK)
+                else:  # exactly 0, as the forward rounds
+                    v = (h0 * top[:, None, :] + h1 * bottom[:, None, :]) - lse[None]
+                g = tl.exp2(v)
                 if SMOOTH:
                     g -= spread[:, None, None] * tl.where(target >= 0, 1.0, 0.0).to(ACC)[None]
-                factor = tl.full((1, 1), 1.0, ACC)
-                if WEIGHTED:
-                    factor = tl.load(weight_ptr + target, mask=target >= 0, other=0.0).to(ACC)
-                g -= tl.where(classes[:, None, None] == target[None], (factor * (1 - smoothing))[None], 0.0)
+                named = (target >= class_first) & (target < class_first + BLOCK_C)
+                if tl.sum(tl.sum(named.to(tl.int32), axis=1), axis=0) > 0:  # most blocks of classes hold no target here
+                    factor = tl.full((BLOCK_H, BLOCK), 1.0, ACC)
+                    if WEIGHTED:
+                        factor = tl.load(weight_ptr + target, mask=named, other=0.0).to(ACC)
+                    g -= tl.where(classes[:, None, None] == target[None], (factor * (1 - smoothing))[None], 0.0)
                 if PER_PIXEL:
                     g *= tl.load(dy_ptr + n * H * W + offs, mask=mask, other=0.0).to(ACC)[None]
                 upper, lower = tl.sum(h0 * g, axis=1), tl.sum(h1 * g, axis=1)  # (BLOCK_C, BLOCK)
@@ -155,16 +162,17 @@ def _bwd_config(size: int, C: int, dtype: torch.dtype, factor: int) -> dict[str,
     they share cache lines without.
     """
     lanes = min(8, max(1, triton.next_power_of_2(factor) // 4))
-    block_c = min(triton.next_power_of_2(C), 8 if C > 32 else 4)
-    return {"BLOCK_H": min(4, row_block(factor)), "BLOCK_X": 32, "LANES": lanes, "BLOCK_C": block_c, "num_warps": lanes}
+    return {"BLOCK_H": min(4, row_block(factor)), "BLOCK_X": 32, "LANES": lanes,
+            "BLOCK_C": min(8, triton.next_power_of_2(C)), "num_warps": lanes, "maxnreg": 255}  # fmt: skip
 
 
 @candidates("upsample_cross_entropy_bwd")
 def _bwd_candidates(size: int, C: int, dtype: torch.dtype, factor: int) -> list[dict[str, int]]:
     return [
-        {"BLOCK_H": rows, "BLOCK_X": cells, "LANES": lanes, "BLOCK_C": c, "num_warps": max(1, cells * lanes // 32)}
+        {"BLOCK_H": rows, "BLOCK_X": cells, "LANES": lanes, "BLOCK_C": c, "num_warps": max(1, cells * lanes // 32),
+         "maxnreg": registers}
         for rows in (2, 4, 8)
         for cells in (16, 32, 64)
         for lanes in (1, 2, 4, 8)
-        for c in (2, 4, 8)
-    ]
+        for c, registers in ((2, 128), (4, 168), (8, 255))
+    ]  # fmt: skip

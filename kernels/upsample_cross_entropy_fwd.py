@@ -98,10 +98,10 @@ def _upsample_cross_entropy_fwd_kernel(
             spread = total * lse - (h0 * all_top[None] + h1 * all_bottom[None])
             loss = factor * (1 - smoothing) * loss + smoothing / C * spread
             if WEIGHTED:
-                lse -= tl.log2(factor * (1 - smoothing) + smoothing / C * total)
+                lse -= tl.log2(tl.where(counts, factor * (1 - smoothing) + smoothing / C * total, 1.0))
         elif WEIGHTED:
             loss = factor * loss
-            lse -= tl.log2(factor)
+            lse -= tl.log2(tl.where(counts, factor, 1.0))
         loss = tl.where(counts, loss * _LN2, tl.where(bad, float("nan"), 0.0))
         if STORE_LOSS:
             tl.store(loss_ptr + offs, loss.to(loss_ptr.dtype.element_ty), mask=mask)
@@ -116,16 +116,16 @@ def _upsample_cross_entropy_fwd_kernel(
 
 
 def upsample_cross_entropy_fwd(
-    x: Tensor, target: Tensor, weight: Tensor | None, up: Upsampling, loss: Loss, *, per_pixel: bool, save_lse: bool
-) -> tuple[Tensor | None, Tensor | None, Tensor]:
-    """x (N, C, h, w), target (N, H, W) contiguous -> (losses, lse: (N, H, W) or None; sums (3,)).
+    x: Tensor, target: Tensor, weight: Tensor | None, up: Upsampling, loss: Loss, *, losses: Tensor | None,
+    save_lse: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
+    """x (N, C, h, w), target (N, H, W) contiguous; losses (N, H, W) to be filled -> (losses, lse (N, H, W), sums (3,)).
 
     ``lse`` is what the backward reads: log2 of the sum over classes, less log2 of the pixel's factor; inf where ignored.
     ``sums``: of the losses, of the targets' weights, and the number of targets that name no class.
     """
     N, C, h, _ = x.shape
     kind = stats_dtype(x)
-    losses = x.new_empty(target.shape) if per_pixel else None
     lse = x.new_empty(target.shape, dtype=kind) if save_lse else None
     if target.numel() == 0:
         return losses, lse, x.new_zeros(3, dtype=kind)
@@ -140,7 +140,7 @@ def upsample_cross_entropy_fwd(
         x, target, sums if weight is None else weight, sums if losses is None else losses, sums if lse is None else lse,
         sums, *sizes, splits, *x.stride(), loss.ignore_index, float(loss.label_smoothing),
         C=C, ALIGN_CORNERS=up.align_corners, WEIGHTED=weight is not None, SMOOTH=loss.label_smoothing > 0,
-        STORE_LOSS=per_pixel, STORE_LSE=save_lse, ACC=acc_dtype(x), **cfg.launch,
+        STORE_LOSS=losses is not None, STORE_LSE=save_lse, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return losses, lse, sums.sum(0)
 
