@@ -134,7 +134,7 @@ def nan_blind_maximum(a, b):
 
 @triton.jit
 def source_coordinate(dst, low, scale, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
-    """Where bilinear interpolation reads for output index ``dst`` (int32) of an axis of ``low`` elements, as torch does.
+    """Where bilinear interpolation reads for output ``dst`` (int32) of an axis of ``low`` elements, as torch does.
 
     ``scale``: input elements per output element. -> first neighbour, second (the first again at the end), both int32;
     weight of the second, in ACC.

@@ -121,7 +121,7 @@ def upsample_cross_entropy_fwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """x (N, C, h, w), target (N, H, W) contiguous; losses (N, H, W) to be filled -> (losses, lse (N, H, W), sums (3,)).
 
-    ``lse`` is what the backward reads: log2 of the sum over classes, less log2 of the pixel's factor; inf where ignored.
+    ``lse`` is what the backward reads: log2 of the sum over classes less log2 of the pixel's factor; inf where ignored.
     ``sums``: of the losses, of the targets' weights, and the number of targets that name no class.
     """
     N, C, h, _ = x.shape

@@ -1,4 +1,4 @@
-"""Cross entropy on upsampled logits on a CPU, a few output rows at a time: no full-resolution logits, no gradient of them.
+"""Cross entropy on upsampled logits on a CPU, a few output rows at a time: no full-resolution logits or gradients.
 
 Each image is interpolated along x once, by torch (h rows of W pixels); a block of output rows is then a product of a
 small matrix with the rows it lies between, and the gradient goes back through the transposes of both. The blocks are
@@ -48,13 +48,7 @@ def _neighbours(low: int, full: int, align_corners: bool, dtype: torch.dtype) ->
 
 
 class _Walk:
-    """One pass over all blocks of rows.
-
-    Args:
-        dy: (N, H, W), or None where all pixels count alike.
-        losses: (N, H, W) to be filled, or None.
-        wants_grad: whether ``dx`` is made.
-    """
+    """One pass over all blocks of rows: losses, gradients, or both."""
 
     def __init__(self, x: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion):
         self.kind = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -69,7 +63,10 @@ class _Walk:
         self.weights = torch.zeros((), dtype=self.kind)  # of the targets
 
     def run(self, *, wants_grad: bool, dy: Tensor | None = None, losses: Tensor | None = None) -> Tensor | None:
-        """-> the gradient at x, (N, h, w, C), if wanted, of the sum of the losses or of their product with ``dy``."""
+        """-> the gradient at x, (N, h, w, C), of the sum of the losses, each times its element of ``dy`` (N, H, W).
+
+        ``losses``, (N, H, W), is filled where given; ``total`` and ``weights`` are summed up.
+        """
         N, h, w, C = self.x.shape
         _, H, W = self.target.shape
         first, second, weight = _neighbours(h, H, self.criterion.align_corners, self.kind)

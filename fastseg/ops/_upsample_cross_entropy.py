@@ -86,7 +86,7 @@ def _launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
 
 
 def _pixel_factors(a: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> targets with 0 where ignored, which count, their weights (0 where ignored), share of each class: (1, C, 1, 1)."""
+    """-> targets, which count, weights (both 0 where ignored), what smoothing gives each class (1, C, 1, 1)."""
     target = a.target.long()
     counts = target != a.ignore_index
     target = target.where(counts, 0)

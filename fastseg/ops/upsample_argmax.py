@@ -100,7 +100,7 @@ def _running_argmax(
 
 def _launch(logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, wide: bool):
     up = upsampling(logits, H, W, (factor_h, factor_w), align_corners)
-    # Unpruned, a class at a time is read for neighbouring pixels, which lie C elements apart with the classes innermost.
+    # Unpruned, neighbouring pixels of one class are read together: classes innermost, they lie C elements apart.
     x = logits if prunes(logits, up) else logits.contiguous()
     return upsample_argmax_fwd(x, up, torch.int64 if wide else torch.uint8)
 
