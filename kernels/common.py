@@ -150,6 +150,13 @@ def source_coordinate(dst, low, scale, ALIGN_CORNERS: tl.constexpr, ACC: tl.cons
 
 
 @triton.jit
+def mix(p, a, q, b):
+    """``p a + q b`` with the same rounding everywhere, which the compiler's own choice of what to fuse would not be."""
+    p, a = tl.broadcast(p, a)
+    return tl.fma(p, a, q * b)
+
+
+@triton.jit
 def first_output(cell, low, full, scale, inverse, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
     """The first of ``full`` outputs whose first neighbour is ``cell`` or later; ``full`` where there is none.
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
-from fastseg.kernels.common import nan_blind_maximum, source_coordinate, upsample_tile
+from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, upsample_tile
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.upsample_plan import Upsampling, row_block, row_splits
 
@@ -82,9 +82,9 @@ def _upsample_argmax_fwd_kernel(
 @triton.jit
 def _compare(best, y, c, top_ptr, bottom_ptr, left, right, w0, w1, h1):
     """Let class ``c`` win where it is larger, or the first NaN. best, y: (BLOCK_H, BLOCK_W)."""
-    top = w0 * tl.load(top_ptr + left).to(w0.dtype) + w1 * tl.load(top_ptr + right).to(w0.dtype)
-    bottom = w0 * tl.load(bottom_ptr + left).to(w0.dtype) + w1 * tl.load(bottom_ptr + right).to(w0.dtype)
-    v = (1 - h1) * top[None, :] + h1 * bottom[None, :]
+    top = mix(w0, tl.load(top_ptr + left).to(w0.dtype), w1, tl.load(top_ptr + right).to(w0.dtype))
+    bottom = mix(w0, tl.load(bottom_ptr + left).to(w0.dtype), w1, tl.load(bottom_ptr + right).to(w0.dtype))
+    v = mix(1 - h1, top[None, :], h1, bottom[None, :])
     wins = (v > best) | ((v != v) & (best == best))
     return tl.where(wins, v, best), tl.where(wins, c, y)
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
-from fastseg.kernels.common import first_output, nan_blind_maximum, source_coordinate
+from fastseg.kernels.common import first_output, mix, nan_blind_maximum, source_coordinate
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.upsample_cross_entropy_fwd import _LOG2E, load_target
 from fastseg.kernels.upsample_plan import Loss, Upsampling, row_block
@@ -86,12 +86,9 @@ def _upsample_cross_entropy_bwd_kernel(
                 offs = offs_h[:, None] * W + offs_w[None, :]
                 lse = tl.load(lse_ptr + offs, mask=mask, other=float("inf"))  # (BLOCK_H, BLOCK)
                 target = load_target(target_ptr, offs, mask, ignore_index, C)[0]
-                top, bottom = t0 * a + t1 * b, t0 * c + t1 * d
-                if C > 1:  # two multiply-adds
-                    v = h0 * top[:, None, :] + (h1 * bottom[:, None, :] - lse[None])  # (BLOCK_C, BLOCK_H, BLOCK)
-                else:  # exactly 0, as the forward rounds
-                    v = (h0 * top[:, None, :] + h1 * bottom[:, None, :]) - lse[None]
-                g = tl.exp2(v)
+                top, bottom = mix(t0, a, t1, b), mix(t0, c, t1, d)
+                v = mix(h0, top[:, None, :], h1, bottom[:, None, :])  # (BLOCK_C, BLOCK_H, BLOCK)
+                g = tl.exp2(v - lse[None])
                 if SMOOTH:
                     g -= spread[:, None, None] * tl.where(target >= 0, 1.0, 0.0).to(ACC)[None]
                 named = (target >= class_first) & (target < class_first + BLOCK_C)
@@ -113,8 +110,9 @@ def _upsample_cross_entropy_bwd_kernel(
         lower = dc + tl.where(at_end, dd, 0.0) + tl.gather(dd, before, axis=1)
         dx = carry + upper + (lower if y == h - 1 else tl.zeros_like(lower))
         carry = lower
-        offs = (classes * stride_dc)[:, None] + (y * stride_dy + pixel * stride_dx)[None, :]
-        tl.store(dx_ptr + offs, (dx * scale).to(dx_ptr.dtype.element_ty), mask=owned & (y >= y_first))
+        if y >= y_first:
+            offs = (classes * stride_dc)[:, None] + (y * stride_dy + pixel * stride_dx)[None, :]
+            tl.store(dx_ptr + offs, (dx * scale).to(dx_ptr.dtype.element_ty), mask=owned)
 
 
 @triton.jit

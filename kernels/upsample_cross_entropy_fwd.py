@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype, stats_dtype
-from fastseg.kernels.common import nan_blind_maximum, source_coordinate, upsample_tile
+from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, upsample_tile
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.upsample_plan import Loss, Upsampling, row_block, row_splits
 
@@ -22,6 +22,14 @@ def load_target(target_ptr, offs, mask, ignore_index, C: tl.constexpr):
     inside = (target >= 0) & (target < C)
     target = nan_blind_maximum(tl.minimum(target, C - 1), 0).to(tl.int32)
     return tl.where(counts & inside, target, -1), counts & ~inside
+
+
+@triton.jit
+def _along_x(row_ptr, left, right, mask, w0, w1):
+    """One low-resolution row interpolated along x."""
+    a = tl.load(row_ptr + left, mask=mask, other=0.0).to(w0.dtype)
+    b = tl.load(row_ptr + right, mask=mask, other=0.0).to(w0.dtype)
+    return mix(w0, a, w1, b)
 
 
 @triton.jit
@@ -59,10 +67,8 @@ def _upsample_cross_entropy_fwd_kernel(
         for c in tl.range(0, C, BLOCK_C, num_stages=1):
             classes = c + tl.arange(0, BLOCK_C)
             planes, known = (classes * stride_c)[:, None], (classes < C)[:, None]
-            top = w0 * tl.load(top_ptr + planes + left, mask=known, other=0.0).to(ACC)
-            top += w1 * tl.load(top_ptr + planes + right, mask=known, other=0.0).to(ACC)  # (BLOCK_C, BLOCK_W)
-            bottom = w0 * tl.load(bottom_ptr + planes + left, mask=known, other=0.0).to(ACC)
-            bottom += w1 * tl.load(bottom_ptr + planes + right, mask=known, other=0.0).to(ACC)
+            top = _along_x(top_ptr + planes, left, right, known, w0, w1)  # (BLOCK_C, BLOCK_W)
+            bottom = _along_x(bottom_ptr + planes, left, right, known, w0, w1)
             if SMOOTH:
                 factor = tl.full((BLOCK_C,), 1.0, ACC)
                 if WEIGHTED:
@@ -72,7 +78,7 @@ def _upsample_cross_entropy_fwd_kernel(
                 all_bottom += tl.sum(factor[:, None] * bottom, axis=0)
             if C % BLOCK_C != 0:
                 top, bottom = tl.where(known, top, -2.0e38), tl.where(known, bottom, -2.0e38)
-            v = h0[None] * top[:, None, :] + h1[None] * bottom[:, None, :]  # (BLOCK_C, BLOCK_H, BLOCK_W)
+            v = mix(h0[None], top[:, None, :], h1[None], bottom[:, None, :])  # (BLOCK_C, BLOCK_H, BLOCK_W)
             largest = nan_blind_maximum(m, tl.reduce(v, 0, nan_blind_maximum))  # NaN reaches s below
             s = s * tl.exp2(m - largest) + tl.sum(tl.exp2(v - largest[None]), axis=0)
             m = largest
@@ -82,12 +88,10 @@ def _upsample_cross_entropy_fwd_kernel(
         target, bad = load_target(target_ptr, offs, mask, ignore_index, C)
         counts = target >= 0
         plane = target.to(tl.int64) * stride_c
-        top = w0[None] * tl.load(top_ptr + plane + left[None], mask=counts, other=0.0).to(ACC)
-        top += w1[None] * tl.load(top_ptr + plane + right[None], mask=counts, other=0.0).to(ACC)
-        bottom = w0[None] * tl.load(bottom_ptr + plane + left[None], mask=counts, other=0.0).to(ACC)
-        bottom += w1[None] * tl.load(bottom_ptr + plane + right[None], mask=counts, other=0.0).to(ACC)
+        top = _along_x(top_ptr + plane, left, right, counts, w0, w1)  # (BLOCK_H, BLOCK_W)
+        bottom = _along_x(bottom_ptr + plane, left, right, counts, w0, w1)
         log_s = tl.log2(s)
-        loss = (m - (h0 * top + h1 * bottom)) + log_s  # of one class: the target's
+        loss = (m - mix(h0, top, h1, bottom)) + log_s  # of one class: the target's
         factor = tl.where(counts, 1.0, 0.0).to(ACC)
         if WEIGHTED:
             factor = tl.load(weight_ptr + target, mask=counts, other=0.0).to(ACC)

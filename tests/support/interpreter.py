@@ -64,7 +64,8 @@ class Launch:
         """Check one access of the running program, and log it."""
         addresses = np.asarray(ptrs, dtype=np.uint64)
         if mask is not None:
-            mask = np.asarray(mask)  # of a descriptor's load it is the array's memory
+            # of a descriptor's load it is the array's memory; where a scalar was splat into it, it holds integers
+            mask = np.asarray(mask, dtype=bool)
             if not mask.all():
                 addresses = addresses[mask if mask.shape == addresses.shape else np.broadcast_to(mask, addresses.shape)]
         addresses = addresses.reshape(-1)
