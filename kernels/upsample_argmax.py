@@ -147,13 +147,13 @@ def upsample_argmax_fwd(x: Tensor, up: Upsampling, dtype: torch.dtype) -> Tensor
 def _argmax_config(size: int, C: int, dtype: torch.dtype, factor: int) -> dict[str, int]:
     """One column a thread, the rows of a cell in its registers; about 1024 corners at a time to prune by."""
     block_x = min(16, max(4, 1024 // triton.next_power_of_2(C)))
-    return {"BLOCK_H": row_block(factor), "BLOCK_W": 128, "BLOCK_X": block_x, "num_warps": 4}
+    return {"BLOCK_H": row_block(factor), "BLOCK_W": 128, "BLOCK_X": block_x, "num_warps": 4, "maxnreg": 128}
 
 
 @candidates("upsample_argmax_fwd")
 def _argmax_candidates(size: int, C: int, dtype: torch.dtype, factor: int) -> list[dict[str, int]]:
     return [
-        {"BLOCK_H": rows, "BLOCK_W": columns, "BLOCK_X": cells, "num_warps": warps}
+        {"BLOCK_H": rows, "BLOCK_W": columns, "BLOCK_X": cells, "num_warps": warps, "maxnreg": 128}
         for rows in (row_block(factor), max(1, row_block(factor) // 2))
         for columns, warps in ((64, 2), (128, 4), (128, 2), (256, 4))
         for cells in (8, 16, 32)
