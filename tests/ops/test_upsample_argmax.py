@@ -95,7 +95,9 @@ def test_what_is_not_finite(values, classes, device):
     logits = torch.randn(1, classes, 4, 5, device=device)
     for i, value in enumerate(values):
         logits[:, 1 + 2 * i, 1 + i, 1] = value
-        logits[:, 1 + 2 * i, :, 0] = -9  # it cannot win beside the value, but for the NaN of a zero weight at the border
+        logits[
+            :, 1 + 2 * i, :, 0
+        ] = -9  # it cannot win beside the value, but for the NaN of a zero weight at the border
     full = interpolate(logits.cpu(), False, (16, 20))
     assert torch.equal(upsample_argmax(logits, (16, 20)).cpu().long(), full.argmax(1))
     logits[:, 1:3] = NAN
