@@ -66,7 +66,7 @@ def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     )  # fmt: skip
     if x.device.type == "cuda":
         torch._assert_async(sums[2] == 0, "upsample_cross_entropy: a target names no class and is not ignore_index")
-    elif sums[2] > 0:
+    elif x.device.type == "cpu" and sums[2] > 0:
         check_targets(target, x.shape[1], a.ignore_index)
     loss = losses if none else (sums[0] / sums[1] if a.reduction == "mean" else sums[0]).to(a.out, copy=True)
     return loss, x.new_empty(0, dtype=a.sums) if lse is None else lse, sums[1].clone()
