@@ -53,11 +53,13 @@ def test_values_and_gradient(shape, size, layout, dtype, align_corners, device):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize(("weighted", "label_smoothing"), [(True, 0.1), (True, 0.0), (False, 0.1), (False, 1.0)])
-@pytest.mark.parametrize(
-    ("ignore_index", "target_dtype"), [(255, torch.uint8), (2, torch.int32), (-100, torch.int64)], ids=str
-)
-def test_options(reduction, weighted, label_smoothing, ignore_index, target_dtype, device):
+@pytest.mark.parametrize(("weighted", "label_smoothing", "ignore_index", "target_dtype"), [
+    (True, 0.1, 2, torch.int32),
+    (True, 0.0, 255, torch.uint8),
+    (False, 0.1, -100, torch.int64),
+    (False, 1.0, 2, torch.uint8),
+], ids=str)  # fmt: skip
+def test_options(weighted, label_smoothing, ignore_index, target_dtype, reduction, device):
     """ignore_index outside the classes, inside, and past what uint8 holds; a class of weight 0."""
     logits, target = inputs((1, 5, 4, 3), (9, 8), device)
     weight = torch.rand(5, device=device) if weighted else None
@@ -68,9 +70,9 @@ def test_options(reduction, weighted, label_smoothing, ignore_index, target_dtyp
     check(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=True)
 
 
-@pytest.mark.parametrize("classes", [70, 130])
+@pytest.mark.parametrize("classes", [67, 130])
 def test_many_classes(classes, device):
-    check(*inputs((1, classes, 2, 3), (4, 6), device), label_smoothing=0.1)
+    check(*inputs((1, classes, 2, 2), (4, 3), device), label_smoothing=0.1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -88,7 +90,7 @@ def test_large_logits(dtype, device):
     check(logits, target, None, -100, "none")
     with torch.no_grad():
         logits[:] = torch.tensor([1e4, -1e4, 0, 0], dtype=dtype)[:, None, None]
-    loss, grad = step(logits, torch.ones_like(target), reduction="none")
+    loss, _ = step(logits, torch.ones_like(target), reduction="none")
     torch.testing.assert_close(loss, torch.full_like(loss, 20000), rtol=1e-6, atol=0)
     assert not step(logits, torch.zeros_like(target))[1].any()
 
