@@ -9,6 +9,7 @@ from fastseg.ops._dispatch import needs_grad, use_kernel
 from fastseg.ops._upsample import interpolate, unsupported
 from fastseg.ops._upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
+NCHW = torch.contiguous_format
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 
 
@@ -76,18 +77,23 @@ def upsample_cross_entropy_ref(
     align_corners: bool = False,
 ) -> Tensor:
     """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time, outside of tracing and transforms."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    plain = logits.device.type == "cpu" and not traced and not (weight is not None and weight.requires_grad)
-    if plain and can_walk(logits, target):
+    if torch.compiler.is_compiling():
+        return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
+    if torch._C._are_functorch_transforms_active():  # vmap knows no channels_last
+        return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners, NCHW)
+    by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
+    if by_rows and can_walk(logits, target):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
         return walk(logits, target, weight, criterion, out)
     return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
 
-def _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners) -> Tensor:
+def _compose(
+    logits, target, weight, ignore_index, reduction, label_smoothing, align_corners, layout=torch.channels_last
+) -> Tensor:
     """Torch's two steps."""
-    logits = logits.contiguous(memory_format=torch.channels_last)
+    logits = logits.contiguous(memory_format=layout)
     full = interpolate(logits, *target.shape[1:], (0.0, 0.0), align_corners)
     # One row of classes per pixel: the softmax then runs along memory (0.8 of the time of the 4-D form on a CPU).
     rows = full.permute(0, 2, 3, 1).flatten(0, 2)
