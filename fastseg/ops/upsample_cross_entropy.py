@@ -4,8 +4,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._dispatch import record_reference
+from fastseg.ops._cross_entropy_rows import Criterion, can_walk, walk
+from fastseg.ops._dispatch import needs_grad, use_kernel
+from fastseg.ops._upsample import interpolate, unsupported
+from fastseg.ops._upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
+NCHW = torch.contiguous_format
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 
 
@@ -21,10 +25,12 @@ def upsample_cross_entropy(
 ) -> Tensor:
     """Upsample logits bilinearly to the size of the target and take the cross entropy.
 
-    Equals ``cross_entropy(interpolate(logits, target.shape[-2:], mode="bilinear", ...), target, ...)``.
+    Equals ``cross_entropy(interpolate(logits, target.shape[-2:], mode="bilinear", ...), target, ...)``, without the
+    logits at full size or their gradient: the forward keeps one number a pixel. Everything is computed in fp32 from
+    logits as they are, fp16 and bf16 too. Gradients are first order and deterministic.
 
     Args:
-        logits: (N, C, h, w), floating point.
+        logits: (N, C, h, w), floating point, any layout.
         target: class indices (N, H, W), uint8, int32 or int64.
         weight: (C,), a factor for each class.
         ignore_index: target value that contributes nothing.
@@ -33,27 +39,31 @@ def upsample_cross_entropy(
         align_corners: as ``torch.nn.functional.interpolate``.
 
     Returns:
-        A scalar, or (N, H, W) without reduction.
+        A scalar, or (N, H, W) without reduction, in the dtype of ``logits``; under autocast in fp32. A mean over no
+        pixel is NaN, with a gradient of 0.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``target`` is of none of the three dtypes.
-        ValueError: ``logits`` is not 4-D, ``target`` not 3-D, or their batch sizes differ.
+        ValueError: shapes that do not fit; an unknown reduction; ``label_smoothing`` outside [0, 1]; tensors on
+            different devices.
+        IndexError: a target names no class and is not ``ignore_index``. On a GPU, where waiting for the answer would
+            cost more than the loss, no such target is used as an index; its loss is NaN, and a device-side assertion
+            reports it when the stream is next waited for, as torch's own cross entropy does.
 
     Reference: ``torch.nn.functional.interpolate`` and ``torch.nn.functional.cross_entropy``.
     """
-    if logits.dim() != 4 or target.dim() != 3 or logits.shape[0] != target.shape[0]:
-        raise ValueError(
-            f"upsample_cross_entropy: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; "
-            "give (N, C, h, w) and (N, H, W)"
+    _check(logits, target, weight, reduction, label_smoothing)
+    why = unsupported(logits, *target.shape[1:])
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        why = why or "the class weights require a gradient"
+    if not use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why):
+        return upsample_cross_entropy_ref(
+            logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
         )
-    if not logits.is_floating_point():
-        raise TypeError(f"upsample_cross_entropy: logits are {logits.dtype}; give floating-point logits")
-    if target.dtype not in TARGET_DTYPES:
-        raise TypeError(f"upsample_cross_entropy: target is {target.dtype}; give class indices, uint8, int32 or int64")
-    record_reference("upsample_cross_entropy", logits, "this op has only a reference path")
-    return upsample_cross_entropy_ref(
-        logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
-    )
+    save_lse = torch.is_grad_enabled() and logits.requires_grad
+    call = Call(logits, target, weight, ignore_index, reduction, float(label_smoothing), align_corners,
+                _autocast(logits), save_lse)  # fmt: skip
+    return (UpsampleCrossEntropy.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
 
 
 def upsample_cross_entropy_ref(
@@ -66,17 +76,64 @@ def upsample_cross_entropy_ref(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """``upsample_cross_entropy`` in plain PyTorch."""
-    logits = logits.contiguous(memory_format=torch.channels_last)
-    full = F.interpolate(logits, size=target.shape[-2:], mode="bilinear", align_corners=align_corners)
+    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time, outside of tracing and transforms."""
+    if torch.compiler.is_compiling():
+        return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
+    if torch._C._are_functorch_transforms_active():  # vmap knows no channels_last
+        return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners, NCHW)
+    by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
+    if by_rows and can_walk(logits, target):
+        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
+        out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
+        return walk(logits, target, weight, criterion, out)
+    return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
+
+
+def _compose(
+    logits, target, weight, ignore_index, reduction, label_smoothing, align_corners, layout=torch.channels_last
+) -> Tensor:
+    """Torch's two steps."""
+    logits = logits.contiguous(memory_format=layout)
+    full = interpolate(logits, *target.shape[1:], (0.0, 0.0), align_corners)
     # One row of classes per pixel: the softmax then runs along memory (0.8 of the time of the 4-D form on a CPU).
     rows = full.permute(0, 2, 3, 1).flatten(0, 2)
     loss = F.cross_entropy(
         rows,
         target.flatten().long(),
-        weight,
+        None if weight is None else weight.to(rows.dtype),
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
     )
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _autocast(logits: Tensor) -> bool:
+    kind = logits.device.type
+    return kind != "meta" and torch.is_autocast_enabled(kind)
+
+
+def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
+    name = "upsample_cross_entropy"
+    if logits.dim() != 4 or target.dim() != 3 or logits.shape[0] != target.shape[0] or logits.shape[1] == 0:
+        raise ValueError(
+            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; "
+            "give (N, C, h, w) and (N, H, W)"
+        )
+    if 0 in (*logits.shape[2:], *target.shape[1:]):
+        raise ValueError(
+            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; there is no pixel in them"
+        )
+    if not logits.is_floating_point():
+        raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
+    if target.dtype not in TARGET_DTYPES:
+        raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8, int32 or int64")
+    if weight is not None and (weight.shape != (logits.shape[1],) or not weight.is_floating_point()):
+        raise ValueError(
+            f"{name}: weight is {tuple(weight.shape)}, {weight.dtype}; give a floating-point factor for each of "
+            f"{logits.shape[1]} classes"
+        )
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f'{name}: reduction is {reduction!r}; use "mean", "sum" or "none"')
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing is {label_smoothing}; it must lie in [0, 1]")
