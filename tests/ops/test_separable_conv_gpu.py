@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from candidates import check_candidates
 from separable_inputs import make
 from torch import Tensor
 
@@ -122,19 +123,4 @@ def test_every_candidate_gives_the_same(kernel):
         y = separable_conv2d(*inputs, **kwargs)
         return [y, *torch.autograd.grad(y, inputs[:3], torch.ones_like(y))]
 
-    asked = {}
-    with config.observe_selects(lambda name, size, key: asked.setdefault(name, (size, key))):
-        want = run()
-    if kernel not in asked:
-        pytest.skip(f"the cost model runs this shape without {kernel}")
-    size, key = asked[kernel]
-    for values in config.candidates_of(kernel, size, **key):
-        with config.override(kernel, **values):
-            try:
-                got = run()
-            except Exception as error:  # more shared memory or registers than the chip has: tuning leaves it out
-                if "out of resource" not in str(error):
-                    raise
-                continue
-        for g, w in zip(got, want, strict=True):
-            close(g, w)
+    check_candidates(kernel, run, close)

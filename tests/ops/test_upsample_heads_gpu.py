@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from candidates import check_candidates
 from head_inputs import interpolate
 from torch import Tensor
 from torch.nn import functional as F
@@ -131,17 +132,4 @@ def test_every_candidate_gives_the_same(kernel):
     def run() -> list[Tensor]:
         return [*step(logits, target), upsample_argmax(logits, 140)]
 
-    asked = {}
-    with config.observe_selects(lambda name, size, key: asked.setdefault(name, (size, key))):
-        want = run()
-    size, key = asked[kernel]
-    for values in config.candidates_of(kernel, size, **key):
-        with config.override(kernel, **values):
-            try:
-                got = run()
-            except Exception as error:  # more shared memory or registers than the chip has: tuning leaves it out
-                if "out of resource" not in str(error):
-                    raise
-                continue
-        for g, w in zip(got, want, strict=True):
-            close(g, w)
+    check_candidates(kernel, run, close)
