@@ -10,7 +10,7 @@ from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import kernels_run
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.max_pool import IndexFormat, max_pool1d, max_pool2d, max_pool3d
-from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
+from fastseg.ops.max_unpool import CheckIndices, max_unpool1d, max_unpool2d, max_unpool3d
 from fastseg.ops.max_unpool_conv import max_unpool_conv2d
 from fastseg.ops.pool_indices import PoolIndices
 
@@ -75,7 +75,28 @@ class MaxPool3d(_MaxPool, nn.MaxPool3d):
     pool = staticmethod(max_pool3d)
 
 
-class MaxUnpool1d(nn.MaxUnpool1d):
+class _MaxUnpool:
+    """What the three unpoolings add to torch's."""
+
+    unpool: Callable
+
+    def __init__(self, *args, check_indices: CheckIndices = "async", **kwargs):
+        super().__init__(*args, **kwargs)
+        if check_indices not in ("async", "sync"):
+            raise ValueError(f'{type(self).__name__}: check_indices is {check_indices!r}; use "async" or "sync"')
+        self.check_indices = check_indices
+
+    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
+        """Values of windows to where the indices say; zeros elsewhere."""
+        return self.unpool(
+            input, indices, self.kernel_size, self.stride, self.padding, output_size, check_indices=self.check_indices
+        )
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", check_indices='sync'" if self.check_indices == "sync" else "")
+
+
+class MaxUnpool1d(_MaxUnpool, nn.MaxUnpool1d):
     """As ``torch.nn.MaxUnpool1d``; differences: those of ``MaxUnpool2d``.
 
     Example:
@@ -84,14 +105,13 @@ class MaxUnpool1d(nn.MaxUnpool1d):
         torch.Size([2, 3, 8])
     """
 
-    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
-        """Values (N, C, l) to where the indices say, (N, C, L); zeros elsewhere."""
-        return max_unpool1d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+    unpool = staticmethod(max_unpool1d)
 
 
-class MaxUnpool2d(nn.MaxUnpool2d):
+class MaxUnpool2d(_MaxUnpool, nn.MaxUnpool2d):
     """As ``torch.nn.MaxUnpool2d``; differences: deterministic, also with ``torch.use_deterministic_algorithms(True)``;
-    takes compact indices; never follows an index that is outside. See ``fastseg.ops.max_unpool2d``.
+    takes compact indices; never follows an index that is outside; ``check_indices="sync"`` raises for one at once, on a
+    GPU too. See ``fastseg.ops.max_unpool2d``.
 
     Example:
         >>> values, indices = MaxPool2d(2, return_indices=True)(torch.randn(2, 3, 8, 8))
@@ -99,12 +119,10 @@ class MaxUnpool2d(nn.MaxUnpool2d):
         torch.Size([2, 3, 8, 8])
     """
 
-    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
-        """Values (N, C, h, w) to where the indices say, (N, C, H, W); zeros elsewhere."""
-        return max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+    unpool = staticmethod(max_unpool2d)
 
 
-class MaxUnpool3d(nn.MaxUnpool3d):
+class MaxUnpool3d(_MaxUnpool, nn.MaxUnpool3d):
     """As ``torch.nn.MaxUnpool3d``; differences: those of ``MaxUnpool2d``.
 
     Example:
@@ -113,9 +131,7 @@ class MaxUnpool3d(nn.MaxUnpool3d):
         torch.Size([2, 3, 4, 4, 4])
     """
 
-    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
-        """Values (N, C, d, h, w) to where the indices say, (N, C, D, H, W); zeros elsewhere."""
-        return max_unpool3d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+    unpool = staticmethod(max_unpool3d)
 
 
 def run_conv_norm_act_pool(

@@ -37,6 +37,15 @@ def test_options_of_the_pools():
         fastseg.nn.MaxPool2d(2, index_format="uint8")
 
 
+def test_options_of_the_unpools(device):
+    unpool = fastseg.nn.MaxUnpool2d(2, check_indices="sync")
+    assert repr(unpool).endswith("padding=(0, 0), check_indices='sync')")
+    with pytest.raises(RuntimeError, match="Found an invalid max index: 99"):
+        unpool(torch.ones(1, 1, 2, 2, device=device), torch.full((1, 1, 2, 2), 99, device=device))
+    with pytest.raises(ValueError, match="MaxUnpool2d: check_indices is 'never'"):
+        fastseg.nn.MaxUnpool2d(2, check_indices="never")
+
+
 @pytest.mark.parametrize("index_format", ["int64", "compact"])
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_there_and_back(dims, index_format, device):
