@@ -37,7 +37,7 @@ test-kernels: setup
 test-compiled-and-cpu: setup
 	$(MAKE) --no-print-directory test-compiled
 	$(MAKE) --no-print-directory test-cpu
-	$(MAKE) --no-print-directory test-emulated EMULATED='tests/ops -k "(every_order and aspp) or (half and bfloat16)"'
+	$(MAKE) --no-print-directory test-emulated EMULATED='tests/ops -k "(every_order and aspp) or (half and bfloat16) or duplicates"'
 
 test-compiled: setup
 	$(COMPILED) tests/aot

@@ -10,7 +10,7 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
-TEST = ["pytest>=8", "pytest-benchmark>=5"]
+TEST = ["pytest>=8", "pytest-benchmark>=5", "expecttest"]  # expecttest: torch's sample databases import it
 PLOT = ["matplotlib>=3.8"]
 ONNX = ["onnx", "onnxscript"]
 DEMO = ["scikit-image>=0.25", "pillow>=12.2", "tqdm"]

@@ -1,5 +1,6 @@
 """Confusion matrix, and the segmentation scores computed from it."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -199,3 +200,46 @@ class ConfusionMatrix:
 
 def _ratio(numerator: Tensor, denominator: Tensor, undefined: float) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator, undefined)
+
+
+def median_frequency_weights(targets: Iterable[Tensor], num_classes: int, *, ignore_index: int | None = None) -> Tensor:
+    """Class weights for the loss that balance frequencies, ``median(f) / f_c``, by one pass over the training labels.
+
+    f_c = pixels of class c / pixels of the images in which c occurs, ignored pixels of those images included.
+
+    Args:
+        targets: class indices of one image each, (H, W), of any integer dtype; a DataLoader's batches one by one.
+        num_classes: classes, background included.
+        ignore_index: a value that is no class.
+
+    Returns:
+        (num_classes,) float32; 0 for a class that occurs nowhere, as no pixel asks for its weight.
+
+    Raises:
+        TypeError: a target is not of integers.
+        ValueError: a value is no class and not ``ignore_index``; there is no target at all.
+
+    Reference: Eigen and Fergus, arXiv:1411.4734; used by SegNet, arXiv:1511.00561.
+    """
+    pixels, around = torch.zeros(num_classes, dtype=torch.int64), torch.zeros(num_classes, dtype=torch.int64)
+    images = 0
+    for images, target in enumerate(targets, 1):
+        if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
+            raise TypeError(f"median_frequency_weights: target {images} is {target.dtype}; give integer class indices")
+        values = target.flatten().long()
+        kept = values if ignore_index is None else values[values != ignore_index]
+        if kept.numel() and not 0 <= int(kept.min()) <= int(kept.max()) < num_classes:
+            raise ValueError(
+                f"median_frequency_weights: target {images} has values {int(kept.min())} to {int(kept.max())}; classes "
+                f"are 0 to {num_classes - 1}, ignore_index is {ignore_index}"
+            )
+        counts = torch.bincount(kept, minlength=num_classes).cpu()
+        pixels += counts
+        around += (counts > 0) * values.numel()
+    if images == 0:
+        raise ValueError("median_frequency_weights: no targets were given")
+    present = pixels > 0
+    frequency = pixels[present].double() / around[present]
+    weights = torch.zeros(num_classes)
+    weights[present] = (frequency.quantile(0.5) / frequency).float()
+    return weights

@@ -4,8 +4,9 @@
     backward   g = dy act'(norm(z)),   dbias = sum(g),   dweight = sum(g zhat)
 
 Statistics arrive as one (mean, squared deviations) pair per tile, written by the kernel that produced z while the tile
-was in registers, and are merged here by Chan's formula in a fixed order: no second read of z, no atomics.
-Traffic in elements: forward 2MC (3MC with a residual); reduce of the backward 2MC; statistics 2 C tiles.
+was in registers, and are merged here by Chan's formula in a fixed order: no second read of z, no atomics. For a z of
+another library's convolution a kernel here reads it once and writes the pairs.
+Traffic in elements: forward 2MC (3MC with a residual); reduce of the backward 2MC; statistics 2 C tiles (and MC).
 """
 
 from typing import NamedTuple
@@ -53,11 +54,47 @@ def stats_dtype(x: Tensor) -> torch.dtype:
 
 
 @triton.jit
-def _batch_stats_kernel(
+def _batch_norm_tile_stats_kernel(
+    z_ptr,
     tile_stats_ptr, counts_ptr,
+    M, rows,
+    C: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    pid_m = tl.program_id(0)
+    row0 = pid_m.to(tl.int64) * rows
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_m = tl.arange(0, BLOCK_M)
+    mask_c = offs_c < C
+    here = tl.minimum(rows, (M - row0).to(tl.int32))  # a number of rows, no data
+    # All programs measure from one row, so that their means differ by what fp32 resolves, however large the mean; and
+    # each sums about its first block's mean, which does not cancel: the block is one of those it sums over.
+    origin = tl.load(z_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
+    mask = (offs_m < here)[:, None] & mask_c[None, :]
+    first = tl.load(z_ptr + row0 * C + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+    count = here.to(ACC)
+    first = tl.where(mask, first - origin[None, :], 0.0)
+    pivot = tl.sum(first, axis=0) / tl.where(here < BLOCK_M, count, BLOCK_M)
+    sum_d, sum_dd = tl.zeros((BLOCK_M, BLOCK_C), ACC), tl.zeros((BLOCK_M, BLOCK_C), ACC)
+    for m in range(0, rows, BLOCK_M):
+        mask = (m + offs_m < here)[:, None] & mask_c[None, :]
+        z = tl.load(z_ptr + (row0 + m) * C + offs_m[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(ACC)
+        d = tl.where(mask, z - origin[None, :] - pivot[None, :], 0.0)
+        sum_d += d
+        sum_dd += d * d
+    shift = tl.sum(sum_d, axis=0) / count
+    at = tile_stats_ptr + pid_m.to(tl.int64) * 2 * C + offs_c
+    tl.store(at, pivot + shift, mask=mask_c)
+    tl.store(at + C, tl.sum(sum_dd, axis=0) - shift * shift * count, mask=mask_c)
+    if tl.program_id(1) == 0:
+        tl.store(counts_ptr + pid_m, count)
+
+
+@triton.jit
+def _batch_stats_kernel(
+    tile_stats_ptr, counts_ptr, origin_ptr,
     stats_ptr,
     tiles,
-    C: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, HAS_ORIGIN: tl.constexpr, ACC: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     offs_c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -80,6 +117,8 @@ def _batch_stats_kernel(
         row = offs_t[:, None].to(tl.int64) * 2 * C + offs_c[None, :]
         d = tl.load(tile_stats_ptr + row, mask=mask, other=0.0) - mean[None, :]
         m2 += tl.sum(tl.load(tile_stats_ptr + row + C, mask=mask, other=0.0) + count[:, None] * d * d, axis=0)
+    if HAS_ORIGIN:
+        mean += tl.load(origin_ptr + offs_c, mask=mask_c, other=0.0).to(ACC)
     tl.store(stats_ptr + offs_c, mean, mask=mask_c)
     tl.store(stats_ptr + C + offs_c, m2 / total, mask=mask_c)
     tl.store(stats_ptr + 2 * C + offs_c, m2 / (total - 1.0), mask=mask_c)
@@ -139,8 +178,11 @@ def _batch_norm_act_bwd_reduce_kernel(
     store_tile_sums(sum_g, sum_gz, offs_m < BLOCK_M, pid_m, sums_ptr, offs_c, mask_c, C)
 
 
-def batch_stats(tile_stats: Tensor, counts: Tensor) -> Tensor:
-    """(tiles, 2, C) means and squared deviations of tiles, (tiles,) rows in each -> (3, C): mean, var, unbiased var."""
+def batch_stats(tile_stats: Tensor, counts: Tensor, origin: Tensor | None = None) -> Tensor:
+    """(tiles, 2, C) means and squared deviations of tiles, (tiles,) rows in each -> (3, C): mean, var, unbiased var.
+
+    ``origin``: its first C elements are what the means are measured from.
+    """
     tiles, _, C = tile_stats.shape
     stats = tile_stats.new_empty(3, C)
     cfg = select("batch_stats", size=tiles, device=stats.device, C=C)
@@ -150,13 +192,32 @@ def batch_stats(tile_stats: Tensor, counts: Tensor) -> Tensor:
         (triton.cdiv(C, cfg.BLOCK_C),),
         tile_stats,
         counts,
+        tile_stats if origin is None else origin,
         stats,
         tiles,
         C=C,
+        HAS_ORIGIN=origin is not None,
         ACC=acc,
         **cfg.launch,
     )
     return stats
+
+
+def batch_norm_stats(z: Tensor) -> Tensor:
+    """z (N, C, H, W) in NHWC memory -> (3, C): mean, var, unbiased var; for a z that no kernel of ours has made."""
+    N, C, H, W = z.shape
+    M = N * H * W
+    cfg = select("batch_norm_tile_stats", size=M, device=z.device, C=C, dtype=z.dtype)
+    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
+    rows = rows_per_program(M, cfg.BLOCK_M, blocks_c)
+    tiles = triton.cdiv(M, rows)
+    tile_stats = torch.empty(tiles, 2, C, dtype=stats_dtype(z), device=z.device)
+    counts = tile_stats.new_empty(tiles)
+    launch(
+        _batch_norm_tile_stats_kernel, (tiles, blocks_c),
+        z, tile_stats, counts, M, rows, C=C, ACC=acc_dtype(z), **cfg.launch,
+    )  # fmt: skip
+    return batch_stats(tile_stats, counts, z)
 
 
 def batch_norm_act_fwd(z: Tensor, norm: Norm, act: str, residual: Tensor | None) -> Tensor:
@@ -210,6 +271,7 @@ def _batch_stats_config(size: int, C: int) -> dict[str, int]:
 
 @heuristic("batch_norm_act_fwd")
 @heuristic("batch_norm_act_bwd_reduce")
+@heuristic("batch_norm_tile_stats")
 def _rows_config(size: int, C: int, dtype: torch.dtype) -> dict[str, int]:
     """4096 elements a program: 32 a thread, so that each thread has several 16-byte loads in flight."""
     block_c = min(64, max(16, triton.next_power_of_2(C)))
@@ -218,6 +280,7 @@ def _rows_config(size: int, C: int, dtype: torch.dtype) -> dict[str, int]:
 
 @candidates("batch_norm_act_fwd")
 @candidates("batch_norm_act_bwd_reduce")
+@candidates("batch_norm_tile_stats")
 def _rows_candidates(size: int, C: int, dtype: torch.dtype) -> list[dict[str, int]]:
     return [
         {"BLOCK_M": elements // c, "BLOCK_C": c, "num_warps": warps}

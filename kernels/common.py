@@ -88,16 +88,31 @@ def norm_act_grad(
     """
     if NORM:
         mean, rstd, weight, bias = load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, AFFINE, ACC)
-        uhat = (u - mean[None, :]) * rstd[None, :]
-        g = activate_grad(g, uhat * weight[None, :] + bias[None, :], ACT)
-        if BATCH_STATS:
-            mean_g = tl.load(sums_ptr + offs, mask=mask, other=0.0).to(ACC) * inv_count
-            mean_gu = tl.load(sums_ptr + C + offs, mask=mask, other=0.0).to(ACC) * inv_count
-            g = g - mean_g[None, :] - uhat * mean_gu[None, :]
-        g = g * (weight * rstd)[None, :]
+        mean_g, mean_gu = load_mean_grads(sums_ptr, offs, mask, inv_count, C, BATCH_STATS, ACC)
+        g = norm_grad(g, u, mean, rstd, weight, bias, mean_g, mean_gu, ACT)
     else:
         g = activate_grad(g, u, ACT)
     return g
+
+
+@triton.jit
+def load_mean_grads(sums_ptr, offs, mask, inv_count, C, BATCH_STATS: tl.constexpr, ACC: tl.constexpr):
+    """The means over rows of g and of g uhat from their sums (2, C); 0 with fixed statistics."""
+    if BATCH_STATS:
+        mean_g = tl.load(sums_ptr + offs, mask=mask, other=0.0).to(ACC) * inv_count
+        mean_gu = tl.load(sums_ptr + C + offs, mask=mask, other=0.0).to(ACC) * inv_count
+    else:
+        mean_g = offs.to(ACC) * 0.0
+        mean_gu = mean_g
+    return mean_g, mean_gu
+
+
+@triton.jit
+def norm_grad(g, u, mean, rstd, weight, bias, mean_g, mean_gu, ACT: tl.constexpr):
+    """The gradient at u of ``act(norm(u))`` from vectors that are in registers; g, u (rows, channels)."""
+    uhat = (u - mean[None, :]) * rstd[None, :]
+    g = activate_grad(g, uhat * weight[None, :] + bias[None, :], ACT)
+    return (g - mean_g[None, :] - uhat * mean_gu[None, :]) * (weight * rstd)[None, :]
 
 
 @triton.jit
@@ -124,6 +139,43 @@ def store_tile_sums(g, gu, mask_m, tile, sums_ptr, offs, mask, C):
     row = tile.to(tl.int64) * 2 * C
     tl.store(sums_ptr + row + offs, tl.sum(tl.where(mask_m[:, None], g, 0.0), axis=0), mask=mask)
     tl.store(sums_ptr + row + C + offs, tl.sum(tl.where(mask_m[:, None], gu, 0.0), axis=0), mask=mask)
+
+
+@triton.jit
+def clamp_index(i, last):
+    """``i`` within [0, last], by minima alone (at the lower end, of the complement): bounds that the offset check can
+    follow, and no maximum, which is banned for what it does to NaN."""
+    return -1 - tl.minimum(-1 - tl.minimum(i, last), -1)
+
+
+@triton.jit
+def source_position(o, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """Where output pixel ``o`` lies in the input, in pixels: torch's rule in torch's order of operations, not clamped.
+
+    ``scale`` is input pixels per output pixel, rounded to fp32; ``scale_rest`` what fp64 adds to it.
+    """
+    p = o.to(ACC)
+    if not ALIGN_CORNERS:
+        p += 0.5
+    p = p * scale + p * scale_rest if ACC == tl.float64 else p * scale  # noqa: SIM300
+    if not ALIGN_CORNERS:
+        p -= 0.5
+    return p
+
+
+@triton.jit
+def source_taps(o, size, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
+    """The two input pixels between which output pixel ``o`` lies, of ``size``, and their weights: -> i0, i1, w0, w1.
+
+    Past the ends both are the end's pixel; both count then, as in torch: 0 * inf is NaN.
+    """
+    p = source_position(o, scale, scale_rest, ALIGN_CORNERS, ACC)
+    p = tl.where(p < 0, 0.0, p)
+    i0 = clamp_index(p.to(tl.int32), size - 1)
+    i1 = tl.minimum(i0 + 1, size - 1)
+    w1 = p - i0.to(ACC)
+    w1 = tl.where(w1 > 1.0, 1.0, w1)
+    return i0, i1, 1.0 - w1, w1
 
 
 @triton.jit

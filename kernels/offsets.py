@@ -122,6 +122,9 @@ class _Walk:
         if name == "arith.constant":
             value = re.search(r"arith\.constant (?:dense<)?(-?\d+)>? :", text)
             return (int(value[1]),) * 2 if value else None
+        if name == "arith.extui" and uses[0].range and uses[0].range[0] < 0:  # a negative value counts as a large one
+            source = _full(text.split(" to ")[0])
+            return source and (0, source[1] - source[0])
         if name in _COPIES:
             return uses[0].range
         if name == "arith.cmpi":

@@ -304,6 +304,14 @@ def test_demo_trains_scores_shows_and_times(tmp_path, small_demo, capsys):
     assert (folder / "mosaic_classes.png").is_file()
 
 
+def test_demo_of_fcn(tmp_path, small_demo, monkeypatch, capsys):
+    """Its options make a model that trains, and whose weights `predict` reads; the table is as above."""
+    monkeypatch.setattr(demo, "latency", lambda *args: "")
+    assert main(["demo", "--model", "fcn", "--steps", "2", "--device", "cpu", "-o", str(tmp_path)]) == 0
+    assert "mIoU" in capsys.readouterr().out
+    assert _predict(tmp_path / "mosaic.png", "--weights", tmp_path / "weights.pt", "-o", tmp_path / "out") == 0
+
+
 def test_demo_is_reproducible(small_demo):
     def trained(seed):
         torch.manual_seed(seed)

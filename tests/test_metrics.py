@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from fastseg.metrics import ConfusionMatrix
+from fastseg.metrics import ConfusionMatrix, median_frequency_weights
 
 
 def loop_matrix(pred, target, num_classes, ignore_index):
@@ -181,3 +181,26 @@ def test_table():
     assert lines[3].split() == ["2", "nan", "nan", "nan", "0"]
     assert lines[4].split() == ["mean", "0.5833", "0.7500", "0.8333", "4"]
     assert lines[5] == "pixel accuracy 0.7500, mPA 0.8333, mIoU 0.5833, FWIoU 0.6250"
+
+
+def test_median_frequency_weights_by_hand():
+    """Class 0 in both images, 6 of 16 pixels; 1 in the first, 4 of 8; 2 in the second, 2 of 8; the rest is ignored."""
+    first = torch.tensor([[0, 0, 0, 1], [1, 1, 1, 9]], dtype=torch.uint8)
+    second = torch.tensor([[0, 0, 0, 2], [2, 9, 9, 9]], dtype=torch.uint8)
+    weights = median_frequency_weights([first, second], 4, ignore_index=9)
+    frequencies = [6 / 16, 4 / 8, 2 / 8]
+    torch.testing.assert_close(weights, torch.tensor([*(6 / 16 / f for f in frequencies), 0.0]))
+    even = median_frequency_weights([first[:, :3]], 2)  # two classes: the median is between them
+    torch.testing.assert_close(even, torch.tensor([1.0, 1.0]))
+    loss = torch.nn.functional.cross_entropy(torch.randn(1, 4, 2, 4), first[None].long(), weights, ignore_index=9)
+    assert loss.isfinite()
+
+
+def test_median_frequency_weights_refuses():
+    image = torch.tensor([[0, 1], [2, 255]])
+    with pytest.raises(ValueError, match=r"target 2 has values 0 to 255; classes are 0 to 2, ignore_index is None"):
+        median_frequency_weights([image[:1], image], 3)
+    with pytest.raises(TypeError, match=r"target 1 is torch.float32"):
+        median_frequency_weights([image.float()], 3)
+    with pytest.raises(ValueError, match="no targets were given"):
+        median_frequency_weights([], 3)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fastseg.inference.timing import interleaved, medians
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
-from fastseg.nn.upsampling import UpsampleArgmax
+from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
 
 # (C, OUT, H = W, dilation) in DeepLabV3+ on 512 x 512 pixels: Xception's entry flow, its middle flow, an ASPP branch.
 SEPARABLE_SHAPES = ((128, 128, 128, 1), (728, 728, 32, 1), (256, 256, 32, 12))
@@ -77,17 +77,27 @@ def module_case(name: str, shape: str, module: nn.Module, plain: nn.Module, x: T
 def eager_form(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that calls its torch children one after the other: Conv2d, BatchNorm2d, activation.
 
-    fastseg fuses children only while nobody watches them, so a hook that does nothing on each convolution is enough.
+    fastseg fuses children only while nobody watches them, so a hook that does nothing on each convolution is enough. A
+    bilinear transposed convolution takes its weight for any other.
     """
     plain = copy.deepcopy(model)
     for module in plain.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_pre_hook(_watch)
+        elif isinstance(module, BilinearConvTranspose2d):
+            module._kind = _dense
+        torchs = getattr(nn, type(module).__name__, None)
+        if torchs is not None and type(module) is not torchs and isinstance(module, torchs):
+            module.__class__ = torchs  # a drop-in: it has its parent's attributes
     return plain
 
 
 def _watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
     return None
+
+
+def _dense() -> str:
+    return "dense"
 
 
 @torch.no_grad()

@@ -5,11 +5,28 @@ import inspect
 from torch import nn
 
 from fastseg.models.deeplab import DeepLabV3Plus
-from fastseg.models.weights import load_weights
+from fastseg.models.fcn import FCN
+from fastseg.models.segnet import SegNet, SegNetBasic
+from fastseg.models.weights import load_encoder_weights, load_weights
 
-MODELS: dict[str, type[nn.Module]] = {"deeplabv3plus": DeepLabV3Plus}
+MODELS: dict[str, type[nn.Module]] = {
+    "deeplabv3plus": DeepLabV3Plus,
+    "fcn": FCN,
+    "segnet": SegNet,
+    "segnet_basic": SegNetBasic,
+}
 
-__all__ = ["MODELS", "DeepLabV3Plus", "create", "load_weights", "names"]
+__all__ = [
+    "FCN",
+    "MODELS",
+    "DeepLabV3Plus",
+    "SegNet",
+    "SegNetBasic",
+    "create",
+    "load_encoder_weights",
+    "load_weights",
+    "names",
+]
 
 
 def names() -> list[str]:

@@ -10,8 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastseg.models.encoders import VGG16, ResNet
+
 WRAPPERS = ("state_dict", "model_state", "model", "net")  # keys under which training code stores the tensors
 PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
+CLASSIFIERS = ("classifier.", "fc.")  # torchvision's, which no encoder has
 SHOWN = 3  # keys of each kind that an error lists
 
 
@@ -32,14 +35,59 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
         FileNotFoundError: no file is there.
         ValueError: the file cannot be read, or does not fit the model.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"load_weights: no file at {path}; weights are read from local files only")
-    tensors = unwrap(read_payload(path), path)
+    tensors = _read(path, "load_weights")
     faults = _faults(tensors, model.state_dict())
     if faults:
         raise ValueError(f"load_weights: {path} does not fit {type(model).__name__}: {'; '.join(faults)}")
     model.load_state_dict(tensors, strict=False)  # not strict about num_batches_tracked; the rest is checked
+
+
+def load_encoder_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Load torchvision's classification weights into the encoder of ``model``: vgg16, vgg16_bn, resnet18 to resnet101.
+
+    Reads and checks the file as ``load_weights`` does. Its classifier is left out, but for FCN on VGG16, whose fc6 and
+    fc7 are the first two layers of it. Unless the encoder fits, the model is left as it was.
+
+    Args:
+        model: an encoder, or a model with one; its other tensors stay.
+        path: the file. Nothing is downloaded.
+
+    Raises:
+        FileNotFoundError: no file is there.
+        TypeError: the model has no such encoder, or several.
+        ValueError: the file cannot be read, or does not fit the encoder.
+    """
+    expected = _encoder_state(model)
+    tensors = _read(path, "load_encoder_weights")
+    tensors = {key: value for key, value in tensors.items() if key in expected or not key.startswith(CLASSIFIERS)}
+    faults = _faults(tensors, expected)
+    if faults:
+        raise ValueError(
+            f"load_encoder_weights: {path} does not fit the encoder of {type(model).__name__}: {'; '.join(faults)}"
+        )
+    with torch.no_grad():
+        for key, value in tensors.items():
+            expected[key].copy_(value)
+
+
+def _encoder_state(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the model's encoder, in torchvision's names and shapes."""
+    if hasattr(model, "encoder_state"):  # its own names are others
+        return model.encoder_state()
+    encoders = [module for module in model.modules() if isinstance(module, (VGG16, ResNet))]
+    if len(encoders) != 1:
+        raise TypeError(
+            f"load_encoder_weights: {type(model).__name__} has {len(encoders)} encoders of type VGG16 or ResNet; give "
+            "a model with one, or the encoder itself"
+        )
+    return encoders[0].state_dict()
+
+
+def _read(path: str | os.PathLike, function: str) -> dict[str, Tensor]:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{function}: no file at {path}; weights are read from local files only")
+    return unwrap(read_payload(path), path)
 
 
 def read_payload(path: Path) -> object:

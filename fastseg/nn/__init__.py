@@ -2,6 +2,29 @@
 
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
-from fastseg.nn.upsampling import UpsampleArgmax
+from fastseg.nn.pooling import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
+from fastseg.nn.upsampling import (
+    BilinearConvTranspose2d,
+    Upsample,
+    UpsampleArgmax,
+    UpsamplingBilinear2d,
+    UpsamplingNearest2d,
+    bilinear_kernel,
+)
 
-__all__ = ["SeparableConv2d", "UpsampleArgmax", "UpsampleCrossEntropyLoss"]
+__all__ = [
+    "BilinearConvTranspose2d",
+    "MaxPool1d",
+    "MaxPool2d",
+    "MaxPool3d",
+    "MaxUnpool1d",
+    "MaxUnpool2d",
+    "MaxUnpool3d",
+    "SeparableConv2d",
+    "Upsample",
+    "UpsampleArgmax",
+    "UpsampleCrossEntropyLoss",
+    "UpsamplingBilinear2d",
+    "UpsamplingNearest2d",
+    "bilinear_kernel",
+]

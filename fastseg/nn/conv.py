@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.ops import BatchNormArgs, separable_conv2d
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import record_reference
-from fastseg.ops.separable_conv import ACTIVATIONS, Activation
 
 
 class SeparableConv2d(nn.Module):
@@ -154,24 +154,26 @@ def _check_activations(name: str, **acts: str | None) -> None:
 
 def _not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
     """Why these modules must be called as they are, or ""."""
-    for module, plain in (
-        (depthwise, nn.Conv2d),
-        (mid_norm, nn.BatchNorm2d),
-        (pointwise, nn.Conv2d),
-        (post_norm, nn.BatchNorm2d),
-    ):
-        if module is None:
-            continue
-        if type(module) is not plain:
-            return f"a child is {type(module).__name__}, not {plain.__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-            return "a child has hooks"
-        if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
-            return "a child's forward was replaced"
+    pairs = ((depthwise, nn.Conv2d), (mid_norm, nn.BatchNorm2d), (pointwise, nn.Conv2d), (post_norm, nn.BatchNorm2d))
+    if why := next(filter(None, (watched(module, plain) for module, plain in pairs)), ""):
+        return why
     d, p = depthwise, pointwise
     square = all(isinstance(v, tuple) and v[0] == v[1] for v in (d.kernel_size, d.stride, d.padding, d.dilation))
     if not square or d.padding_mode != "zeros" or not d.groups == d.in_channels == d.out_channels:
         return "the depthwise convolution has uneven sizes, a padding mode, or more than one filter a channel"
     if p.kernel_size != (1, 1) or p.stride != (1, 1) or p.padding != (0, 0) or p.groups != 1:
         return "the pointwise convolution is not a plain 1x1"
+    return ""
+
+
+def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
+    """Why ``module`` must be called, and not only its parameters be read, or ""."""
+    if module is None:
+        return ""
+    if type(module) is not plain:
+        return f"a child is {type(module).__name__}, not {plain.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a child has hooks"
+    if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
+        return "a child's forward was replaced"
     return ""

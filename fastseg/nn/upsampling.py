@@ -1,9 +1,206 @@
-"""Bilinear upsampling and what is fused with it."""
+"""Bilinear upsampling, as interpolation and as a transposed convolution, and what is fused with it."""
+
+import weakref
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from fastseg.ops._dispatch import record_reference
+from fastseg.ops.bilinear_conv_transpose import (
+    bilinear_conv_transpose2d,
+    bilinear_geometry,
+    bilinear_kernel,
+    conv_transpose2d_plus,
+)
 from fastseg.ops.upsample_argmax import upsample_argmax
+from fastseg.ops.upsample_bilinear import upsample_bilinear
+
+
+class Upsample(nn.Upsample):
+    """As ``torch.nn.Upsample``; differences: ``mode="bilinear"`` is ``fastseg.ops.upsample_bilinear``.
+
+    Example:
+        >>> Upsample(scale_factor=2, mode="bilinear")(torch.randn(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 8, 8])
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.mode != "bilinear":
+            return super().forward(input)
+        options = (bool(self.align_corners), self.recompute_scale_factor)
+        return upsample_bilinear(input, self.size, self.scale_factor, *options)
+
+
+class UpsamplingBilinear2d(nn.UpsamplingBilinear2d):
+    """As ``torch.nn.UpsamplingBilinear2d`` (``align_corners=True``); differences: as ``Upsample``.
+
+    Example:
+        >>> UpsamplingBilinear2d(size=(7, 9))(torch.randn(1, 8, 4, 4)).shape
+        torch.Size([1, 8, 7, 9])
+    """
+
+    forward = Upsample.forward
+
+
+class UpsamplingNearest2d(nn.UpsamplingNearest2d):
+    """As ``torch.nn.UpsamplingNearest2d``, without differences: torch's own kernel copies, and its backward gathers.
+
+    Example:
+        >>> UpsamplingNearest2d(scale_factor=2)(torch.tensor([[[[1.0, 2.0]]]]))[0, 0, 0]
+        tensor([1., 1., 2., 2.])
+    """
+
+
+class BilinearConvTranspose2d(nn.ConvTranspose2d):
+    """``ConvTranspose2d(channels, channels, ...)`` whose weight begins as the bilinear kernel, and usually stays it.
+
+    ``weight`` is the dense (channels, channels, K, K) tensor of ``ConvTranspose2d``: FCN checkpoints load, and an
+    optimiser can train it. What the weight is decides what runs, always with the same result:
+
+        the bilinear kernel, not trained   four taps an output pixel (``fastseg.ops.bilinear_conv_transpose2d``)
+        zero between different channels    a grouped convolution
+        anything else, or being trained    ``conv_transpose2d``: every element has its gradient
+
+    The weight is looked at in the first call, and again after each change that torch counts (``load_state_dict``, an
+    in-place operation under ``no_grad``, a move) and each ``train()`` or ``eval()``; that waits for a GPU once. Changes
+    through ``weight.data`` are not counted: call ``eval()`` or ``train()`` after one made later than the first call.
+    ``torch.compile`` looks when it traces; ``torch.export`` goes by what was seen last.
+
+    Args:
+        channels: of input and output.
+        stride: output pixels per input pixel.
+        kernel_size: K, in taps; None means ``2 * stride - stride % 2``.
+        padding: output pixels cut off on each side; None means that the output is ``stride`` times the input.
+        bias: whether a bias is added; it is trained.
+        trainable: whether ``weight`` requires a gradient.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: a number out of range, or no padding with which the output is ``stride`` times the input.
+
+    Reference: Long et al., arXiv:1411.4038; it keeps the kernel fixed.
+
+    Example:
+        >>> BilinearConvTranspose2d(21, 8)(torch.randn(1, 21, 8, 8)).shape
+        torch.Size([1, 21, 64, 64])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        stride: int,
+        kernel_size: int | None = None,
+        padding: int | None = None,
+        *,
+        bias: bool = False,
+        trainable: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        kernel_size, padding = bilinear_geometry(stride, kernel_size, padding)
+        super().__init__(channels, channels, kernel_size, stride, padding, bias=bias, device=device, dtype=dtype)
+        self.weight.requires_grad_(trainable)
+        self._looked = False  # whether what follows was read from the weight since construction or a change of mode
+        self._seen = (weakref.ref(self.weight), _stamp(self.weight), "bilinear")
+
+    def reset_parameters(self) -> None:
+        """The bilinear kernel, and a bias of 0."""
+        with torch.no_grad():
+            kernel = bilinear_kernel(self.in_channels, self.out_channels, self.kernel_size[0], dtype=self.weight.dtype)
+            self.weight.copy_(kernel)
+            if self.bias is not None:
+                self.bias.zero_()
+
+    def forward(
+        self,
+        input: Tensor,
+        output_size: list[int] | None = None,
+        *,
+        skip: Tensor | None = None,
+        skip_offset: int = 0,
+    ) -> Tensor:
+        """(N, C, H, W) -> (N, C, OH, OW), plus the window of ``skip`` that begins at row and column ``skip_offset``.
+
+        Args:
+            input: the coarse map.
+            output_size: OH and OW, any; None means ``(n - 1) * stride + K - 2 * padding``.
+            skip: (N, C, SH, SW), added in the same kernel.
+            skip_offset: FCN's crop of the skip, in pixels.
+        """
+        kind = self._kind()
+        size = None if output_size is None else tuple(output_size[-2:])
+        if kind == "bilinear" and input.dim() == 4:
+            return bilinear_conv_transpose2d(
+                input, self.stride[0], self.kernel_size[0], self.padding[0],
+                bias=self.bias, skip=skip, skip_offset=skip_offset, output_size=size,
+            )  # fmt: skip
+        record_reference("bilinear_conv_transpose2d", input, f"the weight is {kind}, not the frozen bilinear kernel")
+        return conv_transpose2d_plus(
+            input, self.weight, self.bias, self.stride[0], self.padding[0],
+            diagonal=kind != "dense", skip=skip, skip_offset=skip_offset, output_size=size,
+        )  # fmt: skip
+
+    def train(self, mode: bool = True) -> "BilinearConvTranspose2d":
+        self._looked = False
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._look()
+
+    def __getstate__(self) -> dict:
+        return {
+            **super().__getstate__(),
+            "_seen": None,
+            "_looked": False,
+        }  # a weak reference neither pickles nor copies
+
+    def _kind(self) -> Literal["bilinear", "diagonal", "dense"]:
+        if self.weight.requires_grad and torch.is_grad_enabled():
+            return "dense"
+        return _look_while_tracing(self) if torch.compiler.is_compiling() else self._look()
+
+    def _look(self) -> Literal["bilinear", "diagonal", "dense"]:
+        weight, stamp = self.weight, _stamp(self.weight)
+        if stamp is None and weight.is_inference():
+            return _kind_of(weight)  # its changes are not counted
+        if stamp is None:  # on the meta device, or a stand-in during export: what was seen of the weight itself
+            known = self._seen is not None and self._seen[0]() is not None and self._seen[1] is not None
+            return self._seen[2] if known and self._seen[1] == _stamp(self._seen[0]()) else "dense"
+        if not isinstance(weight, nn.Parameter):
+            return "dense"  # computed anew in each call: looking would cost more than it brings
+        if not self._looked or self._seen[0]() is not weight or self._seen[1] != stamp:
+            self._seen = (weakref.ref(weight), stamp, _kind_of(weight))
+            self._looked = True
+        return self._seen[2]
+
+
+@torch.compiler.assume_constant_result
+def _look_while_tracing(module: BilinearConvTranspose2d) -> str:
+    return module._look()
+
+
+def _stamp(weight: Tensor) -> tuple[int, int] | None:
+    """What changes with the values of ``weight``: its version and address; None where it has none."""
+    try:
+        stamp = (weight._version, weight.data_ptr())
+    except RuntimeError:
+        return None
+    return stamp if stamp[1] else None
+
+
+def _kind_of(weight: Tensor) -> Literal["bilinear", "diagonal", "dense"]:
+    """What ``weight`` (C, C, K, K) is; one wait for the device."""
+    with torch.no_grad():
+        diagonal = weight.diagonal()  # (K, K, C)
+        dense = weight.count_nonzero() != diagonal.count_nonzero()
+        kernel = bilinear_kernel(1, 1, weight.shape[-1], device=weight.device, dtype=weight.dtype)[0, 0, :, :, None]
+        # the same kernel written in another way: each of its two factors and their product may round differently
+        bilinear = ((diagonal - kernel).abs() <= 4 * torch.finfo(weight.dtype).eps * kernel).all()
+        dense, bilinear = torch.stack((dense, bilinear)).tolist()
+    return "dense" if dense else "bilinear" if bilinear else "diagonal"
 
 
 class UpsampleArgmax(nn.Module):

@@ -1,7 +1,32 @@
 """Differentiable functions: the functional API."""
 
-from fastseg.ops.separable_conv import BatchNormArgs, separable_conv2d
+from fastseg.ops._batch_norm import BatchNormArgs
+from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
+from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilinear_kernel
+from fastseg.ops.max_pool import max_pool1d, max_pool2d, max_pool3d
+from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
+from fastseg.ops.max_unpool_conv import max_unpool_conv2d
+from fastseg.ops.pool_indices import PoolIndices
+from fastseg.ops.separable_conv import separable_conv2d
 from fastseg.ops.upsample_argmax import upsample_argmax
+from fastseg.ops.upsample_bilinear import upsample_bilinear
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
-__all__ = ["BatchNormArgs", "separable_conv2d", "upsample_argmax", "upsample_cross_entropy"]
+__all__ = [
+    "BatchNormArgs",
+    "PoolIndices",
+    "batch_norm_act_max_pool2d",
+    "bilinear_conv_transpose2d",
+    "bilinear_kernel",
+    "max_pool1d",
+    "max_pool2d",
+    "max_pool3d",
+    "max_unpool1d",
+    "max_unpool2d",
+    "max_unpool3d",
+    "max_unpool_conv2d",
+    "separable_conv2d",
+    "upsample_argmax",
+    "upsample_bilinear",
+    "upsample_cross_entropy",
+]

@@ -113,6 +113,12 @@ def use_kernel(
     return not why
 
 
+def kernels_run(x: Tensor) -> bool:
+    """Whether kernels run on a tensor like ``x`` at all: for choices of what to ask an op for."""
+    in_reference = _reference_depth if torch.compiler.is_compiling() else _in_reference.get()
+    return not (in_reference or _no_kernel(x))
+
+
 def record_reference(op: str, x: Tensor, why: str) -> None:
     """Record for ``explain`` that ``op`` has only its reference path."""
     use_kernel(op, x, unsupported=why)

@@ -4,7 +4,6 @@
 besides; ``separable_conv2d_bwd`` gives every gradient but the residual's, which is dy itself.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastseg.ops._batch_norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, plain_norm_bwd, stats_dtype_of
 from fastseg.ops._dispatch import HAS_TRITON
 from fastseg.ops._register import channels_last, first_order, like, memory_format_of, new_map, qualified, register
 
@@ -21,18 +21,6 @@ if HAS_TRITON:
     from fastseg.kernels.separable_conv_fwd import Acts, Weights, tap_weights
     from fastseg.kernels.separable_conv_plan import Geometry
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda v: v,
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "leaky_relu": F.leaky_relu,
-}
-_ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "none": lambda g, v: g,
-    "relu": lambda g, v: g.masked_fill(v <= 0, 0),
-    "relu6": lambda g, v: g.masked_fill((v <= 0) | (v >= 6), 0),
-    "leaky_relu": lambda g, v: torch.where(v > 0, g, g * 0.01),
-}
 TENSORS = 14  # of Call's fields; the rest are numbers and names
 
 
@@ -78,10 +66,6 @@ class Call(NamedTuple):
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", str: "str", float: "float"}
 _SCHEMA = ", ".join(f"{_TYPES[annotation]} {name}" for name, annotation in Call.__annotations__.items())
-
-
-def stats_dtype_of(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 # --- with kernels
@@ -161,31 +145,8 @@ def compose(
     return y if residual is None else y + residual, z
 
 
-class _PlainNorm:
-    """``norm(v)`` with this batch's or the running statistics; keeps the batch's for the caller."""
-
-    def __init__(self, kind: str, mean, var, weight, bias, eps: float, x: Tensor):
-        self.kind, self.mean, self.var, self.weight, self.bias, self.eps = kind, mean, var, weight, bias, eps
-        self.stats = x.new_empty(0, dtype=stats_dtype_of(x))
-
-    def __call__(self, v: Tensor) -> Tensor:
-        if self.kind == "none":
-            return v
-        wide = lambda t: (
-            None if t is None else t.to(self.stats.dtype).contiguous()
-        )  # torch wants one dtype of statistics and affine
-        affine = wide(self.weight), wide(self.bias)
-        if self.kind == "batch":
-            values = wide(v.detach())
-            var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-            unbiased = torch.var(values, (0, 2, 3), correction=1)
-            self.stats = torch.stack((mean, var, unbiased))
-            return F.batch_norm(v, None, None, *affine, True, 0.0, self.eps)  # differentiable, once decomposed
-        return F.batch_norm(v, wide(self.mean), wide(self.var), *affine, False, 0.0, self.eps)
-
-
-def _plain_norms(a: Call) -> tuple[_PlainNorm, _PlainNorm]:
-    return _PlainNorm(a.mid, *a[5:9], a.mid_eps, a.x), _PlainNorm(a.post, *a[9:13], a.post_eps, a.x)
+def _plain_norms(a: Call) -> tuple[PlainNorm, PlainNorm]:
+    return PlainNorm(a.mid, *a[5:9], a.mid_eps, a.x), PlainNorm(a.post, *a[9:13], a.post_eps, a.x)
 
 
 def _plain_eval(*args) -> Tensor:
@@ -214,38 +175,21 @@ def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, nee
         if norm.kind == "batch":
             norm.kind, norm.mean, norm.var = "running", stats[0], stats[1]
     activated = ACTIVATIONS[a.mid_act](mid(u))
-    dz, dpost_weight, dpost_bias = _plain_norm_bwd(cast(dy), cast(z), post, a.post == "batch", a.post_act)
+    dz, dpost_weight, dpost_bias = plain_norm_bwd(cast(dy), cast(z), post, a.post == "batch", a.post_act)
     ones, zeros = [1, 1], [0, 0]
     da, dpw, dpw_bias = conv(dz, activated, cast(a.pw), [a.pw.shape[0]], ones, zeros, ones, False, zeros, 1, [True] * 3)
-    du, dmid_weight, dmid_bias = _plain_norm_bwd(da, u, mid, a.mid == "batch", a.mid_act)
+    du, dmid_weight, dmid_bias = plain_norm_bwd(da, u, mid, a.mid == "batch", a.mid_act)
     dv, ddw, ddw_bias = conv(du, v, cast(a.dw), [a.dw.shape[0]], *geometry, [True] * 3)
     if a.mid == "batch":  # they take a constant out again: exactly 0, as the kernels have it
         ddw_bias = torch.zeros_like(ddw_bias)
     if a.post == "batch":
         dpw_bias = torch.zeros_like(dpw_bias)
-    dx = like(a.x, _ACTIVATION_GRADS[a.pre_act](dv, cast(a.x)))
+    dx = like(a.x, ACTIVATION_GRADS[a.pre_act](dv, cast(a.x)))
     grads = (dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias)
     return tuple(
         grad.to(owner.dtype, memory_format=memory_format_of(owner)) if want else a.x.new_empty(0)
         for grad, want, owner in zip(grads, per_output(needs), _owners(a), strict=True)
     )
-
-
-def _plain_norm_bwd(dy: Tensor, v: Tensor, norm: _PlainNorm, batch: bool, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula in the header of kernels/common.py. -> gradient at v, of weight, of bias."""
-    if norm.kind == "none":
-        none = dy.new_empty(0)
-        return (_ACTIVATION_GRADS[act](dy, v) if act != "none" else dy), none, none
-    column = lambda t: t.to(dy.dtype)[None, :, None, None]
-    rstd = torch.rsqrt(column(norm.var) + norm.eps)
-    vhat = (v - column(norm.mean)) * rstd
-    weight = 1.0 if norm.weight is None else column(norm.weight)
-    g = _ACTIVATION_GRADS[act](dy, vhat * weight + (0.0 if norm.bias is None else column(norm.bias)))
-    dbias, dweight = g.sum((0, 2, 3)), (g * vhat).sum((0, 2, 3))
-    if batch:
-        count = v.numel() // v.shape[1]
-        g = g - column(dbias) / count - vhat * column(dweight) / count
-    return g * weight * rstd, dweight, dbias
 
 
 # --- shapes, registration, autograd

@@ -1,35 +1,25 @@
 """Depthwise convolution, batch norm, activation, pointwise convolution, batch norm, activation, residual: one op."""
 
 from collections.abc import Callable
-from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastseg.ops._batch_norm import (
+    ACTIVATIONS,
+    Activation,
+    BatchNormArgs,
+    check_norm,
+    norm_options,
+    norm_tensors,
+    torch_norm,
+    update_running,
+)
 from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
-from fastseg.ops._separable_conv import ACTIVATIONS, TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
+from fastseg.ops._separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
 
 if HAS_TRITON:
     from fastseg.kernels.separable_conv_plan import Geometry, plan
-
-Activation = Literal["relu", "relu6", "leaky_relu"]
-
-
-class BatchNormArgs(NamedTuple):
-    """One batch norm's tensors and options, in the order of ``torch.nn.functional.batch_norm``.
-
-    ``training`` normalises by this batch and updates the running statistics in place where they are not None.
-    ``weight`` and ``bias`` come together or not at all.
-    """
-
-    running_mean: Tensor | None
-    running_var: Tensor | None
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    training: bool = False
-    momentum: float = 0.1
-    eps: float = 1e-5
 
 
 def separable_conv2d(
@@ -100,8 +90,8 @@ def separable_conv2d(
             mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual,
         )  # fmt: skip
     call = Call(
-        x, *tensors, *_norm_tensors(mid_norm), *_norm_tensors(post_norm), residual, stride, padding, dilation,
-        pre_act or "none", mid_act or "none", post_act or "none", *_norm_options(mid_norm), *_norm_options(post_norm),
+        x, *tensors, *norm_tensors(mid_norm), *norm_tensors(post_norm), residual, stride, padding, dilation,
+        pre_act or "none", mid_act or "none", post_act or "none", *norm_options(mid_norm), *norm_options(post_norm),
     )  # fmt: skip
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:TENSORS])
     if not wants_grad and "batch" not in (call.mid, call.post):
@@ -110,8 +100,8 @@ def separable_conv2d(
         y, mid_stats, post_stats = _SeparableConv2d.apply(*call)
     else:
         y, _, mid_stats, post_stats = train_op(*call)
-    _update_running(mid_norm, mid_stats)
-    _update_running(post_norm, post_stats)
+    update_running(mid_norm, mid_stats)
+    update_running(post_norm, post_stats)
     return y
 
 
@@ -140,17 +130,8 @@ def separable_conv2d_ref(
     return compose(
         x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride, padding, dilation,
         pre_act or "none", mid_act or "none", post_act or "none",
-        lambda u: _torch_norm(u, mid_norm), lambda z: _torch_norm(z, post_norm),
+        lambda u: torch_norm(u, mid_norm), lambda z: torch_norm(z, post_norm),
     )[0]  # fmt: skip
-
-
-def _torch_norm(v: Tensor, norm: BatchNormArgs | None) -> Tensor:
-    if norm is None:
-        return v
-    mean, var, *affine, training, momentum, eps = norm
-    # contiguous: torch 2.13 reads a strided weight as if dense in the channels_last backward on a CPU
-    weight, bias = (None if t is None else t.contiguous() for t in affine)
-    return F.batch_norm(v, mean, var, weight, bias, training, momentum, eps)
 
 
 def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
@@ -162,30 +143,6 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
     shift = -norm.running_mean * scale if bias is None else (bias - norm.running_mean) * scale
     shift = shift if norm.bias is None else shift + norm.bias
     return weight * scale.to(weight.dtype)[:, None, None, None], shift, None
-
-
-def _norm_tensors(norm: BatchNormArgs | None) -> tuple[Tensor | None, ...]:
-    if norm is None:
-        return (None, None, None, None)
-    running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
-    return (*running, norm.weight, norm.bias)
-
-
-def _norm_options(norm: BatchNormArgs | None) -> tuple[str, float]:
-    if norm is None:
-        return "none", 0.0
-    return "batch" if norm.training else "running", norm.eps
-
-
-def _update_running(norm: BatchNormArgs | None, stats: Tensor) -> None:
-    """Running statistics as torch's: the unbiased variance, weighted by momentum."""
-    if norm is None or not norm.training or norm.running_mean is None:
-        return
-    for buffer, batch in ((norm.running_mean, stats[0]), (norm.running_var, stats[2])):
-        # .data: torch's batch norm does not count its update as a change that another graph's backward must notice
-        buffer = buffer if torch.compiler.is_compiling() else buffer.data
-        with torch.no_grad():
-            buffer.lerp_(batch.to(buffer.dtype), norm.momentum)
 
 
 def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, Callable[[], str]]:
@@ -238,23 +195,7 @@ def _check(
         if bias is not None and bias.shape != (channels,):
             raise ValueError(f"{name}: {label} is {tuple(bias.shape)}; it must be ({channels},)")
     for label, norm, channels in (("mid_norm", mid_norm, C), ("post_norm", post_norm, pw.shape[0])):
-        _check_norm(f"{name}: {label}", norm, channels, x, out)
+        check_norm(f"{name}: {label}", norm, channels, x, out)
     if residual is not None and residual.shape != out:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
     return out
-
-
-def _check_norm(label: str, norm: BatchNormArgs | None, channels: int, x: Tensor, out: tuple[int, ...]) -> None:
-    if norm is None:
-        return
-    if (norm.weight is None) != (norm.bias is None) or (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError(f"{label}: give weight and bias both or neither, and running_mean and running_var likewise")
-    if norm.running_mean is None and not norm.training:
-        raise ValueError(f"{label}: without running statistics, set training=True")
-    for field, t in zip(norm._fields[:4], norm[:4], strict=True):
-        if t is not None and (t.shape != (channels,) or t.device != x.device):
-            raise ValueError(
-                f"{label}.{field} is {tuple(t.shape)} on {t.device}; it must be ({channels},) on {x.device}"
-            )
-    if norm.training and out[0] * out[2] * out[3] == 1:
-        raise ValueError(f"{label}: expected more than 1 value per channel when training, got an output of {out}")

@@ -26,6 +26,19 @@ def test_eager_form_calls_the_children_and_agrees():
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
+def test_eager_form_of_fcn_has_dense_transposed_convolutions():
+    model = create("fcn", 3, backbone="resnet18", stride=8, width=0.05).eval()
+    plain = comparison.eager_form(model)
+    x = torch.randn(1, 3, 64, 32)
+    with torch.no_grad(), fastseg.explain() as report:
+        got = plain(x)
+    assert [decision.why.split(",")[0] for decision in report] == ["the weight is dense"] * 3
+    with torch.no_grad(), fastseg.reference(), fastseg.explain() as report:
+        want = model(x)
+    assert not any("dense" in decision.why for decision in report)  # the original is untouched
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4 * float(want.abs().max()))
+
+
 @fastseg.reference()
 def test_each_op_agrees_with_eager():
     for case in comparison.op_cases(torch.device("cpu"), torch.float32, 32):

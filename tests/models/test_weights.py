@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastseg.models import load_weights
+from fastseg.models import FCN, create, load_encoder_weights, load_weights
+from fastseg.models.encoders import ENCODERS
 
 
 def network() -> nn.Module:
@@ -203,3 +204,93 @@ def test_no_such_file(model, tmp_path):
         load_weights(model, tmp_path / "absent.pth")
     with pytest.raises(FileNotFoundError, match="no file at"):
         load_weights(model, tmp_path)
+
+
+def torchvision_state(encoder: nn.Module, **classifier: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """Random weights under the encoder's names, which are torchvision's, and a classifier's."""
+    state = {key: torch.rand_like(v) if v.is_floating_point() else v + 7 for key, v in encoder.state_dict().items()}
+    return state | {key.replace("_", "."): torch.rand(shape) for key, shape in classifier.items()}
+
+
+class TestEncoderWeights:
+    @pytest.mark.parametrize("name", ["vgg16", "vgg16_bn", "resnet18", "resnet50"])
+    @pytest.mark.parametrize("inside", [False, True])
+    def test_by_name(self, tmp_path, name, inside):
+        """Into an encoder and into a model that has one; the classifier is left out, the rest of the model stays."""
+        encoder = ENCODERS[name](width=0.05)
+        state = torchvision_state(encoder, classifier_0_weight=(5, 8), fc_bias=(3,))
+        torch.save({f"module.{key}": value for key, value in state.items()}, tmp_path / "w.pth")
+        model = nn.Sequential(nn.Conv2d(3, 3, 1), encoder) if inside else encoder
+        before = model[0].weight.clone() if inside else None
+        load_encoder_weights(model, str(tmp_path / "w.pth"))
+        assert same(encoder, state)
+        assert before is None or torch.equal(model[0].weight, before)
+
+    def test_fcn_on_vgg16(self, tmp_path):
+        """fc6 and fc7 are the classifier's first two layers, as convolutions."""
+        model = FCN(4, width=0.05, aux=True)
+        hidden, channels = model.fc6.weight.shape[:2]
+        state = torchvision_state(
+            ENCODERS["vgg16"](width=0.05),
+            classifier_0_weight=(hidden, channels * 49),
+            classifier_0_bias=(hidden,),
+            classifier_3_weight=(hidden, hidden),
+            classifier_3_bias=(hidden,),
+            classifier_6_weight=(10, hidden),
+            classifier_6_bias=(10,),
+        )
+        torch.save(state, tmp_path / "w.pth")
+        before = {key: value.clone() for key, value in model.state_dict().items() if "score" in key}
+        load_encoder_weights(model, tmp_path / "w.pth")
+        pooled = torch.rand(1, channels, 7, 7)
+        want = nn.functional.linear(pooled.flatten(1), state["classifier.0.weight"], state["classifier.0.bias"])
+        torch.testing.assert_close(model.fc6(pooled).flatten(1), want)
+        torch.testing.assert_close(
+            model.fc7(want[:, :, None, None]).flatten(1),
+            nn.functional.linear(want, state["classifier.3.weight"], state["classifier.3.bias"]),
+        )
+        for name, index in {"conv1_1": 0, "conv1_2": 2, "conv2_1": 5, "conv3_1": 10, "conv5_3": 28}.items():
+            assert torch.equal(model.get_submodule(name).weight, state[f"features.{index}.weight"])
+            assert torch.equal(model.get_submodule(name).bias, state[f"features.{index}.bias"])
+        assert len(before) == 10
+        assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+
+    @pytest.mark.parametrize("stride", [32, 4])
+    def test_fcn_on_resnet(self, tmp_path, stride):
+        model, encoder = FCN(4, "resnet18", stride, width=0.05).eval(), ENCODERS["resnet18"](width=0.05).eval()
+        state = torchvision_state(encoder, fc_weight=(10, 32), fc_bias=(10,))
+        torch.save(state, tmp_path / "w.pth")
+        load_encoder_weights(model, tmp_path / "w.pth")
+        load_encoder_weights(encoder, tmp_path / "w.pth")
+        x = torch.rand(1, 3, 32, 64)
+        if stride == 32:
+            assert torch.equal(model.logits(x), model.final_conv(encoder(x)[-1]))
+        else:
+            assert torch.equal(model.backbone(x)[-1], encoder(x)[-1])
+
+    @pytest.mark.parametrize("fault", ["missing", "unexpected", "mismatched", "not finite"])
+    def test_refused_as_a_whole(self, tmp_path, fault):
+        model = FCN(4, "resnet18", 32, width=0.05)
+        state = torchvision_state(ENCODERS["resnet18"](width=0.05), fc_bias=(10,))
+        if fault == "missing":
+            del state["bn1.bias"]
+        elif fault == "unexpected":
+            state["layer5.0.conv1.weight"] = torch.zeros(1)
+        elif fault == "mismatched":
+            state["conv1.weight"] = torch.zeros(64, 3, 7, 7)
+        else:
+            state["layer4.1.bn2.weight"][0] = float("nan")
+        torch.save(state, tmp_path / "w.pth")
+        before = {key: value.clone() for key, value in model.state_dict().items()}
+        message = rf"load_encoder_weights: .*w.pth does not fit the encoder of FCN: 1 {fault} \(\S+.*\)$"
+        with pytest.raises(ValueError, match=message):
+            load_encoder_weights(model, tmp_path / "w.pth")
+        assert same(model, before)
+
+    def test_no_encoder_to_fill(self, tmp_path):
+        torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
+        model = create("deeplabv3plus", 3, width=0.1, decoder_channels=16)
+        with pytest.raises(TypeError, match="DeepLabV3Plus has 0 encoders of type VGG16 or ResNet"):
+            load_encoder_weights(model, tmp_path / "w.pth")
+        with pytest.raises(FileNotFoundError, match="load_encoder_weights: no file at"):
+            load_encoder_weights(ENCODERS["vgg16"](width=0.05), tmp_path / "absent.pth")

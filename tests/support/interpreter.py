@@ -64,8 +64,8 @@ class Launch:
         """Check one access of the running program, and log it."""
         addresses = np.asarray(ptrs, dtype=np.uint64)
         if mask is not None:
-            # of a descriptor's load it is the array's memory; where a scalar was splat into it, it holds integers
-            mask = np.asarray(mask, dtype=bool)
+            # of a descriptor's load it is the array's memory; a scalar i1 that was splat is int32 (Triton 3.7)
+            mask = np.asarray(mask).astype(bool, copy=False)
             if not mask.all():
                 addresses = addresses[mask if mask.shape == addresses.shape else np.broadcast_to(mask, addresses.shape)]
         addresses = addresses.reshape(-1)

@@ -1,7 +1,20 @@
 """Encoders: image in, list of features out, entry i at stride 2^i (capped at the output stride)."""
 
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
 from fastseg.models.encoders.mobilenet_v2 import MobileNetV2
+from fastseg.models.encoders.resnet import ResNet
+from fastseg.models.encoders.vgg import VGG16
 
-ENCODERS = {"mobilenet_v2": MobileNetV2}
+# Each takes (in_channels, output_stride, width).
+ENCODERS: dict[str, Callable[..., nn.Module]] = {
+    "mobilenet_v2": MobileNetV2,
+    **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101)},
+    "vgg16": VGG16,
+    "vgg16_bn": partial(VGG16, norm=True),
+}
 
-__all__ = ["ENCODERS", "MobileNetV2"]
+__all__ = ["ENCODERS", "VGG16", "MobileNetV2", "ResNet"]

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fastseg.models.encoders.widths import scaled
 from fastseg.nn.conv import run_separable
 
 STEM_CHANNELS = 32
@@ -45,9 +46,7 @@ class MobileNetV2(nn.Module):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f"MobileNetV2: output_stride is {output_stride}; use 8, 16 or 32")
-        if not width > 0:
-            raise ValueError(f"MobileNetV2: width is {width}; use a positive multiplier, such as 0.5")
-        channels = _round_to_8(STEM_CHANNELS * width)
+        channels = scaled(STEM_CHANNELS, width, "MobileNetV2")
         layers: list[nn.Module] = [
             nn.Sequential(
                 nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False),
@@ -59,7 +58,7 @@ class MobileNetV2(nn.Module):
         reached, dilation = 2, 1
         for expansion, stage_channels, blocks, stage_stride in STAGES:
             for stride in (stage_stride, *[1] * (blocks - 1)):
-                out_channels = _round_to_8(stage_channels * width)
+                out_channels = scaled(stage_channels, width, "MobileNetV2")
                 strided = stride == 2 and reached < output_stride
                 layers.append(
                     InvertedResidual(
@@ -132,9 +131,3 @@ class InvertedResidual(nn.Module):
             y = layer(y)
         skip = x if self.residual else None
         return run_separable(y, depthwise, mid_norm, "relu6", pointwise, post_norm, None, residual=skip)
-
-
-def _round_to_8(channels: float) -> int:
-    """The nearest multiple of 8, at least 8, and at least 90 % of ``channels``."""
-    rounded = max(8, int(channels + 4) // 8 * 8)
-    return rounded if rounded >= 0.9 * channels else rounded + 8

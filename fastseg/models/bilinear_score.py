@@ -1,0 +1,59 @@
+"""Class maps and losses of scores that a bilinear transposed convolution brings to the image's size.
+
+With kernel 2 * stride and an even stride, that convolution is an interpolation (``align_corners=False``) of the scores
+within a frame of zeros, the bias added to both. So class map and loss go through the fused heads, which build no scores
+at full resolution; the results are equal to rounding. Where the weight is learnt, or was loaded as something else than
+the bilinear kernel, the full scores are built.
+"""
+
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
+
+
+def class_map(upsample: BilinearConvTranspose2d, scores: Tensor, size: tuple[int, int]) -> Tensor:
+    """``upsample(scores, size).argmax(1)``: (N, C, h, w) -> (N, *size), uint8 up to 256 classes."""
+    if upsample._kind() != "bilinear":
+        return UpsampleArgmax(scale_factor=1)(upsample(scores, size))
+    framed, (top, left) = _framed(upsample, scores, size)
+    classes = UpsampleArgmax(scale_factor=upsample.stride[0])(framed)
+    return classes[:, top : top + size[0], left : left + size[1]].contiguous()
+
+
+def cross_entropy(upsample: BilinearConvTranspose2d, scores: Tensor, target: Tensor, **options) -> Tensor:
+    """``cross_entropy(upsample(scores, target.shape[1:]), target)``; options of ``UpsampleCrossEntropyLoss``."""
+    criterion = UpsampleCrossEntropyLoss(**options)
+    height, width = size = target.shape[-2:]
+    if target.dim() != 3 or upsample._kind() != "bilinear":
+        return criterion(upsample(scores, size), target)
+    framed, (top, left) = _framed(upsample, scores, size)
+    bottom, right = (
+        n * upsample.stride[0] - begin - side
+        for n, begin, side in zip(framed.shape[2:], (top, left), size, strict=True)
+    )
+    if not target.dtype.is_signed and not 0 <= criterion.ignore_index <= 255:
+        target = target.int()
+    target = F.pad(target, (left, right, top, bottom), value=criterion.ignore_index)
+    loss = criterion(framed, target)
+    return loss[:, top : top + height, left : left + width] if criterion.reduction == "none" else loss
+
+
+def _framed(upsample: BilinearConvTranspose2d, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    """The scores that, interpolated, hold ``upsample(scores, size)``, and the first row and column of it there.
+
+    Pixel y of the transposed convolution without padding is pixel y + stride / 2 of the interpolation of the scores
+    within a frame of one zero. Rows and columns of scores that the window does not touch are left out.
+    """
+    stride, padding = upsample.stride[0], upsample.padding[0]
+    assert upsample.kernel_size[0] == 2 * stride and stride % 2 == 0
+    begin = padding + stride // 2
+    frame: list[int] = []
+    places = []
+    for n, side in zip(scores.shape[2:], size, strict=True):
+        first, last = ((2 * y + 1 - stride) // (2 * stride) for y in (begin, begin + side - 1))  # their left taps
+        frame = [1 - first, last + 1 - n, *frame]
+        places.append(begin - first * stride)
+    framed = F.pad(scores, frame)
+    return framed if upsample.bias is None else framed + upsample.bias[:, None, None], (places[0], places[1])

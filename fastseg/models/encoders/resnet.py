@@ -1,0 +1,162 @@
+"""ResNet (He et al., arXiv:1512.03385), stride in the 3x3 convolution, without its classifier."""
+
+from typing import Literal
+
+from torch import Tensor, nn
+
+from fastseg.models.encoders.widths import scaled
+
+# Depth: whether blocks are bottlenecks, and the number of blocks of the four layers.
+LAYERS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3)), 101: (True, (3, 4, 23, 3))}
+WIDTHS = (64, 128, 256, 512)
+EXPANSION = 4  # of a bottleneck
+
+DilationStyle = Literal["torchvision", "smp"]
+
+
+class ResNet(nn.Module):
+    """ResNet-18, 34, 50 or 101 as an encoder, with torchvision's names.
+
+    Past the output stride, a layer's stride of 2 becomes 1 and its 3x3 convolutions are dilated instead. Weights do
+    not show how: in style "torchvision" (its ``replace_stride_with_dilation``) the first block of such a layer keeps
+    the dilation before it and the following ones take twice that; in style "smp" the first block takes it as well.
+    Both hold for the basic blocks of ResNet-18 and 34 too, which torchvision refuses to dilate.
+
+    Args:
+        depth: 18, 34, 50 or 101.
+        in_channels: channels of the image.
+        output_stride: input size / size of the deepest features: 8, 16 or 32.
+        width: multiplier of every width; the results are rounded to multiples of 8.
+        dilation_style: "torchvision" or "smp".
+
+    Attributes:
+        out_channels: the widths of what ``forward`` returns.
+
+    Raises:
+        ValueError: an option has a value that it cannot take.
+
+    Example:
+        >>> [tuple(f.shape[1:]) for f in ResNet(18, output_stride=16)(torch.randn(1, 3, 64, 96))]
+        [(3, 64, 96), (64, 32, 48), (64, 16, 24), (128, 8, 12), (256, 4, 6), (512, 4, 6)]
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        in_channels: int = 3,
+        output_stride: int = 32,
+        width: float = 1.0,
+        *,
+        dilation_style: DilationStyle = "torchvision",
+    ):
+        super().__init__()
+        if depth not in LAYERS:
+            raise ValueError(f"ResNet: depth is {depth}; use one of {', '.join(map(str, LAYERS))}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"ResNet: output_stride is {output_stride}; use 8, 16 or 32")
+        if dilation_style not in ("torchvision", "smp"):
+            raise ValueError(f'ResNet: dilation_style is {dilation_style!r}; use "torchvision" or "smp"')
+        bottleneck, blocks = LAYERS[depth]
+        channels = scaled(WIDTHS[0], width, "ResNet")
+        self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.out_channels = [in_channels, channels]
+        block = Bottleneck if bottleneck else BasicBlock
+        reached, dilation = 4, 1
+        for i, nominal in enumerate(WIDTHS):
+            stride, first_dilation = 1, dilation
+            if i > 0 and reached < output_stride:
+                stride, reached = 2, 2 * reached
+            elif i > 0:
+                dilation *= 2
+                first_dilation = dilation if dilation_style == "smp" else dilation // 2
+            mid_channels = scaled(nominal, width, "ResNet")
+            out_channels = mid_channels * (EXPANSION if bottleneck else 1)
+            # Not from the stride: turned into dilation, it must not change the network's wiring.
+            project = i > 0 or channels != out_channels
+            layer = [block(channels, mid_channels, stride, first_dilation, project)]
+            layer += [block(out_channels, mid_channels, 1, dilation, False) for _ in range(1, blocks[i])]
+            setattr(self, f"layer{i + 1}", nn.Sequential(*layer))
+            channels = out_channels
+            self.out_channels.append(channels)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, in_channels, H, W) -> six maps; entry i has stride 2^i, capped at the output stride; entry 0 is ``x``."""
+        features = [x, self.relu(self.bn1(self.conv1(x)))]
+        y = self.maxpool(features[1])
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            y = layer(y)
+            features.append(y)
+        return features
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the residual add.
+
+    Args:
+        in_channels: channels in.
+        channels: channels out.
+        stride: of the first convolution.
+        dilation: of both, which are padded by as much.
+        project: whether a strided 1x1 convolution and a batch norm stand in the skip.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, project: bool):
+        super().__init__()
+        self.conv1 = _conv3x3(in_channels, channels, stride, dilation)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels, 1, dilation)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _projection(in_channels, channels, stride) if project else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride))."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution and the residual add.
+
+    Args:
+        in_channels: channels in.
+        channels: width of the 3x3 convolution; a quarter of the channels out.
+        stride: of the 3x3 convolution.
+        dilation: of the 3x3 convolution, which is padded by as much.
+        project: whether a strided 1x1 convolution and a batch norm stand in the skip.
+    """
+
+    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, project: bool):
+        super().__init__()
+        out_channels = channels * EXPANSION
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = _conv3x3(channels, channels, stride, dilation)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = _projection(in_channels, out_channels, stride) if project else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, 4 * channels, ceil(H / stride), ceil(W / stride))."""
+        y = self.relu(self.bn1(self.conv1(x)))
+        y = self.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
+def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
+    return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
+
+
+def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+    """The skip's change of width and size."""
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))

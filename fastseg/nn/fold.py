@@ -1,0 +1,98 @@
+"""Batch norm folded into the convolution before it, in evaluation; modules and ``state_dict`` stay as they are."""
+
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastseg.nn.conv import watched
+from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._dispatch import autocast_dtype
+
+
+class _Folded(NamedTuple):
+    """Folded tensors, and what they were made from: the tensors themselves, and how often each had been written to."""
+
+    weight: Tensor
+    bias: Tensor
+    sources: tuple[Tensor | None, ...]
+    versions: tuple[int, ...]
+
+
+_kept: WeakKeyDictionary[nn.Conv2d, dict[tuple, _Folded]] = WeakKeyDictionary()  # beside the modules: not pickled
+
+
+def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether the norm has fixed statistics, nobody wants a gradient, and nobody watches either module."""
+    if norm.training or norm.running_mean is None or torch.compiler.is_compiling():  # a compiler folds by itself
+        return False
+    if watched(conv, nn.Conv2d) or watched(norm, nn.BatchNorm2d):
+        return False
+    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
+    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+
+
+def folded(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``norm(conv(x))`` as one convolution, in the dtype that ``x`` is convolved in.
+
+        weight' = weight s,   bias' = (bias - mean) s + shift,   s = norm.weight / sqrt(var + eps)
+
+    Computed once and kept as long as the convolution lives, until a parameter or statistic is replaced or written to,
+    or the norm is trained. Writes through ``p.data`` are not counted by torch: assign, or write to ``p`` in place.
+    """
+    dtype = autocast_dtype(x)
+    last = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
+    sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
+               norm.num_batches_tracked)  # fmt: skip
+    kept = _kept.setdefault(conv, {})
+    try:
+        versions = tuple(-1 if t is None else t._version for t in sources)
+    except RuntimeError:  # made in inference mode: writes are not counted
+        versions = None
+    old = kept.get((dtype, last))
+    if (
+        old is not None
+        and old.versions == versions
+        and all(a is b for a, b in zip(old.sources, sources, strict=True))
+        and old.weight.device == conv.weight.device
+    ):
+        return old.weight, old.bias
+    with torch.no_grad():
+        wide = torch.promote_types(conv.weight.dtype, torch.float32)
+        scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
+        scale = scale if norm.weight is None else scale * norm.weight.to(wide)
+        shift = -norm.running_mean.to(wide) if conv.bias is None else conv.bias.to(wide) - norm.running_mean.to(wide)
+        shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(wide)
+        weight = (conv.weight.to(wide) * scale[:, None, None, None]).to(dtype).contiguous(memory_format=last)
+        new = _Folded(weight, shift.to(dtype), sources, versions)
+    if versions is not None:
+        kept[dtype, last] = new
+    return new.weight, new.bias
+
+
+def unfold(conv: nn.Conv2d) -> None:
+    """Forget what was kept: before training writes to the statistics in ways that are not counted."""
+    _kept.pop(conv, None)
+
+
+def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(conv(x))`` as one convolution with folded weights; only where ``can_fold``."""
+    weight, bias = folded(x, conv, norm)
+    if conv.padding_mode != "zeros":
+        return conv._conv_forward(x, weight, bias)
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def run_conv_norm_act(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, act: Activation | None) -> Tensor:
+    """``act(norm(conv(x)))``; folded where it can be, else one after another."""
+    if norm is None:
+        y = conv(x)
+    elif can_fold(x, conv, norm):
+        y = run_conv(x, conv, norm)
+    else:
+        if norm.training:
+            unfold(conv)
+        y = norm(conv(x))
+    return activate(y, act, inplace=True)

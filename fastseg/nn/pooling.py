@@ -1,0 +1,163 @@
+"""Max pooling with small indices, and max unpooling that is deterministic: drop-ins for torch's modules."""
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fastseg.nn.conv import batch_norm_args, watched
+from fastseg.nn.fold import can_fold, folded, run_conv, run_conv_norm_act, unfold
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation
+from fastseg.ops._dispatch import kernels_run
+from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
+from fastseg.ops.max_pool import IndexFormat, max_pool1d, max_pool2d, max_pool3d
+from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
+from fastseg.ops.max_unpool_conv import max_unpool_conv2d
+from fastseg.ops.pool_indices import PoolIndices
+
+
+class _MaxPool:
+    """What the three poolings add to torch's."""
+
+    pool: Callable
+
+    def __init__(self, *args, index_format: IndexFormat = "int64", **kwargs):
+        super().__init__(*args, **kwargs)
+        if index_format not in ("int64", "compact"):
+            raise ValueError(f'{type(self).__name__}: index_format is {index_format!r}; use "int64" or "compact"')
+        self.index_format = index_format
+
+    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+        """The maxima, and with ``return_indices`` their indices."""
+        return self.pool(
+            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices,
+            index_format=self.index_format,
+        )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", index_format='compact'" if self.index_format == "compact" else "")
+
+
+class MaxPool1d(_MaxPool, nn.MaxPool1d):
+    """As ``torch.nn.MaxPool1d``; difference: ``index_format``, as in ``MaxPool2d``.
+
+    Example:
+        >>> MaxPool1d(2)(torch.randn(2, 3, 9)).shape
+        torch.Size([2, 3, 4])
+    """
+
+    pool = staticmethod(max_pool1d)
+
+
+class MaxPool2d(_MaxPool, nn.MaxPool2d):
+    """As ``torch.nn.MaxPool2d``; difference: ``index_format="compact"`` returns a ``fastseg.ops.PoolIndices``.
+
+    That is 2 bits a window of up to 4 cells, 4 up to 16, 8 up to 256, where torch's int64 takes 64. ``MaxUnpool2d``
+    takes either. See ``fastseg.ops.max_pool2d``.
+
+    Example:
+        >>> pool = MaxPool2d(2, return_indices=True, index_format="compact")
+        >>> values, indices = pool(torch.randn(2, 64, 32, 32).to(memory_format=torch.channels_last))
+        >>> indices.nbytes, indices.to_torch().nbytes
+        (8192, 262144)
+    """
+
+    pool = staticmethod(max_pool2d)
+
+
+class MaxPool3d(_MaxPool, nn.MaxPool3d):
+    """As ``torch.nn.MaxPool3d``; difference: ``index_format``, as in ``MaxPool2d``.
+
+    Example:
+        >>> MaxPool3d(2)(torch.randn(2, 3, 4, 6, 8)).shape
+        torch.Size([2, 3, 2, 3, 4])
+    """
+
+    pool = staticmethod(max_pool3d)
+
+
+class MaxUnpool1d(nn.MaxUnpool1d):
+    """As ``torch.nn.MaxUnpool1d``; differences: those of ``MaxUnpool2d``.
+
+    Example:
+        >>> values, indices = MaxPool1d(2, return_indices=True)(torch.randn(2, 3, 8))
+        >>> MaxUnpool1d(2)(values, indices).shape
+        torch.Size([2, 3, 8])
+    """
+
+    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
+        """Values (N, C, l) to where the indices say, (N, C, L); zeros elsewhere."""
+        return max_unpool1d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+class MaxUnpool2d(nn.MaxUnpool2d):
+    """As ``torch.nn.MaxUnpool2d``; differences: deterministic, also with ``torch.use_deterministic_algorithms(True)``;
+    takes compact indices; never follows an index that is outside. See ``fastseg.ops.max_unpool2d``.
+
+    Example:
+        >>> values, indices = MaxPool2d(2, return_indices=True)(torch.randn(2, 3, 8, 8))
+        >>> MaxUnpool2d(2)(values, indices).shape
+        torch.Size([2, 3, 8, 8])
+    """
+
+    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
+        """Values (N, C, h, w) to where the indices say, (N, C, H, W); zeros elsewhere."""
+        return max_unpool2d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+class MaxUnpool3d(nn.MaxUnpool3d):
+    """As ``torch.nn.MaxUnpool3d``; differences: those of ``MaxUnpool2d``.
+
+    Example:
+        >>> values, indices = MaxPool3d(2, return_indices=True)(torch.randn(2, 3, 4, 4, 4))
+        >>> MaxUnpool3d(2)(values, indices).shape
+        torch.Size([2, 3, 4, 4, 4])
+    """
+
+    def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
+        """Values (N, C, d, h, w) to where the indices say, (N, C, D, H, W); zeros elsewhere."""
+        return max_unpool3d(input, indices, self.kernel_size, self.stride, self.padding, output_size)
+
+
+def run_conv_norm_act_pool(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, act: Activation | None, pool: MaxPool2d
+) -> tuple[Tensor, Tensor | PoolIndices]:
+    """``pool(act(norm(conv(x))))`` with indices: what follows the convolution is one op, and in evaluation the norm is
+    folded into it. Modules that somebody watches, and other kinds, are called one after another.
+
+    Where no kernel runs the indices are int64 whatever the pool says: torch's pooling makes them for nothing, and codes
+    would have to be made of them.
+    """
+    if watched(conv, nn.Conv2d) or watched(norm, nn.BatchNorm2d) or watched(pool, MaxPool2d) or pool.dilation != 1:
+        return pool(ACTIVATIONS[act or "none"](norm(conv(x))))
+    if can_fold(x, conv, norm):
+        y, args = run_conv(x, conv, norm), None
+    else:
+        if norm.training:
+            unfold(conv)
+        y, args = conv(x), batch_norm_args(norm)
+    return batch_norm_act_max_pool2d(
+        y, args, act, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, True,
+        index_format=pool.index_format if kernels_run(y) else "int64", inplace=True,
+    )  # fmt: skip
+
+
+def run_unpool_conv_norm_act(
+    x: Tensor,
+    indices: Tensor | PoolIndices,
+    unpool: MaxUnpool2d,
+    output_size: tuple[int, int],
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    act: Activation | None,
+) -> Tensor:
+    """``act(norm(conv(unpool(x, indices, output_size))))``; in evaluation the unpooled map may stay unwritten."""
+    K = conv.kernel_size[0]
+    plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
+    same = conv.kernel_size == (K, K) and conv.padding == (K // 2, K // 2) and K % 2 == 1
+    foldable = plain and same and unpool.padding == (0, 0) and not watched(unpool, MaxUnpool2d)
+    if norm is None or not foldable or not can_fold(x, conv, norm):
+        return run_conv_norm_act(unpool(x, indices, output_size), conv, norm, act)
+    weight, bias = folded(x, conv, norm)
+    return max_unpool_conv2d(
+        x, indices, weight, bias, act, kernel_size=unpool.kernel_size, stride=unpool.stride, output_size=output_size
+    )

@@ -1,0 +1,231 @@
+"""Batch norm, activation and max pooling in one pass over a convolution's output."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastseg.ops._batch_norm import (
+    ACTIVATIONS,
+    Activation,
+    BatchNormArgs,
+    PlainNorm,
+    activate,
+    check_norm,
+    norm_options,
+    norm_tensors,
+    plain_norm_bwd,
+    stats_dtype_of,
+    torch_norm,
+    update_running,
+)
+from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
+from fastseg.ops._pooling import Geometry, fake_index, narrow, plain_pool, plain_unpool
+from fastseg.ops._register import channels_last, first_order, like, new_map, qualified, register
+from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
+from fastseg.ops.pool_indices import PoolIndices, bits_of
+
+if HAS_TRITON:
+    from fastseg.kernels.batch_norm_act import Norm, batch_norm_stats
+    from fastseg.kernels.max_pool import max_pool_fwd
+    from fastseg.kernels.norm_max_pool_bwd import norm_max_pool_bwd
+
+
+def batch_norm_act_max_pool2d(
+    x: Tensor,
+    norm: BatchNormArgs | None,
+    act: Activation | None = "relu",
+    kernel_size: Sizes = 2,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    index_format: IndexFormat = "compact",
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+    """What ends a stage of an encoder, ``max_pool2d(act(norm(x)), kernel_size, stride, padding, ...)``, as one op.
+
+    The kernel reads the convolution's output once and writes a pooled map and 2 to 8 bits a window; the normalised map
+    is never stored. In training the batch statistics take one read more, and the backward keeps ``x`` and the codes,
+    where plain modules keep ``x``, the activated map and int64 indices. Gradients are first order. Windows that
+    overlap, and contiguous maps, run as norm, activation and ``max_pool2d`` one after another.
+
+    Args:
+        x: (N, C, H, W), channels_last for the one-pass kernel.
+        norm: the batch norm; None leaves it out (it was folded into the convolution).
+        act: None, "relu", "relu6" or "leaky_relu".
+        kernel_size: as ``max_pool2d``, and so the next four.
+        stride: distance of windows.
+        padding: on each side.
+        ceil_mode: whether a window that ends outside counts.
+        return_indices: whether to return the chosen cells.
+        index_format: "compact" or "int64".
+        inplace: whether ``x`` may be overwritten, where that saves a map.
+
+    Returns:
+        The maxima, (N, C, OH, OW), and with ``return_indices`` a ``PoolIndices`` or int64 indices.
+
+    Raises:
+        ValueError: an unknown activation; a norm that does not fit ``x``; whatever ``max_pool2d`` raises it for.
+        RuntimeError: whatever ``max_pool2d`` raises it for.
+
+    Reference: the encoder of SegNet, arXiv:1511.00561.
+    """
+    name = "batch_norm_act_max_pool2d"
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if x.dim() != 4:
+        raise ValueError(f"{name}: x is {tuple(x.shape)}; it must be (N, C, H, W)")
+    check_norm(f"{name}: norm", norm, x.shape[1], x, x.shape)
+    stride = kernel_size if stride is None else stride
+    geometry, unsupported = pool_geometry(x, kernel_size, stride, padding, 1, ceil_mode, 2)
+    tensors = norm_tensors(norm)
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    unsupported = unsupported or _unsupported(x, norm, geometry, wants_grad)
+    if not use_kernel(name, x, *tensors, unsupported=unsupported):
+        return batch_norm_act_max_pool2d_ref(
+            x, norm, act, kernel_size, stride, padding, ceil_mode, return_indices, index_format=index_format,
+            inplace=inplace,
+        )  # fmt: skip
+    compact = index_format == "compact"
+    bits = (bits_of(geometry.kernel) if compact or not return_indices else 64) if return_indices or wants_grad else 0
+    kind, eps = norm_options(norm)
+    args = (x, *tensors, kind, eps, act or "none", *geometry, bits)
+    y, index, stats = _NormPool.apply(*args) if needs_grad(x, *tensors) else pool_op(*args)
+    update_running(norm, stats)
+    if not return_indices:
+        return y
+    return y, PoolIndices(index, y.shape, *(tuple(v) for v in geometry.window), True) if compact else index
+
+
+def batch_norm_act_max_pool2d_ref(
+    x: Tensor,
+    norm: BatchNormArgs | None,
+    act: Activation | None = "relu",
+    kernel_size: Sizes = 2,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    index_format: IndexFormat = "compact",
+    inplace: bool = False,
+) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+    """The same, one after another; the pooling by itself may still be a kernel."""
+    y = activate(torch_norm(x, norm), act, inplace=inplace or norm is not None)
+    return max_pool2d(y, kernel_size, stride, padding, 1, ceil_mode, return_indices, index_format=index_format)
+
+
+def _unsupported(x: Tensor, norm: BatchNormArgs | None, geometry: Geometry, wants_grad: bool) -> str:
+    if not x.is_contiguous(memory_format=torch.channels_last):
+        return "not channels_last: one after another"
+    if wants_grad and norm is None:
+        return "nothing is saved without a norm: one after another"
+    if wants_grad and HAS_TRITON and not geometry.pooling(*x.shape[:2], True).disjoint:
+        return "overlapping windows in training: one after another"
+    return ""
+
+
+# --- implementations
+
+
+def _kernel_norm(x, mean, var, weight, bias, kind, eps):
+    """The kernels' Norm, and the batch's statistics (3, C), empty where they are not taken."""
+    vectors = [None if t is None else t.contiguous() for t in (mean, var, weight, bias)]
+    stats = x.new_empty(0, dtype=stats_dtype_of(x))
+    if kind == "none":
+        return None, stats
+    if kind == "batch":
+        stats = batch_norm_stats(x)
+        vectors[:2] = stats[0], stats[1]
+    return Norm(*vectors, eps, kind == "batch"), stats
+
+
+def _launch_fwd(x, mean, var, weight, bias, kind, eps, act, size, out, kernel, stride, padding, dilation, bits):
+    g, x = Geometry(size, out, kernel, stride, padding, dilation), channels_last(x)
+    norm, stats = _kernel_norm(x, mean, var, weight, bias, kind, eps)
+    y, index = max_pool_fwd(x, g.pooling(*x.shape[:2], True), bits, norm, act)
+    return narrow(y, 2), narrow(index, 2) if bits == 64 else index, stats
+
+
+def _launch_bwd(
+    dy, index, stats, x, mean, var, weight, bias, kind, eps, act, size, out, kernel, stride, padding, dilation, bits
+):
+    g, x = Geometry(size, out, kernel, stride, padding, dilation), channels_last(x)
+    mean, var = (stats[0], stats[1]) if kind == "batch" else (mean.contiguous(), var.contiguous())
+    affine = (None if t is None else t.contiguous() for t in (weight, bias))
+    norm = Norm(mean, var, *affine, eps, kind == "batch")
+    dx, sums = norm_max_pool_bwd(channels_last(dy), index, x, norm, act, g.pooling(*x.shape[:2], True), bits)
+    dtype = x.dtype if weight is None else weight.dtype
+    return narrow(dx, 2), sums[1].to(dtype, copy=True), sums[0].to(dtype, copy=True)
+
+
+def _plain_fwd(x, mean, var, weight, bias, kind, eps, act, *sizes):
+    x = channels_last(x)
+    norm = PlainNorm(kind, mean, var, weight, bias, eps, x)
+    y, index = plain_pool(ACTIVATIONS[act](norm(x)).to(x.dtype), *sizes)
+    return y, index, norm.stats
+
+
+def _plain_bwd(dy, index, stats, x, mean, var, weight, bias, kind, eps, act, *sizes):
+    wide = stats_dtype_of(x)
+    norm = PlainNorm(kind, *((stats[0], stats[1]) if kind == "batch" else (mean, var)), weight, bias, eps, x)
+    g = plain_unpool(channels_last(dy).to(wide), index, *sizes, True, True, False)
+    dx, dweight, dbias = plain_norm_bwd(g, channels_last(x).to(wide), norm, kind == "batch", act)
+    dtype = x.dtype if weight is None else weight.dtype
+    return channels_last(dx.to(x.dtype)), dweight.to(dtype), dbias.to(dtype)
+
+
+def _fake_fwd(x, mean, var, weight, bias, kind, eps, act, *sizes):
+    x = channels_last(x)
+    stats = x.new_empty((3, x.shape[1]) if kind == "batch" else 0, dtype=stats_dtype_of(x))
+    return new_map(x, (*x.shape[:2], *sizes[1])), fake_index(x, True, *sizes), stats
+
+
+def _fake_bwd(dy, index, stats, x, mean, var, weight, *_):
+    dtype = x.dtype if weight is None else weight.dtype
+    vector = lambda: x.new_empty(x.shape[1], dtype=dtype)
+    return torch.empty_like(x, memory_format=torch.channels_last), vector(), vector()
+
+
+_NORM = "Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, str kind, float eps, str act"
+_SIZES = "SymInt[] size, SymInt[] out, int[] kernel, int[] stride, int[] padding, int[] dilation, int bits"
+pool_op = register(
+    f"batch_norm_act_max_pool({_NORM}, {_SIZES}) -> (Tensor, Tensor, Tensor)", _launch_fwd, _plain_fwd, _fake_fwd
+)
+pool_bwd_op = register(
+    f"batch_norm_act_max_pool_bwd(Tensor dy, Tensor index, Tensor stats, {_NORM}, {_SIZES}) "
+    "-> (Tensor, Tensor, Tensor)",
+    _launch_bwd,
+    _plain_bwd,
+    _fake_bwd,
+)
+
+
+class _NormPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        y, index, stats = pool_op(*args)
+        _NormPool.save(ctx, args, (y, index, stats))
+        ctx.mark_non_differentiable(index, stats)
+        return y, index, stats
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*output[1:], *inputs[:5])
+        ctx.options = inputs[5:]
+
+    @staticmethod
+    def gradients(ctx, dy, *_):
+        index, stats, x, *tensors = ctx.saved_tensors
+        dx, dweight, dbias = pool_bwd_op(dy, index, stats, x, *tensors, *ctx.options)
+        need = ctx.needs_input_grad
+        grads = (like(x, dx), None, None, dweight, dbias)
+        return *(g if n else None for g, n in zip(grads, need, strict=False)), *(None for _ in ctx.options)
+
+    backward = staticmethod(first_order("batch_norm_act_max_pool2d")(gradients))
+
+
+torch.library.register_autograd(
+    qualified("batch_norm_act_max_pool"), once_differentiable(_NormPool.gradients), setup_context=_NormPool.save
+)

@@ -1,0 +1,373 @@
+"""Transposed convolution with the fixed bilinear kernel, one channel at a time: FCN's upsampling, four taps a pixel."""
+
+import functools
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
+from fastseg.ops._register import qualified, register
+from fastseg.ops.upsample_bilinear import has_tangent, new_map, settle, suggested_format
+
+if HAS_TRITON:
+    from fastseg.kernels.bilinear import Taps, bilinear_fwd, unsupported
+    from fastseg.kernels.bilinear_bwd import bilinear_bwd
+
+NAME = "bilinear_conv_transpose2d"
+
+
+def bilinear_kernel(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The weight with which ``conv_transpose2d`` interpolates bilinearly, each channel by itself.
+
+    With f = (K + 1) // 2 and the centre c = (K - 1) / 2, tap (y, x) is (1 - |y - c| / f) (1 - |x - c| / f).
+
+    Args:
+        in_channels: of the transposed convolution.
+        out_channels: equal to ``in_channels``, or 1.
+        kernel_size: K, odd or even.
+        device: of the weight.
+        dtype: of the weight.
+
+    Returns:
+        (in_channels, out_channels, K, K), the taps where both channels are the same, else 0.
+
+    Raises:
+        IndexError: channels that differ, neither being 1.
+
+    Reference: Long et al., arXiv:1411.4038 (``surgery.py``); Dive into Deep Learning, section 14.11.
+    """
+    weight = torch.zeros(in_channels, out_channels, kernel_size, kernel_size, device=device, dtype=dtype)
+    taps = _taps(kernel_size, weight.to(torch.promote_types(weight.dtype, torch.float32))[:0])
+    weight[range(in_channels), range(out_channels)] = taps.to(weight.dtype)
+    return weight
+
+
+def _taps(K: int, like: Tensor) -> Tensor:
+    """(K, K), in the dtype and on the device of ``like``."""
+    distance = (torch.arange(K, device=like.device, dtype=like.dtype) - (K - 1) / 2).abs()
+    line = 1 - distance / ((K + 1) // 2)
+    return line[:, None] * line
+
+
+def _grouped_taps(K: int, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C, 1, K, K) for the channels of ``x``; kept from call to call where ``x`` is an ordinary tensor on a CPU."""
+    C = x.shape[1]
+    if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return _kept_taps(K, C, dtype)
+    return _taps(K, x.new_empty(0, dtype=dtype)).expand(C, 1, K, K).contiguous()
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_taps(K: int, C: int, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False), torch.no_grad():  # so that a later backward may save it
+        return _taps(K, torch.empty(0, dtype=dtype)).expand(C, 1, K, K).contiguous()
+
+
+def bilinear_geometry(stride: int, kernel_size: int | None, padding: int | None) -> tuple[int, int]:
+    """``kernel_size`` and ``padding`` with their defaults filled in.
+
+    Raises:
+        ValueError: no padding makes the output ``stride`` times the input; or a number out of range.
+    """
+    if stride < 1:
+        raise ValueError(f"{NAME}: stride is {stride}; it must be >= 1")
+    kernel_size = 2 * stride - stride % 2 if kernel_size is None else kernel_size
+    if kernel_size < 1:
+        raise ValueError(f"{NAME}: kernel_size is {kernel_size}; it must be >= 1")
+    if padding is None:
+        if kernel_size < stride or (kernel_size - stride) % 2:
+            raise ValueError(
+                f"{NAME}: with kernel_size {kernel_size} no padding makes the output {stride} times the input; give one"
+            )
+        padding = (kernel_size - stride) // 2
+    if padding < 0:
+        raise ValueError(f"{NAME}: padding is {padding}; it must be >= 0")
+    return kernel_size, padding
+
+
+def bilinear_conv_transpose2d(
+    x: Tensor,
+    stride: int,
+    kernel_size: int | None = None,
+    padding: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_offset: int = 0,
+    output_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """``conv_transpose2d(x, bilinear_kernel(C, C, K), bias, stride, padding)``, plus a window of ``skip``.
+
+    Equal everywhere, borders included: zeros lie around ``x``, where ``interpolate`` would repeat its last pixel. An
+    output takes four taps of its own channel, not C K K / S S. FCN's crops need no copies: to crop a skip at n is
+    ``skip_offset=n``; to crop the output at n to an image's size is ``padding=n, output_size=size``. The map is linear:
+    second and forward-mode derivatives work; its backward gathers, and gives the same bits in every run.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last; neither is copied.
+        stride: S, output pixels per input pixel.
+        kernel_size: K, in taps; None means ``2 S - S % 2``. Above 2 S it takes the reference path.
+        padding: output pixels cut off above and to the left, and, without ``output_size``, below and to the right;
+            None means (K - S) / 2, which makes the output S times the input.
+        bias: (C,), added to each channel.
+        skip: (N, C, SH, SW), whose window of the output's size is added.
+        skip_offset: first row and column of that window, in pixels.
+        output_size: OH and OW, any: more than torch's is what the kernel gives there, and 0 past its reach. None means
+            (n - 1) S + K - 2 padding.
+
+    Returns:
+        (N, C, OH, OW), in the memory format of ``x``; in autocast's dtype under autocast, as torch's convolutions.
+
+    Raises:
+        ValueError: shapes or numbers that do not fit, tensors on different devices.
+        TypeError: ``x`` is not floating point, or ``skip`` has another dtype outside autocast.
+
+    Reference: Long et al., Fully convolutional networks for semantic segmentation, arXiv:1411.4038.
+    """
+    K, padding = bilinear_geometry(stride, kernel_size, padding)
+    if x.dim() == 4 and x.is_floating_point():
+        x = x.to(autocast_dtype(x))
+        skip = None if skip is None else skip.to(autocast_dtype(skip))
+    size = _check(x, stride, K, padding, bias, skip, skip_offset, output_size)
+    why = ""
+    if K > 2 * stride:  # noqa: SIM300
+        why = f"kernel size {K} > 2 * stride {stride}: more than four taps"
+    elif HAS_TRITON:
+        why = unsupported(x.shape[1], tuple(x.shape[2:]), size)
+        why = why or (unsupported(skip.shape[1], tuple(skip.shape[2:]), size) if skip is not None else "")
+    if not use_kernel(NAME, x, bias, skip, unsupported=why):
+        return bilinear_conv_transpose2d_ref(
+            x, stride, K, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
+        )
+    args = (x, skip, bias, size, stride, K, padding, skip_offset)
+    record = needs_grad(x, skip, bias) or any(t is not None and has_tangent(t) for t in (x, skip, bias))
+    return _BilinearConvTranspose2d.apply(*args) if record else _fwd(*args)
+
+
+def bilinear_conv_transpose2d_ref(
+    x: Tensor,
+    stride: int,
+    kernel_size: int | None = None,
+    padding: int | None = None,
+    *,
+    bias: Tensor | None = None,
+    skip: Tensor | None = None,
+    skip_offset: int = 0,
+    output_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """``bilinear_conv_transpose2d`` in plain PyTorch."""
+    K, padding = bilinear_geometry(stride, kernel_size, padding)
+    # One group a channel, in the memory format of x: on a CPU, channels_last takes 0.1 to 0.2 of the time of a dense
+    # weight, NCHW 0.2 to 0.3 (21 channels). In 16 bits large kernels are slow there (64 taps: 7 times fp32).
+    wide = torch.promote_types(x.dtype, torch.float32)
+    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
+        weight = _grouped_taps(K, x, wide)
+        y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, x.shape[1], output_size)
+        if bias is not None:
+            y = y + bias.to(wide)[:, None, None]
+        if skip is not None:
+            y = y + window(skip, skip_offset, y.shape[2:]).to(wide)
+    return y.to(x.dtype).contiguous(memory_format=suggested_format(x))
+
+
+def sized_conv_transpose2d(
+    x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, size: tuple[int, int] | None
+) -> Tensor:
+    """``conv_transpose2d`` cut at any size; beyond torch's own, with what the kernel gives there, and then zeros."""
+    natural = [(n - 1) * stride + weight.shape[-1] - 2 * padding for n in x.shape[-2:]]
+    if size is None or (size[0] <= natural[0] and size[1] <= natural[1]):
+        y = F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
+        return y if size is None else y[..., : size[0], : size[1]]
+    y = F.conv_transpose2d(x, weight, None, stride, groups=groups)[..., padding:, padding:]
+    y = y[..., : size[0], : size[1]]
+    return F.pad(y, (0, size[1] - y.shape[-1], 0, size[0] - y.shape[-2]))
+
+
+def conv_transpose2d_plus(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: int,
+    *,
+    diagonal: bool,
+    skip: Tensor | None = None,
+    skip_offset: int = 0,
+    output_size: tuple[int, int] | None = None,
+) -> Tensor:
+    """``bilinear_conv_transpose2d`` with any ``weight`` (C, C, K, K), in plain PyTorch.
+
+    Args:
+        x: (N, C, H, W) or (C, H, W).
+        weight: of ``conv_transpose2d``.
+        bias: (C,).
+        stride: output pixels per input pixel.
+        padding: output pixels cut off.
+        diagonal: no channel takes from another: a grouped convolution is enough.
+        skip: (N, C, SH, SW) or (C, SH, SW), whose window of the output's size is added.
+        skip_offset: where that window begins.
+        output_size: OH and OW.
+    """
+    groups = x.shape[1] if diagonal and x.dim() == 4 else 1
+    if groups > 1:
+        weight = weight.diagonal().permute(2, 0, 1)[:, None].contiguous()  # (C, 1, K, K)
+    y = sized_conv_transpose2d(x, weight, stride, padding, groups, output_size)
+    y = y if bias is None else y + bias.to(y.dtype)[:, None, None]
+    return y if skip is None else y + window(skip, skip_offset, y.shape[-2:])
+
+
+def window(skip: Tensor, offset: int, size: tuple[int, int]) -> Tensor:
+    """(N, C, *size) of ``skip``, from row and column ``offset`` on."""
+    return skip[..., offset : offset + size[0], offset : offset + size[1]]
+
+
+def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple[int, int]:
+    """Raise on bad arguments; -> the output's height and width."""
+    if x.dim() != 4 or 0 in x.shape[1:]:
+        raise ValueError(f"{NAME}: x is {tuple(x.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
+    if not x.is_floating_point():
+        raise TypeError(f"{NAME}: x is {x.dtype}; it must be a floating-point tensor")
+    natural = tuple((n - 1) * stride + K - 2 * padding for n in x.shape[2:])
+    size = natural if output_size is None else tuple(output_size)
+    if len(size) != 2 or min(size) < 1:
+        raise ValueError(f"{NAME}: the output would be {size}, from {tuple(x.shape)} with padding {padding}")
+    if bias is not None and bias.shape != (x.shape[1],):
+        raise ValueError(f"{NAME}: bias is {tuple(bias.shape)}; it must be ({x.shape[1]},)")
+    if skip is not None:
+        fits = skip.dim() == 4 and skip.shape[:2] == x.shape[:2] and skip_offset >= 0
+        if not fits or any(skip_offset + n > have for n, have in zip(size, skip.shape[2:], strict=True)):
+            raise ValueError(
+                f"{NAME}: skip is {tuple(skip.shape)}; from {skip_offset} on it must hold {(*x.shape[:2], *size)}"
+            )
+        if skip.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(f"{NAME}: x is {x.dtype} and skip {skip.dtype}; they should be the same: cast one")
+    return size
+
+
+# --- the registered ops
+
+
+def _launch_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
+    x, channels_last = settle(x)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    skip = None if skip is None else skip.contiguous(memory_format=layout)
+    bias = None if bias is None else bias.contiguous()
+    taps = Taps("kernel", stride=stride, kernel=kernel_size, padding=padding)
+    return bilinear_fwd(x, tuple(size), taps, channels_last, skip, skip_offset, bias)
+
+
+def _plain_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
+    y = bilinear_conv_transpose2d_ref(
+        x, stride, kernel_size, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
+    )
+    return y.clone() if y is x else y
+
+
+def _launch_bwd(dy, size, stride, kernel_size, padding):
+    dy, channels_last = settle(dy)
+    return bilinear_bwd(dy, tuple(size), Taps("kernel", (0.0, 0.0), stride, kernel_size, padding), channels_last)
+
+
+def _plain_bwd(dy, size, stride, kernel_size, padding):
+    K, wide = kernel_size, torch.promote_types(dy.dtype, torch.float32)
+    weight = _grouped_taps(K, dy, wide)
+    below, right = ((n - 1) * stride + K - padding - out for n, out in zip(size, dy.shape[2:], strict=True))
+    padded = F.pad(dy.to(wide), (padding, right, padding, below))
+    dx = F.conv2d(padded.contiguous(memory_format=torch.channels_last), weight, stride=stride, groups=dy.shape[1])
+    return dx.to(dy.dtype).contiguous(memory_format=suggested_format(dy))
+
+
+_fwd = register(
+    f"{NAME}(Tensor x, Tensor? skip, Tensor? bias, SymInt[] size, int stride, int kernel_size, int padding, "
+    "SymInt skip_offset) -> Tensor",
+    _launch_fwd,
+    _plain_fwd,
+    lambda x, skip, bias, size, *_: new_map(x, size),
+)
+_bwd = register(
+    f"{NAME}_bwd(Tensor dy, SymInt[] size, int stride, int kernel_size, int padding) -> Tensor",
+    _launch_bwd,
+    _plain_bwd,
+    lambda dy, size, *_: new_map(dy, size),
+)
+
+
+class _BilinearConvTranspose2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        _BilinearConvTranspose2d.save(ctx, args, None)
+        return _fwd(*args)
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        x, skip, bias, size, *ctx.taps, ctx.skip_offset = inputs
+        ctx.size, ctx.out = tuple(x.shape[2:]), size
+        ctx.skip_size = None if skip is None else tuple(skip.shape[2:])
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        dx = dskip = dbias = None
+        need_x, need_skip, need_bias = ctx.needs_input_grad[:3]
+        if need_x:
+            args = (dy, ctx.size, *ctx.taps)
+            recorded = needs_grad(dy) or has_tangent(dy)
+            dx = _BilinearConvTranspose2dBwd.apply(*args) if recorded else _bwd(*args)
+        if need_skip:
+            offset = ctx.skip_offset
+            below, right = (have - offset - n for have, n in zip(ctx.skip_size, dy.shape[2:], strict=True))
+            dskip = F.pad(dy, (offset, right, offset, below)) if offset or below or right else dy
+        if need_bias:
+            wide = torch.promote_types(dy.dtype, torch.float32)
+            dbias = dy.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
+        return dx, dskip, dbias, *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx, x, skip, bias, *_):
+        tangents = []
+        if x is not None:
+            tangents.append(_fwd(x, None, None, ctx.out, *ctx.taps, 0))
+        if skip is not None:
+            tangents.append(window(skip, ctx.skip_offset, ctx.out).clone())
+        if bias is not None:
+            tangents.append(bias[:, None, None])
+        return sum(tangents)
+
+
+class _BilinearConvTranspose2dBwd(torch.autograd.Function):
+    """The transpose; its own backward is the map again."""
+
+    @staticmethod
+    def forward(ctx, dy: Tensor, *args):
+        _BilinearConvTranspose2dBwd.save(ctx, (dy, *args), None)
+        return _bwd(dy, *args)
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        dy, *ctx.args = inputs
+        ctx.out, ctx.taps = tuple(dy.shape[2:]), ctx.args[1:]
+
+    @staticmethod
+    def backward(ctx, ddx: Tensor):
+        args = (ddx, None, None, ctx.out, *ctx.taps, 0)
+        recorded = needs_grad(ddx) or has_tangent(ddx)
+        ddy = _BilinearConvTranspose2d.apply(*args) if recorded else _fwd(*args)
+        return ddy, *(None,) * 4
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        return _bwd(tangent, *ctx.args)
+
+
+for _name, _function in ((NAME, _BilinearConvTranspose2d), (f"{NAME}_bwd", _BilinearConvTranspose2dBwd)):
+    torch.library.register_autograd(qualified(_name), _function.backward, setup_context=_function.save)

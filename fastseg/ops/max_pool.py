@@ -1,0 +1,170 @@
+"""Max pooling over one, two or three spatial axes, with compact indices on request."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from fastseg.ops._dispatch import HAS_TRITON, use_kernel
+from fastseg.ops._pooling import INT64, POOL, Geometry, has_tangent, is_last, pool
+from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
+
+IndexFormat = Literal["int64", "compact"]
+Sizes = int | tuple[int, ...] | list[int]
+
+
+def max_pool1d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    index_format: IndexFormat = "int64",
+) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+    """As ``torch.nn.functional.max_pool1d``, on (N, C, L) or (C, L); ``index_format`` as in ``max_pool2d``."""
+    return _max_pool(
+        1, max_pool1d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format
+    )
+
+
+def max_pool2d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    index_format: IndexFormat = "int64",
+) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+    """As ``torch.nn.functional.max_pool2d``, with the same values, indices, layouts and errors; and small indices.
+
+    Ties go to the window's first cell, NaN wins, the last one of several; padding is never chosen. First and second
+    derivatives, forward-mode too. Where no index is asked for, the backward keeps codes of 2 to 8 bits a window.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W), contiguous or channels_last.
+        kernel_size: of the windows, in pixels; one number, or one for each axis, as the next three.
+        stride: distance of windows, in pixels; None means ``kernel_size``.
+        padding: on each side, in pixels, at most half the window's reach.
+        dilation: distance of neighbouring cells of a window, in pixels.
+        ceil_mode: whether a window that begins inside but ends outside counts.
+        return_indices: whether to return the chosen cells as well.
+        index_format: "int64", torch's flat indices, or "compact", a ``PoolIndices`` of 2 bits a window of up to 4
+            cells, 4 up to 16, 8 up to 256: a 32nd to an 8th of the bytes.
+
+    Returns:
+        The maxima, (N, C, OH, OW), and with ``return_indices`` their indices, both laid out as the input.
+
+    Raises:
+        RuntimeError: whatever torch's function raises it for.
+        ValueError: ``index_format`` is neither of the two, or a window of more than 256 cells is to have compact ones.
+
+    Reference: ``torch.nn.functional.max_pool2d``; 2 bits a window: Badrinarayanan et al., SegNet, arXiv:1511.00561.
+    """
+    return _max_pool(
+        2, max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format
+    )
+
+
+def max_pool3d(
+    input: Tensor,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    dilation: Sizes = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+    *,
+    index_format: IndexFormat = "int64",
+) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+    """As ``torch.nn.functional.max_pool3d``, (N, C, D, H, W) or (C, D, H, W); ``index_format`` as in ``max_pool2d``."""
+    return _max_pool(
+        3, max_pool3d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format
+    )
+
+
+def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format):
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            public, (input,), input, kernel_size, stride, padding, dilation, ceil_mode, return_indices,
+            index_format=index_format,
+        )  # fmt: skip
+    name = public.__name__
+    if index_format not in ("int64", "compact"):
+        raise ValueError(f'{name}: index_format is {index_format!r}; use "int64" or "compact"')
+    arguments = (kernel_size, kernel_size if stride is None or stride == [] else stride, padding, dilation)
+    geometry, unsupported = pool_geometry(input, *arguments, ceil_mode, dims)
+    if not use_kernel(name, input, unsupported=unsupported):
+        return max_pool_ref(input, *arguments, ceil_mode, return_indices, index_format, geometry, dims)
+    compact = return_indices and index_format == "compact"
+    wants_grad = torch.is_grad_enabled() and input.requires_grad
+    if return_indices:
+        bits = bits_of(geometry.kernel) if compact else INT64
+    else:
+        bits = bits_of(geometry.kernel) if wants_grad or has_tangent(input) else 0
+    x = input if input.dim() == dims + 2 else input[None]
+    y, index = pool(x, geometry, bits)
+    y = y if x is input else y[0]
+    if not return_indices:
+        return y
+    if not compact:
+        return y, index if x is input else index[0]
+    return y, PoolIndices(index, y.shape, *(tuple(v) for v in geometry.window), is_last(x))
+
+
+def max_pool_ref(
+    input: Tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format, geometry, dims: int
+) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
+    """``max_pool1d``, ``2d`` and ``3d`` in plain PyTorch; raises torch's errors where there is no ``geometry``."""
+    if not return_indices or index_format == "int64":
+        return POOL[dims](input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+    y, index = POOL[dims](input, kernel_size, stride, padding, dilation, ceil_mode, True)
+    batched = index if input.dim() == dims + 2 else index[None]
+    last = is_last(input) and input.dim() == dims + 2
+    codes = pack(encode(batched, *geometry.window), bits_of(geometry.kernel), last)
+    return y, PoolIndices(codes, y.shape, *(tuple(v) for v in geometry.window), last)
+
+
+def spatial(value: Sizes, dims: int) -> list[int] | None:
+    """One number for each spatial axis; None where ``value`` is neither one number nor that many."""
+    if isinstance(value, int):
+        return [value] * dims
+    value = list(value)
+    return value * dims if len(value) == 1 else value if len(value) == dims else None
+
+
+def pool_geometry(
+    input: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool, dims: int
+) -> tuple[Geometry | None, str]:
+    """The sizes of a pooling, and why the kernels cannot take it, or "". No sizes: torch is to say what is wrong."""
+    values = [spatial(v, dims) for v in (kernel_size, stride, padding, dilation)]
+    size = list(input.shape[-dims:])
+    bad = "torch's own checks"
+    if None in values or input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
+        return None, bad
+    kernel, stride, padding, dilation = values
+    out = []
+    for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
+        reach = k if dims == 3 else d * (k - 1) + 1  # what torch holds the padding against
+        if k < 1 or s < 1 or d < 1 or not 0 <= p <= reach // 2:
+            return None, bad
+        span = n + 2 * p - d * (k - 1) - 1
+        o = span // s + 1
+        if ceil_mode:  # but no window begins in the padding at the end
+            o = torch.sym_min((span + s - 1) // s + 1, (n + p - 1) // s + 1)
+        if o < 1:
+            return None, bad
+        out.append(o)
+    geometry = Geometry(size, out, kernel, stride, padding, dilation)
+    if input.numel() == 0:
+        return geometry, "empty input"
+    if not HAS_TRITON:
+        return geometry, ""
+    N, C = input.shape[:2] if input.dim() == dims + 2 else (1, input.shape[0])
+    return geometry, geometry.pooling(N, C, False).unsupported()

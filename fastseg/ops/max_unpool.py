@@ -1,0 +1,194 @@
+"""Max unpooling over one, two or three spatial axes, from int64 or compact indices."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from fastseg.ops._dispatch import HAS_TRITON, use_kernel
+from fastseg.ops._pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
+from fastseg.ops._register import like
+from fastseg.ops.max_pool import Sizes, spatial
+from fastseg.ops.pool_indices import PoolIndices
+
+CheckIndices = Literal["async", "sync"]
+
+
+def max_unpool1d(
+    input: Tensor,
+    indices: Tensor | PoolIndices,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    output_size: Sequence[int] | None = None,
+    *,
+    check_indices: CheckIndices = "async",
+) -> Tensor:
+    """As ``torch.nn.functional.max_unpool1d``, on (N, C, L) or (C, L); the rest as in ``max_unpool2d``."""
+    return _max_unpool(1, max_unpool1d, input, indices, kernel_size, stride, padding, output_size, check_indices)
+
+
+def max_unpool2d(
+    input: Tensor,
+    indices: Tensor | PoolIndices,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    output_size: Sequence[int] | None = None,
+    *,
+    check_indices: CheckIndices = "async",
+) -> Tensor:
+    """As ``torch.nn.functional.max_unpool2d``; deterministic, and safe with any index.
+
+    Each output element is written once, by the window that owns it: no memset, no atomics, nothing to forbid under
+    ``torch.use_deterministic_algorithms(True)``. Of several windows that name one cell the last in memory order wins,
+    and the gradient flows to each. First and second derivatives, forward-mode too.
+
+    An int64 index outside the output is never followed, neither here nor in the backward, and is an error. On a CPU it
+    is torch's. On a GPU the kernel notes it and a device-side assertion reads the note: the error comes with the next
+    synchronisation, as torch's does, and the host waits for nothing. ``check_indices="sync"`` waits, raises here, with
+    the index, and leaves the CUDA context usable: for data that is not trusted, and for debugging.
+
+    Args:
+        input: values of the windows, (N, C, h, w) or (C, h, w), floating point, contiguous or channels_last.
+        indices: int64, flat in the output's plane, shaped as ``input``; or the ``PoolIndices`` of the pooling.
+        kernel_size: of the pooling's windows, in pixels; one number, or one for each axis, as the next two.
+        stride: distance of the windows; None means ``kernel_size``.
+        padding: of the pooling.
+        output_size: (H, W) or (N, C, H, W); None means (h - 1) stride - 2 padding + kernel_size. It may differ from
+            that by less than a stride.
+        check_indices: "async" or "sync", as above.
+
+    Returns:
+        (N, C, H, W): the values where the indices say, zeros elsewhere; laid out as ``input``.
+
+    Raises:
+        RuntimeError: an index outside the output; indices of another dtype or shape; an empty plane.
+        ValueError: an ``output_size`` out of range; ``check_indices`` is neither of the two.
+        NotImplementedError: ``input`` is not floating point.
+
+    Reference: ``torch.nn.functional.max_unpool2d``; Zeiler and Fergus, arXiv:1311.2901.
+    """
+    return _max_unpool(2, max_unpool2d, input, indices, kernel_size, stride, padding, output_size, check_indices)
+
+
+def max_unpool3d(
+    input: Tensor,
+    indices: Tensor | PoolIndices,
+    kernel_size: Sizes,
+    stride: Sizes | None = None,
+    padding: Sizes = 0,
+    output_size: Sequence[int] | None = None,
+    *,
+    check_indices: CheckIndices = "async",
+) -> Tensor:
+    """As ``torch.nn.functional.max_unpool3d``, on (N, C, d, h, w) or (C, d, h, w); the rest as in ``max_unpool2d``."""
+    return _max_unpool(3, max_unpool3d, input, indices, kernel_size, stride, padding, output_size, check_indices)
+
+
+def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, output_size, check_indices) -> Tensor:
+    if has_torch_function_unary(input):
+        return handle_torch_function(
+            public, (input,), input, indices, kernel_size, stride, padding, output_size, check_indices=check_indices
+        )
+    name = public.__name__
+    if check_indices not in ("async", "sync"):
+        raise ValueError(f'{name}: check_indices is {check_indices!r}; use "async" or "sync"')
+    sizes = [spatial(v, dims) for v in (kernel_size, kernel_size if stride is None else stride, padding)]
+    if None in sizes:
+        raise ValueError(
+            f"{name}: kernel_size {kernel_size}, stride {stride}, padding {padding}; give {dims} numbers each"
+        )
+    kernel, stride, padding = sizes
+    size = _output_size(input, kernel, stride, padding, output_size and list(output_size))
+    _check(input, indices, name, dims)
+    if isinstance(indices, PoolIndices):
+        indices.check()
+    batched = input.dim() == dims + 2
+    v = input if batched else input[None]
+    geometry = Geometry(size, list(v.shape[2:]), kernel, stride, padding, [1] * dims)
+    if isinstance(indices, PoolIndices):
+        if indices.codes.numel() and [list(s) for s in indices_window(indices)] == [list(s) for s in geometry.window]:
+            index, bits, last = indices.codes, indices.bits, indices.channels_last
+        else:  # codes are of another plane: torch reads flat indices of one plane in another, and so it shall be here
+            index, bits, last = indices.to_torch(), INT64, False
+    else:
+        index, bits, last = indices, INT64, False
+    if bits == INT64:
+        index = index if index.dim() == dims + 2 else index[None]
+    if not use_kernel(name, input, index, unsupported=_unsupported(v, geometry)):
+        if bits != INT64:
+            index = indices.to_torch()
+            index = index if index.dim() == dims + 2 else index[None]
+        y = max_unpool_ref(v, index, geometry, bits != INT64, check_indices == "sync")
+    else:
+        y = unpool(v, index, geometry, bits, last, add=False, sync=check_indices == "sync")
+    return y if batched else y[0]
+
+
+def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] | None) -> list[int]:
+    """The output's spatial size; torch's own function says what is wrong with one that was given.
+
+    A graph takes it as it is: a check would be a guard, which sizes that hold for all inputs cannot always prove.
+    """
+    if output_size is not None and torch.compiler.is_compiling():
+        return output_size[-len(kernel) :]
+    return list(F._unpool_output_size(input, kernel, stride, padding, output_size))
+
+
+def indices_window(indices: PoolIndices) -> tuple[tuple[int, ...], ...]:
+    """The geometry that the codes belong to, in the order of ``Geometry.window``."""
+    return indices.input_size, indices.kernel_size, indices.stride, indices.padding, indices.dilation
+
+
+def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, sync: bool = False) -> Tensor:
+    """``max_unpool1d``, ``2d`` and ``3d`` in plain PyTorch: torch's own, but where that is forbidden or cannot be.
+
+    Args:
+        v: (N, C, *windows).
+        index: int64, of the same shape.
+        geometry: sizes; ``size`` is the output's.
+        trusted: the index was made of codes; -1, where they name no cell, is then left out.
+        sync: as ``check_indices``.
+    """
+    dims = len(geometry.size)
+    cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
+    dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
+    if torch.are_deterministic_algorithms_enabled() or dropped or (sync and v.device.type != "cpu"):
+        return spread_ref(v, index, geometry.size, add=False, checked=not trusted, sync=sync)
+    return like(v, UNPOOL[dims](v, index, geometry.kernel, geometry.stride, geometry.padding, geometry.size))
+
+
+def _check(input: Tensor, indices: Tensor | PoolIndices, name: str, dims: int) -> None:
+    """Raise what torch raises, in its words: its own functions cannot be asked in deterministic mode."""
+    if input.dim() not in (dims + 1, dims + 2):
+        raise RuntimeError(
+            f"Input to max_unpooling{dims}d should be a {dims + 1}d or {dims + 2}d Tensor, but got a tensor with "
+            f"{input.dim()} dimensions."
+        )
+    if not input.is_floating_point():
+        raise NotImplementedError(f"\"{name}\" not implemented for '{str(input.dtype).removeprefix('torch.')}'")
+    if isinstance(indices, Tensor) and indices.dtype != torch.int64:
+        raise RuntimeError(f"elements in indices should be type int64 but got: {indices.dtype}")
+    if input.shape != indices.shape:
+        raise RuntimeError(
+            f"Expected shape of indices to be same as that of the input tensor ({list(input.shape)}) but got indices "
+            f"tensor with shape: {list(indices.shape)}"
+        )
+    for axis in range(input.dim() - dims - 1, input.dim()):
+        if input.shape[axis] == 0:
+            raise RuntimeError(
+                f"{name}: Expected input to have non-zero size for non-batch dimensions, but got {list(input.shape)} "
+                f"with dimension {axis} being empty."
+            )
+
+
+def _unsupported(v: Tensor, geometry: Geometry) -> str:
+    if v.numel() == 0 or 0 in geometry.size:
+        return "empty input or output"
+    if min(geometry.kernel) < 1 or min(geometry.stride) < 1 or min(geometry.padding) < 0:
+        return "windows of no size, no stride or negative padding"
+    return geometry.pooling(*v.shape[:2], False).unsupported() if HAS_TRITON else ""

@@ -1,0 +1,126 @@
+"""Unpooling and the convolution after it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
+from fastseg.ops._dispatch import HAS_TRITON, use_kernel
+from fastseg.ops._pooling import Geometry
+from fastseg.ops._register import channels_last, register
+from fastseg.ops.max_unpool import max_unpool2d
+from fastseg.ops.pool_indices import PoolIndices
+
+if HAS_TRITON:
+    from fastseg.kernels.max_unpool_conv import max_unpool_conv_fwd, plan
+
+
+def max_unpool_conv2d(
+    input: Tensor,
+    indices: Tensor | PoolIndices,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: Activation | None = None,
+    *,
+    kernel_size: int | tuple[int, int] = 2,
+    stride: int | tuple[int, int] | None = None,
+    output_size: Sequence[int] | None = None,
+) -> Tensor:
+    """What a decoder's stage begins with: ``act(conv2d(max_unpool2d(input, indices), weight, bias))``, same padding.
+
+    Without gradients, from compact indices and in channels_last the unpooled map can stay unwritten: the convolution's
+    operand is then built from the windows. A cost model says where that pays (``explain`` shows it): for 1x1. Else the
+    map is written by the unpooling kernel and read by the library's convolution.
+
+    Args:
+        input: values of the windows, (N, C, h, w).
+        indices: of the pooling; compact ones for the kernel.
+        weight: (COUT, C, K, K), K odd.
+        bias: (COUT,).
+        act: None, "relu", "relu6" or "leaky_relu".
+        kernel_size: of the pooling's windows.
+        stride: distance of the windows; None means ``kernel_size``.
+        output_size: as ``max_unpool2d``.
+
+    Returns:
+        (N, COUT, H, W).
+
+    Raises:
+        ValueError: the weight does not fit; and whatever ``max_unpool2d`` raises.
+
+    Reference: the decoder of SegNet, arXiv:1511.00561.
+    """
+    name = "max_unpool_conv2d"
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if weight.dim() != 4 or input.dim() != 4 or weight.shape[1] != input.shape[1]:
+        raise ValueError(
+            f"{name}: input is {tuple(input.shape)}, weight {tuple(weight.shape)}; give (N, C, h, w), (COUT, C, K, K)"
+        )
+    if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
+        raise ValueError(f"{name}: weight is {tuple(weight.shape)}; its kernel must be square and odd")
+    unsupported, why = _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
+    if not use_kernel(name, input, weight, bias, unsupported=unsupported, form=lambda: why):
+        unpooled = max_unpool2d(input, indices, kernel_size, stride, 0, output_size)
+        y = F.conv2d(unpooled, weight, bias, padding=weight.shape[-1] // 2)
+        return activate(y, act, inplace=True)
+    indices.check()
+    geometry = (indices.input_size, indices.kernel_size, indices.stride)
+    return _fwd(input, indices.codes, weight, bias, act or "none", *geometry)
+
+
+def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size) -> tuple[str, str]:
+    """Why the map is written, or ""; and what the cost model says."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
+        return "gradients are wanted: unpooling, then convolution", ""
+    if torch.compiler.is_compiling():
+        return "a captured graph: unpooling, then convolution", ""
+    if not isinstance(indices, PoolIndices) or not indices.channels_last or input.numel() == 0:
+        return "no compact indices in channels_last: unpooling, then convolution", ""
+    pair = lambda v: tuple(v) if isinstance(v, (tuple, list)) else (v, v)
+    size = indices.input_size if output_size is None else tuple(output_size)[-2:]
+    windows = (pair(kernel_size), pair(kernel_size if stride is None else stride), (0, 0), (1, 1))
+    own = (indices.kernel_size, indices.stride, indices.padding, indices.dilation)
+    if own != windows or tuple(size) != indices.input_size or input.shape != indices.shape:
+        return "indices of another pooling: unpooling, then convolution", ""
+    if not HAS_TRITON:
+        return "", ""
+    N, C, OH, OW = input.shape
+    pool = Geometry(*(list(v) for v in (size, (OH, OW), *windows))).pooling(N, C, True)
+    why = pool.unsupported() or ("" if pool.disjoint else "overlapping windows: unpooling, then convolution")
+    if why:
+        return why, ""
+    pixels = N * size[0] * size[1]
+    chosen = plan(pixels, N * OH * OW, C, weight.shape[0], weight.shape[-1], input.dtype, indices.bits)
+    return ("" if chosen.fold else str(chosen)), str(chosen)
+
+
+def _launch_fwd(input, codes, weight, bias, act, size, kernel, stride):
+    pool = Geometry(size, list(input.shape[2:]), kernel, stride, [0, 0], [1, 1]).pooling(*input.shape[:2], True)
+    bits = 2 if pool.taps <= 4 else 4 if pool.taps <= 16 else 8
+    bias = None if bias is None else bias.contiguous()
+    weight = channels_last(weight).to(input.dtype)
+    return max_unpool_conv_fwd(channels_last(input), codes.contiguous(), weight, bias, act, pool, bits)
+
+
+def _plain_fwd(input, codes, weight, bias, act, size, kernel, stride):
+    indices = PoolIndices(codes, input.shape, tuple(size), tuple(kernel), tuple(stride), (0, 0), (1, 1), True)
+    unpooled = max_unpool2d(input, indices, kernel, stride, 0, size)
+    cast = lambda t: None if t is None else t.to(input.dtype)
+    return channels_last(ACTIVATIONS[act](F.conv2d(unpooled, cast(weight), cast(bias), padding=weight.shape[-1] // 2)))
+
+
+def _fake_fwd(input, codes, weight, bias, act, size, kernel, stride):
+    shape = (input.shape[0], weight.shape[0], *size)
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=torch.channels_last)
+
+
+_fwd = register(
+    "max_unpool_conv2d(Tensor input, Tensor codes, Tensor weight, Tensor? bias, str act, SymInt[] size, int[] kernel, "
+    "int[] stride) -> Tensor",
+    _launch_fwd,
+    _plain_fwd,
+    _fake_fwd,
+)

@@ -1,0 +1,223 @@
+"""Which cell of each window won a max pooling, in 2, 4 or 8 bits a window."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+MOST_TAPS = 256  # what a code of 8 bits can tell apart
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True, eq=False)
+class PoolIndices:
+    """The indices of a max pooling as window-local codes: 2 bits a window of up to 4 cells, 4 up to 16, 8 up to 256.
+
+    ``max_pool2d(..., return_indices=True, index_format="compact")`` makes one; ``max_unpool2d`` takes it in place of
+    int64 indices. The code of a cell is its number in its window, row by row; a code names no cell outside its window.
+
+    Attributes:
+        codes: uint8, rows of packed codes, the first in the lowest bits; along channels where ``channels_last``, else
+            along the last axis of the windows.
+        shape: of the indices, (N, C, *windows) or (C, *windows).
+        input_size: spatial size of the pooling's input, in pixels.
+        kernel_size: of the windows, one number each spatial axis, as the next three.
+        stride: distance of neighbouring windows.
+        padding: cells before the first pixel that windows may cover.
+        dilation: distance of neighbouring cells of a window.
+        channels_last: whether the pooled map is laid out so.
+
+    Example:
+        >>> values, indices = max_pool2d(x, 2, return_indices=True, index_format="compact")
+        >>> indices.to_torch()  # as torch's own int64
+    """
+
+    codes: Tensor
+    shape: torch.Size
+    input_size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    channels_last: bool
+
+    @property
+    def bits(self) -> int:
+        """Bits of one code."""
+        return bits_of(self.kernel_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+        return self.codes.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PoolIndices":
+        """The same on another device."""
+        return replace(self, codes=self.codes.to(device, non_blocking=non_blocking))
+
+    def to_torch(self) -> Tensor:
+        """int64 indices as torch's own: flat in the un-padded plane; -1 where a code names no cell of it."""
+        batch = self.shape[: -len(self.input_size)]
+        windows = self.shape[len(batch) :]
+        N, C = batch if len(batch) == 2 else (1, *batch)
+        grid = (N, *windows, C) if self.channels_last else (N, C, *windows)
+        codes = _unpack(self.codes.view(*grid[:-1], -1), self.bits, grid[-1])
+        codes = codes.movedim(-1, 1) if self.channels_last else codes
+        flat = decode(codes, self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
+        flat = flat.contiguous(memory_format=_FORMATS[flat.dim()]) if self.channels_last else flat.contiguous()
+        return flat.view(self.shape) if len(batch) == 1 else flat
+
+    @classmethod
+    def from_torch(
+        cls,
+        indices: Tensor,
+        input_size: tuple[int, ...],
+        kernel_size: tuple[int, ...],
+        stride: tuple[int, ...],
+        padding: tuple[int, ...],
+        dilation: tuple[int, ...],
+        *,
+        channels_last: bool = False,
+    ) -> "PoolIndices":
+        """Codes of int64 indices (N, C, *windows) or (C, *windows) that a max pooling of that geometry gave.
+
+        Raises:
+            ValueError: windows of more than 256 cells, or an index outside its window.
+        """
+        dims = len(input_size)
+        flat = indices if indices.dim() == dims + 2 else indices[None]
+        codes = encode(flat, input_size, kernel_size, stride, padding, dilation)
+        back = decode(codes, input_size, kernel_size, stride, padding, dilation)
+        if not torch.equal(back, flat):
+            raise ValueError("PoolIndices.from_torch: an index is outside its window: not of a pooling like this")
+        codes = pack(codes, bits_of(kernel_size), channels_last)
+        return cls(codes, indices.shape, *_tuples(input_size, kernel_size, stride, padding, dilation), channels_last)
+
+    def check(self) -> None:
+        """Raise where the parts do not fit each other, as those of a damaged file.
+
+        Raises:
+            ValueError: they do not.
+        """
+        dims = len(self.input_size)
+        batch, windows = tuple(self.shape[:-dims]), tuple(self.shape[-dims:])
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        fits = len(batch) in (1, 2) and len(windows) == dims and all(len(size) == dims for size in sizes)
+        if fits:
+            grid = (*batch[:-1], *windows, batch[-1]) if self.channels_last else (*batch, *windows)
+            rows = (math.prod(grid[:-1]), -(-grid[-1] * self.bits // 8))
+            fits = self.codes.dtype == torch.uint8 and tuple(self.codes.shape) == rows
+        if not fits:
+            raise ValueError(f"{self!r}: codes are {self.codes.dtype} {tuple(self.codes.shape)}, which does not fit")
+
+    def __repr__(self) -> str:
+        return (
+            f"PoolIndices(shape={tuple(self.shape)}, {self.bits} bits, {self.nbytes} bytes, device={self.device}, "
+            f"input_size={self.input_size}, kernel_size={self.kernel_size}, stride={self.stride}, "
+            f"padding={self.padding}, dilation={self.dilation}, channels_last={self.channels_last})"
+        )
+
+
+def _flatten(indices: PoolIndices) -> tuple[list, tuple]:
+    codes, *rest = (getattr(indices, name) for name in PoolIndices.__dataclass_fields__)
+    return [codes], tuple(rest)
+
+
+pytree.register_pytree_node(  # nested inputs and outputs of torch's tools: the codes are the one tensor
+    PoolIndices,
+    _flatten,
+    lambda leaves, rest: PoolIndices(*leaves, *rest),
+    serialized_type_name="fastseg.ops.PoolIndices",
+)
+
+
+def _tuples(*sizes) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(size) for size in sizes)
+
+
+def bits_of(kernel_size: tuple[int, ...]) -> int:
+    """Bits of a code that tells the cells of a window apart.
+
+    Raises:
+        ValueError: more than 256 cells.
+    """
+    taps = math.prod(kernel_size)
+    if taps > MOST_TAPS:
+        raise ValueError(f'windows of {taps} > {MOST_TAPS} cells have no compact indices; use index_format="int64"')
+    return 2 if taps <= 4 else 4 if taps <= 16 else 8
+
+
+def _origins(axis: int, dims: int, windows: int, stride: int, padding: int, like: Tensor) -> Tensor:
+    """The first coordinate of each window along one spatial axis, shaped to broadcast over (N, C, *windows)."""
+    start = torch.arange(windows, device=like.device, dtype=torch.int32) * stride - padding
+    return start.view(-1, *[1] * (dims - 1 - axis))
+
+
+def encode(indices: Tensor, input_size, kernel_size, stride, padding, dilation) -> Tensor:
+    """int64 indices (N, C, *windows) -> codes, uint8, of the same shape and layout."""
+    dims = len(input_size)
+    code: Tensor | int = 0
+    rest, taps = indices.to(torch.int32) if math.prod(input_size) < 2**31 else indices, 1  # half the bytes to pass over
+    for axis in reversed(range(dims)):
+        at = rest  # the first coordinate takes what is left
+        if axis > 0:
+            rest = rest // input_size[axis]
+            at = at - rest * input_size[axis]
+        step = at - _origins(axis, dims, indices.shape[2 + axis], stride[axis], padding[axis], indices)
+        step = step if dilation[axis] == 1 else step // dilation[axis]
+        code = code + (step if taps == 1 else step * taps).to(torch.uint8)
+        taps *= kernel_size[axis]
+    return code
+
+
+def decode(codes: Tensor, input_size, kernel_size, stride, padding, dilation) -> Tensor:
+    """Codes (N, C, *windows) -> int64 indices of the same shape; -1 where the code names no cell of the plane."""
+    dims = len(input_size)
+    wide = torch.int32 if math.prod(input_size) < 2**31 else torch.int64
+    ok = codes <= math.prod(kernel_size) - 1  # 256 is no number of its dtype
+    rest, flat, cells = codes, 0, 1
+    for axis in reversed(range(dims)):
+        step, n, windows = rest, input_size[axis], codes.shape[2 + axis]
+        if axis > 0:
+            rest = rest // kernel_size[axis]
+            step = step - rest * kernel_size[axis]
+        step = step.to(wide) if dilation[axis] == 1 else step.to(wide) * dilation[axis]
+        at = step + _origins(axis, dims, windows, stride[axis], padding[axis], codes)
+        if (
+            torch.compiler.is_compiling()
+            or padding[axis]
+            or (windows - 1) * stride[axis] + dilation[axis] * (kernel_size[axis] - 1) >= n
+        ):
+            ok = ok & (at >= 0) & (at < n)  # some window is cut off
+        flat = at if cells == 1 else flat + at * cells
+        cells *= n
+    return torch.where(ok, flat.long(), -1)
+
+
+def pack(codes: Tensor, bits: int, channels_last: bool) -> Tensor:
+    """uint8 codes (N, C, *windows) -> (rows, bytes): a row is a pixel of channels, or a line of a plane."""
+    rows = (codes.movedim(1, -1) if channels_last else codes).reshape(-1, codes.shape[1 if channels_last else -1])
+    fields = 8 // bits
+    if fields == 1:
+        return rows.contiguous() if rows.data_ptr() != codes.data_ptr() else rows.clone()
+    width = -(-rows.shape[1] // fields)
+    padded = torch.nn.functional.pad(rows, (0, width * fields - rows.shape[1])).view(-1, width, fields)
+    packed = padded[:, :, 0]
+    for field in range(1, fields):
+        packed = packed + padded[:, :, field] * 2 ** (field * bits)  # no shifts: ONNX has none for tensors
+    return packed
+
+
+def _unpack(packed: Tensor, bits: int, inner: int) -> Tensor:
+    """(..., bytes) -> (..., inner) codes."""
+    fields = 8 // bits
+    if fields == 1:
+        return packed
+    columns = [packed // 2 ** (field * bits) % 2**bits for field in range(fields)]
+    return torch.stack(columns, -1).flatten(-2)[..., :inner]

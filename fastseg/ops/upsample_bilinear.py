@@ -1,0 +1,200 @@
+"""Bilinear interpolation with torch's numbers, and a backward that gathers."""
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
+from fastseg.ops._register import qualified, register
+
+if HAS_TRITON:
+    from fastseg.kernels.bilinear import bilinear_fwd, interpolation, unsupported
+    from fastseg.kernels.bilinear_bwd import bilinear_bwd
+
+
+def upsample_bilinear(
+    x: Tensor,
+    size: int | tuple[int, int] | None = None,
+    scale_factor: float | tuple[float, float] | None = None,
+    align_corners: bool = False,
+    recompute_scale_factor: bool | None = None,
+) -> Tensor:
+    """As ``torch.nn.functional.interpolate(x, ..., mode="bilinear")``; differences: the backward is deterministic.
+
+    Each input pixel gathers the gradient of its outputs, with fp32 sums, the same bits in every run; torch's CUDA
+    kernel adds them atomically in the dtype of ``x``. A pixel of weight 0 gets nothing, where torch gives it 0 times
+    the gradient: another result if that is not finite. The map is linear: second and forward-mode derivatives work.
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last; neither is copied.
+        size: output height and width in pixels, or one number for both.
+        scale_factor: output pixels per input pixel, for height and width or both; instead of ``size``.
+        align_corners: whether the centres of the corner pixels coincide, rather than the corners of the images.
+        recompute_scale_factor: take positions from the rounded sizes, not from ``scale_factor`` as given.
+
+    Returns:
+        (N, C, OH, OW), in the dtype and memory format of ``x``; float32 under autocast on CUDA, as torch's.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: torch's own, for what ``interpolate`` does not take.
+
+    Reference: ``torch.nn.functional.interpolate``.
+    """
+    target = _target(x, size, scale_factor, recompute_scale_factor)
+    if target is None:  # torch takes it, or says why not
+        return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
+    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
+        x = x.float()
+    out, factors = target
+    why = unsupported(x.shape[1], tuple(x.shape[2:]), out) if HAS_TRITON else ""
+    if not use_kernel("upsample_bilinear", x, unsupported=why):
+        return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
+    args = (x, out, bool(align_corners), *factors)
+    return _UpsampleBilinear.apply(*args) if needs_grad(x) or has_tangent(x) else _fwd(*args)
+
+
+def upsample_bilinear_ref(
+    x: Tensor,
+    size: int | tuple[int, int] | None = None,
+    scale_factor: float | tuple[float, float] | None = None,
+    align_corners: bool = False,
+    recompute_scale_factor: bool | None = None,
+) -> Tensor:
+    """``upsample_bilinear`` in plain PyTorch."""
+    return F.interpolate(x, size, scale_factor, "bilinear", align_corners, recompute_scale_factor)
+
+
+def _target(x, size, scale_factor, recompute_scale_factor):
+    """-> output (height, width), factors that positions follow or None each; None for what torch shall judge."""
+    if x.dim() != 4 or not x.is_floating_point() or (size is None) == (scale_factor is None):
+        return None
+    given = size if scale_factor is None else scale_factor
+    pair = tuple(given) if isinstance(given, (tuple, list, torch.Size)) else (given, given)
+    if len(pair) != 2 or (size is not None and recompute_scale_factor):
+        return None
+    if scale_factor is None:
+        out, factors = pair, (None, None)
+        if not all(isinstance(n, (int, torch.SymInt)) for n in out):
+            return None
+    else:
+        factors = tuple(float(f) for f in pair)
+        if not all(0 < f < float("inf") for f in factors):
+            return None
+        out = tuple(torch.sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True))
+        if recompute_scale_factor:
+            factors = (None, None)
+    if min(x.shape[1], x.shape[2], x.shape[3], *out) < 1:
+        return None
+    return out, factors
+
+
+# --- the registered ops; also what other ops of bilinear maps settle by
+
+
+def suggested_format(x: Tensor) -> torch.memory_format:
+    """The memory format that torch's upsampling gives its output, by the strides of a 4-D ``x``, dense or not.
+
+    Unlike "is dense in it", it tells the two apart at one pixel: (N, C, 1, 1) of a channels_last net stays in it.
+    """
+    sizes, strides, least = x.shape, x.stride(), 0
+    if strides[1] == 0:
+        return torch.contiguous_format
+    for d in (1, 3, 2, 0):
+        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
+            return torch.contiguous_format
+        least = strides[d] * (sizes[d] if sizes[d] > 1 else 1)
+    return torch.channels_last
+
+
+def settle(x: Tensor) -> tuple[Tensor, bool]:
+    """``x`` dense in its suggested format, copied only where it is not, and whether that is channels_last."""
+    layout = suggested_format(x)
+    return x.contiguous(memory_format=layout), layout == torch.channels_last
+
+
+def new_map(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """An uninitialised (N, C, *size) in the dtype and suggested format of ``x``."""
+    return x.new_empty((*x.shape[:2], *size)).contiguous(memory_format=suggested_format(x))
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether ``x`` carries a forward-mode derivative; a captured graph holds none."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
+
+
+def _launch_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
+    x, channels_last = settle(x)
+    taps = interpolation(tuple(x.shape[2:]), tuple(size), align_corners, (factor_h, factor_w))
+    return bilinear_fwd(x, tuple(size), taps, channels_last)
+
+
+def _plain_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
+    y = torch.ops.aten.upsample_bilinear2d.default(x, size, align_corners, factor_h, factor_w)
+    return y.contiguous(memory_format=suggested_format(x))
+
+
+def _launch_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
+    dy, channels_last = settle(dy)
+    taps = interpolation(tuple(size), tuple(dy.shape[2:]), align_corners, (factor_h, factor_w))
+    return bilinear_bwd(dy, tuple(size), taps, channels_last)
+
+
+def _plain_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
+    bwd = torch.ops.aten.upsample_bilinear2d_backward.default
+    dx = bwd(dy, dy.shape[2:], [*dy.shape[:2], *size], align_corners, factor_h, factor_w)
+    return dx.contiguous(memory_format=suggested_format(dy))
+
+
+_ARGS = "SymInt[] size, bool align_corners, float? factor_h, float? factor_w"
+_fake = lambda x, size, align_corners, factor_h, factor_w: new_map(x, size)
+_fwd = register(f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, _plain_fwd, _fake)
+_bwd = register(f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake)
+
+
+class _UpsampleBilinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, *args):
+        _UpsampleBilinear.save(ctx, (x, *args), None)
+        return _fwd(x, *args)
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        x, _, *ctx.options = inputs
+        ctx.size = tuple(x.shape[2:])
+        ctx.args = inputs[1:]
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):
+        args = (dy, ctx.size, *ctx.options)
+        dx = _UpsampleBilinearBwd.apply(*args) if needs_grad(dy) or has_tangent(dy) else _bwd(*args)
+        return dx, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        return _fwd(tangent, *ctx.args)
+
+
+class _UpsampleBilinearBwd(torch.autograd.Function):
+    """The transpose; its own backward is the map again."""
+
+    @staticmethod
+    def forward(ctx, dy: Tensor, *args):
+        _UpsampleBilinear.save(ctx, (dy, *args), None)
+        return _bwd(dy, *args)
+
+    @staticmethod
+    def backward(ctx, ddx: Tensor):
+        args = (ddx, ctx.size, *ctx.options)
+        ddy = _UpsampleBilinear.apply(*args) if needs_grad(ddx) or has_tangent(ddx) else _fwd(*args)
+        return ddy, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor, *_):
+        return _bwd(tangent, *ctx.args)
+
+
+for _name, _function in (("upsample_bilinear", _UpsampleBilinear), ("upsample_bilinear_bwd", _UpsampleBilinearBwd)):
+    torch.library.register_autograd(qualified(_name), _function.backward, setup_context=_UpsampleBilinear.save)

@@ -1,0 +1,176 @@
+"""Bilinear upsampling and its transposed convolution among torch's tools: opcheck, compile, export, decompositions."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fastseg
+from fastseg.nn import BilinearConvTranspose2d, UpsamplingBilinear2d
+from fastseg.ops import bilinear_conv_transpose2d, upsample_bilinear
+from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d_ref
+from fastseg.ops.upsample_bilinear import upsample_bilinear_ref
+from fastseg.testing import check_op
+
+CL, NCHW = torch.channels_last, torch.contiguous_format
+OPS = torch.ops.fastseg
+
+
+class Net(nn.Module):
+    """FCN's way: coarse scores up by two, a cropped skip, up by four by interpolation."""
+
+    def __init__(self):
+        super().__init__()
+        self.score = nn.Conv2d(3, 4, 1)
+        self.up2 = BilinearConvTranspose2d(4, 2, 4, 0, bias=True)
+        self.up4 = UpsamplingBilinear2d(scale_factor=2)
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.up4(self.up2(self.score(x), skip=skip, skip_offset=1))
+
+
+def inputs(H=2, W=3, layout=CL) -> tuple[Tensor, Tensor]:
+    shapes = (2, 3, H, W), (2, 4, 2 * H + 4, 2 * W + 4)
+    return tuple(torch.randn(s).contiguous(memory_format=layout) for s in shapes)
+
+
+def step(run, net: nn.Module, x: Tensor, skip: Tensor) -> dict[str, Tensor]:
+    net.zero_grad()
+    x, skip = x.clone().requires_grad_(), skip.clone().requires_grad_()
+    y = run(x, skip)
+    (y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum().backward()
+    grads = {name: p.grad.clone() for name, p in net.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad, "dskip": skip.grad, **grads}
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys()
+    for name, g in got.items():
+        torch.testing.assert_close(g, want[name], atol=1e-5, rtol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def held(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target).split(".")[1] for node in graph.nodes if "fastseg" in str(node.target)}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def maps(shape: tuple[int, ...]) -> list[Tensor]:
+    """contiguous; channels_last; a slice of it, dense in neither."""
+    x = torch.randn(shape)
+    wide = torch.randn(shape[0], shape[1] + 2, *shape[2:]).to(memory_format=CL)
+    return [x, x.to(memory_format=CL), wide[:, : shape[1]]]
+
+
+@pytest.mark.parametrize("number", range(3), ids=["nchw", "nhwc", "sliced"])
+def test_opcheck(number):
+    x, dy = maps((2, 3, 2, 3))[number], maps((2, 3, 3, 5))[number]
+    for t in (x, dy):
+        t.requires_grad_()
+    torch.library.opcheck(OPS.upsample_bilinear.default, (x, (3, 5), False, None, None))
+    torch.library.opcheck(OPS.upsample_bilinear_bwd.default, (dy, (2, 3), True, None, None))
+    skip, bias = maps((2, 3, 6, 8))[number], torch.randn(3, requires_grad=True)
+    torch.library.opcheck(OPS.bilinear_conv_transpose2d.default, (x, skip, bias, (4, 6), 2, 4, 1, 1))
+    torch.library.opcheck(OPS.bilinear_conv_transpose2d_bwd.default, (dy, (2, 3), 2, 3, 1))
+
+
+def test_opcheck_of_half_and_empty():
+    half = torch.randn(1, 8, 2, 2).bfloat16().to(memory_format=CL).requires_grad_()
+    torch.library.opcheck(OPS.upsample_bilinear.default, (half, (3, 3), False, 1.7, 1.7))
+    torch.library.opcheck(OPS.bilinear_conv_transpose2d.default, (half, None, torch.randn(8), (3, 3), 2, 3, 1, 0))
+    empty = torch.randn(0, 3, 2, 2, requires_grad=True)
+    torch.library.opcheck(OPS.upsample_bilinear.default, (empty, (3, 3), False, None, None))
+    torch.library.opcheck(OPS.bilinear_conv_transpose2d.default, (empty, None, None, (3, 3), 2, 3, 1, 0))
+
+
+@pytest.mark.parametrize("layout", [NCHW, CL], ids=["nchw", "nhwc"])
+def test_registered_ops_against_autograd(layout):
+    """Without the interpreter these are the plain implementations, and only this compares their backward."""
+    x = torch.randn(2, 3, 3, 4).to(memory_format=layout).requires_grad_()
+    for factor, size, corners in ((None, (5, 7), True), (1.7, (5, 6), False)):
+        op = lambda x, f=factor, s=size, c=corners: OPS.upsample_bilinear.default(x, s, c, f, f)
+        args = {"size": size} if factor is None else {"scale_factor": factor}
+        check_op(op, lambda x, a=args, c=corners: upsample_bilinear_ref(x, align_corners=c, **a), [x], terms=9)
+    skip = torch.randn(2, 3, 9, 10).to(memory_format=layout).requires_grad_()
+    bias = torch.randn(3, requires_grad=True)
+    for K, padding, size in ((4, 1, (6, 8)), (3, 0, (4, 7)), (4, 5, (2, 3))):
+        op = lambda x, k, b, K=K, p=padding, s=size: OPS.bilinear_conv_transpose2d.default(x, k, b, s, 2, K, p, 1)
+        ref = lambda x, k, b, K=K, p=padding, s=size: bilinear_conv_transpose2d_ref(
+            x, 2, K, p, skip=k, bias=b, skip_offset=1, output_size=s
+        )
+        check_op(op, ref, [x, skip, bias], terms=9)
+
+
+def test_registered_ops_have_second_derivatives():
+    x = torch.randn(1, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    for op in (
+        lambda x: OPS.upsample_bilinear.default(x, (3, 2), False, None, None),
+        lambda x: OPS.bilinear_conv_transpose2d.default(x, None, None, (3, 3), 2, 3, 1, 0),
+    ):
+        (dx,) = torch.autograd.grad(op(x).pow(3).sum(), x, create_graph=True)
+        assert dx.requires_grad
+        ((ddx,),) = [torch.autograd.grad(dx.sum(), x)]
+        y = op(x.detach())
+        want = torch.autograd.functional.jvp(lambda x, op=op: op(x), x.detach(), torch.ones_like(x))[1]
+        (want,) = torch.autograd.grad(op(x), x, 6 * y * want)
+        torch.testing.assert_close(ddx, want)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiled_training(dynamic):
+    eager, net = Net(), Net()
+    net.load_state_dict(eager.state_dict())
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for shape in ((2, 3, CL), (3, 4, NCHW))[: 1 + dynamic]:
+        x, skip = inputs(*shape)
+        assert_same(step(compiled, net, x, skip), step(eager, eager, x, skip))
+
+
+def test_graphs_hold_the_ops_exactly_where_kernels_run():
+    graphs = []
+    net = Net()
+    backend = lambda module, _: graphs.append(module.graph) or module.forward
+    torch.compile(net, fullgraph=True, backend=backend)(*inputs())
+    want = {"upsample_bilinear", "bilinear_conv_transpose2d"} if INTERPRETED else set()
+    assert held(graphs[0]) == want
+    with fastseg.reference():
+        torch.compile(net, fullgraph=True, backend=backend)(*inputs())
+    assert held(graphs[-1]) == set()
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_exported(strict):
+    net, example = Net().eval(), inputs(3, 4)
+    dims = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(net, example, strict=strict, dynamic_shapes=(dims, dims))
+    for args in (example, inputs(4, 5)):
+        torch.testing.assert_close(program.module()(*args), net(*args), atol=1e-5, rtol=1e-5)
+    assert held(program.graph) == ({"upsample_bilinear", "bilinear_conv_transpose2d"} if INTERPRETED else set())
+    plain = program.run_decompositions(DECOMPOSITIONS)
+    assert held(plain.graph) == set()
+    torch.testing.assert_close(plain.module()(*example), net(*example), atol=1e-5, rtol=1e-5)
+
+
+def test_checkpointed():
+    net = Net()
+    x, skip = inputs()
+    run = lambda x, skip: checkpoint(net, x, skip, use_reentrant=False)
+    assert_same(step(run, net, x, skip), step(net, net, x, skip))
+
+
+def test_only_wanted_gradients_are_computed():
+    x, skip = inputs()
+    bias = torch.randn(3, requires_grad=True)
+    with torch.no_grad():
+        assert not upsample_bilinear(x.requires_grad_(), size=3).requires_grad
+    y = bilinear_conv_transpose2d(x.detach(), 2, bias=bias)
+    y.sum().backward()
+    assert bias.grad.shape == (3,)
+    assert not skip.requires_grad
