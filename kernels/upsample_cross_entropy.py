@@ -19,8 +19,10 @@ rows. A lane owns a cell: its corners and their gradients stay in registers whil
 cells and one cell row are computed twice at the border of a strip and of a segment.
 
 Traffic in elements: forward reads N C h w logits and N H W targets, writes N H W of lse; backward reads the three,
-targets and lse once for each block of classes (from L2), writes N C h w. In operations for an output value: forward 1.1
-exponentials and about 7 others, backward 1 and about 11: bound by the units of the exponential, not by memory.
+targets and lse once for each block of classes (from L2), writes N C h w. Arithmetic bounds both, not memory: for an
+output value of 150 classes at a factor of 4, the inner loops have 1.1 and 1 exponentials among 13 and 18 instructions
+(sm_90, Triton 3.7.1), the backward about 15 where no target of the tile lies in the block of classes. An exponential
+takes its unit as long as 8 other instructions take theirs.
 """
 
 from fastseg.kernels.upsample_cross_entropy_bwd import upsample_cross_entropy_bwd
