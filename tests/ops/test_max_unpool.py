@@ -191,6 +191,22 @@ def test_duplicates_the_last_wins_and_each_gets_the_gradient(last, device):
     assert torch.equal(dv, dy[:, :, 1:2, 1:2].expand(2, 3, 2, 2))
 
 
+@pytest.mark.parametrize("index_format", ["int64", "compact"])
+@pytest.mark.parametrize("geometry", [(3, 2, 1), (2, 1, 0)], ids=str)
+def test_duplicates_of_overlapping_windows(geometry, index_format, device):
+    """Neighbours that share their largest cell, with values of their own: the last in memory order is written."""
+    x = torch.randint(0, 9, (2, 3, 6, 7), device=device).float().contiguous(memory_format=torch.channels_last)
+    values, indices = max_pool2d(x, *geometry, return_indices=True, index_format=index_format)
+    flat = indices if index_format == "int64" else indices.to_torch()
+    assert flat[0, 0].unique().numel() < flat[0, 0].numel()
+    v = torch.randn_like(values)
+    want = torch.zeros(2, 3, 6 * 7)
+    for n, c in ((n, c) for n in range(2) for c in range(3)):
+        for cell, value in zip(flat[n, c].flatten().tolist(), v[n, c].flatten().tolist(), strict=True):
+            want[n, c, cell] = value
+    assert torch.equal(max_unpool2d(v, indices, *geometry, output_size=(6, 7)).cpu(), want.view(2, 3, 6, 7))
+
+
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 def test_indices_of_another_plane(last, device):
     """The FCN article's example, and a larger one: flat indices of a 4x4 plane read in one of 5x5."""
