@@ -304,10 +304,11 @@ def test_demo_trains_scores_shows_and_times(tmp_path, small_demo, capsys):
     assert (folder / "mosaic_classes.png").is_file()
 
 
-def test_demo_of_fcn(tmp_path, small_demo, monkeypatch, capsys):
-    """Its options make a model that trains, and whose weights `predict` reads; the table is as above."""
+@pytest.mark.parametrize("name", sorted(set(demo.OPTIONS) - {"deeplabv3plus"}))
+def test_demo_of_the_other_models(name, tmp_path, small_demo, monkeypatch, capsys):
+    """Their options make models that train, and whose weights `predict` reads; the table is as above."""
     monkeypatch.setattr(demo, "latency", lambda *args: "")
-    assert main(["demo", "--model", "fcn", "--steps", "2", "--device", "cpu", "-o", str(tmp_path)]) == 0
+    assert main(["demo", "--model", name, "--steps", "2", "--device", "cpu", "-o", str(tmp_path)]) == 0
     assert "mIoU" in capsys.readouterr().out
     assert _predict(tmp_path / "mosaic.png", "--weights", tmp_path / "weights.pt", "-o", tmp_path / "out") == 0
 
