@@ -33,6 +33,7 @@ CASES = [
     ((2, 3, 1, 5), {"size": 7}),  # from one row
     ((1, 8, 5, 4), {"size": 1}),  # to one pixel
     ((2, 5, 4, 6), {"size": (4, 6)}),  # to itself
+    ((1, 3, 5, 4), {"scale_factor": (1.1, 1.6)}),  # a factor that leaves 5 rows 5: they are not moved
 ]
 
 
