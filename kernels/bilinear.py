@@ -177,6 +177,8 @@ def interpolation(size: tuple[int, int], out: tuple[int, int], align_corners: bo
 
 
 def _scale(size: int, out: int, align_corners: bool, factor: float | None) -> float:
+    if size == out:  # a given factor of 1.1 too: torch then copies along this axis on a CPU, and on CUDA if both agree
+        return 1.0
     if align_corners:
         return (size - 1) / (out - 1) if out > 1 else 0.0
     return 1.0 / factor if factor is not None and factor > 0 else size / out

@@ -46,7 +46,7 @@ def _weight(
 
 @triton.jit
 def _first_output(
-    i, size, out, scale, scale_rest, padding,
+    i, size, out, scale, padding,
     MODE: tl.constexpr, S: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The first output at or after input ``i``: outputs [first(i), first(i + 1)) lie between inputs i and i + 1.
@@ -58,9 +58,7 @@ def _first_output(
     else:
         at = i.to(ACC)
         shift = 0.0 if MODE == "corners" else 0.5
-        ratio = at * 0.0 + scale
-        if ACC == tl.float64:  # noqa: SIM300
-            ratio += scale_rest
+        ratio = at * 0.0 + scale  # 0 from or to one pixel
         o = tl.where(ratio > 0, tl.ceil((at + shift) / tl.where(ratio > 0, ratio, 1.0) - shift), at).to(tl.int32)
         o = tl.where(i < size, o, out)
         o = tl.where(i < 0, 0, o)
@@ -78,8 +76,8 @@ def _bilinear_bwd_kernel(
 ):  # fmt: skip
     PIXEL: tl.constexpr = C if CHANNELS_LAST else 1
     n, row0, ix, c, place, mask = owned_tile(planes, IH, IW, C, CHANNELS_LAST, FLAT, ROWS, BLOCK_W, BLOCK_C)
-    first = _first_output(ix - 1, IW, OW, scale_w, scale_w_rest, padding, MODE, S, ACC)
-    end = _first_output(ix + 1, IW, OW, scale_w, scale_w_rest, padding, MODE, S, ACC)
+    first = _first_output(ix - 1, IW, OW, scale_w, padding, MODE, S, ACC)
+    end = _first_output(ix + 1, IW, OW, scale_w, padding, MODE, S, ACC)
     dy_ptr += n * (OH * OW * PIXEL) + (first * PIXEL + c)
     dx_ptr += n * (IH * IW * PIXEL) + place
 
@@ -89,8 +87,8 @@ def _bilinear_bwd_kernel(
         iy = row0 + r  # row0 - 1 belongs to the strip above: only what its outputs give to row0 is kept
         here = below
         below = tl.zeros(mask.shape, ACC)
-        oy0 = _first_output(iy, IH, OH, scale_h, scale_h_rest, padding, MODE, S, ACC)
-        oy1 = _first_output(iy + 1, IH, OH, scale_h, scale_h_rest, padding, MODE, S, ACC)
+        oy0 = _first_output(iy, IH, OH, scale_h, padding, MODE, S, ACC)
+        oy1 = _first_output(iy + 1, IH, OH, scale_h, padding, MODE, S, ACC)
         for q in tl.range(0, oy1 - oy0, num_stages=1, loop_unroll_factor=1):
             oy = oy0 + q
             along = tl.zeros(mask.shape, ACC)

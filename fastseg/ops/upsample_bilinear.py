@@ -29,7 +29,8 @@ def upsample_bilinear(
     Args:
         x: (N, C, H, W), contiguous or channels_last; neither is copied.
         size: output height and width in pixels, or one number for both.
-        scale_factor: output pixels per input pixel, for height and width or both; instead of ``size``.
+        scale_factor: output pixels per input pixel, for height and width or both; instead of ``size``. Positions follow
+            it as given, except along an axis that keeps its size: that is copied, as torch does on a CPU.
         align_corners: whether the centres of the corner pixels coincide, rather than the corners of the images.
         recompute_scale_factor: take positions from the rounded sizes, not from ``scale_factor`` as given.
 
