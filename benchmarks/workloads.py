@@ -139,6 +139,15 @@ POOLING = (
     PoolShape("SegNet L2", 128, 180, 240, 16),
 )
 
+# SegNet's five poolings at 360 x 480; the largest first, then the batch.
+SEGNET_STAGES = tuple(
+    PoolShape(f"SegNet {stage}", C, H, W, N)
+    for N in (1, 16)
+    for stage, (C, H, W) in enumerate(
+        ((64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)), 1
+    )
+)
+
 UPSAMPLING = (
     HeadShape(256, 32, 32, 4, 16, "DeepLabV3+ decoder"),
     HeadShape(21, 128, 128, 4, 16, "DeepLabV3+ logits, VOC"),
