@@ -8,7 +8,7 @@ in elements: lo = N C H W, hi = s^2 lo. The dense weight is what FCN code holds:
 in C of them with 0. "grouped" takes its diagonal, "compile" compiles the dense module, "grouped-compile" the other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import harness
@@ -46,6 +46,15 @@ class Problem:
         self.module = BilinearConvTranspose2d(shape.C, s, 2 * s).to(device, self.dtype).eval()
 
     @property
+    def name(self) -> str:
+        return name_of(self.shape)
+
+    @property
+    def graph(self) -> bool:
+        """Whether it may be timed as a CUDA graph."""
+        return self.mode != "backward"
+
+    @property
     def bytes_moved(self) -> float:
         """The least traffic of this file's header."""
         hi = 2 if self.mode == "skip" else 1
@@ -79,6 +88,10 @@ class Problem:
         y = upsample(self.x, None)
         return lambda: torch.autograd.grad(y, self.x, self.hi, retain_graph=True)
 
+    def functions(self, names: tuple[str, ...] = PROVIDERS) -> dict[str, Callable[[], object]]:
+        """provider -> what is timed, for those of ``names`` that run here."""
+        return {name: self.function(provider) for name, provider in self.providers().items() if name in names}
+
     def exact(self) -> list[Tensor]:
         """The grouped convolution in fp32, without tf32."""
         saved = self.x, self.hi, torch.backends.cudnn.allow_tf32
@@ -106,6 +119,13 @@ def tiny(shape: HeadShape) -> HeadShape:
     return replace(shape, C=min(shape.C, 5), H=3, W=4, N=1)
 
 
+def problems(tiny_shapes: bool, device: torch.device) -> Iterator[Problem]:
+    """Each shape in each mode; the first alone in a rehearsal."""
+    for mode in MODES:
+        for shape in DECONV[:1] if tiny_shapes else DECONV:
+            yield Problem(tiny(shape) if tiny_shapes else shape, mode, device)
+
+
 def name_of(shape: HeadShape) -> str:
     return f"{shape.C}x{shape.H}x{shape.W}_k{2 * shape.scale}_s{shape.scale}_n{shape.N}"
 
@@ -126,12 +146,11 @@ def bench_bilinear_conv_transpose(shape, mode, provider, run, device, size, benc
         pytest.skip(f"{dense_macs(shape):.1e} multiply-adds: on a GPU, or with --full")
     benchmark.group = f"bilinear_conv_transpose {name_of(shape)} {mode}"
     problem = Problem(shape, mode, device)
-    providers = problem.providers()
     with torch.set_grad_enabled(mode == "backward"):
-        functions = {name: problem.function(providers[name]) for name in dict.fromkeys(["grouped", provider])}
+        functions = problem.functions(("grouped", provider))
         wrong = problem.disagreement(functions)
         assert not wrong, wrong
         run(
-            functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s, graph=mode != "backward",
+            functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s, graph=problem.graph,
             shape=name_of(shape), N=shape.N, dtype=str(problem.dtype), provider=provider, mode=mode,
         )  # fmt: skip

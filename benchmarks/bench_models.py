@@ -20,7 +20,11 @@ from fastseg.inference.comparison import eager_form
 from fastseg.models import create
 
 # model of `workloads` -> arguments of `create`; the others have floors already and no network yet.
-CREATED = {"deeplabv3plus_mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"})}
+CREATED = {
+    "deeplabv3plus_mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),
+    "segnet": ("segnet", {}),
+    "fcn8s": ("fcn", {"backbone": "vgg16", "stride": 8}),
+}
 SHAPES = tuple(shape for shape in MODELS if shape.model in CREATED)
 
 

@@ -7,7 +7,7 @@ in elements: lo = N C H W, hi = s^2 lo. GB/s is that traffic over the time, so t
 CUDA backward fills dx with zeros and adds 4 hi elements to it atomically; this one gathers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import harness
@@ -21,6 +21,7 @@ from workloads import UPSAMPLING, HeadShape
 from fastseg.ops import upsample_bilinear
 
 MODES = ("forward", "backward")
+PROVIDERS = ("fastseg", "eager", "compile")
 LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 
 
@@ -43,6 +44,17 @@ class Problem:
         self.x = x.contiguous(memory_format=self.layout).requires_grad_(mode == "backward")
         self.dy = torch.randn(shape.N, shape.C, shape.H * shape.scale, shape.W * shape.scale, generator=generator)
         self.dy = self.dy.to(device, self.dtype).contiguous(memory_format=self.layout)
+
+    @property
+    def name(self) -> str:
+        """Shape, layout and ``align_corners``."""
+        layout = next(name for name, layout in LAYOUTS.items() if layout == self.layout)
+        return f"{name_of(self.shape)} {layout} {'corners' if self.align_corners else 'centres'}"
+
+    @property
+    def graph(self) -> bool:
+        """Whether it may be timed as a CUDA graph."""
+        return self.mode == "forward"
 
     @property
     def bytes_moved(self) -> float:
@@ -73,6 +85,10 @@ class Problem:
         y = upsample(self.x)
         return lambda: torch.autograd.grad(y, self.x, self.dy, retain_graph=True)
 
+    def functions(self, names: tuple[str, ...] = PROVIDERS) -> dict[str, Callable[[], object]]:
+        """provider -> what is timed, for those of ``names`` that run here."""
+        return {name: self.function(provider) for name, provider in self.providers().items() if name in names}
+
     def exact(self) -> list[Tensor]:
         """Eager's result in fp32."""
         saved = self.x, self.dy
@@ -99,11 +115,21 @@ def tiny(shape: HeadShape) -> HeadShape:
     return replace(shape, C=min(shape.C, 8), H=5, W=4, N=1)
 
 
+def problems(tiny_shapes: bool, device: torch.device) -> Iterator[Problem]:
+    """Each shape both ways in channels_last; one in the other layout; the first alone in a rehearsal."""
+    for mode in MODES:
+        for shape in UPSAMPLING[:1] if tiny_shapes else UPSAMPLING:
+            yield Problem(tiny(shape) if tiny_shapes else shape, mode, "channels_last", False, device)
+    if not tiny_shapes:
+        for mode in MODES:
+            yield Problem(UPSAMPLING[1], mode, "contiguous", True, device)
+
+
 def name_of(shape: HeadShape) -> str:
     return f"{shape.C}x{shape.H}x{shape.W}_x{shape.scale}_n{shape.N}"
 
 
-@pytest.mark.parametrize("provider", ["fastseg", "eager", "compile"])
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -114,16 +140,14 @@ def bench_upsample_bilinear(shape, layout, align_corners, mode, provider, run, d
     if size == "tiny" and (align_corners or layout == "contiguous") and shape != UPSAMPLING[0]:
         pytest.skip("one shape shows that it runs")
     shape = {"full": lambda s: s, "small": small, "tiny": tiny}[size](shape)
-    corners = "corners" if align_corners else "centres"
-    benchmark.group = f"upsample_bilinear {name_of(shape)} {layout} {corners} {mode}"
     problem = Problem(shape, mode, layout, align_corners, device)
-    providers = problem.providers()
+    benchmark.group = f"upsample_bilinear {problem.name} {mode}"
     with torch.set_grad_enabled(mode == "backward"):
-        functions = {name: problem.function(providers[name]) for name in dict.fromkeys(["eager", provider])}
+        functions = problem.functions(("eager", provider))
         wrong = problem.disagreement(functions)
         assert not wrong, wrong
         run(
-            functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s, graph=mode == "forward",
+            functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s, graph=problem.graph,
             shape=name_of(shape), N=shape.N, dtype=str(problem.dtype), provider=provider, mode=mode, layout=layout,
             align_corners=align_corners,
         )  # fmt: skip

@@ -9,7 +9,7 @@ over the time, so that providers are comparable. The loss is bound by its expone
 has the floor of both halves together, the forward and the backward have none of their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +26,7 @@ from fastseg.ops import upsample_argmax, upsample_cross_entropy
 
 IGNORED = 255
 MODES = ("argmax", "loss", "loss-backward")
+PROVIDERS = ("fastseg", "eager", "compile")
 
 
 class Problem:
@@ -49,6 +50,17 @@ class Problem:
         target = torch.randint(shape.C, (shape.N, *self.size), generator=generator)
         target[:, :: max(2, self.size[0] // 8)] = IGNORED
         self.target = target.to(device)
+
+    @property
+    def name(self) -> str:
+        """``21x128x128x4-n16``."""
+        s = self.shape
+        return f"{s.C}x{s.H}x{s.W}x{s.scale}-n{s.N}"
+
+    @property
+    def graph(self) -> bool:
+        """Whether it may be timed as a CUDA graph."""
+        return self.mode != "loss-backward"
 
     @property
     def bytes_moved(self) -> float:
@@ -91,6 +103,10 @@ class Problem:
         loss = provider(self.logits, self.target)
         return lambda: torch.autograd.grad(loss, self.logits, retain_graph=True)
 
+    def functions(self, names: tuple[str, ...] = PROVIDERS) -> dict[str, Callable[[], object]]:
+        """provider -> what is timed, for those of ``names`` that run here."""
+        return {name: self.function(provider) for name, provider in self.providers().items() if name in names}
+
     def disagreement(self, functions: dict[str, Callable[[], object]]) -> str:
         """Why the providers do not compute the same, or "". Called before anything is timed."""
         results = {name: harness.floats(function()) for name, function in functions.items()}
@@ -120,12 +136,18 @@ def cut(shape: HeadShape, size: str) -> HeadShape:
 CASES = [(mode, shape) for mode in MODES for shape in (ARGMAX if mode == "argmax" else CROSS_ENTROPY)]
 
 
+def problems(tiny: bool, device: torch.device) -> Iterator[Problem]:
+    """Every case; the first of each mode in a rehearsal."""
+    for mode, shape in CASES[:: len(ARGMAX)] if tiny else CASES:
+        yield Problem(cut(shape, "tiny" if tiny else "full"), mode, device)
+
+
 def name_of(case: tuple[str, HeadShape]) -> str:
-    mode, shape = case
-    return f"{mode}-{shape.C}x{shape.H}x{shape.W}x{shape.scale}-n{shape.N}"
+    mode, s = case
+    return f"{mode}-{s.C}x{s.H}x{s.W}x{s.scale}-n{s.N}"
 
 
-@pytest.mark.parametrize("provider", ["fastseg", "eager", "compile"])
+@pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def bench_upsample_heads(case, provider, run, device, size, benchmark):
     if provider == "compile" and device.type == "cpu":
@@ -133,13 +155,12 @@ def bench_upsample_heads(case, provider, run, device, size, benchmark):
     mode, shape = case
     benchmark.group = name_of(case)
     problem = Problem(cut(shape, size), mode, device)
-    providers = problem.providers()
     with torch.set_grad_enabled(mode != "argmax"):
-        functions = {name: problem.function(providers[name]) for name in dict.fromkeys(["eager", provider])}
+        functions = problem.functions(("eager", provider))
         wrong = problem.disagreement(functions)
         assert not wrong, wrong
         run(
             functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s,
-            graph=mode != "loss-backward", shape=name_of(case), N=problem.shape.N, dtype=str(problem.dtype),
+            graph=problem.graph, shape=name_of(case), N=problem.shape.N, dtype=str(problem.dtype),
             provider=provider, mode=mode,
         )  # fmt: skip

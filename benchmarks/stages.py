@@ -18,6 +18,7 @@ from pathlib import Path
 import bench_models
 import bench_separable_conv as bench
 import harness
+import op_stages
 import record
 import torch
 import workloads
@@ -194,6 +195,11 @@ def _ops(log: Log, device: torch.device, tiny: bool, providers: tuple[str, ...])
             torch.cuda.empty_cache()
 
 
+def other_ops(log: Log, device: torch.device, tiny: bool) -> None:
+    """Pooling, heads, upsampling, transposed convolution against their baselines."""
+    op_stages.measure(log, device, tiny, timed)
+
+
 def forms(log: Log, device: torch.device, tiny: bool) -> None:
     """Both forms of the inference path, timed on every shape: what the cost model that chooses is judged by."""
     for shape, mode in _cases(tiny, ("eval",)):
@@ -243,13 +249,21 @@ def tune(log: Log, device: torch.device, tiny: bool) -> None:
     cases = _cases(tiny, ("eval", "train-backward"))
     if tiny:  # the interpreter takes seconds for each: one program a launch, one case a mode
         cases = [(replace(shape, H=8, W=8), mode) for shape, mode in (cases[0], cases[-1])]
-    for shape, mode in cases:
+
+    def work() -> Iterable[tuple[str, Callable[[], list]]]:
+        """(label, the op calls of one workload), the separable convolution's first."""
+        for shape, mode in cases:
+            problem = bench.Problem(shape, mode, device)
+            with problem.context():
+                calls = observe.op_calls(lambda p=problem: p.function(p.fused)())
+            yield f"{shape.name} {mode}", calls
+        for label, function in op_stages.workloads(tiny, device) if not tiny else ():  # interpreted: minutes
+            yield label, observe.op_calls(function)
+
+    for label, calls in work():
         if log.time_left() < 3 and not tiny:
-            log.left_out.append(f"{shape.name} {mode}")
+            log.left_out.append(label)
             continue
-        problem = bench.Problem(shape, mode, device)
-        with problem.context():
-            calls = observe.op_calls(lambda p=problem: p.function(p.fused)())
         rows = [(row, call) for row, call in observe.rows_of(calls) if row not in seen]
         seen.update(row for row, _ in rows)
         left = search.tune(rows, note, seconds=log.time_left(), **options)
@@ -296,5 +310,6 @@ def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) 
 
 
 STAGES: dict[str, Callable[[Log, torch.device, bool], None]] = {
-    "env": env, "tests": tests, "ops": ops, "tune": tune, "ops-tuned": ops_tuned, "models": models,
+    "env": env, "tests": tests, "ops": ops, "other-ops": other_ops, "tune": tune, "ops-tuned": ops_tuned,
+    "models": models,
 }  # fmt: skip

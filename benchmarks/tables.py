@@ -89,6 +89,31 @@ def separable_train(gpu: str, stages: dict[str, dict]) -> str:
     return _separable(gpu, stages, SEPARABLE_TRAINING, training=True)
 
 
+def _other(op: str):
+    """The table of one op of ``op_stages``: its rows beside each other, or where to find its floors."""
+
+    def make(gpu: str, stages: dict[str, dict]) -> str:
+        rows = [row for row in counted(stages, "other-ops") if row["op"] == op]
+        if not rows:
+            return f"{MISSING[0].upper()}{MISSING[1:]}. Floors of every shape: `make roofline`."
+        found: dict[tuple[str, str], dict[str, dict]] = {}
+        for row in rows:
+            found.setdefault((row["mode"], row["shape"]), {})[row["provider"]] = row
+        others = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "fastseg"]
+        lines = []
+        for (mode, shape), by in found.items():
+            time = lambda name, by=by: by.get(name, {}).get("median_us")
+            ours = time("fastseg")
+            share = by.get("fastseg", {}).get("roofline")
+            lines.append([mode, shape, *(_us(time(name)) for name in others), _us(ours), _ratio(time("eager"), ours),
+                          "" if share is None else f"{share:.0%}"])  # fmt: skip
+        header = ["mode", "shape", *(f"{name} us" for name in others), "fastseg us", "vs eager", "% of roofline"]
+        return _markdown(header, lines)
+
+    make.__doc__ = f"Times of {op}, per mode and shape."
+    return make
+
+
 def model_rows(stages: dict[str, dict]) -> dict[tuple[str, str, bool], dict]:
     """(shape, provider, as a CUDA graph) -> row."""
     return {(row["shape"], row["provider"], row["cuda_graph"]): row for row in counted(stages, "models")}
@@ -138,6 +163,10 @@ def machine(gpu: str, stages: dict[str, dict]) -> str:
 TABLES = {
     "separable-eval": separable_eval,
     "separable-train": separable_train,
+    "pooling": _other("pooling"),
+    "upsample-heads": _other("upsample_heads"),
+    "upsample-bilinear": _other("upsample_bilinear"),
+    "bilinear-conv-transpose": _other("bilinear_conv_transpose"),
     "models": models,
     "machine": machine,
 }
