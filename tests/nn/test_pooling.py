@@ -133,6 +133,8 @@ def test_evaluation_folds_and_notices_changes():
             torch.testing.assert_close(run(), plain())
             assert folded(x, conv, norm)[0] is not weight
             weight = folded(x, conv, norm)[0]
+        norm.num_batches_tracked = None  # as in old files: then nothing counts the training steps
+        torch.testing.assert_close(run(), plain())
         norm.train()
         run()
         norm.eval()
