@@ -17,7 +17,7 @@ import torch
 from floors import Cost, find_device, floor_of
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import DECONV, HeadShape
+from workloads import COARSE, DECONV, HeadShape
 
 from fastseg.nn import BilinearConvTranspose2d
 
@@ -122,7 +122,7 @@ def tiny(shape: HeadShape) -> HeadShape:
 def problems(tiny_shapes: bool, device: torch.device) -> Iterator[Problem]:
     """Each shape in each mode; the first alone in a rehearsal."""
     for mode in MODES:
-        for shape in DECONV[:1] if tiny_shapes else DECONV:
+        for shape in DECONV[:1] if tiny_shapes else (*DECONV, *COARSE):
             yield Problem(tiny(shape) if tiny_shapes else shape, mode, device)
 
 
@@ -137,7 +137,7 @@ def dense_macs(shape: HeadShape) -> float:
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", DECONV, ids=name_of)
+@pytest.mark.parametrize("shape", (*DECONV, *COARSE), ids=name_of)
 def bench_bilinear_conv_transpose(shape, mode, provider, run, device, size, benchmark):
     if "compile" in provider and device.type == "cpu":
         pytest.skip("torch.compile is measured on a GPU")

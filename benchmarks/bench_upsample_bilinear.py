@@ -16,7 +16,7 @@ import torch
 from floors import Cost, find_device, floor_of
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import UPSAMPLING, HeadShape
+from workloads import COARSE, UPSAMPLING, HeadShape
 
 from fastseg.ops import upsample_bilinear
 
@@ -118,7 +118,7 @@ def tiny(shape: HeadShape) -> HeadShape:
 def problems(tiny_shapes: bool, device: torch.device) -> Iterator[Problem]:
     """Each shape both ways in channels_last; one in the other layout; the first alone in a rehearsal."""
     for mode in MODES:
-        for shape in UPSAMPLING[:1] if tiny_shapes else UPSAMPLING:
+        for shape in UPSAMPLING[:1] if tiny_shapes else (*UPSAMPLING, *COARSE):
             yield Problem(tiny(shape) if tiny_shapes else shape, mode, "channels_last", False, device)
     if not tiny_shapes:
         for mode in MODES:
@@ -133,7 +133,7 @@ def name_of(shape: HeadShape) -> str:
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", UPSAMPLING, ids=name_of)
+@pytest.mark.parametrize("shape", (*UPSAMPLING, *COARSE), ids=name_of)
 def bench_upsample_bilinear(shape, layout, align_corners, mode, provider, run, device, size, benchmark):
     if provider == "compile" and device.type == "cpu":
         pytest.skip("torch.compile is measured on a GPU")

@@ -171,6 +171,14 @@ CROSS_ENTROPY = (
     HeadShape(19, 256, 512, 4, 2, "Cityscapes"),
 )
 
+# Scores far below the image, for every head: FCN-16s and FCN-32s.
+COARSE = tuple(
+    HeadShape(C, side // scale, side // scale, scale, N, f"FCN-{scale}s, {data}")
+    for N in (1, 16)
+    for C, side, data in ((21, 512, "VOC"), (150, 512, "ADE20K"))
+    for scale in (16, 32)
+) + tuple(HeadShape(19, 1024 // scale, 2048 // scale, scale, 1, "Cityscapes") for scale in (16, 32))
+
 DECONV = (
     HeadShape(21, 64, 64, 8, 1, "FCN-8s, VOC"),
     HeadShape(21, 64, 64, 8, 16, "FCN-8s, VOC"),
