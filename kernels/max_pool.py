@@ -123,13 +123,13 @@ def max_pool_fwd(
 @heuristic("max_unpool_fwd")
 @heuristic("max_unpool_bwd")
 def _rows_config(size: int, dtype: torch.dtype, inner: int, last: bool, bits: int) -> dict[str, int]:
-    """16 windows a thread: 2 vectors of 16 bytes of bf16 channels, with all their taps in flight. With int64 indices 8:
-    16 take 250 registers.
+    """16 windows a thread: 2 vectors of 16 bytes of bf16 channels, with all their taps in flight. In planes with int64
+    indices 8: 16 take 250 registers.
 
     In planes a block is as wide as a line of windows, so that lanes of a warp are neighbours in memory.
     """
     block_l = min(64 if last else 256, max(16, triton.next_power_of_2(inner)))
-    return {"BLOCK_M": max((2048 if bits <= 4 else 1024) // block_l, 1), "BLOCK_L": block_l, "num_warps": 4}
+    return {"BLOCK_M": max((2048 if last or bits <= 4 else 1024) // block_l, 1), "BLOCK_L": block_l, "num_warps": 4}
 
 
 @candidates("max_pool_fwd")

@@ -73,7 +73,7 @@ def _cell(
     else:
         y = tl.zeros((BLOCK_M, BLOCK_L), ACC)
         TAPS: tl.constexpr = KD * KH * KW
-        for back in tl.range(0, TAPS, loop_unroll_factor=TAPS if TAPS * SD * SH * SW <= 4 * UNROLLED else 1):
+        for back in range(TAPS):  # not unrolled: inside the unrolled loop over cells that crashes Triton 3.6
             tap = TAPS - 1 - back  # the last tap belongs to the first window
             # Window q + a / S has the cell as its tap i where a = cell - i L is a multiple of S; lifted above 0.
             az = iz + KD * LD * SD - tap // (KH * KW) * LD

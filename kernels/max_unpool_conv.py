@@ -76,8 +76,7 @@ def _max_unpool_conv_fwd_kernel(
         acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(ACC)[None, :]
     y = activate(acc, ACT).to(y_ptr.dtype.element_ty)
     offs = (h * W + w)[:, None] * COUT + offs_n[None, :]
-    base = (n * (H * W).to(tl.int64) * COUT)[:, None]
-    tl.store(y_ptr + base + offs, y, mask=mask_m[:, None] & mask_n[None, :])
+    tl.store(y_ptr + n * (H * W).to(tl.int64) * COUT + offs, y, mask=mask_m[:, None] & mask_n[None, :])
 
 
 def max_unpool_conv_fwd(
@@ -131,10 +130,10 @@ def block_n(COUT: int) -> int:
 
 @heuristic("max_unpool_conv_fwd")
 def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
-    """128 pixels; 64 in fp32, whose operands take twice the registers. One stage: the left operand is computed."""
+    """64 pixels are what wgmma takes; more, or 64 channels, spill with Triton 3.6. One stage: one operand is computed."""
     wide = dtype.itemsize > 2
-    return {"BLOCK_H": 8, "BLOCK_W": 8 if wide else 16, "BLOCK_N": min(64, block_n(COUT)) if wide else block_n(COUT),
-            "BLOCK_K": 32 if wide or C <= 32 else 64, "num_warps": 4, "num_stages": 1}  # fmt: skip
+    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": min(64, block_n(COUT)) if wide else block_n(COUT),
+            "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}  # fmt: skip
 
 
 @candidates("max_unpool_conv_fwd")
