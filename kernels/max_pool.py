@@ -124,12 +124,13 @@ def max_pool_fwd(
 @heuristic("max_unpool_bwd")
 def _rows_config(size: int, dtype: torch.dtype, inner: int, last: bool, bits: int) -> dict[str, int]:
     """16 windows a thread: 2 vectors of 16 bytes of bf16 channels, with all their taps in flight. In planes with int64
-    indices 8: 16 take 250 registers.
+    indices 8, in fp32 4: more take all registers, and spill with Triton 3.9.
 
     In planes a block is as wide as a line of windows, so that lanes of a warp are neighbours in memory.
     """
     block_l = min(64 if last else 256, max(16, triton.next_power_of_2(inner)))
-    return {"BLOCK_M": max((2048 if last or bits <= 4 else 1024) // block_l, 1), "BLOCK_L": block_l, "num_warps": 4}
+    elements = 2048 if last or bits <= 4 else 1024 if dtype.itemsize == 2 else 512
+    return {"BLOCK_M": max(elements // block_l, 1), "BLOCK_L": block_l, "num_warps": 4}
 
 
 @candidates("max_pool_fwd")

@@ -130,7 +130,7 @@ def block_n(COUT: int) -> int:
 
 @heuristic("max_unpool_conv_fwd")
 def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
-    """64 pixels are what wgmma takes; more, or 64 channels, spill with Triton 3.6. One stage: one operand is computed."""
+    """64 pixels are what wgmma takes; more, or 64 channels, spill with Triton 3.6. One stage: one is computed."""
     wide = dtype.itemsize > 2
     return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": min(64, block_n(COUT)) if wide else block_n(COUT),
             "BLOCK_K": 32, "num_warps": 4, "num_stages": 1}  # fmt: skip
