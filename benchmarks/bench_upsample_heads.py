@@ -14,9 +14,10 @@ from dataclasses import replace
 from functools import partial
 
 import harness
+import problem
 import pytest
 import torch
-from floors import find_device, floor_of
+from floors import Cost
 from op_floors import argmax_kernels
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,11 +25,12 @@ from workloads import ARGMAX, CROSS_ENTROPY, HeadShape
 
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
 
+OP = "upsample_heads"
 IGNORED = 255
 MODES = ("argmax", "loss", "loss-backward")
 
 
-class Problem:
+class Problem(problem.Problem):
     """One shape on one device: logits in channels_last, labels, and what each provider calls.
 
     Args:
@@ -38,7 +40,8 @@ class Problem:
     """
 
     def __init__(self, shape: HeadShape, mode: str, device: torch.device):
-        self.shape, self.mode, self.device, self.dtype = shape, mode, device, harness.dtype_for(device)
+        super().__init__(mode, device, grad=mode != "argmax")
+        self.shape = shape
         generator = torch.Generator().manual_seed(0)
         self.size = (shape.H * shape.scale, shape.W * shape.scale)
         # smooth, as a network's are: noise at a quarter of the size, upsampled; pruning depends on it
@@ -56,33 +59,18 @@ class Problem:
         lo, pixels = self.logits.nbytes, self.shape.N * self.size[0] * self.size[1]
         return {"argmax": lo + pixels, "loss": lo + 12 * pixels, "loss-backward": 2 * lo + 12 * pixels}[self.mode]
 
-    @property
-    def floor_s(self) -> float | None:
-        """Seconds of the pruned argmax at the device's ceilings, where known."""
-        chip = find_device(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        if chip is None or self.mode != "argmax":
-            return None
-        pixels = self.target.numel()
-        return floor_of(argmax_kernels(self.logits.numel(), self.shape.C * pixels, pixels, "fused"), chip).us * 1e-6
-
-    def providers(self) -> dict[str, Callable[..., Tensor]]:
-        """provider -> function of logits and labels. ``torch.compile`` on a GPU only: a CPU would need minutes."""
+    def forms(self) -> dict[str, Callable[..., Tensor]]:
+        """provider -> function of logits and labels."""
         upsampled = lambda x: F.interpolate(x, self.size, mode="bilinear")
         if self.mode == "argmax":
-            functions = {
+            return {
                 "fastseg": lambda x, target: upsample_argmax(x, self.size),
                 "eager": lambda x, target: upsampled(x).argmax(1),
             }
-        else:
-            functions = {
-                "fastseg": lambda x, target: upsample_cross_entropy(x, target, ignore_index=IGNORED),
-                "eager": lambda x, target: F.cross_entropy(upsampled(x).float(), target, ignore_index=IGNORED),
-            }
-        if self.device.type == "cuda":
-            torch._functorch.config.donated_buffer = False  # a timed backward runs many times on one graph
-            torch._dynamo.reset()
-            functions["compile"] = torch.compile(functions["eager"], mode="max-autotune-no-cudagraphs", dynamic=False)
-        return functions
+        return {
+            "fastseg": lambda x, target: upsample_cross_entropy(x, target, ignore_index=IGNORED),
+            "eager": lambda x, target: F.cross_entropy(upsampled(x).float(), target, ignore_index=IGNORED),
+        }
 
     def function(self, provider: Callable[..., Tensor]) -> Callable[[], object]:
         """What is timed. A backward contains no forward: its forward runs here, once."""
@@ -117,29 +105,31 @@ def cut(shape: HeadShape, size: str) -> HeadShape:
     return replace(shape, N=1) if size == "small" else shape
 
 
-CASES = [(mode, shape) for mode in MODES for shape in (ARGMAX if mode == "argmax" else CROSS_ENTROPY)]
+def name_of(shape: HeadShape) -> str:
+    return f"{shape.C}x{shape.H}x{shape.W}_x{shape.scale}_n{shape.N}"
 
 
-def name_of(case: tuple[str, HeadShape]) -> str:
-    mode, shape = case
-    return f"{mode}-{shape.C}x{shape.H}x{shape.W}x{shape.scale}-n{shape.N}"
+def floors_of(shape: HeadShape, mode: str) -> dict[str, list[Cost]]:
+    """provider -> its kernels: of argmax; the loss has a floor for both halves together."""
+    lo = shape.N * shape.C * shape.H * shape.W
+    hi, strategies = lo * shape.scale**2, {"fastseg": "fused", "eager": "eager", "compile": "compile"}
+    if mode != "argmax":
+        return {}
+    return {provider: argmax_kernels(lo, hi, hi // shape.C, strategy) for provider, strategy in strategies.items()}
+
+
+def cases(size: str) -> list[problem.Case]:
+    """Every shape in each mode."""
+    return [
+        problem.Case(
+            OP, name_of(shape), shape.N, mode, partial(Problem, cut(shape, size), mode), floors_of(shape, mode)
+        )
+        for mode in MODES
+        for shape in (ARGMAX if mode == "argmax" else CROSS_ENTROPY)
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("provider", ["fastseg", "eager", "compile"])
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def bench_upsample_heads(case, provider, run, device, size, benchmark):
-    if provider == "compile" and device.type == "cpu":
-        pytest.skip("torch.compile is measured on a GPU")
-    mode, shape = case
-    benchmark.group = name_of(case)
-    problem = Problem(cut(shape, size), mode, device)
-    providers = problem.providers()
-    with torch.set_grad_enabled(mode != "argmax"):
-        functions = {name: problem.function(providers[name]) for name in dict.fromkeys(["eager", provider])}
-        wrong = problem.disagreement(functions)
-        assert not wrong, wrong
-        run(
-            functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s,
-            graph=mode != "loss-backward", shape=name_of(case), N=problem.shape.N, dtype=str(problem.dtype),
-            provider=provider, mode=mode,
-        )  # fmt: skip
+@problem.every(cases)
+def bench_upsample_heads(number, provider, run, device, size, benchmark):
+    problem.bench(cases(size)[number], provider, run, device, size, benchmark)

@@ -139,6 +139,14 @@ POOLING = (
     PoolShape("SegNet L2", 128, 180, 240, 16),
 )
 
+SEGNET_STAGES = tuple(
+    PoolShape(f"SegNet L{i}", C, H, W, N)
+    for N in (1, 16)
+    for i, (C, H, W) in enumerate(
+        ((64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)), start=1
+    )
+)
+
 UPSAMPLING = (
     HeadShape(256, 32, 32, 4, 16, "DeepLabV3+ decoder"),
     HeadShape(21, 128, 128, 4, 16, "DeepLabV3+ logits, VOC"),
