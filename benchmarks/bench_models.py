@@ -14,14 +14,19 @@ import harness
 import pytest
 import torch
 from torch import Tensor
-from workloads import MODELS, ModelShape
+from workloads import MODELS, MODELS_WITHOUT_FLOOR, ModelShape
 
 from fastseg.inference.comparison import eager_form
 from fastseg.models import create
 
 # model of `workloads` -> arguments of `create`; the others have floors already and no network yet.
-CREATED = {"deeplabv3plus_mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"})}
-SHAPES = tuple(shape for shape in MODELS if shape.model in CREATED)
+CREATED = {
+    "deeplabv3plus_mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),
+    "segnet": ("segnet", {}),
+    "segnet_basic": ("segnet_basic", {}),
+    "fcn8s": ("fcn", {"backbone": "vgg16", "stride": 8}),
+}
+SHAPES = (*(shape for shape in MODELS if shape.model in CREATED), *MODELS_WITHOUT_FLOOR)
 
 
 def label(shape: ModelShape) -> str:

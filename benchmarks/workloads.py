@@ -202,6 +202,8 @@ MODELS = (
     ModelShape("fcn8s", N=16, classes=150),
 )
 
+MODELS_WITHOUT_FLOOR = tuple(ModelShape("segnet_basic", 360, 480, N, 12) for N in (1, 16))  # no walk of its layers
+
 MODELS_TRAINING = tuple(
     shape
     for shape in MODELS
