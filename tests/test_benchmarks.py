@@ -168,6 +168,24 @@ def test_least_traffic():
     assert elements == {"eval": A + Y + W, "train-forward": A + 2 * Y + W, "train-backward": 2 * (A + Y + W)}
 
 
+def test_what_pooling_moves_and_keeps():
+    """Odd sides: windows that end outside count."""
+    shape = workloads.PoolShape("p", C=8, H=5, W=6, N=2)
+    lo, hi = 2 * 8 * 3 * 3, 2 * 8 * 5 * 6
+    assert bench_pooling.sizes(shape) == (lo, hi)
+    moved = {mode: bench_pooling.Problem(shape, mode, CPU).bytes_moved for mode in ("pool", "stage-train")}
+    assert moved == {"pool": 4 * (hi + lo) + lo / 4, "stage-train": 4 * (2 * hi + lo) + lo / 4}
+    notes = bench_pooling.Problem(shape, "pool", CPU).notes("eager")
+    assert notes == {"index_bytes": 8 * lo, "kept_bytes": 4 * hi + 8 * lo}
+
+
+def test_every_case_has_a_name_of_its_own():
+    for module in op_modules.OPS:
+        names = [(case.shape, case.mode) for case in module.cases("full")]
+        assert len(set(names)) == len(names), module.OP
+        assert [case.mode for case in module.cases("tiny")] == [mode for _, mode in names]
+
+
 # gpu.py.
 
 
