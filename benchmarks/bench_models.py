@@ -14,7 +14,7 @@ import harness
 import pytest
 import torch
 from torch import Tensor
-from workloads import MODELS, ModelShape
+from workloads import MODELS, MODELS_WITHOUT_FLOOR, ModelShape
 
 from fastseg.inference.comparison import eager_form
 from fastseg.models import create
@@ -23,9 +23,10 @@ from fastseg.models import create
 CREATED = {
     "deeplabv3plus_mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),
     "segnet": ("segnet", {}),
+    "segnet_basic": ("segnet_basic", {}),
     "fcn8s": ("fcn", {"backbone": "vgg16", "stride": 8}),
 }
-SHAPES = tuple(shape for shape in MODELS if shape.model in CREATED)
+SHAPES = (*(shape for shape in MODELS if shape.model in CREATED), *MODELS_WITHOUT_FLOOR)
 
 
 def label(shape: ModelShape) -> str:

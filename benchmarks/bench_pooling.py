@@ -1,38 +1,48 @@
-"""Pooling and unpooling at SegNet's five stages, against torch's in both layouts and compiled.
+"""Max pooling with indices, its unpooling, and the fused end of an encoder stage, at SegNet's sizes.
 
-    pool            values and indices of 2x2 windows              least traffic  hi + lo + index
-    pool-backward   the gradient at the pooled map                 least traffic  hi + lo + index
-    unpool          values back to their cells, zeros elsewhere    least traffic  hi + lo + index
-    unpool-backward                                                least traffic  hi + lo + index
-    stage           maxpool(relu(bn(z))) in evaluation             least traffic  hi + lo + index
-    stage-train     the same with batch statistics                 least traffic  2 hi + lo + index
-    stage-backward  its gradients                                  least traffic  2 hi + 2 lo + index, and z read twice
+    pool             y, index = max_pool2d(x, 2, ceil_mode=True)       least traffic  hi + lo + codes
+    pool-backward    dx from dy and the index                          least traffic  lo + codes + hi
+    unpool           x = max_unpool2d(y, index)                        least traffic  lo + codes + hi
+    unpool-backward  dy from dx and the index                          least traffic  hi + codes + lo
+    stage-eval       y, index = max_pool2d(relu(batch_norm(x)), 2)     least traffic  hi + lo + codes
+    stage-train      the same with batch statistics                    least traffic  2 hi + lo + codes
+    stage-backward   dx and the norm's gradients                       least traffic  2 hi + lo + codes
 
-hi cells and lo windows of 16 bits (32 on a CPU); index is a quarter byte a window. "Least" means each tensor once and 2
-bits a window: GB/s is that traffic over the time, so that providers are comparable whatever they keep.
+hi = N C H W and lo = N C ceil(H / 2) ceil(W / 2) elements; codes = lo / 4 bytes, 2 bits a window. GB/s is that traffic
+over the time for every provider, also for those that move int64 indices of 8 lo bytes. "eager" is NCHW, torch's best
+layout for unpooling; "compile" compiles the channels_last form.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import ClassVar
 
 import harness
+import problem
 import pytest
 import torch
-from floors import Cost, find_device, floor_of
+from floors import ITEM, Cost
+from op_floors import pool_bytes
 from torch import Tensor
 from torch.nn import functional as F
 from workloads import SEGNET_STAGES, PoolShape
 
-from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d, max_pool2d, max_unpool2d
+from fastseg.ops import BatchNormArgs, PoolIndices, batch_norm_act_max_pool2d, max_pool2d, max_unpool2d
 
-MODES = ("pool", "pool-backward", "unpool", "unpool-backward", "stage", "stage-train", "stage-backward")
-PROVIDERS = ("fastseg", "fastseg int64", "eager", "eager NCHW", "compile")
-WINDOW = {"kernel_size": 2, "stride": 2, "ceil_mode": True}
+OP = "pooling"
+MODES = ("pool", "pool-backward", "unpool", "unpool-backward", "stage-eval", "stage-train", "stage-backward")
+PROVIDERS = ("fastseg", "fastseg int64", "eager", "eager channels_last", "compile")
+EAGER_POOL = partial(F.max_pool2d, kernel_size=2, ceil_mode=True, return_indices=True)
 
 
-class Problem:
-    """One stage on one device, and what each provider calls.
+def sizes(shape: PoolShape) -> tuple[int, int]:
+    """Elements of the smaller and of the larger map."""
+    return shape.N * shape.C * -(-shape.H // 2) * -(-shape.W // 2), shape.N * shape.C * shape.H * shape.W
+
+
+class Problem(problem.Problem):
+    """One shape on one device.
 
     Args:
         shape: of ``workloads``.
@@ -40,138 +50,144 @@ class Problem:
         device: where.
     """
 
+    compiled: ClassVar = {"compile": "eager channels_last"}
+    inputs = ("x", "nchw")
+
     def __init__(self, shape: PoolShape, mode: str, device: torch.device):
-        self.shape, self.mode, self.device, self.dtype = shape, mode, device, harness.dtype_for(device)
+        super().__init__(mode, device, grad=mode.endswith("backward") or mode == "stage-train")
+        self.shape = shape
         generator = torch.Generator().manual_seed(0)
         draw = lambda *size: torch.randn(size, generator=generator).to(device, self.dtype)
-        self.z = draw(shape.N, shape.C, shape.H, shape.W).contiguous(memory_format=torch.channels_last)
-        self.size = (shape.H, shape.W)
-        self.dy = {
-            "lo": draw(shape.N, shape.C, -(-shape.H // 2), -(-shape.W // 2)),
-            "hi": draw(shape.N, shape.C, shape.H, shape.W),
-        }
-        vector = lambda low: (torch.rand(shape.C, generator=generator) + low).to(device)
-        self.norm = BatchNormArgs(vector(-0.5), vector(0.5), vector(0.5), vector(-0.5), mode != "stage")
-        self.graph = not mode.endswith("backward")
-
-    @property
-    def name(self) -> str:
-        """``64x360x480 n16``."""
-        s = self.shape
-        return f"{s.C}x{s.H}x{s.W} n{s.N}"
+        image = draw(shape.N, shape.C, shape.H, shape.W)
+        y, self.index = EAGER_POOL(image)
+        self.nchw = (y if mode.startswith("unpool") else image).requires_grad_(self.grad)
+        self.x = self.nchw.detach().contiguous(memory_format=torch.channels_last).requires_grad_(self.grad)
+        self.index_last = self.index.contiguous(memory_format=torch.channels_last)
+        self.dy = draw(*(image if mode.startswith("unpool") else y).shape)
+        vector = lambda: torch.rand(shape.C, generator=generator).add_(0.5).to(device)
+        self.norm = BatchNormArgs(
+            vector(), vector(), vector().requires_grad_(self.grad), vector().requires_grad_(self.grad),
+            training=mode != "stage-eval",
+        )  # fmt: skip
 
     @property
     def bytes_moved(self) -> float:
-        """The least traffic of this file's header."""
-        hi, lo = self.z.nbytes, self.dy["lo"].nbytes
-        index = self.dy["lo"].numel() / 4
-        passes = {"stage-train": (2, 1), "stage-backward": (3, 2)}.get(self.mode, (1, 1))
-        return passes[0] * hi + passes[1] * lo + index
+        lo, hi = sizes(self.shape)
+        maps = 2 * hi if self.mode in ("stage-train", "stage-backward") else hi
+        return (maps + lo) * self.dtype.itemsize + lo / 4
 
-    @property
-    def floor_s(self) -> float | None:
-        """Seconds at the device's ceilings, where known."""
-        chip = find_device(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        return floor_of([Cost(bytes=self.bytes_moved)], chip).us * 1e-6 if chip is not None else None
-
-    def providers(self) -> dict[str, Callable[[Tensor], tuple[Tensor, Callable[[], object]]]]:
-        """provider -> what runs on a map, in its layout. ``torch.compile`` on a GPU only: a CPU would need minutes."""
-        eager = partial(self._run, F.max_pool2d, F.max_unpool2d, self._torch_stage)
-        stage = partial(self._fused_stage, index_format="compact")
-        providers = {
-            "fastseg": partial(self._run, partial(max_pool2d, index_format="compact"), max_unpool2d, stage),
-            "fastseg int64": partial(
-                self._run, max_pool2d, max_unpool2d, partial(self._fused_stage, index_format="int64")
-            ),
-            "eager": eager,
-            "eager NCHW": eager,
+    def forms(self) -> dict[str, Callable[[Tensor], object]]:
+        """provider -> function of the map."""
+        pixels = self.shape.H, self.shape.W
+        if self.mode.startswith("pool"):
+            ours = partial(max_pool2d, kernel_size=2, ceil_mode=True, return_indices=True)
+            plain = EAGER_POOL
+        elif self.mode.startswith("unpool"):
+            codes = PoolIndices.from_torch(self.index_last, pixels, (2, 2), (2, 2), (0, 0), (1, 1), channels_last=True)
+            unpool = lambda function, index: lambda v: function(v, index, 2, output_size=pixels)
+            return {
+                "fastseg": unpool(max_unpool2d, codes),
+                "fastseg int64": unpool(max_unpool2d, self.index_last),
+                "eager": unpool(F.max_unpool2d, self.index),
+                "eager channels_last": unpool(F.max_unpool2d, self.index_last),
+            }
+        else:
+            ours = partial(
+                batch_norm_act_max_pool2d, norm=self.norm, kernel_size=2, ceil_mode=True, return_indices=True
+            )
+            norm = self.norm
+            plain = lambda x: EAGER_POOL(F.relu(F.batch_norm(x, *norm)))
+        return {
+            "fastseg": partial(ours, index_format="compact"),
+            "fastseg int64": partial(ours, index_format="int64"),
+            "eager": lambda x: plain(x),
+            "eager channels_last": lambda x: plain(x),
         }
-        if self.device.type == "cuda":
-            torch._functorch.config.donated_buffer = False  # a timed backward runs many times on one graph
-            torch._dynamo.reset()
-            compiled = partial(torch.compile, mode="max-autotune-no-cudagraphs", dynamic=False)
-            functions = (compiled(f) for f in (F.max_pool2d, F.max_unpool2d, self._torch_stage))
-            providers["compile"] = partial(self._run, *functions)
-        return providers
 
-    def _torch_stage(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        mean, var, *affine, training, momentum, eps = self.norm
-        y = F.batch_norm(z, mean.clone(), var.clone(), *affine, training, momentum, eps)
-        return F.max_pool2d(F.relu_(y), **WINDOW, return_indices=True)
+    def functions(self, *names: str) -> dict[str, Callable[[], object]]:
+        """As the base's; "eager" gets the NCHW map."""
+        providers = self.providers()
+        return {
+            name: self.function(providers[name], self.nchw if name == "eager" else self.x)
+            for name in dict.fromkeys((self.baseline, *names))
+            if name in providers
+        }
 
-    def _fused_stage(self, z: Tensor, index_format: str):
-        norm = self.norm._replace(
-            running_mean=self.norm.running_mean.clone(), running_var=self.norm.running_var.clone()
-        )
-        return batch_norm_act_max_pool2d(z, norm, "relu", **WINDOW, return_indices=True, index_format=index_format)
+    def function(self, form: Callable[[Tensor], object], x: Tensor | None = None) -> Callable[[], object]:
+        x = self.nchw if x is None else x
+        if not self.backward:
+            return partial(form, x)
+        y = form(x)
+        y = y[0] if isinstance(y, tuple) else y
+        last = y.is_contiguous(memory_format=torch.channels_last)
+        dy = self.dy.to(y.dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        wanted = [x, self.norm.weight, self.norm.bias] if self.mode.startswith("stage") else [x]
+        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
-    def _run(self, pool: Callable, unpool: Callable, stage: Callable, layout: torch.memory_format):
-        """What is timed, prepared: a backward contains no forward, an unpooling no pooling."""
-        z = self.z.detach().contiguous(memory_format=layout).requires_grad_(self.mode.endswith("backward"))
-        dy = {name: t.contiguous(memory_format=layout) for name, t in self.dy.items()}
-        if self.mode.startswith("stage"):
-            if self.mode != "stage-backward":
-                return lambda: stage(z)[0]
-            y = stage(z)[0]
-            return lambda: torch.autograd.grad(y, z, dy["lo"], retain_graph=True)
-        run = lambda: pool(z, **WINDOW, return_indices=True)
-        if self.mode == "pool":
-            return lambda: run()[0]
-        values, indices = run()
-        if self.mode == "pool-backward":
-            return lambda: torch.autograd.grad(values, z, dy["lo"], retain_graph=True)
-        v = values.detach().requires_grad_(self.mode.endswith("backward"))
-        up = lambda: unpool(v, indices, 2, 2, output_size=self.size)
-        if self.mode == "unpool":
-            return up
-        y = up()
-        return lambda: torch.autograd.grad(y, v, dy["hi"], retain_graph=True)
+    def comparable(self, result: object) -> list[Tensor]:
+        """Values, and of a pooling alone the indices: behind a norm, rounding may tie what was not."""
+        if self.mode.startswith("stage") and not self.backward:
+            result = result[0]
+        elif self.mode == "pool":
+            y, index = result
+            result = y, index.to_torch() if isinstance(index, PoolIndices) else index
+        return super().comparable(result)
 
-    def functions(self, names: tuple[str, ...] = PROVIDERS) -> dict[str, Callable[[], object]]:
-        """provider -> what is timed, for those of ``names`` that run here."""
-        layout = lambda name: torch.contiguous_format if name.endswith("NCHW") else torch.channels_last
-        return {name: run(layout(name)) for name, run in self.providers().items() if name in names}
-
-    def disagreement(self, functions: dict[str, Callable[[], object]]) -> str:
-        """Why the providers do not compute the same, or "". Called before anything is timed."""
-        results = {name: harness.floats(function()) for name, function in functions.items()}
-        saved = self.z, self.dy
-        self.z, self.dy = self.z.float(), {name: t.float() for name, t in self.dy.items()}
-        try:
-            exact = harness.floats(self.functions(("eager",))["eager"]())
-        finally:
-            self.z, self.dy = saved
-        return harness.disagreement(results, exact, self.dtype)
+    def notes(self, provider: str) -> dict[str, object]:
+        """Of a forward: the bytes kept for its backward, and the index's own."""
+        if self.backward or self.mode == "unpool":
+            return {}
+        form, eager = self.providers()[provider], provider == "eager"
+        x = (self.nchw if eager else self.x).detach().requires_grad_(self.mode != "stage-eval")
+        with torch.enable_grad():
+            _, index = form(x)
+        notes = {"index_bytes": index.nbytes}
+        if x.requires_grad:
+            notes["kept_bytes"] = harness.kept_bytes(partial(form, x))
+        return notes
 
 
-def problems(tiny: bool, device: torch.device) -> Iterator[Problem]:
-    """Every stage and mode, the largest and most used first; few and small ones in a rehearsal."""
-    for shape in SEGNET_STAGES[:1] if tiny else SEGNET_STAGES:
-        for mode in MODES:
-            yield Problem(cut(shape, "tiny") if tiny else shape, mode, device)
+def floors(shape: PoolShape, mode: str) -> dict[str, list[Cost]]:
+    """provider -> its least traffic, kernel by kernel, in 16 bits."""
+    lo, hi = sizes(shape)
+    bytes_ = pool_bytes(lo, hi)
+    costs = lambda *values: [Cost(bytes=value) for value in values]
+    ours, eager, pass_ = bytes_["pool 2-bit"], bytes_["pool eager"], ITEM * hi
+    if mode == "pool":
+        return {"fastseg": costs(ours), "eager": costs(eager), "compile": costs(eager)}
+    if mode == "unpool":
+        return {"fastseg": costs(ours), "eager": costs(bytes_["unpool eager NCHW"])}
+    if mode == "stage-eval":
+        return {"fastseg": costs(ours), "eager": costs(2 * pass_, 2 * pass_, eager), "compile": costs(2 * pass_, eager)}
+    if mode == "stage-train":
+        forward = {"eager": costs(pass_, 2 * pass_, 2 * pass_, eager), "compile": costs(pass_, 2 * pass_, eager)}
+        return {"fastseg": costs(pass_ + ours), **forward}
+    return {"fastseg": costs(ours + (pass_ if mode == "stage-backward" else 0))}
 
 
 def cut(shape: PoolShape, size: str) -> PoolShape:
-    """One image for a CPU; at most 16 channels and 12 x 12 pixels in a smoke test."""
+    """One image for a CPU; 8 channels of 6 x 7 pixels in a smoke test."""
     if size == "tiny":
-        return replace(shape, C=min(shape.C, 16), H=min(shape.H, 12), W=min(shape.W, 12), N=1)
-    return shape
+        return replace(shape, C=8, H=6, W=7, N=1)
+    return replace(shape, N=1) if size == "small" else shape
+
+
+def cases(size: str) -> list[problem.Case]:
+    """SegNet's stages in each mode, the large batch first."""
+    return [
+        problem.Case(
+            OP, f"{shape.name} n{shape.N}", shape.N, mode, partial(Problem, cut(shape, size), mode),
+            floors(shape, mode),
+        )
+        for mode in MODES
+        for shape in (*SEGNET_STAGES[5:], *SEGNET_STAGES[:5])
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", SEGNET_STAGES, ids=lambda s: f"{s.C}x{s.H}x{s.W}-n{s.N}")
-def bench_pooling(shape, mode, provider, run, device, size, benchmark):
-    if provider == "compile" and device.type == "cpu":
-        pytest.skip("torch.compile is measured on a GPU")
-    if size != "full" and shape.N > 1:
-        pytest.skip("one image on a CPU; more on a GPU, or with --full")
-    problem = Problem(cut(shape, size), mode, device)
-    benchmark.group = f"pooling {problem.name} {mode}"
-    functions = problem.functions(tuple(dict.fromkeys(["eager", provider])))
-    wrong = problem.disagreement(functions)
-    assert not wrong, wrong
-    run(
-        functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s, graph=problem.graph,
-        shape=problem.name, N=shape.N, dtype=str(problem.dtype), provider=provider, mode=mode,
-    )  # fmt: skip
+@problem.every(cases)
+def bench_pooling(number, provider, run, device, size, benchmark):
+    case = cases(size)[number]
+    if size != "full" and case.N > 1:
+        pytest.skip("one image on a CPU")
+    problem.bench(case, provider, run, device, size, benchmark)

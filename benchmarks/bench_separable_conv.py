@@ -16,19 +16,20 @@ from dataclasses import replace
 from functools import partial
 from unittest import mock
 
-import harness
+import problem
 import pytest
 import torch
-from floors import find_device, floor_us
-from torch import Tensor, nn
-from workloads import SEPARABLE, SeparableShape, tiny
+from floors import separable_inference
+from torch import nn
+from workloads import SEPARABLE, SEPARABLE_TRAINING, SeparableShape, tiny
 
 from fastseg.nn import SeparableConv2d
 
+OP = "separable_conv"
 MODES = ("eval", "train-forward", "train-backward")
 
 
-class Problem:
+class Problem(problem.Problem):
     """One shape on one device: input, modules with the same parameters, and what each provider calls.
 
     Args:
@@ -38,7 +39,8 @@ class Problem:
     """
 
     def __init__(self, shape: SeparableShape, mode: str, device: torch.device):
-        self.shape, self.mode, self.device, self.dtype = shape, mode, device, harness.dtype_for(device)
+        super().__init__(mode, device, grad=mode != "eval")
+        self.shape = shape
         generator = torch.Generator().manual_seed(0)
         self.fused = SeparableConv2d(
             shape.C, shape.COUT, shape.kernel_size, stride=shape.stride, dilation=shape.dilation,
@@ -57,17 +59,10 @@ class Problem:
 
     @property
     def bytes_moved(self) -> float:
-        """The least traffic of this file's header."""
         A, Y = self.shape.inputs, self.shape.outputs
         W = self.shape.C * (self.shape.kernel_size**2 + self.shape.COUT)
         elements = {"eval": A + Y + W, "train-forward": A + 2 * Y + W, "train-backward": 2 * A + 2 * Y + 2 * W}
         return elements[self.mode] * self.dtype.itemsize
-
-    @property
-    def floor_s(self) -> float | None:
-        """Seconds at the device's ceilings, where known. Training has a floor for the step, not for its halves."""
-        chip = find_device(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        return floor_us(self.shape, chip).us * 1e-6 if chip is not None and self.mode == "eval" else None
 
     @contextmanager
     def context(self) -> Iterator[None]:
@@ -76,17 +71,11 @@ class Problem:
         with torch.autocast("cuda", torch.bfloat16, enabled=cuda), torch.set_grad_enabled(self.mode != "eval"):
             yield
 
-    def networks(self) -> dict[str, nn.Module]:
-        """provider -> module. ``torch.compile`` on a GPU only: a CPU would need a C++ compiler and minutes."""
-        networks = {"fastseg": self.fused, "eager": self.plain}
-        if self.device.type == "cuda":
-            torch._functorch.config.donated_buffer = False  # a timed backward runs many times on one graph
-            torch._dynamo.reset()  # else all shapes share one cache, and past its limit run uncompiled
-            networks["compile"] = torch.compile(self.plain, mode="max-autotune-no-cudagraphs", dynamic=False)
-        return networks
+    def forms(self) -> dict[str, nn.Module]:
+        """provider -> module."""
+        return {"fastseg": self.fused, "eager": self.plain}
 
     def function(self, network: nn.Module) -> Callable[[], object]:
-        """What is timed. A backward contains no forward: its forward runs here, once."""
         if self.mode != "train-backward":
             return partial(network, self.x)
         y = network(self.x)
@@ -94,22 +83,6 @@ class Problem:
         dy = dy.contiguous(memory_format=torch.channels_last)
         wanted = [self.x, *network.parameters()]
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
-
-    def exact(self) -> list[Tensor]:
-        """The plain modules' result in fp32, without tf32."""
-        saved = self.x, torch.backends.cudnn.allow_tf32
-        torch.backends.cudnn.allow_tf32 = False
-        self.x = self.x.detach().float().requires_grad_(self.mode != "eval")
-        try:
-            with torch.autocast(self.device.type, enabled=False), torch.set_grad_enabled(self.mode != "eval"):
-                return harness.floats(self.function(self.plain)())
-        finally:
-            self.x, torch.backends.cudnn.allow_tf32 = saved
-
-    def disagreement(self, functions: dict[str, Callable[[], object]]) -> str:
-        """Why the providers do not compute the same, or "". Called before anything is timed."""
-        results = {name: harness.floats(function()) for name, function in functions.items()}
-        return harness.disagreement(results, self.exact(), self.dtype)
 
 
 @contextmanager
@@ -123,34 +96,31 @@ def forced(form: str) -> Iterator[None]:
         yield
 
 
-def small(shape: SeparableShape) -> SeparableShape:
-    """One image; what a CPU is given."""
-    return replace(shape, N=1)
-
-
 def macs(shape: SeparableShape) -> int:
     """Multiply-adds of one forward."""
     return shape.hidden * (shape.kernel_size**2 + shape.COUT)
 
 
+def cut(shape: SeparableShape, size: str) -> SeparableShape:
+    """One image for a CPU, ``tiny`` in a smoke test."""
+    return tiny(shape) if size == "tiny" else replace(shape, N=1) if size == "small" else shape
+
+
+def cases(size: str) -> list[problem.Case]:
+    """Every shape in evaluation, a few in training, whose floor is that of the step and so of neither half."""
+    out = []
+    for mode in MODES:
+        for shape in SEPARABLE if mode == "eval" else SEPARABLE_TRAINING:
+            strategies = {"fastseg": "fused", "eager": "eager", "compile": "compile"} if mode == "eval" else {}
+            floors = {provider: separable_inference(shape, strategy) for provider, strategy in strategies.items()}
+            shape = cut(shape, size)
+            out.append(
+                problem.Case(OP, shape.name, shape.N, mode, partial(Problem, shape, mode), floors, 2 * macs(shape))
+            )
+    return out
+
+
 @pytest.mark.parametrize("provider", ["fastseg", "eager", "compile"])
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("shape", SEPARABLE, ids=lambda shape: shape.name)
-def bench_separable_conv(shape, mode, provider, run, device, size, benchmark):
-    if provider == "compile" and device.type == "cpu":
-        pytest.skip("torch.compile is measured on a GPU")
-    shape = {"full": lambda s: s, "small": small, "tiny": tiny}[size](shape)
-    if size == "small" and macs(shape) > 1e9:
-        pytest.skip(f"{macs(shape):.1e} multiply-adds: on a GPU, or with --full")
-    benchmark.group = f"separable_conv {shape.name} {mode}"
-    problem = Problem(shape, mode, device)
-    networks = problem.networks()
-    with problem.context():
-        functions = {name: problem.function(networks[name]) for name in dict.fromkeys(["eager", provider])}
-        wrong = problem.disagreement(functions)
-        assert not wrong, wrong
-        run(
-            functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s,
-            graph=mode != "train-backward", shape=shape.name, N=shape.N, dtype=str(problem.dtype), provider=provider,
-            mode=mode,
-        )  # fmt: skip
+@problem.every(cases)
+def bench_separable_conv(number, provider, run, device, size, benchmark):
+    problem.bench(cases(size)[number], provider, run, device, size, benchmark)

@@ -9,14 +9,15 @@ over the time, so that providers are comparable. The loss is bound by its expone
 has the floor of both halves together, the forward and the backward have none of their own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 import harness
+import problem
 import pytest
 import torch
-from floors import find_device, floor_of
+from floors import Cost
 from op_floors import argmax_kernels
 from torch import Tensor
 from torch.nn import functional as F
@@ -24,12 +25,12 @@ from workloads import ARGMAX, COARSE, CROSS_ENTROPY, HeadShape
 
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
 
+OP = "upsample_heads"
 IGNORED = 255
 MODES = ("argmax", "loss", "loss-backward")
-PROVIDERS = ("fastseg", "eager", "compile")
 
 
-class Problem:
+class Problem(problem.Problem):
     """One shape on one device: logits in channels_last, labels, and what each provider calls.
 
     Args:
@@ -39,7 +40,8 @@ class Problem:
     """
 
     def __init__(self, shape: HeadShape, mode: str, device: torch.device):
-        self.shape, self.mode, self.device, self.dtype = shape, mode, device, harness.dtype_for(device)
+        super().__init__(mode, device, grad=mode != "argmax")
+        self.shape = shape
         generator = torch.Generator().manual_seed(0)
         self.size = (shape.H * shape.scale, shape.W * shape.scale)
         # smooth, as a network's are: noise at a quarter of the size, upsampled; pruning depends on it
@@ -52,49 +54,23 @@ class Problem:
         self.target = target.to(device)
 
     @property
-    def name(self) -> str:
-        """``21x128x128x4-n16``."""
-        s = self.shape
-        return f"{s.C}x{s.H}x{s.W}x{s.scale}-n{s.N}"
-
-    @property
-    def graph(self) -> bool:
-        """Whether it may be timed as a CUDA graph."""
-        return self.mode != "loss-backward"
-
-    @property
     def bytes_moved(self) -> float:
         """The least traffic of this file's header."""
         lo, pixels = self.logits.nbytes, self.shape.N * self.size[0] * self.size[1]
         return {"argmax": lo + pixels, "loss": lo + 12 * pixels, "loss-backward": 2 * lo + 12 * pixels}[self.mode]
 
-    @property
-    def floor_s(self) -> float | None:
-        """Seconds of the pruned argmax at the device's ceilings, where known."""
-        chip = find_device(torch.cuda.get_device_name(self.device)) if self.device.type == "cuda" else None
-        if chip is None or self.mode != "argmax":
-            return None
-        pixels = self.target.numel()
-        return floor_of(argmax_kernels(self.logits.numel(), self.shape.C * pixels, pixels, "fused"), chip).us * 1e-6
-
-    def providers(self) -> dict[str, Callable[..., Tensor]]:
-        """provider -> function of logits and labels. ``torch.compile`` on a GPU only: a CPU would need minutes."""
+    def forms(self) -> dict[str, Callable[..., Tensor]]:
+        """provider -> function of logits and labels."""
         upsampled = lambda x: F.interpolate(x, self.size, mode="bilinear")
         if self.mode == "argmax":
-            functions = {
+            return {
                 "fastseg": lambda x, target: upsample_argmax(x, self.size),
                 "eager": lambda x, target: upsampled(x).argmax(1),
             }
-        else:
-            functions = {
-                "fastseg": lambda x, target: upsample_cross_entropy(x, target, ignore_index=IGNORED),
-                "eager": lambda x, target: F.cross_entropy(upsampled(x).float(), target, ignore_index=IGNORED),
-            }
-        if self.device.type == "cuda":
-            torch._functorch.config.donated_buffer = False  # a timed backward runs many times on one graph
-            torch._dynamo.reset()
-            functions["compile"] = torch.compile(functions["eager"], mode="max-autotune-no-cudagraphs", dynamic=False)
-        return functions
+        return {
+            "fastseg": lambda x, target: upsample_cross_entropy(x, target, ignore_index=IGNORED),
+            "eager": lambda x, target: F.cross_entropy(upsampled(x).float(), target, ignore_index=IGNORED),
+        }
 
     def function(self, provider: Callable[..., Tensor]) -> Callable[[], object]:
         """What is timed. A backward contains no forward: its forward runs here, once."""
@@ -102,10 +78,6 @@ class Problem:
             return partial(provider, self.logits, self.target)
         loss = provider(self.logits, self.target)
         return lambda: torch.autograd.grad(loss, self.logits, retain_graph=True)
-
-    def functions(self, names: tuple[str, ...] = PROVIDERS) -> dict[str, Callable[[], object]]:
-        """provider -> what is timed, for those of ``names`` that run here."""
-        return {name: self.function(provider) for name, provider in self.providers().items() if name in names}
 
     def disagreement(self, functions: dict[str, Callable[[], object]]) -> str:
         """Why the providers do not compute the same, or "". Called before anything is timed."""
@@ -133,34 +105,31 @@ def cut(shape: HeadShape, size: str) -> HeadShape:
     return replace(shape, N=1) if size == "small" else shape
 
 
-CASES = [(mode, s) for mode in MODES for s in (*(ARGMAX if mode == "argmax" else CROSS_ENTROPY), *COARSE)]
+def name_of(shape: HeadShape) -> str:
+    return f"{shape.C}x{shape.H}x{shape.W}_x{shape.scale}_n{shape.N}"
 
 
-def problems(tiny: bool, device: torch.device) -> Iterator[Problem]:
-    """Every case; the first of each mode in a rehearsal."""
-    for mode, shape in [(mode, ARGMAX[0]) for mode in MODES] if tiny else CASES:
-        yield Problem(cut(shape, "tiny" if tiny else "full"), mode, device)
+def floors_of(shape: HeadShape, mode: str) -> dict[str, list[Cost]]:
+    """provider -> its kernels: of argmax; the loss has a floor for both halves together."""
+    lo = shape.N * shape.C * shape.H * shape.W
+    hi, strategies = lo * shape.scale**2, {"fastseg": "fused", "eager": "eager", "compile": "compile"}
+    if mode != "argmax":
+        return {}
+    return {provider: argmax_kernels(lo, hi, hi // shape.C, strategy) for provider, strategy in strategies.items()}
 
 
-def name_of(case: tuple[str, HeadShape]) -> str:
-    mode, s = case
-    return f"{mode}-{s.C}x{s.H}x{s.W}x{s.scale}-n{s.N}"
+def cases(size: str) -> list[problem.Case]:
+    """Every shape in each mode."""
+    return [
+        problem.Case(
+            OP, name_of(shape), shape.N, mode, partial(Problem, cut(shape, size), mode), floors_of(shape, mode)
+        )
+        for mode in MODES
+        for shape in (*(ARGMAX if mode == "argmax" else CROSS_ENTROPY), *COARSE)
+    ]  # fmt: skip
 
 
-@pytest.mark.parametrize("provider", PROVIDERS)
-@pytest.mark.parametrize("case", CASES, ids=name_of)
-def bench_upsample_heads(case, provider, run, device, size, benchmark):
-    if provider == "compile" and device.type == "cpu":
-        pytest.skip("torch.compile is measured on a GPU")
-    mode, shape = case
-    benchmark.group = name_of(case)
-    problem = Problem(cut(shape, size), mode, device)
-    with torch.set_grad_enabled(mode != "argmax"):
-        functions = problem.functions(("eager", provider))
-        wrong = problem.disagreement(functions)
-        assert not wrong, wrong
-        run(
-            functions[provider], bytes_moved=problem.bytes_moved, floor_s=problem.floor_s,
-            graph=problem.graph, shape=name_of(case), N=problem.shape.N, dtype=str(problem.dtype),
-            provider=provider, mode=mode,
-        )  # fmt: skip
+@pytest.mark.parametrize("provider", ["fastseg", "eager", "compile"])
+@problem.every(cases)
+def bench_upsample_heads(number, provider, run, device, size, benchmark):
+    problem.bench(cases(size)[number], provider, run, device, size, benchmark)

@@ -19,7 +19,7 @@ from pathlib import Path
 import record
 
 # stage -> its share of the budget; what a stage does not use goes to the later ones.
-SHARES = {"env": 0.08, "tests": 0.40, "ops": 0.25, "other-ops": 0.25, "tune": 0.35, "ops-tuned": 0.15, "models": 0.50}
+SHARES = {"env": 0.08, "tests": 0.40, "ops": 0.30, "tune": 0.35, "ops-tuned": 0.15, "models": 0.50}
 GRACE = 20  # seconds between a stage's own deadline and the end of its process
 SHORTEST = 15  # seconds under which no stage is begun: importing torch takes most of that
 

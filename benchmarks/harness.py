@@ -116,6 +116,20 @@ def peak_mib(fn: Function, device: torch.device) -> float | None:
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
 
 
+def kept_bytes(fn: Function) -> int:
+    """Bytes that autograd keeps for the backward of one call, each storage once; parameters are not counted."""
+    kept: dict[int, tuple[Tensor, int]] = {}  # the tensors live on, so that no address is used twice
+
+    def pack(t: Tensor) -> Tensor:
+        if not isinstance(t, torch.nn.Parameter):
+            kept[t.untyped_storage()._cdata] = t, t.untyped_storage().nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fn()
+    return sum(size for _, size in kept.values())
+
+
 def launch_count(fn: Function) -> int:
     """fastseg's own kernel launches in one call."""
     if not HAS_TRITON:

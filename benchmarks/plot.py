@@ -64,7 +64,7 @@ def fill(text: str, results: dict[str, dict[str, dict]], figures: Mapping[tuple[
 
 def draw_separable(path: Path, gpu: str, stages: dict[str, dict]) -> bool:
     """Inference times over the fused floor, per shape: 1 is the roofline. False, and no file, if none was measured."""
-    chip, times = tables.chip_of(gpu), tables.op_times(stages)
+    chip, times = tables.chip_of(gpu), tables.op_times(stages, "separable_conv")
     series = {}
     for name, strategy in zip(tables.PROVIDERS, STRATEGIES, strict=True):
         fused = [floor_us(s, chip).us for s in SEPARABLE]
@@ -79,7 +79,7 @@ def draw_models(path: Path, gpu: str, stages: dict[str, dict]) -> bool:
     """Time per image, the better of called and CUDA graph, beside the floors. False, and no file, if none is known."""
     chip, found = tables.chip_of(gpu), tables.model_rows(stages)
     series = {}
-    all_floors = [tables.model_floors(shape, chip) for shape in bench_models.SHAPES]
+    all_floors = [tables.model_floors(shape, chip) or [0.0] * 3 for shape in bench_models.SHAPES]
     for i, name in enumerate(tables.PROVIDERS):
         floors, measured = [], []
         for shape, floor in zip(bench_models.SHAPES, all_floors, strict=True):

@@ -1,82 +1,67 @@
-"""Bytes that training keeps for the backward at SegNet's five stages, counted by saved-tensor hooks; no GPU needed.
+"""Print what SegNet's stages move and what they keep for backward, exactly and without a GPU.
 
-    TRITON_INTERPRET=1 python benchmarks/saved_bytes.py
+    python benchmarks/saved_bytes.py
 
-A stage is batch norm, ReLU and 2x2 max pooling of a convolution's output, in bf16 and channels_last: "eager" is plain
-PyTorch with an in-place ReLU, "fastseg" ``batch_norm_act_max_pool2d``. Each is run on a sixteenth of the channels and
-scaled: every tensor kept has them as a factor. Per image, MiB; vectors of a channel's length are counted too.
+Nothing is computed: the ops run on fake tensors of the full size, and autograd's hooks see what each keeps. Traffic is
+the floor of ``op_floors.pool_bytes``, which ``tests/ops/test_pooling_traffic.py`` counts launch by launch.
 """
 
 import os
-import sys
-from collections.abc import Callable
 
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: fake CPU tensors then take the kernels' path
+
+from functools import partial
+
+import harness
 import torch
-from torch import Tensor
+from bench_pooling import EAGER_POOL, sizes
+from op_floors import pool_bytes
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from workloads import SEGNET_STAGES, PoolShape
 
-from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d
+from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d, max_pool2d
 
-SHARE = 16  # of the channels that are run
-
-
-def kept_bytes(run: Callable[[], object]) -> int:
-    """Bytes that autograd keeps of one call, each memory once."""
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run()
-    return sum(kept.values())
+HEADER = ("stage", "pool eager -> ours, MB moved", "unpool eager -> ours", "pool eager -> ours, MB kept",
+          "norm + ReLU + pool eager -> ours, MB kept")  # fmt: skip
 
 
-def stage_bytes(shape: PoolShape, share: int = SHARE, divisor: int = 1) -> dict[str, dict[str, int]]:
-    """provider -> {"kept", "index"} bytes of one stage; ``divisor`` makes the map smaller (tests)."""
-    C, H, W = shape.C // share, shape.H // divisor, shape.W // divisor
-    z = torch.randn(1, C, H, W).bfloat16().contiguous(memory_format=torch.channels_last).requires_grad_()
-    affine = [torch.ones(C, requires_grad=True), torch.zeros(C, requires_grad=True)]
-    window = {"kernel_size": 2, "stride": 2, "ceil_mode": True, "return_indices": True}
-
-    def eager() -> tuple[Tensor, Tensor]:
-        y = F.relu_(F.batch_norm(z, None, None, *affine, training=True))
-        return F.max_pool2d(y, **window)
-
-    fused = lambda: batch_norm_act_max_pool2d(z, BatchNormArgs(None, None, *affine, True), "relu", **window)
-    return {
-        name: {"kept": share * kept_bytes(run), "index": share * run()[1].nbytes}
-        for name, run in (("eager", eager), ("fastseg", fused))
-    }
-
-
-def table() -> str:
-    """The README's table."""
-    lines = ["| stage | kept MiB: eager / fastseg | | index MiB: int64 / 2 bits |", "| --- | --- | --- | --- |"]
-    totals: dict[tuple[str, str], int] = {}
-    for shape in [s for s in SEGNET_STAGES if s.N == 1]:
-        counted = stage_bytes(shape)
-        for name, row in counted.items():
-            for what, count in row.items():
-                totals[name, what] = totals.get((name, what), 0) + count
-        lines.append(
-            _line(f"{shape.C}x{shape.H}x{shape.W}", {(n, w): c for n, r in counted.items() for w, c in r.items()})
+def kept(shape: PoolShape) -> tuple[int, int, int, int]:
+    """Bytes kept for backward: pooling with indices, eager and ours; norm, ReLU and pooling, eager and ours."""
+    with FakeTensorMode():
+        x = torch.empty(shape.N, shape.C, shape.H, shape.W, dtype=torch.bfloat16)
+        x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+        vectors = [torch.nn.Parameter(torch.ones(shape.C)) for _ in range(2)]
+        norm = BatchNormArgs(torch.zeros(shape.C), torch.ones(shape.C), *vectors, training=True)
+        ours = {"kernel_size": 2, "ceil_mode": True, "return_indices": True, "index_format": "compact"}
+        forms = (
+            EAGER_POOL,
+            partial(max_pool2d, **ours),
+            lambda x: EAGER_POOL(F.relu(F.batch_norm(x, *norm))),
+            partial(batch_norm_act_max_pool2d, norm=norm, **ours),
         )
-    return "\n".join([*lines, _line("all five", totals)])
+        return tuple(harness.kept_bytes(partial(form, x)) for form in forms)
 
 
-def _line(name: str, counts: dict[tuple[str, str], int]) -> str:
-    eager, ours, int64, codes = (
-        counts[key] for key in (("eager", "kept"), ("fastseg", "kept"), ("eager", "index"), ("fastseg", "index"))
-    )
-    mib = lambda count: f"{count / 2**20:.2f}"
-    return f"| {name} | {mib(eager)} / {mib(ours)} | {ours / eager:.2f} | {mib(int64)} / {mib(codes)} |"
+def rows() -> list[tuple[str, list[float], tuple[int, int, int, int]]]:
+    """Of each stage its label, its traffic (eager and ours, pool and unpool, channels_last) and its kept bytes."""
+    out = []
+    for shape in SEGNET_STAGES:
+        if shape.N == 1:
+            continue
+        moved = pool_bytes(*sizes(shape))
+        traffic = [moved[name] for name in ("pool eager", "pool 2-bit", "unpool eager CL", "unpool ours")]
+        out.append((f"{shape.name} {shape.N}x{shape.C}x{shape.H}x{shape.W}", traffic, kept(shape)))
+    return out
+
+
+def markdown() -> str:
+    lines = [HEADER, ["---"] * len(HEADER)]
+    for label, traffic, bytes_ in rows():
+        pairs = [*zip(traffic[::2], traffic[1::2], strict=True), *zip(bytes_[::2], bytes_[1::2], strict=True)]
+        lines.append([label, *(f"{a / 1e6:.1f} -> {b / 1e6:.1f}" for a, b in pairs)])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 if __name__ == "__main__":
-    if os.environ.get("TRITON_INTERPRET") != "1" and not torch.cuda.is_available():
-        sys.exit("saved_bytes: the kernels run under the interpreter here; set TRITON_INTERPRET=1")
-    print(table())
+    print(markdown())

@@ -10,23 +10,29 @@ import sys
 import tempfile
 import time
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import chain, zip_longest
 from pathlib import Path
 
+import bench_bilinear_conv_transpose
 import bench_models
+import bench_pooling
 import bench_separable_conv as bench
+import bench_upsample_bilinear
+import bench_upsample_heads
 import harness
-import op_stages
 import record
 import torch
 import workloads
+from problem import Case, Problem
 from record import Log
 
 from fastseg.inference.timing import interleaved
 from fastseg.ops._dispatch import explain
 
+OPS = (bench, bench_pooling, bench_upsample_heads, bench_upsample_bilinear, bench_bilinear_conv_transpose)
 GPU_TESTS = ("tests/ops", "tests/nn", "tests/models")
 
 
@@ -146,82 +152,87 @@ def _junit(report: Path) -> tuple[dict[str, int], list[str]]:
     return counts, failed
 
 
-# ops, ops-tuned: separable convolution against its baselines.
+# ops, ops-tuned: every op against its baselines.
 
 
-def _cases(tiny: bool, modes: Iterable[str]) -> list[tuple[workloads.SeparableShape, str]]:
-    """(shape, mode) in the order of what is worth most; the rehearsal takes every fourth."""
-    training = workloads.SEPARABLE_TRAINING
-    pairs = [(shape, mode) for mode in modes for shape in (workloads.SEPARABLE if mode == "eval" else training)]
-    return [(workloads.tiny(shape) if tiny else shape, mode) for shape, mode in (pairs[::4] if tiny else pairs)]
+def cases(tiny: bool, wanted: Callable[[Case], bool] = lambda case: True) -> list[Case]:
+    """The ops' cases in turn, so that each op has its share; the rehearsal takes the first of each op's modes."""
+    columns = []
+    for module in OPS:
+        found = [case for case in module.cases("tiny" if tiny else "full") if wanted(case)]
+        columns.append(list({case.mode: case for case in reversed(found)}.values()) if tiny else found)
+    return [case for case in chain.from_iterable(zip_longest(*columns)) if case is not None]
 
 
 def ops(log: Log, device: torch.device, tiny: bool) -> None:
-    _ops(log, device, tiny, ("fastseg", "eager"))
+    plain = lambda name: "compile" not in name
+    _ops(log, device, tiny, plain)
     if device.type == "cuda":
         forms(log, device, tiny)
-        _ops(log, device, tiny, ("compile",))  # minutes of compilation: after everything else
+        _ops(log, device, tiny, lambda name: not plain(name))  # minutes of compilation: after everything else
 
 
 def ops_tuned(log: Log, device: torch.device, tiny: bool) -> None:
-    _ops(log, device, tiny, ("fastseg",))
+    _ops(log, device, tiny, lambda name: name.startswith("fastseg"))
 
 
-def _ops(log: Log, device: torch.device, tiny: bool, providers: tuple[str, ...]) -> None:
-    for shape, mode in _cases(tiny, bench.MODES):
-        names = {"shape": shape.name, "N": shape.N, "mode": mode}
-        if log.time_left() < (20 if "compile" in providers else 3) and not tiny:
-            log.left_out.append(f"{shape.name} {mode} {'/'.join(providers)}")
+def _ops(log: Log, device: torch.device, tiny: bool, chosen: Callable[[str], bool]) -> None:
+    compiling = chosen("compile")
+    for case in cases(tiny):
+        names = {"op": case.op, "shape": case.shape, "N": case.N, "mode": case.mode}
+        if log.time_left() < (20 if compiling else 3) and not tiny:
+            log.left_out.append(f"{case.op} {case.shape} {case.mode}{', compiled' if compiling else ''}")
             continue
-        problem = bench.Problem(shape, mode, device)
-        networks = problem.networks()
+        problem = case.build(device)
         with problem.context():
-            path = _path(problem)
-            functions = {name: problem.function(networks[name]) for name in dict.fromkeys(("eager", *providers))}
+            functions = problem.functions(*filter(chosen, problem.providers()))
             wrong = problem.disagreement(functions)
-            for provider in providers:
+            for provider in filter(chosen, functions):
                 if wrong:
                     log.row(**names, provider=provider, wrong=wrong)
                     continue
                 fn = functions[provider]
-                timing = timed(fn, device, **({"graph": mode != "train-backward"} if device.type == "cuda" else {}))
-                summary = harness.summary(timing, bytes_moved=problem.bytes_moved, floor_s=problem.floor_s)
+                timing = timed(fn, device, **({"graph": not problem.backward} if device.type == "cuda" else {}))
+                summary = harness.summary(timing, bytes_moved=problem.bytes_moved, floor_s=case.floor_s(device))
                 log.row(
                     **names, provider=provider, dtype=str(problem.dtype), **summary,
-                    peak_mib=harness.peak_mib(fn, device), path=path,
-                    configurations=_sources(provider, fn, device),
+                    peak_mib=harness.peak_mib(fn, device), configurations=_sources(provider, fn, device),
+                    path=_path(problem, provider), **problem.notes(provider),
                 )  # fmt: skip
+        del problem, functions
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def other_ops(log: Log, device: torch.device, tiny: bool) -> None:
-    """Pooling, heads, upsampling, transposed convolution against their baselines."""
-    op_stages.measure(log, device, tiny, timed)
-
-
 def forms(log: Log, device: torch.device, tiny: bool) -> None:
     """Both forms of the inference path, timed on every shape: what the cost model that chooses is judged by."""
-    for shape, mode in _cases(tiny, ("eval",)):
-        if log.time_left() < 3:
-            log.left_out.append(f"{shape.name} {mode} both forms")
+    for case in bench.cases("tiny" if tiny else "full"):
+        if case.mode != "eval":
             continue
-        problem = bench.Problem(shape, mode, device)
+        if log.time_left() < 3:
+            log.left_out.append(f"{case.shape} {case.mode} both forms")
+            continue
+        problem = case.build(device)
         for form in ("fused", "split"):
             with problem.context(), bench.forced(form):
                 fn = problem.function(problem.fused)
-                summary = harness.summary(timed(fn, device), bytes_moved=problem.bytes_moved, floor_s=problem.floor_s)
-                log.row(shape=shape.name, N=shape.N, mode=mode, provider=f"fastseg, {form}", **summary)
+                summary = harness.summary(
+                    timed(fn, device), bytes_moved=problem.bytes_moved, floor_s=case.floor_s(device)
+                )
+                names = {"op": case.op, "shape": case.shape, "N": case.N, "mode": case.mode}
+                log.row(**names, provider=f"fastseg, {form}", **summary)
 
 
 def _sources(provider: str, fn: Callable[[], object], device: torch.device) -> list[str]:
-    return harness.config_sources(fn, device) if provider == "fastseg" else []
+    return harness.config_sources(fn, device) if provider.startswith("fastseg") else []
 
 
-def _path(problem: bench.Problem) -> str:
-    """Which path and form the op takes."""
+def _path(problem: Problem, provider: str) -> str:
+    """Which path and form our op takes; what a baseline takes is its name."""
+    if not provider.startswith("fastseg"):
+        return ""
     with explain() as report:
-        problem.fused(problem.x)
+        problem.functions(provider)[provider]()
     return "; ".join(f"{decision.path}: {decision.why}" for decision in report)
 
 
@@ -246,24 +257,13 @@ def tune(log: Log, device: torch.device, tiny: bool) -> None:
         )  # fmt: skip
 
     seen: set[observe.Row] = set()
-    cases = _cases(tiny, ("eval", "train-backward"))
-    if tiny:  # the interpreter takes seconds for each: one program a launch, one case a mode
-        cases = [(replace(shape, H=8, W=8), mode) for shape, mode in (cases[0], cases[-1])]
-
-    def work() -> Iterable[tuple[str, Callable[[], list]]]:
-        """(label, the op calls of one workload), the separable convolution's first."""
-        for shape, mode in cases:
-            problem = bench.Problem(shape, mode, device)
-            with problem.context():
-                calls = observe.op_calls(lambda p=problem: p.function(p.fused)())
-            yield f"{shape.name} {mode}", calls
-        for label, function in op_stages.workloads(tiny, device) if not tiny else ():  # interpreted: minutes
-            yield label, observe.op_calls(function)
-
-    for label, calls in work():
+    for case in cases(tiny, lambda case: case.mode != "train-forward"):
         if log.time_left() < 3 and not tiny:
-            log.left_out.append(label)
+            log.left_out.append(f"{case.op} {case.shape} {case.mode}")
             continue
+        problem = case.build(device)
+        with problem.context():
+            calls = observe.op_calls(lambda p=problem: p.functions("fastseg")["fastseg"]())
         rows = [(row, call) for row, call in observe.rows_of(calls) if row not in seen]
         seen.update(row for row, _ in rows)
         left = search.tune(rows, note, seconds=log.time_left(), **options)
@@ -310,6 +310,5 @@ def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) 
 
 
 STAGES: dict[str, Callable[[Log, torch.device, bool], None]] = {
-    "env": env, "tests": tests, "ops": ops, "other-ops": other_ops, "tune": tune, "ops-tuned": ops_tuned,
-    "models": models,
+    "env": env, "tests": tests, "ops": ops, "tune": tune, "ops-tuned": ops_tuned, "models": models,
 }  # fmt: skip

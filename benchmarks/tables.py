@@ -1,13 +1,21 @@
 """Measured times beside their floors, as markdown tables. What no file in ``results/`` holds is "not measured yet"."""
 
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
+import bench_bilinear_conv_transpose
 import bench_models
+import bench_pooling
+import bench_separable_conv
+import bench_upsample_bilinear
+import bench_upsample_heads
 import record
 from floors import DEVICES, Device, find_device, floor_of, floor_us
 from model_layers import walk
 from op_tables import STRATEGIES
-from workloads import SEPARABLE, SEPARABLE_TRAINING, ModelShape, SeparableShape
+from problem import Case
+from workloads import MODELS_WITHOUT_FLOOR, SEPARABLE, SEPARABLE_TRAINING, ModelShape, SeparableShape
 
 MISSING = "not measured yet"
 PROVIDERS = ("eager", "compile", "fastseg")  # in the order of floors.STRATEGIES, whose "fused" is ours
@@ -29,9 +37,10 @@ def all_results(folder: Path = record.RESULTS) -> dict[str, dict[str, dict]]:
     return {path.stem: record.read(path) for path in sorted(folder.glob("*.json"))}
 
 
-def op_times(stages: dict[str, dict]) -> dict[tuple[str, str, str], float]:
+def op_times(stages: dict[str, dict], op: str) -> dict[tuple[str, str, str], float]:
     """(shape, mode, provider) -> microseconds; fastseg's with tuned configurations where those were measured."""
-    return {(r["shape"], r["mode"], r["provider"]): r["median_us"] for r in counted(stages, "ops", "ops-tuned")}
+    rows = [row for row in counted(stages, "ops", "ops-tuned") if row.get("op") == op]
+    return {(row["shape"], row["mode"], row["provider"]): row["median_us"] for row in rows}
 
 
 def step_time(times: dict[tuple[str, str, str], float], shape: str, provider: str) -> float | None:
@@ -62,7 +71,7 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 
 def _separable(gpu: str, stages: dict[str, dict], shapes: tuple[SeparableShape, ...], training: bool) -> str:
-    times, chip = op_times(stages), chip_of(gpu)
+    times, chip = op_times(stages, bench_separable_conv.OP), chip_of(gpu)
     header = ["shape", "floor us: eager / compile / fused", "eager us", "compile us", "fastseg us", "vs eager",
               "vs compile", "% of roofline"]  # fmt: skip
     rows = []
@@ -89,29 +98,24 @@ def separable_train(gpu: str, stages: dict[str, dict]) -> str:
     return _separable(gpu, stages, SEPARABLE_TRAINING, training=True)
 
 
-def _other(op: str):
-    """The table of one op of ``op_stages``: its rows beside each other, or where to find its floors."""
+def op_table(
+    module: ModuleType, *baselines: str, shown: Callable[[Case], bool] = lambda case: True
+) -> Callable[[str, dict[str, dict]], str]:
+    """The table of one op: each case that is ``shown``, its floor, and the times of fastseg and of the baselines."""
 
-    def make(gpu: str, stages: dict[str, dict]) -> str:
-        rows = [row for row in counted(stages, "other-ops") if row["op"] == op]
-        if not rows:
-            return f"{MISSING[0].upper()}{MISSING[1:]}. Floors of every shape: `make roofline`."
-        found: dict[tuple[str, str], dict[str, dict]] = {}
-        for row in rows:
-            found.setdefault((row["mode"], row["shape"]), {})[row["provider"]] = row
-        others = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "fastseg"]
-        lines = []
-        for (mode, shape), by in found.items():
-            time = lambda name, by=by: by.get(name, {}).get("median_us")
-            ours = time("fastseg")
-            share = by.get("fastseg", {}).get("roofline")
-            lines.append([mode, shape, *(_us(time(name)) for name in others), _us(ours), _ratio(time("eager"), ours),
-                          "" if share is None else f"{share:.0%}"])  # fmt: skip
-        header = ["mode", "shape", *(f"{name} us" for name in others), "fastseg us", "vs eager", "% of roofline"]
-        return _markdown(header, lines)
+    def table(gpu: str, stages: dict[str, dict]) -> str:
+        times, chip = op_times(stages, module.OP), chip_of(gpu)
+        header = ["shape", "mode", "floor us", *(f"{b} us" for b in baselines), "fastseg us",
+                  *(f"vs {b}" for b in baselines), "% of roofline"]  # fmt: skip
+        rows = []
+        for case in filter(shown, module.cases("full")):
+            floor, ours = case.floor_us("fastseg", chip), times.get((case.shape, case.mode, "fastseg"))
+            slow = [times.get((case.shape, case.mode, b)) for b in baselines]
+            rows.append([case.shape, case.mode, "" if floor is None else f"{floor:.1f}", *map(_us, slow), _us(ours),
+                         *(_ratio(us, ours) for us in slow), "" if floor is None else _share(floor, ours)])  # fmt: skip
+        return _markdown(header, rows)
 
-    make.__doc__ = f"Times of {op}, per mode and shape."
-    return make
+    return table
 
 
 def model_rows(stages: dict[str, dict]) -> dict[tuple[str, str, bool], dict]:
@@ -129,7 +133,7 @@ def models(gpu: str, stages: dict[str, dict]) -> str:
         name = bench_models.label(shape)
         get = lambda provider, graph=False, name=name: found.get((name, provider, graph), {})
         ours = [get("fastseg", graph)["images_per_s"] for graph in (False, True) if get("fastseg", graph)]
-        rows.append([name, " / ".join(f"{us:.0f}" for us in model_floors(shape, chip)),
+        rows.append([name, " / ".join(f"{us:.0f}" for us in model_floors(shape, chip) or ()),
                      *(_pair(get(p).get("median_us"), get(p, True).get("median_us")) for p in PROVIDERS),
                      f"{max(ours):.0f}" if ours else MISSING,
                      _pair(get("eager").get("peak_mib"), get("fastseg").get("peak_mib")),
@@ -141,8 +145,10 @@ def _pair(a: float | None, b: float | None) -> str:
     return MISSING if a is None and b is None else " / ".join("-" if v is None else f"{v:.0f}" for v in (a, b))
 
 
-def model_floors(shape: ModelShape, chip: Device) -> list[float]:
-    """Microseconds of the eager, compile and fused floors."""
+def model_floors(shape: ModelShape, chip: Device) -> list[float] | None:
+    """Microseconds of the eager, compile and fused floors; None where the model's layers have no walk."""
+    if shape in MODELS_WITHOUT_FLOOR:
+        return None
     return [floor_of(walk(shape, strategy).kernels, chip).us for strategy in STRATEGIES]
 
 
@@ -163,10 +169,12 @@ def machine(gpu: str, stages: dict[str, dict]) -> str:
 TABLES = {
     "separable-eval": separable_eval,
     "separable-train": separable_train,
-    "pooling": _other("pooling"),
-    "upsample-heads": _other("upsample_heads"),
-    "upsample-bilinear": _other("upsample_bilinear"),
-    "bilinear-conv-transpose": _other("bilinear_conv_transpose"),
+    "pooling": op_table(bench_pooling, "eager", "eager channels_last", "compile", shown=lambda case: case.N == 16),
+    "upsample-heads": op_table(bench_upsample_heads, "eager", "compile"),
+    "upsample-bilinear": op_table(
+        bench_upsample_bilinear, "eager", "compile", shown=lambda case: " " not in case.shape
+    ),
+    "bilinear-conv-transpose": op_table(bench_bilinear_conv_transpose, "eager", "grouped", "grouped-compile"),
     "models": models,
     "machine": machine,
 }

@@ -139,12 +139,11 @@ POOLING = (
     PoolShape("SegNet L2", 128, 180, 240, 16),
 )
 
-# SegNet's five poolings at 360 x 480; the largest first, then the batch.
 SEGNET_STAGES = tuple(
-    PoolShape(f"SegNet {stage}", C, H, W, N)
+    PoolShape(f"SegNet L{i}", C, H, W, N)
     for N in (1, 16)
-    for stage, (C, H, W) in enumerate(
-        ((64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)), 1
+    for i, (C, H, W) in enumerate(
+        ((64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)), start=1
     )
 )
 
@@ -210,6 +209,8 @@ MODELS = (
     ModelShape("fcn8s", classes=150),
     ModelShape("fcn8s", N=16, classes=150),
 )
+
+MODELS_WITHOUT_FLOOR = tuple(ModelShape("segnet_basic", 360, 480, N, 12) for N in (1, 16))  # no walk of its layers
 
 MODELS_TRAINING = tuple(
     shape

@@ -7,12 +7,14 @@ import sys
 from dataclasses import replace
 
 import bench_models
+import bench_pooling
 import bench_separable_conv as bench
 import gpu
 import harness
 import plot
 import pytest
 import record
+import stages as op_modules
 import tables
 import torch
 import workloads
@@ -166,6 +168,24 @@ def test_least_traffic():
     assert elements == {"eval": A + Y + W, "train-forward": A + 2 * Y + W, "train-backward": 2 * (A + Y + W)}
 
 
+def test_what_pooling_moves_and_keeps():
+    """Odd sides: windows that end outside count."""
+    shape = workloads.PoolShape("p", C=8, H=5, W=6, N=2)
+    lo, hi = 2 * 8 * 3 * 3, 2 * 8 * 5 * 6
+    assert bench_pooling.sizes(shape) == (lo, hi)
+    moved = {mode: bench_pooling.Problem(shape, mode, CPU).bytes_moved for mode in ("pool", "stage-train")}
+    assert moved == {"pool": 4 * (hi + lo) + lo / 4, "stage-train": 4 * (2 * hi + lo) + lo / 4}
+    notes = bench_pooling.Problem(shape, "pool", CPU).notes("eager")
+    assert notes == {"index_bytes": 8 * lo, "kept_bytes": 4 * hi + 8 * lo}
+
+
+def test_every_case_has_a_name_of_its_own():
+    for module in op_modules.OPS:
+        names = [(case.shape, case.mode) for case in module.cases("full")]
+        assert len(set(names)) == len(names), module.OP
+        assert [case.mode for case in module.cases("tiny")] == [mode for _, mode in names]
+
+
 # gpu.py.
 
 
@@ -194,12 +214,14 @@ def test_rehearsal(stage, tmp_path):
     assert stages[stage]["machine"]["torch"] == torch.__version__
     rows = stages[stage]["rows"]
     if stage == "ops":
-        pairs = {(row["shape"], row["mode"]) for row in rows}
-        assert {mode for _, mode in pairs} == set(bench.MODES)
-        assert {(row["shape"], row["mode"], row["provider"]) for row in rows} == {
-            (*pair, provider) for pair in pairs for provider in ("fastseg", "eager")
+        assert {(row["op"], row["mode"]) for row in rows} == {
+            (module.OP, mode) for module in op_modules.OPS for mode in module.MODES
         }
-        assert all(row["median_us"] > 0 and row["path"].startswith("reference") for row in rows)
+        for row in rows:
+            assert row["median_us"] > 0
+            assert row["path"].startswith("reference") == row["provider"].startswith("fastseg")
+        providers = {row["provider"] for row in rows if row["op"] == bench_pooling.OP}
+        assert providers == set(bench_pooling.PROVIDERS) - {"compile"}
     elif stage == "tune":
         assert any(row["row"].startswith("separable_conv_fwd_fused[") for row in rows)
         table = json.loads((tmp_path / "tuned" / "cpu.json").read_text())
@@ -286,7 +308,7 @@ def test_a_broken_results_file_is_not_overwritten(tmp_path, capsys):
 
 
 def _stages(tests: str = "passed") -> dict:
-    row = {"shape": "decoder", "mode": "eval", "median_us": 100.0}
+    row = {"op": "separable_conv", "shape": "decoder", "mode": "eval", "median_us": 100.0}
     ops = [row | {"provider": "fastseg"}, row | {"provider": "eager", "median_us": 600.0}]
     ops += [row | {"provider": "compile", "wrong": "compile is 5.0 from fp32"}]
     return {

@@ -101,16 +101,3 @@ def test_a_model_stage_is_two_launches():
                 values, indices = max_pool2d(x, 2, return_indices=True, index_format=index_format)
                 max_unpool2d(values, indices, 2)
             assert sum(launches.values()) == 1 + up
-
-
-def test_bytes_kept_as_the_readme_counts_them():
-    """On a small map: eager keeps z, the activated map and int64 indices, the fused stage z and 2 bits a window."""
-    from saved_bytes import stage_bytes
-    from workloads import SEGNET_STAGES
-
-    shape = next(s for s in SEGNET_STAGES if s.N == 1)
-    counted = stage_bytes(shape, divisor=20)
-    C, hi, lo = shape.C, shape.C * 18 * 24, shape.C * 9 * 12
-    assert counted["eager"]["index"] == 8 * lo and counted["fastseg"]["index"] == lo // 4
-    assert 0 <= counted["eager"]["kept"] - (4 * hi + 8 * lo) <= 64 * C  # vectors of a channel's length
-    assert 0 <= counted["fastseg"]["kept"] - (2 * hi + lo // 4) <= 64 * C
