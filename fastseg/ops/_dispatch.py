@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
@@ -144,6 +145,13 @@ def needs_grad(*tensors: Tensor | None) -> bool:
         and not torch.compiler.is_compiling()
         and any(t is not None and t.requires_grad for t in tensors)
     )
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward-mode AD follows ``x``: it knows Functions, not registered ops; a captured graph holds none."""
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return False
+    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
-from fastseg.ops._dispatch import HAS_TRITON, needs_grad
+from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad
 from fastseg.ops._register import memory_format_of, new_map, qualified, register
 from fastseg.ops.pool_indices import PoolIndices, encode, pack
 
@@ -216,11 +215,6 @@ pick_op = register(
 
 
 # --- autograd
-
-
-def has_tangent(x: Tensor) -> bool:
-    """Whether forward-mode AD follows ``x``; it knows Functions, not registered ops."""
-    return not torch.compiler.is_compiling() and unpack_dual(x).tangent is not None
 
 
 def _call(function: type[torch.autograd.Function], op: Callable, x: Tensor, *args):

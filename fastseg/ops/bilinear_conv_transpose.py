@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, has_tangent, needs_grad, use_kernel
 from fastseg.ops._register import qualified, register
-from fastseg.ops.upsample_bilinear import has_tangent, new_map, settle, suggested_format
+from fastseg.ops.upsample_bilinear import new_map, settle, suggested_format
 
 if HAS_TRITON:
     from fastseg.kernels.bilinear import Taps, bilinear_fwd, unsupported

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops._dispatch import HAS_TRITON, use_kernel
-from fastseg.ops._pooling import INT64, POOL, Geometry, has_tangent, is_last, pool
+from fastseg.ops._dispatch import HAS_TRITON, has_tangent, use_kernel
+from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
 
 IndexFormat = Literal["int64", "compact"]

@@ -2,10 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn import functional as F
 
-from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad, use_kernel
 from fastseg.ops._register import qualified, register
 
 if HAS_TRITON:
@@ -117,13 +116,6 @@ def settle(x: Tensor) -> tuple[Tensor, bool]:
 def new_map(x: Tensor, size: tuple[int, int]) -> Tensor:
     """An uninitialised (N, C, *size) in the dtype and suggested format of ``x``."""
     return x.new_empty((*x.shape[:2], *size)).contiguous(memory_format=suggested_format(x))
-
-
-def has_tangent(x: Tensor) -> bool:
-    """Whether ``x`` carries a forward-mode derivative; a captured graph holds none."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
-        return False
-    return forward_ad.unpack_dual(x).tangent is not None
 
 
 def _launch_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
