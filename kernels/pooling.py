@@ -79,11 +79,6 @@ class Pooling(NamedTuple):
         return ""
 
 
-def bits_of(taps: int) -> int:
-    """Bits of a code that tells ``taps`` cells apart."""
-    return 2 if taps <= 4 else 4 if taps <= 16 else 8
-
-
 def new_map(like: Tensor, pool: Pooling, grid: Size, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised map of ``grid`` cells or windows in pool's layout: (N, C, *grid)."""
     layout = torch.channels_last_3d if pool.channels_last else torch.contiguous_format

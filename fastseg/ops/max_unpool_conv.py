@@ -11,7 +11,7 @@ from fastseg.ops._dispatch import HAS_TRITON, use_kernel
 from fastseg.ops._pooling import Geometry
 from fastseg.ops._register import channels_last, register
 from fastseg.ops.max_unpool import max_unpool2d
-from fastseg.ops.pool_indices import PoolIndices
+from fastseg.ops.pool_indices import PoolIndices, bits_of
 
 if HAS_TRITON:
     from fastseg.kernels.max_unpool_conv import max_unpool_conv_fwd, plan
@@ -99,7 +99,7 @@ def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
 
 def _launch_fwd(input, codes, weight, bias, act, size, kernel, stride):
     pool = Geometry(size, list(input.shape[2:]), kernel, stride, [0, 0], [1, 1]).pooling(*input.shape[:2], True)
-    bits = 2 if pool.taps <= 4 else 4 if pool.taps <= 16 else 8
+    bits = bits_of(kernel)
     bias = None if bias is None else bias.contiguous()
     weight = channels_last(weight).to(input.dtype)
     return max_unpool_conv_fwd(channels_last(input), codes.contiguous(), weight, bias, act, pool, bits)
