@@ -28,6 +28,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import source_taps
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import source_scale
 
 LARGEST_SIDE = 2**22  # positions are fp32: a quarter of a pixel is left there
 
@@ -172,20 +173,14 @@ class Taps(NamedTuple):
 
 def interpolation(size: tuple[int, int], out: tuple[int, int], align_corners: bool, factors: tuple) -> Taps:
     """``interpolate``'s: (IH, IW) -> (OH, OW); ``factors`` are the caller's scale factors, or None each."""
-    scale = tuple(_scale(i, o, align_corners, f) for i, o, f in zip(size, out, factors, strict=True))
+    scale = tuple(source_scale(i, o, align_corners, f) for i, o, f in zip(size, out, factors, strict=True))
     return Taps("corners" if align_corners else "centres", scale)
 
 
-def _scale(size: int, out: int, align_corners: bool, factor: float | None) -> float:
-    if size == out:  # a given factor of 1.1 too: torch then copies along this axis on a CPU, and on CUDA if both agree
-        return 1.0
-    if align_corners:
-        return (size - 1) / (out - 1) if out > 1 else 0.0
-    return 1.0 / factor if factor is not None and factor > 0 else size / out
-
-
 def unsupported(C: int, size: tuple[int, int], out: tuple[int, int]) -> str:
-    """Why the kernels cannot take these sizes, or ""."""
+    """Why the kernels cannot take these sizes, or "". A graph of any size is taken: its ops look at each size again."""
+    if any(isinstance(n, torch.SymInt) for n in (C, *size, *out)):
+        return ""
     if max(*size, *out) > LARGEST_SIDE:
         return f"a side of {max(*size, *out)} pixels; positions are fp32, good to {LARGEST_SIDE}"
     largest = max(C, 1) * max(size[0] * size[1], out[0] * out[1])

@@ -191,14 +191,8 @@ def source_coordinate(dst, low, scale, ALIGN_CORNERS: tl.constexpr, ACC: tl.cons
     ``scale``: input elements per output element. -> first neighbour, second (the first again at the end), both int32;
     weight of the second, in ACC.
     """
-    scale = tl.full((), scale, ACC)
-    if ALIGN_CORNERS:
-        src = dst.to(ACC) * scale
-    else:
-        src = (dst.to(ACC) + 0.5) * scale - 0.5
-        src = tl.where(src < 0, 0.0, src)
-    first = nan_blind_maximum(tl.minimum(src.to(tl.int32), low - 1), 0)
-    return first, tl.minimum(first + 1, low - 1), src - first.to(ACC)
+    first, second, _, weight = source_taps(dst, low, tl.full((), scale, ACC), 0.0, ALIGN_CORNERS, ACC)
+    return first, second, weight
 
 
 @triton.jit

@@ -21,9 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastseg.kernels.geometry import MOST_TAPS
+
 INT64 = tl.constexpr(64)  # bits of an index; codes have 2, 4 or 8
 NO_INDEX = 0
-MOST_TAPS = 256  # what a code of 8 bits can tell apart
 UNROLLED = tl.constexpr(16)  # loops of up to so many steps are unrolled; longer ones would be code of megabytes
 
 Size = tuple[int, int, int]

@@ -9,10 +9,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastseg.ops._register import first_order, memory_format_of
-from fastseg.ops._upsample import source_scale
+from fastseg.ops._upsample import along_x, is_finite, neighbours
 
 _BLOCK = 2**18  # values of a block: 1 MiB of fp32
 
@@ -28,7 +27,7 @@ class Criterion(NamedTuple):
 
 def can_walk(logits: Tensor, target: Tensor) -> bool:
     """Whether the blocks of rows give torch's result: not with NaN or infinity, which their products would spread."""
-    return target.numel() > 0 and logits.numel() > 0 and bool(logits.detach().sum(dtype=torch.float64).isfinite())
+    return target.numel() > 0 and is_finite(logits)
 
 
 def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -36,15 +35,6 @@ def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
     bad = (target != ignore_index) & ((target < 0) | (target >= classes))
     if bad.any():
         raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")
-
-
-def _neighbours(low: int, full: int, align_corners: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """First neighbour, second, and the second's weight, for each output of one axis."""
-    scale = source_scale(low, full, 0.0, align_corners)
-    source = torch.arange(full, dtype=dtype)
-    source = source * scale if align_corners else ((source + 0.5) * scale - 0.5).clamp_(min=0)
-    first = source.long().clamp_(max=low - 1)
-    return first, (first + 1).clamp_(max=low - 1), source - first
 
 
 class _Walk:
@@ -69,13 +59,13 @@ class _Walk:
         """
         N, h, w, C = self.x.shape
         _, H, W = self.target.shape
-        first, second, weight = _neighbours(h, H, self.criterion.align_corners, self.kind)
+        first, second, weight = neighbours(h, H, self.criterion.align_corners, self.kind)
         matrix = torch.zeros(H, h, dtype=self.kind).scatter_(1, first[:, None], (1 - weight)[:, None])
         matrix.scatter_add_(1, second[:, None], weight[:, None])
         rows = min(64, max(4, _BLOCK // (W * C)))
         dx = torch.zeros_like(self.x) if wants_grad else None
         for n in range(N):
-            wide = self._along_x(self.x[n], W)  # (h, W * C)
+            wide = along_x(self.x[n], W, self.criterion.align_corners)  # (h, W * C)
             dwide = torch.zeros_like(wide) if wants_grad else None
             for r in range(0, H, rows):
                 end = min(r + rows, H)
@@ -91,11 +81,6 @@ class _Walk:
             if wants_grad:
                 dx[n] = self._along_x_backward(dwide, w)
         return dx
-
-    def _along_x(self, x: Tensor, W: int) -> Tensor:
-        rows = x.permute(0, 2, 1)[:, :, None]  # each row an image of height 1
-        out = F.interpolate(rows, (1, W), mode="bilinear", align_corners=self.criterion.align_corners)
-        return out.permute(0, 2, 3, 1).reshape(x.shape[0], -1)
 
     def _along_x_backward(self, dwide: Tensor, w: int) -> Tensor:
         h, C = dwide.shape[0], self.x.shape[-1]

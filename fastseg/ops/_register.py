@@ -73,10 +73,11 @@ _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 def memory_format_of(x: Tensor) -> torch.memory_format:
     """The format that torch's own kernels answer ``x`` with: channels_last(_3d) where the strides say so, dense or not.
 
-    Contiguous where both formats hold (one channel, or one pixel), and for what is neither 4-D nor 5-D.
+    Strides tell the two apart at one pixel and at one channel, where a map is dense in both: it stays what it was.
+    Contiguous for what is neither 4-D nor 5-D.
     """
     last = _CHANNELS_LAST.get(x.dim())
-    if last is None or x.is_contiguous():
+    if last is None:
         return torch.contiguous_format
     least = 0  # strides ascend from the channels outwards, in a slice of a channels_last map too
     for d in (1, *range(x.dim() - 1, 1, -1), 0):
@@ -95,6 +96,12 @@ def channels_last(t: Tensor) -> Tensor:
 def like(x: Tensor, y: Tensor) -> Tensor:
     """``y`` in the memory format of ``x``: what comes out is laid out as what went in."""
     return y.contiguous(memory_format=memory_format_of(x))
+
+
+def settle(x: Tensor) -> tuple[Tensor, bool]:
+    """``x`` dense in its memory format, copied only where it is not, and whether that is channels_last."""
+    layout = memory_format_of(x)
+    return x.contiguous(memory_format=layout), layout == torch.channels_last
 
 
 def new_map(x: Tensor, shape: tuple[int, ...]) -> Tensor:

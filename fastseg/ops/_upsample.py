@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastseg.kernels.geometry import source_scale
 from fastseg.ops._dispatch import HAS_TRITON
 
 if HAS_TRITON:
@@ -30,7 +31,8 @@ def output_size(
         if not all(math.isfinite(f) and f > 0 for f in factors):
             raise ValueError(f"{name}: scale_factor is {scale_factor}; it must be positive and finite")
         H, W = (math.floor(low * f) for low, f in zip(x.shape[2:], factors, strict=True))
-    if not (0 < H < 2**31 and 0 < W < 2**31):
+    known = [n for n in (H, W) if isinstance(n, int)]
+    if not all(0 < n < 2**31 for n in known):
         raise ValueError(f"{name}: the output would be {H} x {W} pixels; both must be at least 1 and below 2^31")
     return H, W, factors
 
@@ -43,24 +45,22 @@ def _pair(name: str, label: str, value) -> tuple:
     return value, value
 
 
-def source_scale(low: int, full: int, factor: float, align_corners: bool) -> float:
-    """Input elements per output element of one axis. A given factor counts, not the quotient of the sizes."""
-    if align_corners:
-        return (low - 1) / (full - 1) if full > 1 else 0.0
-    return 1 / factor if factor > 0 else low / full
-
-
 def upsampling(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> "Upsampling":
     """What the launchers take, for a map x."""
     axes = [
-        Axis(low, full, source_scale(low, full, factor, align_corners))
+        Axis(low, full, source_scale(low, full, align_corners, factor))
         for low, full, factor in zip(x.shape[2:], (H, W), factors, strict=True)
     ]
     return Upsampling(*axes, align_corners)
 
 
 def unsupported(x: Tensor, H: int, W: int) -> str:
-    """Why no kernel takes these sizes, or "": offsets inside one image are 32 bits wide."""
+    """Why no kernel takes these sizes, or "": offsets inside one image are 32 bits wide.
+
+    A graph of any size is taken, where a guard would bound its sizes: its ops look at each size again.
+    """
+    if any(isinstance(n, torch.SymInt) for n in (*x.shape, H, W)):
+        return ""
     last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
     too_large = last >= 2**31 or x[:1].numel() >= 2**31 or H * W >= 2**31
     return "an image of 2^31 elements or more" if too_large else ""
@@ -70,3 +70,29 @@ def interpolate(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool
     """torch's own upsampling, to (N, C, H, W)."""
     target = {"size": (H, W)} if factors[0] == 0 else {"scale_factor": factors}
     return F.interpolate(x, **target, mode="bilinear", align_corners=align_corners)
+
+
+# --- on a CPU, a few output rows at a time: each image along x once, then each row between two of its rows
+
+
+def is_finite(logits: Tensor) -> bool:
+    """Whether there are logits, and none is NaN or infinite, which blocks of rows would spread."""
+    return logits.numel() > 0 and bool(logits.detach().sum(dtype=torch.float64).isfinite())
+
+
+def along_x(image: Tensor, W: int, align_corners: bool, factor: float = 0.0) -> Tensor:
+    """(h, w, C) interpolated to (h, W * C)."""
+    rows = image.permute(0, 2, 1)[:, :, None]  # each row an image of height 1
+    wide = torch.ops.aten.upsample_bilinear2d(rows, [1, W], align_corners, None, factor or None)
+    return wide.permute(0, 2, 3, 1).reshape(image.shape[0], -1)
+
+
+def neighbours(
+    low: int, full: int, align_corners: bool, dtype: torch.dtype, factor: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First neighbour, second, and the second's weight, for each output of one axis."""
+    scale = source_scale(low, full, align_corners, factor)
+    source = torch.arange(full, dtype=dtype)
+    source = source * scale if align_corners else ((source + 0.5) * scale - 0.5).clamp_(min=0)
+    first = source.long().clamp_(max=low - 1)
+    return first, (first + 1).clamp_(max=low - 1), (source - first).clamp_(max=1)

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fastseg.ops._cross_entropy_rows import check_targets
 from fastseg.ops._dispatch import HAS_TRITON
 from fastseg.ops._register import first_order, like, memory_format_of, new_map, qualified, register
-from fastseg.ops._upsample import interpolate, upsampling
+from fastseg.ops._upsample import interpolate, unsupported, upsampling
 
 if HAS_TRITON:
     from fastseg.kernels.upsample_cross_entropy import upsample_cross_entropy_bwd, upsample_cross_entropy_fwd
@@ -56,6 +56,8 @@ def per_weight(dloss: Tensor, total: Tensor, reduction: str) -> Tensor:
 
 def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     a = Call(*args)
+    if unsupported(a.logits, *a.target.shape[1:]):
+        return _plain_fwd(*args)
     x, target = a.logits.contiguous(), a.target.contiguous()  # neighbouring pixels are read together
     weight = None if a.weight is None else a.weight.contiguous()
     none = a.reduction == "none"
@@ -74,6 +76,8 @@ def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 def _launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     a = Call(*args)
+    if unsupported(a.logits, *a.target.shape[1:]):
+        return _plain_bwd(dloss, lse, total, *args)
     x = a.logits.contiguous(memory_format=memory_format_of(a.logits))
     dy = per_weight(dloss, total, a.reduction).contiguous()
     weight = None if a.weight is None else a.weight.contiguous()

@@ -1,15 +1,14 @@
 """Transposed convolution with the fixed bilinear kernel, one channel at a time: FCN's upsampling, four taps a pixel."""
 
-import functools
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastseg.ops._bilinear_taps import LEAST_STRIDE, grouped_taps, is_plain, line, sized_conv_transpose2d, two_passes
 from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, has_tangent, needs_grad, use_kernel
-from fastseg.ops._register import qualified, register
-from fastseg.ops.upsample_bilinear import new_map, settle, suggested_format
+from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
 
 if HAS_TRITON:
     from fastseg.kernels.bilinear import Taps, bilinear_fwd, unsupported
@@ -46,30 +45,9 @@ def bilinear_kernel(
     Reference: Long et al., arXiv:1411.4038 (``surgery.py``); Dive into Deep Learning, section 14.11.
     """
     weight = torch.zeros(in_channels, out_channels, kernel_size, kernel_size, device=device, dtype=dtype)
-    taps = _taps(kernel_size, weight.to(torch.promote_types(weight.dtype, torch.float32))[:0])
-    weight[range(in_channels), range(out_channels)] = taps.to(weight.dtype)
+    taps = line(kernel_size, weight.to(torch.promote_types(weight.dtype, torch.float32))[:0])
+    weight[range(in_channels), range(out_channels)] = (taps[:, None] * taps).to(weight.dtype)
     return weight
-
-
-def _taps(K: int, like: Tensor) -> Tensor:
-    """(K, K), in the dtype and on the device of ``like``."""
-    distance = (torch.arange(K, device=like.device, dtype=like.dtype) - (K - 1) / 2).abs()
-    line = 1 - distance / ((K + 1) // 2)
-    return line[:, None] * line
-
-
-def _grouped_taps(K: int, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C, 1, K, K) for the channels of ``x``; kept from call to call where ``x`` is an ordinary tensor on a CPU."""
-    C = x.shape[1]
-    if type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return _kept_taps(K, C, dtype)
-    return _taps(K, x.new_empty(0, dtype=dtype)).expand(C, 1, K, K).contiguous()
-
-
-@functools.lru_cache(maxsize=16)
-def _kept_taps(K: int, C: int, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # so that a later backward may save it
-        return _taps(K, torch.empty(0, dtype=dtype)).expand(C, 1, K, K).contiguous()
 
 
 def bilinear_geometry(stride: int, kernel_size: int | None, padding: int | None) -> tuple[int, int]:
@@ -142,8 +120,7 @@ def bilinear_conv_transpose2d(
     if K > 2 * stride:  # noqa: SIM300
         why = f"kernel size {K} > 2 * stride {stride}: more than four taps"
     elif HAS_TRITON:
-        why = unsupported(x.shape[1], tuple(x.shape[2:]), size)
-        why = why or (unsupported(skip.shape[1], tuple(skip.shape[2:]), size) if skip is not None else "")
+        why = _too_large(x, skip, size)
     if not use_kernel(NAME, x, bias, skip, unsupported=why):
         return bilinear_conv_transpose2d_ref(
             x, stride, K, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
@@ -166,31 +143,21 @@ def bilinear_conv_transpose2d_ref(
 ) -> Tensor:
     """``bilinear_conv_transpose2d`` in plain PyTorch."""
     K, padding = bilinear_geometry(stride, kernel_size, padding)
-    # One group a channel, in the memory format of x: on a CPU, channels_last takes 0.1 to 0.2 of the time of a dense
-    # weight, NCHW 0.2 to 0.3 (21 channels). In 16 bits large kernels are slow there (64 taps: 7 times fp32).
+    # In 16 bits large kernels are slow on a CPU (64 taps: 7 times fp32).
     wide = torch.promote_types(x.dtype, torch.float32)
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, skip))
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        weight = _grouped_taps(K, x, wide)
-        y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, x.shape[1], output_size)
+        if stride >= LEAST_STRIDE and 2 * stride >= K and is_plain(x) and not wants_grad and not has_tangent(x):
+            y = two_passes(x.to(wide), K, stride, padding, output_size)
+        else:  # one group a channel, in the memory format of x: 0.1 to 0.3 of the time of a dense weight on a CPU
+            weight = grouped_taps(K, x, wide)
+            y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, x.shape[1], output_size)
         if bias is not None:
             y = y + bias.to(wide)[:, None, None]
         if skip is not None:
             y = y + window(skip, skip_offset, y.shape[2:]).to(wide)
-    return y.to(x.dtype).contiguous(memory_format=suggested_format(x))
-
-
-def sized_conv_transpose2d(
-    x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, size: tuple[int, int] | None
-) -> Tensor:
-    """``conv_transpose2d`` cut at any size; beyond torch's own, with what the kernel gives there, and then zeros."""
-    natural = [(n - 1) * stride + weight.shape[-1] - 2 * padding for n in x.shape[-2:]]
-    if size is None or (size[0] <= natural[0] and size[1] <= natural[1]):
-        y = F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
-        return y if size is None else y[..., : size[0], : size[1]]
-    y = F.conv_transpose2d(x, weight, None, stride, groups=groups)[..., padding:, padding:]
-    y = y[..., : size[0], : size[1]]
-    return F.pad(y, (0, size[1] - y.shape[-1], 0, size[0] - y.shape[-2]))
+    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
 
 
 def conv_transpose2d_plus(
@@ -254,10 +221,17 @@ def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple
     return size
 
 
+def _too_large(x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> str:
+    maps = (x,) if skip is None else (x, skip)
+    return next(filter(None, (unsupported(m.shape[1], tuple(m.shape[2:]), tuple(size)) for m in maps)), "")
+
+
 # --- the registered ops
 
 
 def _launch_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
+    if _too_large(x, skip, size):
+        return _plain_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset)
     x, channels_last = settle(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     skip = None if skip is None else skip.contiguous(memory_format=layout)
@@ -274,17 +248,19 @@ def _plain_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
 
 
 def _launch_bwd(dy, size, stride, kernel_size, padding):
+    if unsupported(dy.shape[1], tuple(size), tuple(dy.shape[2:])):
+        return _plain_bwd(dy, size, stride, kernel_size, padding)
     dy, channels_last = settle(dy)
     return bilinear_bwd(dy, tuple(size), Taps("kernel", (0.0, 0.0), stride, kernel_size, padding), channels_last)
 
 
 def _plain_bwd(dy, size, stride, kernel_size, padding):
     K, wide = kernel_size, torch.promote_types(dy.dtype, torch.float32)
-    weight = _grouped_taps(K, dy, wide)
+    weight = grouped_taps(K, dy, wide)
     below, right = ((n - 1) * stride + K - padding - out for n, out in zip(size, dy.shape[2:], strict=True))
     padded = F.pad(dy.to(wide), (padding, right, padding, below))
     dx = F.conv2d(padded.contiguous(memory_format=torch.channels_last), weight, stride=stride, groups=dy.shape[1])
-    return dx.to(dy.dtype).contiguous(memory_format=suggested_format(dy))
+    return dx.to(dy.dtype).contiguous(memory_format=memory_format_of(dy))
 
 
 _fwd = register(
@@ -292,13 +268,13 @@ _fwd = register(
     "SymInt skip_offset) -> Tensor",
     _launch_fwd,
     _plain_fwd,
-    lambda x, skip, bias, size, *_: new_map(x, size),
+    lambda x, skip, bias, size, *_: new_map(x, (*x.shape[:2], *size)),
 )
 _bwd = register(
     f"{NAME}_bwd(Tensor dy, SymInt[] size, int stride, int kernel_size, int padding) -> Tensor",
     _launch_bwd,
     _plain_bwd,
-    lambda dy, size, *_: new_map(dy, size),
+    lambda dy, size, *_: new_map(dy, (*dy.shape[:2], *size)),
 )
 
 

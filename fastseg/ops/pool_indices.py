@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-MOST_TAPS = 256  # what a code of 8 bits can tell apart
+from fastseg.kernels.geometry import MOST_TAPS
+
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 

@@ -5,12 +5,23 @@ from torch import Tensor
 
 from fastseg.ops._dispatch import HAS_TRITON, use_kernel
 from fastseg.ops._register import register
-from fastseg.ops._upsample import Factors, interpolate, output_size, unsupported, upsampling
+from fastseg.ops._upsample import (
+    Factors,
+    along_x,
+    interpolate,
+    is_finite,
+    neighbours,
+    output_size,
+    unsupported,
+    upsampling,
+)
 
 if HAS_TRITON:
     from fastseg.kernels.upsample_argmax import prunes, upsample_argmax_fwd
 
 UINT8_CLASSES = 256
+_BLOCK = 2**18  # values of a block of rows on a CPU: 1 MiB of fp32
+_LARGE = 2**22  # upsampled logits of one image, from which a CPU takes blocks: smaller ones stay in its caches
 
 
 def upsample_argmax(
@@ -70,13 +81,15 @@ def upsample_argmax_ref(
     align_corners: bool = False,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """``upsample_argmax`` in plain PyTorch: upsampled logits of one image, or of one class, at a time (CPUs)."""
+    """``upsample_argmax`` in plain PyTorch: upsampled logits of a few rows, or of one class, at a time (CPUs)."""
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     logits = logits.detach()
     if torch.compiler.is_compiling() or logits.device.type != "cpu" or logits.shape[0] == 0:
         return _argmax(logits, H, W, factors, align_corners, dtype)
     if logits.shape[1] < 4:  # 0.08 of the time of torch's two steps for 2 classes, where what is below has 0.16
         return _running_argmax(logits, H, W, factors, align_corners, dtype)
+    if logits.shape[1] * H * W >= _LARGE and is_finite(logits):
+        return _argmax_by_rows(logits, H, W, factors, align_corners, dtype)
     return torch.cat([_argmax(image, H, W, factors, align_corners, dtype) for image in logits.split(1)])
 
 
@@ -85,6 +98,37 @@ def _argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: boo
     # argmax, takes 0.7 of its time: together 0.24 of the time of argmax in NCHW (CPU, 21 classes, 128 -> 512).
     logits = logits.contiguous(memory_format=torch.channels_last)
     return interpolate(logits, H, W, factors, align_corners).max(1).indices.to(dtype)
+
+
+def _argmax_by_rows(
+    logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """As ``_argmax``, in blocks of rows that stay in the cache and between two rows of logits.
+
+    Sums and products are rounded one by one, alike for all classes: equal logits stay equal. 0.18 to 0.29 of the time
+    of torch's two steps at 21 and 150 classes and 512 x 512, where whole images have 0.16 to 0.44 (CPU, 1 thread).
+    """
+    N, C, h = logits.shape[:3]
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    x = logits.permute(0, 2, 3, 1).to(kind).contiguous()
+    first, second, weight = neighbours(h, H, align_corners, kind, factors[0])
+    firsts, seconds = first.tolist(), second.tolist()
+    most = max(1, _BLOCK // (W * C))
+    upper, lower = (torch.empty(most, W * C, dtype=kind) for _ in range(2))
+    classes = torch.empty(N, H, W, dtype=dtype)
+    for n in range(N):
+        wide = along_x(x[n], W, align_corners, factors[1])
+        start = 0
+        while start < H:
+            end = start + 1
+            while end < min(H, start + most) and firsts[end] == firsts[start]:
+                end += 1
+            rows, share = end - start, weight[start:end, None]
+            torch.mul(wide[firsts[start]], 1 - share, out=upper[:rows])
+            torch.mul(wide[seconds[start]], share, out=lower[:rows])
+            classes[n, start:end] = upper[:rows].add_(lower[:rows]).view(rows, W, C).max(2).indices
+            start = end
+    return classes
 
 
 def _running_argmax(
@@ -100,6 +144,8 @@ def _running_argmax(
 
 
 def _launch(logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, wide: bool):
+    if unsupported(logits, H, W):
+        return _plain(logits, H, W, factor_h, factor_w, align_corners, wide)
     up = upsampling(logits, H, W, (factor_h, factor_w), align_corners)
     # Unpruned, neighbouring pixels of one class are read together: classes innermost, they lie C elements apart.
     x = logits if prunes(logits, up) else logits.contiguous()

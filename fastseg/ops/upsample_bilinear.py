@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad, use_kernel
-from fastseg.ops._register import qualified, register
+from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
 
 if HAS_TRITON:
     from fastseg.kernels.bilinear import bilinear_fwd, interpolation, unsupported
@@ -89,36 +89,12 @@ def _target(x, size, scale_factor, recompute_scale_factor):
     return out, factors
 
 
-# --- the registered ops; also what other ops of bilinear maps settle by
-
-
-def suggested_format(x: Tensor) -> torch.memory_format:
-    """The memory format that torch's upsampling gives its output, by the strides of a 4-D ``x``, dense or not.
-
-    Unlike "is dense in it", it tells the two apart at one pixel: (N, C, 1, 1) of a channels_last net stays in it.
-    """
-    sizes, strides, least = x.shape, x.stride(), 0
-    if strides[1] == 0:
-        return torch.contiguous_format
-    for d in (1, 3, 2, 0):
-        if sizes[d] == 0 or strides[d] < least or (d == 0 and least == strides[1]):
-            return torch.contiguous_format
-        least = strides[d] * (sizes[d] if sizes[d] > 1 else 1)
-    return torch.channels_last
-
-
-def settle(x: Tensor) -> tuple[Tensor, bool]:
-    """``x`` dense in its suggested format, copied only where it is not, and whether that is channels_last."""
-    layout = suggested_format(x)
-    return x.contiguous(memory_format=layout), layout == torch.channels_last
-
-
-def new_map(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """An uninitialised (N, C, *size) in the dtype and suggested format of ``x``."""
-    return x.new_empty((*x.shape[:2], *size)).contiguous(memory_format=suggested_format(x))
+# --- the registered ops
 
 
 def _launch_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
+    if unsupported(x.shape[1], tuple(x.shape[2:]), tuple(size)):
+        return _plain_fwd(x, size, align_corners, factor_h, factor_w)
     x, channels_last = settle(x)
     taps = interpolation(tuple(x.shape[2:]), tuple(size), align_corners, (factor_h, factor_w))
     return bilinear_fwd(x, tuple(size), taps, channels_last)
@@ -126,10 +102,12 @@ def _launch_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float
 
 def _plain_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
     y = torch.ops.aten.upsample_bilinear2d.default(x, size, align_corners, factor_h, factor_w)
-    return y.contiguous(memory_format=suggested_format(x))
+    return y.contiguous(memory_format=memory_format_of(x))
 
 
 def _launch_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
+    if unsupported(dy.shape[1], tuple(size), tuple(dy.shape[2:])):
+        return _plain_bwd(dy, size, align_corners, factor_h, factor_w)
     dy, channels_last = settle(dy)
     taps = interpolation(tuple(size), tuple(dy.shape[2:]), align_corners, (factor_h, factor_w))
     return bilinear_bwd(dy, tuple(size), taps, channels_last)
@@ -138,11 +116,11 @@ def _launch_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: floa
 def _plain_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
     bwd = torch.ops.aten.upsample_bilinear2d_backward.default
     dx = bwd(dy, dy.shape[2:], [*dy.shape[:2], *size], align_corners, factor_h, factor_w)
-    return dx.contiguous(memory_format=suggested_format(dy))
+    return dx.contiguous(memory_format=memory_format_of(dy))
 
 
 _ARGS = "SymInt[] size, bool align_corners, float? factor_h, float? factor_w"
-_fake = lambda x, size, align_corners, factor_h, factor_w: new_map(x, size)
+_fake = lambda x, size, align_corners, factor_h, factor_w: new_map(x, (*x.shape[:2], *size))
 _fwd = register(f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, _plain_fwd, _fake)
 _bwd = register(f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake)
 

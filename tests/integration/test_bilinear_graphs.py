@@ -158,6 +158,39 @@ def test_exported(strict):
     torch.testing.assert_close(plain.module()(*example), net(*example), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+def test_exported_without_bounds(strict):
+    """Named sizes need no bound: what a kernel cannot take is found when the exported program runs."""
+    net = nn.Sequential(BilinearConvTranspose2d(4, 2, bias=True), UpsamplingBilinear2d(scale_factor=2)).eval()
+    dims = {2: torch.export.Dim("h", min=1), 3: torch.export.Dim("w", min=1)}
+    program = torch.export.export(net, (torch.randn(1, 4, 5, 6),), strict=strict, dynamic_shapes=(dims,))
+    for shape in ((1, 4, 5, 6), (1, 4, 3, 11)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(program.module()(x), net(x), atol=1e-5, rtol=1e-5)
+
+
+def test_ops_look_at_sizes_again(monkeypatch):
+    """A graph of any size meets one that no kernel takes: the registered ops, forward and backward, run torch's."""
+    if not INTERPRETED:
+        pytest.skip("a CPU tensor: no kernel runs")
+    from fastseg.kernels import bilinear, config
+
+    x, dy = torch.randn(1, 3, 4, 5), torch.randn(1, 3, 8, 10)
+    calls = {
+        OPS.upsample_bilinear.default: (x, (8, 10), False, None, None),
+        OPS.upsample_bilinear_bwd.default: (dy, (4, 5), False, None, None),
+        OPS.bilinear_conv_transpose2d.default: (x, dy, None, (8, 10), 2, 4, 1, 0),
+        OPS.bilinear_conv_transpose2d_bwd.default: (dy, (4, 5), 2, 4, 1),
+    }
+    want = {op: op(*args) for op, args in calls.items()}
+    launched = []
+    monkeypatch.setattr(bilinear, "LARGEST_SIDE", 9)
+    with config.intercept(lambda *arguments: launched.append(arguments)):
+        for op, args in calls.items():
+            torch.testing.assert_close(op(*args), want[op])
+    assert not launched
+
+
 def test_checkpointed():
     net = Net()
     x, skip = inputs()

@@ -144,6 +144,23 @@ def test_export(strict):
     assert_same(plain.module()(*args), want[:2])
 
 
+def test_exported_without_bounds():
+    """Named sizes need no bound: what a kernel cannot take is found when the exported program runs."""
+    h, w = (torch.export.Dim(name, min=2) for name in "hw")
+    argmax = torch.export.export(
+        UpsampleArgmax(scale_factor=4), (torch.randn(1, 9, 3, 4),), dynamic_shapes=({2: h, 3: w},)
+    )
+    loss = torch.export.export(
+        UpsampleCrossEntropyLoss(), sample()[:2], dynamic_shapes=({2: h, 3: w}, {1: 2 * h, 2: 2 * w})
+    )
+    for size in ((3, 4), (7, 2)):
+        logits, target = torch.randn(1, 9, *size), torch.randint(9, (1, 2 * size[0], 2 * size[1]))
+        full = interpolate(logits, False, None, 4)
+        assert torch.equal(argmax.module()(logits).long(), full.argmax(1))
+        want = F.cross_entropy(interpolate(logits, False, target.shape[1:]), target)
+        torch.testing.assert_close(loss.module()(logits, target), want)
+
+
 def test_reference_under_torch_func():
     """Transforms see torch's own ops: where no kernel runs, per-sample gradients work."""
     if INTERPRETED:

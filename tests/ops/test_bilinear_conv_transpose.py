@@ -26,6 +26,7 @@ TAPS = [
     (4, 7, 3),  # odd, 2s - 1: interpolation with align_corners
     (4, 5, 0),  # shorter than 2s - 1: some outputs have one tap
     (5, 3, 0),  # shorter than the stride: some have none
+    (8, 13, 3),  # two taps of one sign, whose sum is not 1
     (8, 16, 11),  # more is cut off than one input pixel reaches
     (1, None, None),  # the identity
     (16, None, None),  # more outputs an input than are unrolled
@@ -119,6 +120,35 @@ def test_reference(layout):
         check_op(bilinear_conv_transpose2d_ref, dense, [x, *taps], bias=bias, skip=skip, skip_offset=1, terms=4)
     half = draw((1, 3, 3, 4), layout, torch.bfloat16)
     check_op(bilinear_conv_transpose2d_ref, dense, [half, 2], terms=4)
+
+
+@LAYOUT
+def test_reference_in_two_passes(layout):
+    """What a CPU runs where no gradient is wanted: small and large strides, sizes past the kernel's reach, 16 bits."""
+    sizes = [(None, *taps) for taps in TAPS] + [((7, 5), 8, 16, 31), ((50, 53), 8, 16, 0), ((5, 46), 8, 16, 3)]
+    sizes += [((6, 60), 8, 13, 9), ((9, 3), 8, 15, 40)]
+    for size, *taps in sizes:
+        for shape in ((2, 3, 3, 4), (1, 1, 6, 5), (0, 3, 2, 2)):
+            x, bias = draw(shape, layout).detach(), draw(shape[1:2]).detach()
+            skip = draw((*shape[:2], *(n + 2 for n in dense(x, *taps, output_size=size).shape[2:])), layout).detach()
+            options = {"bias": bias, "skip": skip, "skip_offset": 1, "output_size": size}
+            y = bilinear_conv_transpose2d_ref(x, *taps, **options)
+            torch.testing.assert_close(y, dense(x, *taps, **options), atol=1e-6, rtol=1e-6)
+            assert y.numel() == 0 or y.is_contiguous(memory_format=layout)
+    half = draw((1, 3, 3, 4), layout, torch.bfloat16).detach()
+    want = dense(half.double(), 8).to(torch.bfloat16)
+    torch.testing.assert_close(bilinear_conv_transpose2d_ref(half, 8), want)
+
+
+def test_reference_keeps_infinity_where_it_is():
+    """A row at infinity reaches the outputs of its own taps, as one with neighbours at infinity does; none is NaN."""
+    x = torch.zeros(1, 2, 4, 5)
+    x[0, 0, 1:3] = torch.inf
+    for taps in ((8,), (8, 15, 7), (9,)):
+        y = bilinear_conv_transpose2d_ref(x, *taps)
+        one_by_one = bilinear_conv_transpose2d_ref(x.clone().requires_grad_(), *taps).detach()
+        assert torch.equal(y == torch.inf, one_by_one == torch.inf)
+        assert not y.isnan().any()
 
 
 def test_more_than_four_taps_take_the_reference(device):

@@ -1,5 +1,7 @@
 """Class map from low-resolution logits, against torch's two steps at full resolution."""
 
+import sys
+
 import pytest
 import torch
 from head_inputs import AC, LAYOUTS, SIZES, allocations, interpolate
@@ -7,6 +9,7 @@ from head_inputs import AC, LAYOUTS, SIZES, allocations, interpolate
 import fastseg
 from fastseg.ops import upsample_argmax
 from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.upsample_argmax import upsample_argmax_ref
 from fastseg.testing import guard, guarded
 
 NAN, INF = float("nan"), float("inf")
@@ -45,9 +48,9 @@ def test_dtypes_are_interpolated_without_rounding(dtype, device):
 
 
 @AC
-@pytest.mark.parametrize("factor", [4, 1.7, 0.5, (2.0, 3.0), (1.3, 5.1)], ids=str)
+@pytest.mark.parametrize("factor", [4, 1.7, 0.5, (2.0, 3.0), (1.3, 5.1), (1.1, 2.5)], ids=str)
 def test_scale_factor(factor, align_corners, device):
-    """A factor of 1.7 samples at 1/1.7 of a pixel, not at the quotient of the sizes."""
+    """1.7 samples at 1/1.7 of a pixel, not at the quotient of the sizes; 1.1 keeps the size of this axis: a copy."""
     logits = torch.randn(1, 6, 5, 8, device=device)
     classes = upsample_argmax(logits, scale_factor=factor, align_corners=align_corners)
     assert_is_argmax(classes, logits, align_corners, scale_factor=factor)
@@ -148,6 +151,24 @@ def test_reference(classes, align_corners):
         twice = upsample_argmax(logits, scale_factor=1.7, align_corners=align_corners)
     assert torch.equal(got.long(), interpolate(logits, align_corners, (17, 9)).argmax(1))
     assert torch.equal(twice.long(), interpolate(logits, align_corners, None, 1.7).argmax(1))
+
+
+@AC
+@pytest.mark.parametrize(("size", "factor"), [((170, 131), None), (None, (17.3, 1.2)), (None, (1.1, 30.0))], ids=str)
+def test_reference_by_rows(size, factor, align_corners, monkeypatch):
+    """Large maps on a CPU: blocks within a cell row and across, a kept axis, equal classes, and no map at full size."""
+    monkeypatch.setattr(sys.modules[upsample_argmax_ref.__module__], "_LARGE", 0)
+    monkeypatch.setattr(sys.modules[upsample_argmax_ref.__module__], "_BLOCK", 2**12)
+    logits = torch.randn(2, 5, 10, 6)
+    logits[:, 3] = logits[:, 1]
+    with allocations() as seen:
+        got = upsample_argmax_ref(logits, size, factor, align_corners=align_corners, dtype=torch.uint8)
+    full = interpolate(logits, align_corners, size, factor)
+    assert seen.largest < full.numel() / 2
+    assert (got != 3).all()  # the value of class 1
+    chosen = full.gather(1, got[:, None].long())[:, 0]
+    torch.testing.assert_close(chosen, full.amax(1), atol=1e-6, rtol=0)
+    assert (got == full.argmax(1)).float().mean() > 0.999
 
 
 def test_bad_arguments():
