@@ -97,15 +97,25 @@ def owned_tile(
 
 
 @triton.jit
+def held_at(n, pixels, C: tl.constexpr, HELD: tl.constexpr, CHANNELS_LAST: tl.constexpr):
+    """Where image ``n`` (int64; NCHW: plane) of C channels begins in a map of HELD, which they are a slice of."""
+    if CHANNELS_LAST or HELD == C:
+        return n * (pixels * (HELD if CHANNELS_LAST else 1))
+    else:
+        return ((n // C) * HELD + n % C) * pixels
+
+
+@triton.jit
 def _bilinear_fwd_kernel(
     x_ptr, skip_ptr, bias_ptr,
     y_ptr,
     planes, IH, IW, OH, OW, SH, SW, skip_crop, padding, scale_h, scale_h_rest, scale_w, scale_w_rest,
     C: tl.constexpr, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    FLAT: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, ACC: tl.constexpr,
+    FLAT: tl.constexpr, HAS_SKIP: tl.constexpr, HAS_BIAS: tl.constexpr, HELD: tl.constexpr, ACC: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # elements from one pixel to the next
+    Y_PIXEL: tl.constexpr = HELD if CHANNELS_LAST else 1
     n, row0, ox, c, place, mask = owned_tile(planes, OH, OW, C, CHANNELS_LAST, FLAT, ROWS, BLOCK_W, BLOCK_C)
     i0, i1, w0, w1 = _taps(ox, IW, scale_w, scale_w_rest, padding, MODE, S, K, ACC)
     mask0 = mask
@@ -115,7 +125,8 @@ def _bilinear_fwd_kernel(
         mask1 = mask & (i1 < IW)
     x0_ptr = x_ptr + n * (IH * IW * PIXEL) + (i0 * PIXEL + c)
     x1_ptr = x_ptr + n * (IH * IW * PIXEL) + (i1 * PIXEL + c)
-    y_ptr += n * (OH * OW * PIXEL) + place
+    # `place` is ox * PIXEL + c, in a form that shows runs of elements
+    y_ptr += held_at(n, OH * OW, C, HELD, CHANNELS_LAST) + (place if HELD == C else ox * Y_PIXEL + c)
     if HAS_SKIP:
         skip_ptr += n * (SH * SW * PIXEL) + (skip_crop * PIXEL + place)
     if HAS_BIAS:
@@ -142,7 +153,7 @@ def _bilinear_fwd_kernel(
             y += bias
         if HAS_SKIP:
             y += tl.load(skip_ptr + (oy + skip_crop) * SW * PIXEL, mask=mask, other=0.0).to(ACC)
-        tl.store(y_ptr + oy * OW * PIXEL, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(y_ptr + oy * OW * Y_PIXEL, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
 class Taps(NamedTuple):
@@ -191,27 +202,45 @@ def unsupported(C: int, size: tuple[int, int], out: tuple[int, int]) -> str:
 
 def bilinear_fwd(
     x: Tensor, out: tuple[int, int], taps: Taps, channels_last: bool,
-    skip: Tensor | None = None, skip_crop: int = 0, bias: Tensor | None = None,
+    skip: Tensor | None = None, skip_crop: int = 0, bias: Tensor | None = None, into: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """x (N, C, IH, IW), skip (N, C, SH, SW) dense in one format, bias (C,) -> y (N, C, OH, OW) in that format."""
+    """x (N, C, IH, IW), skip (N, C, SH, SW) dense in one format, bias (C,) -> y (N, C, OH, OW) in that format.
+
+    ``into``: y itself, a slice of the channels of a map that is dense in that format.
+    """
     N, C, IH, IW = x.shape
     OH, OW = out
-    y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=layout_of(channels_last))
+    y = into
+    if y is None:
+        y = torch.empty(N, C, OH, OW, dtype=x.dtype, device=x.device, memory_format=layout_of(channels_last))
     if y.numel() == 0:
         return y
     cfg = select_for("bilinear_fwd", y, channels_last)
     grid, planes, flat = grid_of(y, channels_last, cfg)
-    dummy = x
+    dummy, held = x, held_channels(y, channels_last)
+    by_channel = channels_last or bias is not None or held != C
     launch(
         _bilinear_fwd_kernel, grid,
         x, dummy if skip is None else skip, dummy if bias is None else bias, y,
         planes, IH, IW, OH, OW, *((1, 1) if skip is None else skip.shape[2:]), skip_crop, taps.padding,
         *scale_args(taps),
-        C=C if channels_last or bias is not None else 1, MODE=taps.mode, S=taps.stride, K=taps.kernel,
+        C=C if by_channel else 1, MODE=taps.mode, S=taps.stride, K=taps.kernel,
         CHANNELS_LAST=channels_last, FLAT=flat, HAS_SKIP=skip is not None, HAS_BIAS=bias is not None,
-        ACC=acc_dtype(x), **cfg.launch,
+        HELD=held if by_channel else 1, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return y
+
+
+def held_channels(x: Tensor, channels_last: bool) -> int:
+    """Channels of the dense map that ``x`` (N, C, H, W) is a slice of: C where it is dense itself; 0 where neither."""
+    N, C, H, W = x.shape
+    if x.is_contiguous(memory_format=layout_of(channels_last)):
+        return C
+    per_image = x.stride(0) if N > 1 else x.stride(2) * H if channels_last and H > 1 else x.stride(3) * W * H
+    held = per_image // max(H * W, 1) if channels_last or N > 1 else C
+    dense = (held * H * W, 1, held * W, held) if channels_last else (held * H * W, H * W, W, 1)
+    fits = all(size == 1 or have == want for size, have, want in zip(x.shape, x.stride(), dense, strict=True))
+    return held if fits and held >= C else 0
 
 
 def layout_of(channels_last: bool) -> torch.memory_format:

@@ -10,6 +10,8 @@ from fastseg.kernels.bilinear import (
     Taps,
     grid_of,
     hat,
+    held_at,
+    held_channels,
     is_flat,
     layout_of,
     owned_tile,
@@ -71,14 +73,15 @@ def _bilinear_bwd_kernel(
     dx_ptr,
     planes, IH, IW, OH, OW, padding, scale_h, scale_h_rest, scale_w, scale_w_rest,
     C: tl.constexpr, MODE: tl.constexpr, S: tl.constexpr, K: tl.constexpr, CHANNELS_LAST: tl.constexpr,
-    FLAT: tl.constexpr, ACC: tl.constexpr, REACH: tl.constexpr,
+    FLAT: tl.constexpr, HELD: tl.constexpr, ACC: tl.constexpr, REACH: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     PIXEL: tl.constexpr = C if CHANNELS_LAST else 1
+    DY_PIXEL: tl.constexpr = HELD if CHANNELS_LAST else 1
     n, row0, ix, c, place, mask = owned_tile(planes, IH, IW, C, CHANNELS_LAST, FLAT, ROWS, BLOCK_W, BLOCK_C)
     first = _first_output(ix - 1, IW, OW, scale_w, padding, MODE, S, ACC)
     end = _first_output(ix + 1, IW, OW, scale_w, padding, MODE, S, ACC)
-    dy_ptr += n * (OH * OW * PIXEL) + (first * PIXEL + c)
+    dy_ptr += held_at(n, OH * OW, C, HELD, CHANNELS_LAST) + (first * DY_PIXEL + c)
     dx_ptr += n * (IH * IW * PIXEL) + place
 
     here = tl.zeros(mask.shape, ACC)
@@ -96,12 +99,12 @@ def _bilinear_bwd_kernel(
                 for j in tl.static_range(REACH):
                     w = _weight(first + j, ix, IW, scale_w, scale_w_rest, padding, MODE, S, K, ACC)
                     inside = mask & (first + j < end)
-                    along += w * tl.load(dy_ptr + (oy * OW + j) * PIXEL, mask=inside, other=0.0).to(ACC)
+                    along += w * tl.load(dy_ptr + (oy * OW + j) * DY_PIXEL, mask=inside, other=0.0).to(ACC)
             else:
                 for j in tl.range(0, REACH, num_stages=1, loop_unroll_factor=4):
                     w = _weight(first + j, ix, IW, scale_w, scale_w_rest, padding, MODE, S, K, ACC)
                     inside = mask & (first + j < end)
-                    along += w * tl.load(dy_ptr + (oy * OW + j) * PIXEL, mask=inside, other=0.0).to(ACC)
+                    along += w * tl.load(dy_ptr + (oy * OW + j) * DY_PIXEL, mask=inside, other=0.0).to(ACC)
             here += along * _weight(oy, iy, IH, scale_h, scale_h_rest, padding, MODE, S, K, ACC)
             below += along * _weight(oy, iy + 1, IH, scale_h, scale_h_rest, padding, MODE, S, K, ACC)
         if r >= 0:
@@ -109,7 +112,7 @@ def _bilinear_bwd_kernel(
 
 
 def bilinear_bwd(dy: Tensor, size: tuple[int, int], taps: Taps, channels_last: bool) -> Tensor:
-    """dy (N, C, OH, OW) dense -> dx (N, C, IH, IW) in the same format."""
+    """dy (N, C, OH, OW) dense, or a slice of the channels of a dense map -> dx (N, C, IH, IW) in the same format."""
     N, C, OH, OW = dy.shape
     IH, IW = size
     dx = torch.empty(N, C, IH, IW, dtype=dy.dtype, device=dy.device, memory_format=layout_of(channels_last))
@@ -118,12 +121,14 @@ def bilinear_bwd(dy: Tensor, size: tuple[int, int], taps: Taps, channels_last: b
     cfg = select_for("bilinear_bwd", dx, channels_last)
     grid, planes, flat = grid_of(dx, channels_last, cfg)
     reach = taps.reach(IW, OW, 1)
+    held = held_channels(dy, channels_last)
+    by_channel = channels_last or held != C
     unroll = reach <= UNROLL_UP_TO and (flat or not channels_last)
     launch(
         _bilinear_bwd_kernel, grid,
         dy, dx, planes, IH, IW, OH, OW, taps.padding, *scale_args(taps),
-        C=C if channels_last else 1, MODE=taps.mode, S=taps.stride, K=taps.kernel, CHANNELS_LAST=channels_last,
-        FLAT=flat, ACC=acc_dtype(dy), REACH=reach, UNROLL=unroll, **cfg.launch,
+        C=C if by_channel else 1, MODE=taps.mode, S=taps.stride, K=taps.kernel, CHANNELS_LAST=channels_last,
+        FLAT=flat, HELD=held if by_channel else 1, ACC=acc_dtype(dy), REACH=reach, UNROLL=unroll, **cfg.launch,
     )  # fmt: skip
     return dx
 

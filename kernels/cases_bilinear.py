@@ -16,14 +16,17 @@ def _map(dtype: torch.dtype, channels_last: bool, *shape: int) -> Tensor:
 
 def _upsample(
     dtype: torch.dtype, N: int, C: int, H: int, W: int, factor: float, *,
-    align_corners: bool = False, channels_last: bool = True, backward: bool = False,
+    align_corners: bool = False, channels_last: bool = True, backward: bool = False, beside: int = 0,
 ) -> None:  # fmt: skip
+    """``beside``: channels of a skip, in the map that the output is a slice of."""
     out = (int(H * factor), int(W * factor))
+    high = _map(dtype, channels_last, N, C + beside, *out)[:, beside:]
     taps = interpolation((H, W), out, align_corners, (None, None))
     if backward:
-        bilinear_bwd(_map(dtype, channels_last, N, C, *out), (H, W), taps, channels_last)
+        bilinear_bwd(high, (H, W), taps, channels_last)
     else:
-        bilinear_fwd(_map(dtype, channels_last, N, C, H, W), out, taps, channels_last)
+        low = _map(dtype, channels_last, N, C, H, W)
+        bilinear_fwd(low, out, taps, channels_last, into=high if beside else None)
 
 
 def _deconv(
@@ -45,6 +48,7 @@ def _deconv(
 _DECODER = (528, 256, 32, 32, 4)  # DeepLabV3+'s decoder at 512^2
 _VOC = (400, 21, 128, 128, 4)  # its logits
 _ADE = (56, 150, 128, 128, 4)
+_UNET = (80, 64, 256, 256, 2)  # U-Net's last skip connection at 512^2
 _FCN = (400, 21, 64, 64, 8)  # FCN-8s's last transposed convolution
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {
@@ -52,6 +56,16 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "upsample 256 channels 32->128, backward": lambda dtype: _upsample(dtype, *_DECODER, backward=True),
     "upsample 256 channels 32->128, corners, backward": lambda dtype: _upsample(
         dtype, *_DECODER, align_corners=True, backward=True
+    ),
+    "upsample 64 channels 256->512 beside 64": lambda dtype: _upsample(dtype, *_UNET, beside=64),
+    "upsample 64 channels 256->512 beside 64, backward": lambda dtype: _upsample(
+        dtype, *_UNET, beside=64, backward=True
+    ),
+    "upsample 64 channels 256->512 beside 64, NCHW": lambda dtype: _upsample(
+        dtype, *_UNET, beside=64, channels_last=False
+    ),
+    "upsample 64 channels 256->512 beside 64, NCHW, backward": lambda dtype: _upsample(
+        dtype, *_UNET, beside=64, channels_last=False, backward=True
     ),
     "upsample 21 channels 128->512": lambda dtype: _upsample(dtype, *_VOC),
     "upsample 21 channels 128->512, backward": lambda dtype: _upsample(dtype, *_VOC, backward=True),

@@ -10,6 +10,7 @@ from fastseg.ops.pool_indices import PoolIndices
 from fastseg.ops.separable_conv import separable_conv2d
 from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.ops.upsample_bilinear import upsample_bilinear
+from fastseg.ops.upsample_concat import upsample_concat
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
@@ -28,5 +29,6 @@ __all__ = [
     "separable_conv2d",
     "upsample_argmax",
     "upsample_bilinear",
+    "upsample_concat",
     "upsample_cross_entropy",
 ]

@@ -8,7 +8,7 @@ from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad, use_kerne
 from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
 
 if HAS_TRITON:
-    from fastseg.kernels.bilinear import bilinear_fwd, interpolation, unsupported
+    from fastseg.kernels.bilinear import bilinear_fwd, held_channels, interpolation, unsupported
     from fastseg.kernels.bilinear_bwd import bilinear_bwd
 
 
@@ -106,9 +106,11 @@ def _plain_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float 
 
 
 def _launch_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
-    if unsupported(dy.shape[1], tuple(size), tuple(dy.shape[2:])):
+    channels_last = memory_format_of(dy) == torch.channels_last
+    held = held_channels(dy, channels_last)  # a slice of channels, as a concatenation's gradient is one, is not copied
+    dy = dy if held else settle(dy)[0]
+    if unsupported(held or dy.shape[1], tuple(size), tuple(dy.shape[2:])):
         return _plain_bwd(dy, size, align_corners, factor_h, factor_w)
-    dy, channels_last = settle(dy)
     taps = interpolation(tuple(size), tuple(dy.shape[2:]), align_corners, (factor_h, factor_w))
     return bilinear_bwd(dy, tuple(size), taps, channels_last)
 
@@ -125,6 +127,12 @@ _fwd = register(f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, 
 _bwd = register(f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake)
 
 
+def transposed(dy: Tensor, size: tuple[int, int], align_corners: bool, *factors: float | None) -> Tensor:
+    """The gradient at a map of ``size`` of what it was interpolated to; differentiable."""
+    args = (dy, size, align_corners, *factors)
+    return _UpsampleBilinearBwd.apply(*args) if needs_grad(dy) or has_tangent(dy) else _bwd(*args)
+
+
 class _UpsampleBilinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *args):
@@ -139,9 +147,7 @@ class _UpsampleBilinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        args = (dy, ctx.size, *ctx.options)
-        dx = _UpsampleBilinearBwd.apply(*args) if needs_grad(dy) or has_tangent(dy) else _bwd(*args)
-        return dx, None, None, None, None
+        return transposed(dy, ctx.size, *ctx.options), None, None, None, None
 
     @staticmethod
     def jvp(ctx, tangent: Tensor, *_):

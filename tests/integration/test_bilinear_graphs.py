@@ -7,15 +7,17 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg.nn import BilinearConvTranspose2d, UpsamplingBilinear2d
-from fastseg.ops import bilinear_conv_transpose2d, upsample_bilinear
+from fastseg.ops import bilinear_conv_transpose2d, upsample_bilinear, upsample_concat
 from fastseg.ops._dispatch import INTERPRETED
 from fastseg.ops._register import DECOMPOSITIONS
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d_ref
 from fastseg.ops.upsample_bilinear import upsample_bilinear_ref
+from fastseg.ops.upsample_concat import upsample_concat_ref
 from fastseg.testing import check_op
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 OPS = torch.ops.fastseg
+HELD = {"upsample_bilinear", "bilinear_conv_transpose2d", "upsample_concat"}  # by captured graphs of Net
 
 
 class Net(nn.Module):
@@ -28,7 +30,8 @@ class Net(nn.Module):
         self.up4 = UpsamplingBilinear2d(scale_factor=2)
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        return self.up4(self.up2(self.score(x), skip=skip, skip_offset=1))
+        y = self.up4(self.up2(self.score(x), skip=skip, skip_offset=1))
+        return upsample_concat(self.score(x), [y, y])
 
 
 def inputs(H=2, W=3, layout=CL) -> tuple[Tensor, Tensor]:
@@ -76,6 +79,7 @@ def test_opcheck(number):
         t.requires_grad_()
     torch.library.opcheck(OPS.upsample_bilinear.default, (x, (3, 5), False, None, None))
     torch.library.opcheck(OPS.upsample_bilinear_bwd.default, (dy, (2, 3), True, None, None))
+    torch.library.opcheck(OPS.upsample_concat.default, (x, [dy, dy.detach()], True, False))
     skip, bias = maps((2, 3, 6, 8))[number], torch.randn(3, requires_grad=True)
     torch.library.opcheck(OPS.bilinear_conv_transpose2d.default, (x, skip, bias, (4, 6), 2, 4, 1, 1))
     torch.library.opcheck(OPS.bilinear_conv_transpose2d_bwd.default, (dy, (2, 3), 2, 3, 1))
@@ -98,6 +102,9 @@ def test_registered_ops_against_autograd(layout):
         op = lambda x, f=factor, s=size, c=corners: OPS.upsample_bilinear.default(x, s, c, f, f)
         args = {"size": size} if factor is None else {"scale_factor": factor}
         check_op(op, lambda x, a=args, c=corners: upsample_bilinear_ref(x, align_corners=c, **a), [x], terms=9)
+    other = torch.randn(2, 2, 5, 7, requires_grad=True)
+    op = lambda x, a, b: OPS.upsample_concat.default(x, [a, b], False, True)
+    check_op(op, lambda x, a, b: upsample_concat_ref(x, [a, b], up_first=True), [x, other, other], terms=9)
     skip = torch.randn(2, 3, 9, 10).to(memory_format=layout).requires_grad_()
     bias = torch.randn(3, requires_grad=True)
     for K, padding, size in ((4, 1, (6, 8)), (3, 0, (4, 7)), (4, 5, (2, 3))):
@@ -138,7 +145,7 @@ def test_graphs_hold_the_ops_exactly_where_kernels_run():
     net = Net()
     backend = lambda module, _: graphs.append(module.graph) or module.forward
     torch.compile(net, fullgraph=True, backend=backend)(*inputs())
-    want = {"upsample_bilinear", "bilinear_conv_transpose2d"} if INTERPRETED else set()
+    want = HELD if INTERPRETED else set()
     assert held(graphs[0]) == want
     with fastseg.reference():
         torch.compile(net, fullgraph=True, backend=backend)(*inputs())
@@ -152,7 +159,7 @@ def test_exported(strict):
     program = torch.export.export(net, example, strict=strict, dynamic_shapes=(dims, dims))
     for args in (example, inputs(4, 5)):
         torch.testing.assert_close(program.module()(*args), net(*args), atol=1e-5, rtol=1e-5)
-    assert held(program.graph) == ({"upsample_bilinear", "bilinear_conv_transpose2d"} if INTERPRETED else set())
+    assert held(program.graph) == (HELD if INTERPRETED else set())
     plain = program.run_decompositions(DECOMPOSITIONS)
     assert held(plain.graph) == set()
     torch.testing.assert_close(plain.module()(*example), net(*example), atol=1e-5, rtol=1e-5)
