@@ -84,7 +84,7 @@ def _target(x, size, scale_factor, recompute_scale_factor):
         out = tuple(torch.sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True))
         if recompute_scale_factor:
             factors = (None, None)
-    if min(x.shape[1], x.shape[2], x.shape[3], *out) < 1:
+    if any(n < 1 for n in (*x.shape[1:], *out)):  # one by one: a minimum would order the sizes of an exported graph
         return None
     return out, factors
 
