@@ -94,15 +94,11 @@ def run_conv_norm_act(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, a
     if norm is None:
         bare = not (torch.compiler.is_compiling() or watched(conv, nn.Conv2d))
         if bare and conv.padding_mode == "zeros" and not _differentiated(x, conv.weight, conv.bias):
-            return conv2d_act(
-                x, conv.weight, conv.bias, act, conv.stride, conv.padding, conv.dilation, conv.groups
-            )
+            return conv2d_act(x, conv.weight, conv.bias, act, conv.stride, conv.padding, conv.dilation, conv.groups)
         y = conv(x)
     elif can_fold(x, conv, norm):
         if conv.padding_mode == "zeros":
-            return conv2d_act(
-                x, *folded(x, conv, norm), act, conv.stride, conv.padding, conv.dilation, conv.groups
-            )
+            return conv2d_act(x, *folded(x, conv, norm), act, conv.stride, conv.padding, conv.dilation, conv.groups)
         y = run_conv(x, conv, norm)
     else:
         if norm.training:
