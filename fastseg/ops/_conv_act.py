@@ -48,7 +48,7 @@ def conv2d_act(
     torch's convolution reads and writes the map once more for each. cuDNN's ReLU may give 0 for NaN.
     """
     args = (stride, padding, dilation, groups)
-    why = IN_REFERENCE if in_reference() else "CPU tensor" if x.device.type == "cpu" else ""
+    why = IN_REFERENCE if in_reference() else "CPU tensor" if on_cpu(x) else ""
     why = why or unsupported(_request(x, weight, bias, act, *args))
     key = (x.dtype, x.shape, weight.shape, *args)
     if not why and key not in _refused:
@@ -65,6 +65,10 @@ def conv2d_act(
     # On a CPU, 64 channels 256^2, 256 64^2, 512 32^2, one thread: channels_last takes 0.85, 0.93 and 0.95 of NCHW's
     # time; oneDNN's own call on packed weights, a private one whose ReLU drops NaN, 0.85, 0.91 and 0.88.
     return activate(F.conv2d(x, weight, bias, *args), act, inplace=True)
+
+
+def on_cpu(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def unsupported(r: Request) -> str:
@@ -96,9 +100,10 @@ def unsupported(r: Request) -> str:
 
 def _request(x: Tensor, weight: Tensor, bias: Tensor | None, act, stride, padding, dilation, groups: int) -> Request:
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    plain = x.dim() == 4 and not has_tangent(x) and not torch._C._are_functorch_transforms_active()
-    plain = plain and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    followed = has_tangent(x) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    plain = x.dim() == 4 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    plain = plain and not (wanted or followed)
     return Request(
         device=x.device.type,
         cudnn=torch.version.hip is None
@@ -106,12 +111,12 @@ def _request(x: Tensor, weight: Tensor, bias: Tensor | None, act, stride, paddin
         and torch.backends.cudnn.enabled
         and torch.backends.cudnn.is_available(),
         deterministic=torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
-        plain=plain and not wanted and not torch.jit.is_tracing(),
+        plain=plain,
         dtypes=tuple(t.dtype for t in tensors),
         act=act,
         padding=padding,
-        channels=(x.shape[1], weight.shape[0]) if x.dim() == 4 else (0, 0),
+        channels=(x.shape[1], weight.shape[0]) if plain else (0, 0),
         groups=groups,
-        channels_last=all(t.is_contiguous(memory_format=torch.channels_last) for t in tensors[:2] if t.dim() == 4),
-        elements=max(x.numel(), x.numel() // max(1, x.shape[1]) * weight.shape[0]) if x.dim() == 4 else x.numel(),
+        channels_last=plain and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)),
+        elements=max(x.numel(), x.numel() // max(1, x.shape[1]) * weight.shape[0]) if plain else 0,
     )
