@@ -26,7 +26,7 @@ OPTIONS = {
     "segnet": {"width": 0.125},
     "segnet_basic": {"channels": 16},
     "unet": {"padding": "same", "norm": True, "widths": (8, 16, 32, 64)},
-    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (8, 16, 32, 64), "deep_supervision": True},
+    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (8, 16, 32), "deep_supervision": True},
 }
 # The full-size model that is timed, where the default cannot take any image: U-Net's would leave out a margin.
 FULL_SIZE = {"unet": {"padding": "same", "norm": True}, "unetplusplus": {"norm": True, "up": "bilinear"}}

@@ -123,7 +123,7 @@ class UNet(FullSizeNet):
     def _check(self, x: Tensor) -> None:
         sides = x.shape[-2:]
         if self.padding == "same":
-            if min(sides) < self.stride:
+            if any(side < self.stride for side in sides):
                 raise ValueError(f"UNet: x is {tuple(x.shape)}; a side of {self.stride} pixels or more is needed")
             return
         least = 2 * self.margin + 1
