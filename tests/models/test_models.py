@@ -19,7 +19,7 @@ NARROW = {
     "segnet": {"width": 0.02},
     "segnet_basic": {"channels": 8},
     "unet": {"padding": "same", "norm": True, "widths": (4, 8, 8)},
-    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (4, 8, 8), "deep_supervision": True},
+    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (4, 8, 8)},
 }
 FUSED = {
     "deeplabv3plus": {"separable_conv2d"},

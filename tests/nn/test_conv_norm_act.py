@@ -1,7 +1,6 @@
 """ConvNormAct2d against its children one after another: folding, refolding, gradients, graphs, repr."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -128,11 +127,8 @@ def test_folding_changes_nothing_that_can_be_seen():
     assert module.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
     assert len(pickle.dumps(module)) == size  # what was folded does not travel
-    saved = io.BytesIO()
-    torch.save(module, saved)
-    saved.seek(0)
     with torch.no_grad():
-        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(saved, weights_only=False)):
+        for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
             assert torch.equal(twin(x), module(x))
             twin.conv.weight.zero_()
             assert not torch.equal(twin(x), want)
