@@ -1,20 +1,22 @@
-"""Whole models, inference: latency of a call, throughput, peak memory, and kernels per forward.
+"""Whole models: latency of a call, throughput, peak memory, kernels; and what a training step keeps for its backward.
 
 Traffic has no formula short enough for this header; ``model_walk.py`` walks the layers. Providers are one model with
 the same weights: "fastseg" as it is, "eager" its ``eager_form``, whose Conv2d, BatchNorm2d and activations run one by
 one, "compile" that compiled. ``gpu.py`` times each by call + synchronise, as a user would see it, and again as a CUDA
-graph, where nothing of the host is left.
+graph, where nothing of the host is left. A training step is ``loss`` and its backward, without an optimizer, called.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import harness
 import pytest
 import torch
 from torch import Tensor
-from workloads import MODELS, MODELS_WITHOUT_FLOOR, ModelShape
+from torch.nn import functional as F
+from workloads import MODELS, MODELS_TRAINING, MODELS_WITHOUT_FLOOR, ModelShape
 
 from fastseg.inference.comparison import eager_form
 from fastseg.models import create
@@ -25,8 +27,16 @@ CREATED = {
     "segnet": ("segnet", {}),
     "segnet_basic": ("segnet_basic", {}),
     "fcn8s": ("fcn", {"backbone": "vgg16", "stride": 8}),
+    "unet": ("unet", {"padding": "same", "norm": True}),
+    "unetplusplus": ("unetplusplus", {"norm": True, "up": "bilinear"}),
 }
 SHAPES = (*(shape for shape in MODELS if shape.model in CREATED), *MODELS_WITHOUT_FLOOR)
+TRAINING = (
+    *(shape for shape in MODELS_TRAINING if shape.model in CREATED),
+    *(shape for shape in MODELS_WITHOUT_FLOOR if shape.N == 16 and shape.model == "unetplusplus"),
+    *(ModelShape(model) for model in ("unet", "unetplusplus")),
+)
+MODES = {"eval": SHAPES, "train": TRAINING}
 
 
 def label(shape: ModelShape) -> str:
@@ -35,60 +45,98 @@ def label(shape: ModelShape) -> str:
 
 
 class Problem:
-    """One model on one device, in eval mode, with an input; random weights."""
+    """One model on one device, in one mode, with an input; random weights."""
 
-    def __init__(self, shape: ModelShape, device: torch.device):
-        self.shape, self.device, self.dtype = shape, device, harness.dtype_for(device)
+    def __init__(self, shape: ModelShape, device: torch.device, mode: str = "eval"):
+        self.shape, self.device, self.mode, self.dtype = shape, device, mode, harness.dtype_for(device)
         name, options = CREATED[shape.model]
         torch.manual_seed(0)
-        self.model = create(name, shape.classes, **options).eval().to(device, memory_format=torch.channels_last)
+        self.model = create(name, shape.classes, **options).train(mode == "train")
+        for module in self.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # it would draw another mask for each provider
+        self.model = self.model.to(device, memory_format=torch.channels_last)
         self.plain = eager_form(self.model)
-        x = torch.randn(shape.N, 3, shape.H, shape.W, generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(shape.N, 3, shape.H, shape.W, generator=generator)
         self.x = x.to(device, self.dtype).contiguous(memory_format=torch.channels_last)
+        self.target = torch.randint(shape.classes, (shape.N, shape.H, shape.W), generator=generator).to(device)
 
     @contextmanager
     def context(self) -> Iterator[None]:
-        """No gradients; autocast on a GPU, entered outside the timed call."""
-        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"):
+        """Gradients in training only; autocast on a GPU, entered outside the timed call."""
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda")
+        with torch.set_grad_enabled(self.mode == "train"), autocast:
             yield
 
-    def functions(self) -> dict[str, Callable[[], Tensor]]:
-        """provider -> one forward."""
-        functions = {"fastseg": lambda: self.model(self.x), "eager": lambda: self.plain(self.x)}
+    def functions(self) -> dict[str, Callable[[], object]]:
+        """provider -> one forward, or one training step: its loss, and the gradients of the outermost weights."""
+        training = self.mode == "train"
+        calls = {"fastseg": self.model.loss, "eager": self._loss} if training else self._forwards()
         if self.device.type == "cuda":
             torch._dynamo.reset()  # else all shapes share one cache, and past its limit run uncompiled
-            compiled = torch.compile(self.plain, mode="max-autotune-no-cudagraphs", dynamic=False)
-            functions["compile"] = lambda: compiled(self.x)
-        return functions
+            calls["compile"] = torch.compile(calls["eager"], mode="max-autotune-no-cudagraphs", dynamic=False)
+        if not training:
+            return {name: partial(call, self.x) for name, call in calls.items()}
+        models = {name: self.model if name == "fastseg" else self.plain for name in calls}
+        return {name: partial(self._step, models[name], call, self.x) for name, call in calls.items()}
 
-    def exact(self) -> Tensor:
-        """The plain form's logits in fp32, without tf32."""
+    def kept_bytes(self, provider: str) -> int | None:
+        """Bytes that a training step of "fastseg" or "eager" keeps for its backward; None in eval."""
+        if self.mode == "eval" or provider == "compile":
+            return None
+        loss = self.model.loss if provider == "fastseg" else self._loss
+        return harness.kept_bytes(partial(loss, self.x, self.target))
+
+    def exact(self) -> list[Tensor]:
+        """The plain form's result in fp32, without tf32."""
         saved = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False
         try:
-            with torch.autocast(self.device.type, enabled=False), torch.no_grad():
-                return self.plain(self.x.float())
+            with torch.autocast(self.device.type, enabled=False):
+                x = self.x.float()
+                if self.mode == "train":
+                    return harness.floats(self._step(self.plain, self._loss, x))
+                with torch.no_grad():
+                    return [self.plain(x)]
         finally:
             torch.backends.cudnn.allow_tf32 = saved
 
-    def disagreement(self, functions: dict[str, Callable[[], Tensor]]) -> str:
+    def disagreement(self, functions: dict[str, Callable[[], object]]) -> str:
         """Why the providers do not compute the same, or "". Called before anything is timed."""
         return harness.disagreement(
-            {name: harness.floats(function()) for name, function in functions.items()}, [self.exact()], self.dtype
+            {name: harness.floats(function()) for name, function in functions.items()}, self.exact(), self.dtype
         )
 
+    def _forwards(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        return {"fastseg": self.model, "eager": self.plain}
 
+    def _loss(self, x: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(self.plain(x), target)
+
+    def _step(self, model: torch.nn.Module, loss: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> list[Tensor]:
+        learnt = [p for p in model.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            value = loss(x, self.target)
+            gradients = torch.autograd.grad(value, learnt)
+        outermost = [g for g in gradients if g.dim() == 4]
+        return [value.detach(), outermost[0], outermost[-1]]
+
+
+@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("provider", ["fastseg", "eager", "compile"])
-@pytest.mark.parametrize("shape", SHAPES, ids=label)
-def bench_model(shape, provider, run, device, size, benchmark):
+@pytest.mark.parametrize("shape", dict.fromkeys((*SHAPES, *TRAINING)), ids=label)
+def bench_model(shape, provider, mode, run, device, size, benchmark):
+    if shape not in MODES[mode]:
+        pytest.skip(f"not among the shapes of {mode}")
     if provider == "compile" and device.type == "cpu":
         pytest.skip("torch.compile is measured on a GPU")
-    if size != "full" and shape != SHAPES[0]:
+    if size != "full" and shape != MODES[mode][0]:
         pytest.skip("one shape on a CPU; the rest on a GPU, or with --full")
     pixels = {"full": (shape.H, shape.W), "small": (256, 256), "tiny": (64, 64)}[size]
-    shape = replace(shape, H=pixels[0], W=pixels[1])
-    benchmark.group = f"model {label(shape)}"
-    problem = Problem(shape, device)
+    shape = replace(shape, H=pixels[0], W=pixels[1], N=shape.N if size == "full" else min(shape.N, 2))
+    benchmark.group = f"model {label(shape)} {mode}"
+    problem = Problem(shape, device, mode)
     with problem.context():
         functions = problem.functions()
         chosen = {name: functions[name] for name in dict.fromkeys(["eager", provider])}
@@ -96,6 +144,7 @@ def bench_model(shape, provider, run, device, size, benchmark):
         assert not wrong, wrong
         forward = functions[provider]
         run(
-            forward, shape=label(shape), N=shape.N, dtype=str(problem.dtype), provider=provider,
+            forward, shape=label(shape), N=shape.N, mode=mode, dtype=str(problem.dtype), provider=provider,
+            graph=mode == "eval", kept_bytes=problem.kept_bytes(provider),
             launches=harness.launch_count(forward), kernels=harness.kernel_count(forward, device),
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Print what SegNet's stages move and what they keep for backward, exactly and without a GPU.
+"""Print what SegNet's stages move and what they and whole nets keep for backward, exactly and without a GPU.
 
     python benchmarks/saved_bytes.py
 
@@ -14,16 +14,21 @@ from functools import partial
 
 import harness
 import torch
+from bench_models import CREATED, label
 from bench_pooling import EAGER_POOL, sizes
 from op_floors import pool_bytes
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
-from workloads import SEGNET_STAGES, PoolShape
+from workloads import SEGNET_STAGES, ModelShape, PoolShape
 
+from fastseg.inference.comparison import eager_form
+from fastseg.models import create
 from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d, max_pool2d
 
 HEADER = ("stage", "pool eager -> ours, MB moved", "unpool eager -> ours", "pool eager -> ours, MB kept",
           "norm + ReLU + pool eager -> ours, MB kept")  # fmt: skip
+MODEL_HEADER = ("net", "training step eager -> ours, GB kept", "without the loss")
+MODELS = (ModelShape("unet"), ModelShape("unet", N=16), ModelShape("unetplusplus"), ModelShape("unetplusplus", N=16))
 
 
 def kept(shape: PoolShape) -> tuple[int, int, int, int]:
@@ -55,12 +60,33 @@ def rows() -> list[tuple[str, list[float], tuple[int, int, int, int]]]:
     return out
 
 
+def kept_by_model(shape: ModelShape) -> tuple[int, int, int, int]:
+    """Bytes kept for backward under bf16 autocast: of the loss, eager and ours; of the logits, eager and ours."""
+    name, options = CREATED[shape.model]
+    model = create(name, shape.classes, **options)
+    plain = eager_form(model)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", torch.bfloat16):
+        x = torch.empty(shape.N, 3, shape.H, shape.W, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
+        target = torch.empty(shape.N, shape.H, shape.W, dtype=torch.long)
+        forms = (
+            lambda: F.cross_entropy(plain(x), target),
+            lambda: model.loss(x, target),
+            lambda: plain(x),
+            lambda: model(x),
+        )
+        return tuple(harness.kept_bytes(form) for form in forms)
+
+
 def markdown() -> str:
     lines = [HEADER, ["---"] * len(HEADER)]
-    for label, traffic, bytes_ in rows():
+    for label_, traffic, bytes_ in rows():
         pairs = [*zip(traffic[::2], traffic[1::2], strict=True), *zip(bytes_[::2], bytes_[1::2], strict=True)]
-        lines.append([label, *(f"{a / 1e6:.1f} -> {b / 1e6:.1f}" for a, b in pairs)])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        lines.append([label_, *(f"{a / 1e6:.1f} -> {b / 1e6:.1f}" for a, b in pairs)])
+    lines += [(), MODEL_HEADER, ["---"] * len(MODEL_HEADER)]
+    for shape in MODELS:
+        kept_ = kept_by_model(shape)
+        lines.append([label(shape), *(f"{a / 1e9:.2f} -> {b / 1e9:.2f}" for a, b in (kept_[:2], kept_[2:]))])
+    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
 
 
 if __name__ == "__main__":

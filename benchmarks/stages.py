@@ -271,19 +271,20 @@ def tune(log: Log, device: torch.device, tiny: bool) -> None:
         log.left_out.extend(str(row) for row in left)
 
 
-# models: latency, throughput, peak memory, kernels per forward.
+# models: latency, throughput, peak memory, kernels per forward; training steps and what they keep.
 
 
 def models(log: Log, device: torch.device, tiny: bool) -> None:
-    shapes = bench_models.SHAPES[:1] if tiny else bench_models.SHAPES
-    for providers in (("fastseg", "eager"), ("compile",)):
-        for shape in shapes:
-            if "compile" in providers and device.type == "cpu":
-                continue
-            if log.time_left() < (60 if "compile" in providers else 8) and not tiny:
-                log.left_out.append(f"{bench_models.label(shape)} {'/'.join(providers)}")
-                continue
-            _model(log, bench_models.Problem(replace(shape, H=64, W=64) if tiny else shape, device), providers)
+    for mode, all_shapes in bench_models.MODES.items():
+        for providers in (("fastseg", "eager"), ("compile",)):
+            for shape in all_shapes[:1] if tiny else all_shapes:
+                if "compile" in providers and device.type == "cpu":
+                    continue
+                if log.time_left() < (60 if "compile" in providers else 8) and not tiny:
+                    log.left_out.append(f"{bench_models.label(shape)} {mode} {'/'.join(providers)}")
+                    continue
+                shape = replace(shape, H=64, W=64, N=min(shape.N, 2)) if tiny else shape
+                _model(log, bench_models.Problem(shape, device, mode), providers)
 
 
 def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) -> None:
@@ -294,11 +295,12 @@ def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) 
         ways = {}
         for name in providers:
             ways[name, False] = functions[name]
-            if device.type == "cuda":
+            if device.type == "cuda" and problem.mode == "eval":
                 ways[name, True] = harness.captured(functions[name])
         samples = interleaved(ways, repetitions=3 if device.type == "cpu" else 50)
         for (name, graph), seconds in samples.items():
-            row = {"shape": bench_models.label(problem.shape), "N": images, "provider": name, "cuda_graph": graph}
+            row = {"shape": bench_models.label(problem.shape), "N": images, "mode": problem.mode, "provider": name}
+            row["cuda_graph"] = graph
             if wrong:
                 log.row(**row, wrong=wrong)
                 continue
@@ -306,6 +308,7 @@ def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) 
             log.row(
                 **row, dtype=str(problem.dtype), **summary, images_per_s=images / summary["median_us"] * 1e6,
                 peak_mib=None if graph else harness.peak_mib(functions[name], device),
+                kept_bytes=problem.kept_bytes(name),
                 launches=harness.launch_count(functions[name]), kernels=harness.kernel_count(functions[name], device),
             )  # fmt: skip
 

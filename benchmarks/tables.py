@@ -118,9 +118,10 @@ def op_table(
     return table
 
 
-def model_rows(stages: dict[str, dict]) -> dict[tuple[str, str, bool], dict]:
+def model_rows(stages: dict[str, dict], mode: str = "eval") -> dict[tuple[str, str, bool], dict]:
     """(shape, provider, as a CUDA graph) -> row."""
-    return {(row["shape"], row["provider"], row["cuda_graph"]): row for row in counted(stages, "models")}
+    rows = [row for row in counted(stages, "models") if row.get("mode", "eval") == mode]
+    return {(row["shape"], row["provider"], row["cuda_graph"]): row for row in rows}
 
 
 def models(gpu: str, stages: dict[str, dict]) -> str:
@@ -141,15 +142,33 @@ def models(gpu: str, stages: dict[str, dict]) -> str:
     return _markdown(header, rows)
 
 
+def models_train(gpu: str, stages: dict[str, dict]) -> str:
+    """Training steps of whole models: loss and backward, without an optimizer."""
+    found, chip = model_rows(stages, "train"), chip_of(gpu)
+    header = ["model", "floor ms: eager / compile / fused", *(f"{p} ms" for p in PROVIDERS), "vs eager", "vs compile",
+              "peak MiB: eager / fastseg", "MB kept: eager / fastseg"]  # fmt: skip
+    rows = []
+    for shape in bench_models.TRAINING:
+        name = bench_models.label(shape)
+        get = lambda provider, field, name=name: found.get((name, provider, False), {}).get(field)
+        times = [get(p, "median_us") for p in PROVIDERS]
+        kept = [None if get(p, "kept_bytes") is None else get(p, "kept_bytes") / 1e6 for p in ("eager", "fastseg")]
+        rows.append([name, " / ".join(f"{us / 1e3:.1f}" for us in model_floors(shape, chip, training=True) or ()),
+                     *(_us(None if us is None else us / 1e3) for us in times), _ratio(times[0], times[2]),
+                     _ratio(times[1], times[2]), _pair(get("eager", "peak_mib"), get("fastseg", "peak_mib")),
+                     _pair(*kept)])  # fmt: skip
+    return _markdown(header, rows)
+
+
 def _pair(a: float | None, b: float | None) -> str:
     return MISSING if a is None and b is None else " / ".join("-" if v is None else f"{v:.0f}" for v in (a, b))
 
 
-def model_floors(shape: ModelShape, chip: Device) -> list[float] | None:
+def model_floors(shape: ModelShape, chip: Device, *, training: bool = False) -> list[float] | None:
     """Microseconds of the eager, compile and fused floors; None where the model's layers have no walk."""
     if shape in MODELS_WITHOUT_FLOOR:
         return None
-    return [floor_of(walk(shape, strategy).kernels, chip).us for strategy in STRATEGIES]
+    return [floor_of(walk(shape, strategy, training=training).kernels, chip).us for strategy in STRATEGIES]
 
 
 def machine(gpu: str, stages: dict[str, dict]) -> str:
@@ -176,5 +195,6 @@ TABLES = {
     ),
     "bilinear-conv-transpose": op_table(bench_bilinear_conv_transpose, "eager", "grouped", "grouped-compile"),
     "models": models,
+    "models-train": models_train,
     "machine": machine,
 }

@@ -210,7 +210,11 @@ MODELS = (
     ModelShape("fcn8s", N=16, classes=150),
 )
 
-MODELS_WITHOUT_FLOOR = tuple(ModelShape("segnet_basic", 360, 480, N, 12) for N in (1, 16))  # no walk of its layers
+# No walk of their layers.
+MODELS_WITHOUT_FLOOR = (
+    *(ModelShape("segnet_basic", 360, 480, N, 12) for N in (1, 16)),
+    *(ModelShape("unetplusplus", N=N) for N in (1, 16)),
+)
 
 MODELS_TRAINING = tuple(
     shape

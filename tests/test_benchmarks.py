@@ -4,9 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import replace
 
-import bench_models
 import bench_pooling
 import bench_separable_conv as bench
 import gpu
@@ -18,8 +16,6 @@ import stages as op_modules
 import tables
 import torch
 import workloads
-
-from fastseg.ops._dispatch import explain, reference
 
 CPU = torch.device("cpu")
 
@@ -130,35 +126,6 @@ def test_forced_forms_launch_what_they_name(device):
             problem.function(problem.fused)()
     assert launched["fused"] == ["_separable_conv_fwd_fused_kernel"]
     assert launched["split"] == ["_separable_conv_fwd_dw_kernel", "_separable_conv_fwd_pw_kernel"]
-
-
-@pytest.fixture
-def model_problem():
-    return bench_models.Problem(replace(bench_models.SHAPES[0], H=64, W=64), CPU)
-
-
-def test_the_eager_model_is_plain_and_agrees(model_problem):
-    functions = model_problem.functions()
-    with model_problem.context():
-        with explain() as eager:
-            functions["eager"]()
-        with reference():  # the interpreter would take minutes
-            with explain() as ours:
-                functions["fastseg"]()
-            assert model_problem.disagreement(functions) == ""
-            model_problem.model.cls_conv.bias.add_(1)
-            assert model_problem.disagreement(functions).startswith("fastseg is")
-    assert {decision.why for decision in eager} == {"a child has hooks"}
-    assert {decision.why for decision in ours} == {"inside fastseg.reference()"}
-
-
-def test_what_is_compiled_is_the_eager_model(model_problem, monkeypatch):
-    compiled = []
-    monkeypatch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
-    model_problem.device = torch.device("cuda")
-    functions = model_problem.functions()
-    assert compiled == [model_problem.plain]
-    assert torch.equal(functions["compile"](), functions["eager"]())
 
 
 def test_least_traffic():
@@ -379,17 +346,3 @@ def test_a_bad_mark_leaves_the_readme_alone(tmp_path, text, capsys):
     assert plot.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
     assert readme.read_text() == text
     assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_the_table_of_models():
-    name = bench_models.label(bench_models.SHAPES[0])
-    times = {("eager", False): 900.0, ("fastseg", False): 500.0, ("fastseg", True): 100.0}
-    rows = [
-        {"shape": name, "provider": provider, "cuda_graph": graph, "median_us": us, "images_per_s": 1e6 / us}
-        | {"peak_mib": None if graph else us / 100, "kernels": 5}
-        for (provider, graph), us in times.items()
-    ]
-    text = tables.models("NVIDIA_H200", {"models": {"tests": "passed", "rows": rows}})
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} ")]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2:] == ["900 / -", tables.MISSING, "500 / 100", "10000", "9 / 5", "5 / 5"]

@@ -25,13 +25,24 @@ OPTIONS = {
     "fcn": {"backbone": "resnet18", "stride": 4, "width": 0.25},
     "segnet": {"width": 0.125},
     "segnet_basic": {"channels": 16},
+    "unet": {"padding": "same", "norm": True, "widths": (8, 16, 32, 64)},
+    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (8, 16, 32), "deep_supervision": True},
 }
+# The full-size model that is timed, where the default cannot take any image: U-Net's would leave out a margin.
+FULL_SIZE = {"unet": {"padding": "same", "norm": True}, "unetplusplus": {"norm": True, "up": "bilinear"}}
 STEPS, BATCH, SIDE = 400, 6, 160
 LEARNING_RATE = 0.02
 TEST_MOSAICS = 32
 # After the default number of steps; over 0.9 is usual for the first two. SegNet's deep, narrow encoder learns slowest:
 # 0.63, and 0.74 after 1000 steps; its authors start from a VGG16 trained on ImageNet.
-EXPECTED_MIOU = {"deeplabv3plus": 0.85, "fcn": 0.85, "segnet_basic": 0.8, "segnet": 0.55}
+EXPECTED_MIOU = {
+    "deeplabv3plus": 0.85,
+    "fcn": 0.85,
+    "segnet_basic": 0.8,
+    "segnet": 0.55,
+    "unet": 0.8,
+    "unetplusplus": 0.8,
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,7 +142,7 @@ def score_table(scores: Scores) -> str:
 def latency(name: str, model: nn.Module, device: torch.device) -> str:
     """Each op and the model, the trained one and the full-size one: fastseg against eager PyTorch, batch 1."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    full = create(name, 21)
+    full = create(name, 21, **FULL_SIZE.get(name, {}))
     cases = comparison.op_cases(device, dtype)
     cases.append(comparison.model_case(f"{name}, as trained", model, 512, device, dtype))
     cases.append(comparison.model_case(f"{name}, full size", full, 256, device, dtype))

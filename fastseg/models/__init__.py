@@ -7,6 +7,8 @@ from torch import nn
 from fastseg.models.deeplab import DeepLabV3Plus
 from fastseg.models.fcn import FCN
 from fastseg.models.segnet import SegNet, SegNetBasic
+from fastseg.models.unet import UNet
+from fastseg.models.unetplusplus import UNetPlusPlus, fading_weights
 from fastseg.models.weights import load_encoder_weights, load_weights
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -14,6 +16,8 @@ MODELS: dict[str, type[nn.Module]] = {
     "fcn": FCN,
     "segnet": SegNet,
     "segnet_basic": SegNetBasic,
+    "unet": UNet,
+    "unetplusplus": UNetPlusPlus,
 }
 
 __all__ = [
@@ -22,7 +26,10 @@ __all__ = [
     "DeepLabV3Plus",
     "SegNet",
     "SegNetBasic",
+    "UNet",
+    "UNetPlusPlus",
     "create",
+    "fading_weights",
     "load_encoder_weights",
     "load_weights",
     "names",

@@ -6,8 +6,8 @@ from torch import Tensor, nn
 
 from fastseg.models.encoders.vgg import VGG16
 from fastseg.models.encoders.widths import scaled
+from fastseg.models.full_size import FullSizeNet, he_
 from fastseg.nn.fold import run_conv_norm_act
-from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.pooling import (
     IndexFormat,
     MaxPool2d,
@@ -15,7 +15,6 @@ from fastseg.nn.pooling import (
     run_conv_norm_act_pool,
     run_unpool_conv_norm_act,
 )
-from fastseg.nn.upsampling import UpsampleArgmax
 
 # Widths of the decoder's convolutions, deepest stage first; the last of each is the next stage's input.
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
@@ -23,40 +22,19 @@ BASIC_CHANNELS, BASIC_STAGES = 64, 4
 NORM_SHIFT = 0.001  # the reference's initial batch norm bias
 
 
-class _SegNet(nn.Module):
-    """What both nets share: the heads, and the pooling that remembers."""
+class _SegNet(FullSizeNet):
+    """What both nets share: the pooling that remembers."""
 
-    def __init__(self, name: str, num_classes: int, index_format: IndexFormat):
-        super().__init__()
-        if num_classes < 1:
-            raise ValueError(f"{name}: num_classes is {num_classes}; at least one class is needed")
+    def __init__(self, num_classes: int, index_format: IndexFormat):
+        super().__init__(num_classes)
         self.pool = MaxPool2d(2, 2, ceil_mode=True, return_indices=True, index_format=index_format)
         self.unpool = MaxUnpool2d(2, 2)
-        self.upsample_argmax = UpsampleArgmax(align_corners=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W)."""
-        return self.logits(x)
-
-    def predict(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> class map (N, H, W), ``forward(x).argmax(1)``; uint8 up to 256 classes."""
-        return self.upsample_argmax(self.logits(x), x.shape[-2:])
-
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
-        """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
-
-        ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``: SegNet's own training gives ``weight``
-        (``fastseg.metrics.median_frequency_weights``) and ``ignore_index``.
-        """
-        return UpsampleCrossEntropyLoss(**options, align_corners=True)(self.logits(x), target)
 
     def _initialise(self) -> None:
         """He's weights and small shifts, as the reference."""
+        he_(self)
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
-                nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d):
                 nn.init.constant_(module.bias, NORM_SHIFT)
 
 
@@ -85,7 +63,7 @@ class SegNet(_SegNet):
     def __init__(
         self, num_classes: int, index_format: IndexFormat = "compact", *, in_channels: int = 3, width: float = 1.0
     ):
-        super().__init__("SegNet", num_classes, index_format)
+        super().__init__(num_classes, index_format)
         self.encoder = VGG16(in_channels, width=width, norm=True, ceil_mode=True)
         channels = self.encoder.out_channels[-1]
         self.decoder = nn.ModuleList()
@@ -100,7 +78,6 @@ class SegNet(_SegNet):
         self._initialise()
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): SegNet's are of full resolution."""
         pooled = []
         for *convs, last in self.encoder.stages():
             for conv, norm in convs:
@@ -144,7 +121,7 @@ class SegNetBasic(_SegNet):
         in_channels: int = 3,
         channels: int = BASIC_CHANNELS,
     ):
-        super().__init__("SegNetBasic", num_classes, index_format)
+        super().__init__(num_classes, index_format)
         if channels < 1:
             raise ValueError(f"SegNetBasic: channels is {channels}; use a positive number")
         self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
@@ -155,7 +132,6 @@ class SegNetBasic(_SegNet):
         self._initialise()
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): SegNet's are of full resolution."""
         x = self.norm(x)
         pooled = []
         for conv, norm in self.encoder:

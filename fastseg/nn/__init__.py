@@ -1,6 +1,7 @@
 """Modules with parameters and buffers; drop-ins for ``torch.nn`` wherever torch has the module."""
 
 from fastseg.nn.conv import SeparableConv2d
+from fastseg.nn.conv_norm_act import ConvNormAct2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.pooling import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from fastseg.nn.upsampling import (
@@ -14,6 +15,7 @@ from fastseg.nn.upsampling import (
 
 __all__ = [
     "BilinearConvTranspose2d",
+    "ConvNormAct2d",
     "MaxPool1d",
     "MaxPool2d",
     "MaxPool3d",

@@ -73,7 +73,7 @@ class SeparableConv2d(nn.Module):
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        _check_activations("SeparableConv2d", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
+        check_activations("SeparableConv2d", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
         if not isinstance(kernel_size, int):
             raise TypeError(f"SeparableConv2d: kernel_size is {kernel_size!r}; it must be an int: the kernel is square")
         where = {"device": device, "dtype": dtype}
@@ -117,7 +117,7 @@ def run_separable(
     """
     why = _not_fusible(depthwise, mid_norm, pointwise, post_norm)
     if why:
-        _check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
+        check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
         record_reference("separable_conv2d", x, why)
         act = lambda name, v: v if name is None else ACTIVATIONS[name](v)
         norm = lambda module, v: v if module is None else module(v)
@@ -146,7 +146,7 @@ def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
     return BatchNormArgs(*running, norm.weight, norm.bias, training, 0.0 if momentum is None else momentum, norm.eps)
 
 
-def _check_activations(name: str, **acts: str | None) -> None:
+def check_activations(name: str, **acts: str | None) -> None:
     for label, act in acts.items():
         if act is not None and act not in ACTIVATIONS:
             raise ValueError(f'{name}: {label} is {act!r}; use None, "relu", "relu6" or "leaky_relu"')

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fastseg.nn.conv import watched
 from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._dispatch import autocast_dtype
 
 
@@ -26,12 +27,20 @@ _kept: WeakKeyDictionary[nn.Conv2d, dict[tuple, _Folded]] = WeakKeyDictionary() 
 
 def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether the norm has fixed statistics, nobody wants a gradient, and nobody watches either module."""
-    if norm.training or norm.running_mean is None or torch.compiler.is_compiling():  # a compiler folds by itself
+    if norm.training or norm.running_mean is None or _followed():
         return False
     if watched(conv, nn.Conv2d) or watched(norm, nn.BatchNorm2d):
         return False
-    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
-    return not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+    return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias)
+
+
+def _followed() -> bool:
+    """Whether a compiler looks on, which folds by itself, or a transform such as vmap, which knows no channels_last."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def folded(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
@@ -88,8 +97,13 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 def run_conv_norm_act(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, act: Activation | None) -> Tensor:
     """``act(norm(conv(x)))``; folded where it can be, else one after another."""
     if norm is None:
+        bare = not (_followed() or watched(conv, nn.Conv2d))
+        if bare and conv.padding_mode == "zeros" and not _differentiated(x, conv.weight, conv.bias):
+            return conv2d_act(x, conv.weight, conv.bias, act, conv.stride, conv.padding, conv.dilation, conv.groups)
         y = conv(x)
     elif can_fold(x, conv, norm):
+        if conv.padding_mode == "zeros":
+            return conv2d_act(x, *folded(x, conv, norm), act, conv.stride, conv.padding, conv.dilation, conv.groups)
         y = run_conv(x, conv, norm)
     else:
         if norm.training:

@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
+IN_REFERENCE = "inside fastseg.reference()"  # a decision's reason
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _in_reference: ContextVar[int] = ContextVar("fastseg_in_reference", default=0)
@@ -104,25 +105,34 @@ def use_kernel(
             raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
     if torch.compiler.is_compiling():
         return not (_reference_depth or unsupported or _no_kernel(x))
-    why = "inside fastseg.reference()" if _in_reference.get() else unsupported or _no_kernel(x)
-    report = _report.get()
-    if report is not None:
-        path, why_text = ("reference", why) if why else ("triton", form())
-        report.decisions.append(
-            Decision(op, tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), path, why_text)
-        )
+    why = IN_REFERENCE if in_reference() else unsupported or _no_kernel(x)
+    if _report.get() is not None:
+        record(op, x, *(("reference", why) if why else ("triton", form())))
     return not why
 
 
 def kernels_run(x: Tensor) -> bool:
     """Whether kernels run on a tensor like ``x`` at all: for choices of what to ask an op for."""
-    in_reference = _reference_depth if torch.compiler.is_compiling() else _in_reference.get()
-    return not (in_reference or _no_kernel(x))
+    return not (in_reference() or _no_kernel(x))
+
+
+def in_reference() -> bool:
+    """Whether ``fastseg.reference()`` is on."""
+    return bool(_reference_depth if torch.compiler.is_compiling() else _in_reference.get())
 
 
 def record_reference(op: str, x: Tensor, why: str) -> None:
     """Record for ``explain`` that ``op`` has only its reference path."""
     use_kernel(op, x, unsupported=why)
+
+
+def record(op: str, x: Tensor, path: str, why: str) -> None:
+    """Record for ``explain`` what was decided for ``op``; not to be called while compiling."""
+    report = _report.get()
+    if report is not None:
+        report.decisions.append(
+            Decision(op, tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), path, why)
+        )
 
 
 def _no_kernel(x: Tensor) -> str:

@@ -18,12 +18,16 @@ NARROW = {
     "fcn": {"backbone": "resnet18", "stride": 4, "aux": True, "width": 0.05},
     "segnet": {"width": 0.02},
     "segnet_basic": {"channels": 8},
+    "unet": {"padding": "same", "norm": True, "widths": (4, 8, 8)},
+    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (4, 8, 8)},
 }
 FUSED = {
     "deeplabv3plus": {"separable_conv2d"},
     "fcn": {"bilinear_conv_transpose2d"},
     "segnet": {"max_pool2d", "max_unpool2d"},
     "segnet_basic": {"max_pool2d", "max_unpool2d"},
+    "unet": {"max_pool2d"},
+    "unetplusplus": {"max_pool2d", "upsample_bilinear"},
 }  # the ops of each that have kernels
 
 

@@ -1,0 +1,205 @@
+"""U-Net: an encoder-decoder whose decoder sees the encoder's maps of every scale."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.models.full_size import FullSizeNet, he_
+from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.pooling import MaxPool2d
+from fastseg.nn.skip import upsample_concat
+from fastseg.nn.upsampling import UpsamplingBilinear2d
+
+WIDTHS = (64, 128, 256, 512, 1024)
+
+Padding = Literal["valid", "same"]
+Up = Literal["transpose", "bilinear"]
+
+
+class UNet(FullSizeNet):
+    """U-Net (Ronneberger, Fischer and Brox, arXiv:1505.04597), as published and in its padded forms.
+
+    At each scale two 3x3 convolutions with ReLU; a 2x2 max pooling down; up by two, beside the encoder's map of that
+    scale, and two convolutions again; a 1x1 convolution at last. Names are those of
+    https://github.com/milesial/Pytorch-UNet, whose nets are ``padding="same", norm=True`` with either ``up``.
+
+    - ``padding="valid"``, the paper's: convolutions see no zeros, so logits cover the image without ``margin`` pixels
+      at each side (92 with five widths: 572 -> 388), and encoder maps are cropped. A side must be 12 modulo 16, 188 or
+      more; with n + 1 widths, -4 modulo ``stride`` = 2^n.
+    - ``padding="same"``: logits of the image's size, for any side of ``stride`` pixels or more; where an odd side was
+      halved, zeros fill the upsampled map up.
+
+    Args:
+        num_classes: classes, background included.
+        in_channels: channels of the image.
+        padding: "valid" or "same".
+        norm: whether a batch norm, in place of a bias, follows each 3x3 convolution.
+        up: "transpose", a 2x2 transposed convolution that halves the channels, or "bilinear", an interpolation
+            (``align_corners=True``); there the deepest maps and those that go up have half the width.
+        widths: channels at each scale, the finest first.
+        dropout: of the deepest map's elements, in training; the paper drops out there, and gives no rate.
+
+    Raises:
+        ValueError: an option has a value that it cannot take.
+
+    Example:
+        >>> UNet(num_classes=2, in_channels=1).eval()(torch.randn(1, 1, 188, 204)).shape
+        torch.Size([1, 2, 4, 20])
+        >>> UNet(num_classes=2, padding="same", norm=True).eval()(torch.randn(1, 3, 65, 47)).shape
+        torch.Size([1, 2, 65, 47])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        padding: Padding = "valid",
+        norm: bool = False,
+        up: Up = "transpose",
+        widths: Sequence[int] = WIDTHS,
+        *,
+        dropout: float = 0.0,
+    ):
+        super().__init__(num_classes)
+        if padding not in ("valid", "same"):
+            raise ValueError(f'UNet: padding is {padding!r}; use "valid" or "same"')
+        check_form("UNet", up, widths)
+        self.padding, self.depth = padding, len(widths) - 1
+        bilinear = up == "bilinear"
+        form = {"padding": int(padding == "same"), "norm": norm}
+        self.inc = DoubleConv(in_channels, widths[0], **form)
+        channels = widths[0]
+        for i, width in enumerate(widths[1:], 1):
+            width = max(1, width // 2) if bilinear and i == self.depth else width
+            self.add_module(f"down{i}", _Down(channels, width, **form))
+            channels = width
+        self.dropout = nn.Dropout(dropout)
+        for i, skip in enumerate(reversed(widths[:-1]), 1):
+            out_channels = max(1, skip // 2) if bilinear and i < self.depth else skip
+            self.add_module(f"up{i}", _Up(channels, skip, out_channels, bilinear, **form))
+            channels = out_channels
+        self.outc = _Classifier(channels, num_classes)
+        he_(self)
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per pixel of the deepest map; tiles that begin at multiples of it see what the image does."""
+        return 2**self.depth
+
+    @property
+    def margin(self) -> int:
+        """Pixels at each side of the image that the logits do not cover."""
+        return 6 * self.stride - 4 if self.padding == "valid" else 0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H - 2 margin, W - 2 margin)."""
+        self._check(x)
+        x = self.inc(innermost(x))
+        skips = []
+        for i in range(1, self.depth + 1):
+            skips.append(x)
+            x = getattr(self, f"down{i}")(x)
+        x = self.dropout(x)
+        for i, skip in enumerate(reversed(skips), 1):
+            x = getattr(self, f"up{i}")(x, skip)
+        return self.outc(x)
+
+    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+        """Cross entropy of ``forward(x)`` and class indices ``target`` (N, H, W), of which the logits' window counts.
+
+        ``target`` is of the image's size, or already of the logits'. ``options`` are those of
+        ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
+
+        Raises:
+            ValueError: ``target`` has neither size.
+        """
+        m = self.margin
+        if m and target.shape[-2:] == x.shape[-2:]:
+            target = target[..., m:-m, m:-m]
+        return super().loss(x, target, **options)
+
+    def _check(self, x: Tensor) -> None:
+        sides = x.shape[-2:]
+        if self.padding == "same":
+            if any(side < self.stride for side in sides):
+                raise ValueError(f"UNet: x is {tuple(x.shape)}; a side of {self.stride} pixels or more is needed")
+            return
+        least = 2 * self.margin + 1
+        least += -(least + 4) % self.stride
+        if any(side < least or (side + 4) % self.stride for side in sides):
+            near = [max(least, side + -(side + 4) % self.stride) for side in sides]
+            raise ValueError(
+                f"UNet: x is {tuple(x.shape)}; without padding a side is {least} + a multiple of {self.stride}: pad to "
+                f"{near[0]}x{near[1]}, or use padding='same'"
+            )
+
+
+class DoubleConv(nn.Module):
+    """Twice 3x3 convolution, batch norm or bias, ReLU."""
+
+    def __init__(self, in_channels: int, out_channels: int, mid: int = 0, *, padding: int, norm: bool):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((in_channels, mid or out_channels), (mid or out_channels, out_channels)):
+            layers.append(nn.Conv2d(inputs, outputs, 3, padding=padding, bias=not norm))
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)] if norm else [nn.ReLU(inplace=True)]
+        self.double_conv = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = list(self.double_conv)
+        for conv, *norm in (layers[:2], layers[3:5]) if len(layers) == 6 else (layers[:1], layers[2:3]):
+            x = run_conv_norm_act(x, conv, norm[0] if norm else None, "relu")
+        return x
+
+
+class _Down(nn.Module):
+    def __init__(self, in_channels: int, out_channels: int, **form):
+        super().__init__()
+        self.maxpool_conv = nn.Sequential(MaxPool2d(2), DoubleConv(in_channels, out_channels, **form))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.maxpool_conv(x)
+
+
+class _Up(nn.Module):
+    def __init__(self, in_channels: int, skip: int, out_channels: int, bilinear: bool, *, padding: int, norm: bool):
+        super().__init__()
+        self.up = up_module(in_channels, skip, bilinear)
+        channels = skip + (in_channels if bilinear else skip)
+        mid = channels // 2 if bilinear else out_channels
+        self.conv = DoubleConv(channels, out_channels, mid, padding=padding, norm=norm)
+        self.crop = padding == 0
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.conv(upsample_concat(x, [skip], self.up, crop=self.crop))
+
+
+class _Classifier(nn.Module):
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, num_classes, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+def up_module(in_channels: int, out_channels: int, bilinear: bool) -> nn.Module:
+    """Twice the size: n -> (n - 1) * 2 + 2 by a 2x2 transposed convolution of stride 2, or by interpolation."""
+    if bilinear:
+        return UpsamplingBilinear2d(scale_factor=2)
+    return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
+
+
+def innermost(x: Tensor) -> Tensor:
+    """``x`` with its channels innermost on a CPU: there all layers are faster so, a pooling many times."""
+    return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and x.dim() == 4 else x
+
+
+def check_form(name: str, up: str, widths: Sequence[int]) -> None:
+    """Errors of what U-Net and UNet++ both take."""
+    if up not in ("transpose", "bilinear"):
+        raise ValueError(f'{name}: up is {up!r}; use "transpose" or "bilinear"')
+    if len(widths) < 2 or min(widths) < 1:
+        raise ValueError(f"{name}: widths are {tuple(widths)}; give two or more positive numbers")

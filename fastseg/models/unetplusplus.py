@@ -1,0 +1,217 @@
+"""UNet++: a U-Net whose skip connections are nets of their own, with an output at every depth."""
+
+import copy
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.models.full_size import FullSizeNet, he_
+from fastseg.models.unet import Up, check_form, innermost, up_module
+from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.pooling import MaxPool2d
+from fastseg.nn.skip import upsample_concat
+
+WIDTHS = (32, 64, 128, 256, 512)
+
+Mode = Literal["accurate", "fast"]
+
+
+class UNetPlusPlus(FullSizeNet):
+    """UNet++ (Zhou et al., arXiv:1807.10165).
+
+    Node ``conv{i}_{j}``, at depth i and position j of its skip path, is two 3x3 convolutions of width ``widths[i]``
+    over all earlier nodes of its depth and the upsampled node below:
+
+        X(i, j) = H([X(i, 0), ..., X(i, j - 1), up(X(i + 1, j - 1))]),    X(i, 0) = H(pool(X(i - 1, 0)))
+
+    ``norm=False, up="transpose"`` is the authors' form (https://github.com/MrGiovanni/UNetPlusPlus): dropout after each
+    ReLU, and the upsampled map first. ``norm=True, up="bilinear"`` is that of
+    https://github.com/4uiiurz1/pytorch-nested-unet, the upsampled map last, whose names all forms have.
+
+    Any side of ``stride`` pixels or more will do: where an odd side was halved, zeros fill the upsampled map up.
+
+    Args:
+        num_classes: classes, background included.
+        in_channels: channels of the image.
+        norm: whether a batch norm follows each 3x3 convolution.
+        up: "transpose", a 2x2 transposed convolution to the width of its node, or "bilinear", an interpolation
+            (``align_corners=True``) that keeps the channels.
+        widths: channels at each depth; their number less one is the highest level.
+        deep_supervision: whether X(0, 1), X(0, 2) ... have a 1x1 head each, not only the last. In training ``forward``
+            then returns the list of their logits, the shallowest first, and ``loss`` is a sum over them.
+        mode: what ``logits`` is of several heads: "accurate", their mean, or "fast", the last; ``prune`` makes the
+            others the last.
+        dropout: of elements after each ReLU, in training; None means 0.5 without norm, 0 with.
+
+    Raises:
+        ValueError: an option has a value that it cannot take.
+
+    Example:
+        >>> model = UNetPlusPlus(num_classes=2, deep_supervision=True).eval()
+        >>> model(torch.randn(1, 3, 65, 47)).shape
+        torch.Size([1, 2, 65, 47])
+        >>> model.prune(2)(torch.randn(1, 3, 65, 47)).shape
+        torch.Size([1, 2, 65, 47])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        in_channels: int = 3,
+        norm: bool = False,
+        up: Up = "transpose",
+        widths: Sequence[int] = WIDTHS,
+        deep_supervision: bool = False,
+        mode: Mode = "accurate",
+        *,
+        dropout: float | None = None,
+    ):
+        super().__init__(num_classes)
+        check_form("UNetPlusPlus", up, widths)
+        if mode not in ("accurate", "fast"):
+            raise ValueError(f'UNetPlusPlus: mode is {mode!r}; use "accurate" or "fast"')
+        self.levels = len(widths) - 1
+        self.deep_supervision, self.mode = deep_supervision, mode
+        rate = (0.0 if norm else 0.5) if dropout is None else dropout
+        # ``prune`` builds the smaller net with it.
+        self._form = {"num_classes": num_classes, "in_channels": in_channels, "norm": norm, "up": up, "dropout": rate}
+        self.widths, self.up_first = tuple(widths), up == "transpose"
+        self.pool = MaxPool2d(2)
+        for i, width in enumerate(widths):
+            self.add_module(f"conv{i}_0", _Node(widths[i - 1] if i else in_channels, width, norm, rate))
+        for j in range(1, self.levels + 1):
+            for i in range(self.levels + 1 - j):
+                below = widths[i] if up == "transpose" else widths[i + 1]
+                self.add_module(f"up{i}_{j}", up_module(widths[i + 1], widths[i], up == "bilinear"))
+                self.add_module(f"conv{i}_{j}", _Node(j * widths[i] + below, widths[i], norm, rate))
+        for name in self._heads():
+            self.add_module(name, nn.Conv2d(widths[0], num_classes, 1))
+        he_(self)
+
+    @property
+    def stride(self) -> int:
+        """Image pixels per pixel of the deepest map."""
+        return 2**self.levels
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); in training with deep supervision a list of them."""
+        if self.training and self.deep_supervision:
+            return self._branches(x, self._heads())
+        return self.logits(x)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): the heads' mean, or in mode "fast" the last's."""
+        names = self._heads() if self.mode == "accurate" else self._heads()[-1:]
+        first, *others = self._branches(x, names)
+        for logits in others:
+            first = first + logits
+        return first / len(names) if others else first
+
+    def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options) -> Tensor:
+        """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
+
+        Args:
+            x: (N, in_channels, H, W).
+            target: class indices (N, H, W).
+            weights: a factor for each head's loss, the shallowest first, with deep supervision in training: their sum
+                is the loss. None takes the mean. ``fading_weights`` gives those that fade out.
+            options: those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
+
+        Raises:
+            ValueError: ``target`` has another size than ``x``; ``weights`` are not one for each of several heads.
+        """
+        names = self._heads()
+        if weights is not None and (not self.deep_supervision or len(weights) != len(names)):
+            raise ValueError(
+                f"UNetPlusPlus.loss: weights are {tuple(weights)}; "
+                + (f"give {len(names)}, one for each head" if self.deep_supervision else "deep_supervision is off")
+            )
+        if not (self.training and self.deep_supervision):
+            return super().loss(x, target, **options)
+        if weights is None:
+            weights = [1 / len(names)] * len(names)
+        losses = [self._cross_entropy(logits, target, **options) for logits in self._branches(x, names)]
+        return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
+
+    def prune(self, level: int) -> "UNetPlusPlus":
+        """A net of its own with one head, the ``level``-th, and only the nodes that it needs: X(i, j), i + j <= level.
+
+        Its logits are those of that head; it is ``UNetPlusPlus(..., widths=widths[: level + 1])``.
+
+        Args:
+            level: 1 to ``levels``; below ``levels`` the model must have been built with ``deep_supervision=True``.
+
+        Raises:
+            ValueError: there is no such level, or no head at it.
+
+        Reference: "UNet++ L1" to "L4" of the article.
+        """
+        if not 1 <= level <= self.levels:
+            raise ValueError(f"UNetPlusPlus.prune: level is {level}; use 1 to {self.levels}")
+        if level < self.levels and not self.deep_supervision:
+            raise ValueError(f"UNetPlusPlus.prune: level {level} has no head; build with deep_supervision=True")
+        heads = self._heads()
+        with torch.device("meta"):  # no memory, and no random numbers, for what is replaced
+            pruned = type(self)(**self._form, widths=self.widths[: level + 1], mode=self.mode)
+        for name in dict(pruned.named_children()):
+            source = heads[level - 1 if self.deep_supervision else 0] if name == "final" else name
+            setattr(pruned, name, copy.deepcopy(getattr(self, source)))
+        return pruned.train(self.training)
+
+    def _heads(self) -> list[str]:
+        return [f"final{level}" for level in range(1, self.levels + 1)] if self.deep_supervision else ["final"]
+
+    def _branches(self, x: Tensor, heads: Sequence[str]) -> list[Tensor]:
+        """Logits of the heads; all nodes are computed."""
+        if any(side < self.stride for side in x.shape[-2:]):
+            raise ValueError(f"UNetPlusPlus: x is {tuple(x.shape)}; a side of {self.stride} pixels or more is needed")
+        x = innermost(x)
+        rows: list[list[Tensor]] = []  # row i holds X(i, 0), X(i, 1) ...
+        for depth in range(self.levels + 1):
+            rows.append([getattr(self, f"conv{depth}_0")(self.pool(rows[-1][0]) if depth else x)])
+            for j in range(1, depth + 1):
+                i = depth - j
+                joined = upsample_concat(rows[i + 1][-1], rows[i], getattr(self, f"up{i}_{j}"), up_first=self.up_first)
+                rows[i].append(getattr(self, f"conv{i}_{j}")(joined))
+        maps = rows[0][1:] if self.deep_supervision else rows[0][-1:]
+        return [getattr(self, name)(y) for name, y in zip(heads, maps[-len(heads) :], strict=True)]
+
+
+class _Node(nn.Module):
+    """Twice 3x3 convolution with bias, batch norm where asked for, ReLU, dropout."""
+
+    def __init__(self, in_channels: int, channels: int, norm: bool, dropout: float):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(channels) if norm else None
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.bn2 = nn.BatchNorm2d(channels) if norm else None
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(run_conv_norm_act(x, self.conv1, self.bn1, "relu"))
+        return self.dropout(run_conv_norm_act(x, self.conv2, self.bn2, "relu"))
+
+
+def fading_weights(heads: int, progress: float, auxiliary: float = 1.0) -> list[float]:
+    """Loss weights of deep supervision that fade out: 1 for the last head, ``auxiliary * (1 - progress)`` for others.
+
+    Args:
+        heads: their number.
+        progress: how much of the training is done, 0 to 1.
+        auxiliary: what the others begin with.
+
+    Raises:
+        ValueError: ``progress`` is outside of [0, 1].
+
+    Reference: Lee et al., Deeply-supervised nets, arXiv:1409.5185.
+
+    Example:
+        >>> fading_weights(4, progress=0.75)
+        [0.25, 0.25, 0.25, 1.0]
+    """
+    if not 0 <= progress <= 1:
+        raise ValueError(f"fading_weights: progress is {progress}; it must lie in [0, 1]")
+    return [auxiliary * (1 - progress)] * (heads - 1) + [1.0]

@@ -1,0 +1,83 @@
+"""Convolution, batch norm and activation as one module."""
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.nn.conv import check_activations
+from fastseg.nn.fold import run_conv_norm_act
+from fastseg.ops._batch_norm import Activation
+
+
+class ConvNormAct2d(nn.Module):
+    """``act(norm(conv(x)))``.
+
+    In evaluation, where no gradient is wanted, the batch norm is folded into the convolution's weights. Parameters,
+    buffers and ``state_dict`` stay as they are; what was folded is kept, and folded anew when one of them changes
+    (writes through ``p.data`` are not counted). On CUDA bias and ReLU then run in cuDNN's fused call where it takes the
+    convolution; ``fastseg.explain()`` says why not.
+
+    Children ``conv`` and ``norm`` are ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` (``norm=False``: None). A child
+    that is replaced, or has hooks, is called as it is.
+
+    Args:
+        in_channels: C of the (N, C, H, W) input.
+        out_channels: channels of the output.
+        kernel_size: in taps; one number, or height and width.
+        stride: in pixels.
+        padding: zeros on each side, in pixels; None means ``dilation * (kernel_size - 1) // 2``, which keeps H and W at
+            stride 1 where ``dilation * (kernel_size - 1)`` is even.
+        dilation: distance of neighbouring taps, in pixels.
+        groups: of channels that do not mix.
+        bias: whether the convolution has one; None means where no norm follows.
+        norm: whether a batch norm follows.
+        act: None, "relu", "relu6" or "leaky_relu".
+        eps: of the norm.
+        momentum: of the norm; None averages cumulatively.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Raises:
+        ValueError: an unknown activation; what ``nn.Conv2d`` does not take.
+
+    Reference: Ioffe and Szegedy, Batch Normalization, arXiv:1502.03167.
+
+    Example:
+        >>> ConvNormAct2d(64, 128, stride=2)(torch.randn(2, 64, 32, 32)).shape
+        torch.Size([2, 128, 16, 16])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int] = 3,
+        *,
+        stride: int = 1,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool | None = None,
+        norm: bool = True,
+        act: Activation | None = "relu",
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        check_activations("ConvNormAct2d", act=act)
+        where = {"device": device, "dtype": dtype}
+        taps = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
+        pads = tuple(dilation * (k - 1) // 2 for k in taps) if padding is None else padding
+        self.conv = nn.Conv2d(
+            in_channels, out_channels, taps, stride, pads, dilation, groups, not norm if bias is None else bias, **where
+        )
+        self.norm = nn.BatchNorm2d(out_channels, eps, momentum, **where) if norm else None
+        self.act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, OH, OW)."""
+        return run_conv_norm_act(x, self.conv, self.norm, self.act)
+
+    def extra_repr(self) -> str:
+        return f"act={self.act!r}"

@@ -1,0 +1,138 @@
+"""Convolution and activation without a gradient: what cuDNN's fused call is given, and what happens when it refuses.
+
+No GPU is needed: the decision is a function of a ``Request``; the call is replaced.
+"""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import fastseg
+from fastseg.ops import _conv_act
+from fastseg.ops._conv_act import Request, conv2d_act, unsupported
+
+GOOD = Request(
+    device="cuda", cudnn=True, deterministic=False, plain=True, dtypes=(torch.bfloat16,) * 3, act="relu",
+    padding=(1, 1), channels=(64, 128), groups=1, channels_last=True, elements=2**28,
+)  # fmt: skip
+ARGS = ((1, 1), (1, 1), (1, 1), 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, ""),
+        ({"dtypes": (torch.float32,) * 2, "channels": (4, 12), "channels_last": False}, ""),
+        ({"device": "xpu"}, "xpu tensor"),
+        ({"cudnn": False}, "no cuDNN"),
+        ({"deterministic": True}, "not deterministic"),
+        ({"plain": False}, "a gradient"),
+        ({"act": "relu6"}, "has a ReLU, not relu6"),
+        ({"act": None}, "not no activation"),
+        ({"dtypes": (torch.float64,) * 3}, "dtypes float64"),
+        ({"dtypes": (torch.bfloat16, torch.float32)}, "dtypes bfloat16, float32"),  # autocast casts the weight
+        ({"padding": "same"}, 'padding "same"'),
+        ({"groups": 2}, "2 groups"),
+        ({"channels": (3, 64)}, "3 -> 64 channels are not multiples of 8"),
+        ({"channels": (64, 21)}, "64 -> 21 channels"),
+        ({"channels_last": False}, "not channels_last"),
+        ({"elements": 2**31}, "2\\^31"),
+    ],
+    ids=str,
+)
+def test_what_is_fused(change, why):
+    got = unsupported(GOOD._replace(**change))
+    assert (got == "") == (why == "")
+    if why:
+        with pytest.raises(AssertionError, match=why):
+            raise AssertionError(got)
+
+
+def test_a_request_says_what_the_call_is():
+    x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
+    conv = nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last)
+    ask = lambda x=x, act="relu": _conv_act._request(x, conv.weight, conv.bias, act, *ARGS)
+    with torch.no_grad():
+        request = ask()
+    assert request == Request(
+        device="cpu", cudnn=False, deterministic=True, plain=True, dtypes=(torch.float32,) * 3, act="relu",
+        padding=(1, 1), channels=(8, 16), groups=1, channels_last=True, elements=2 * 16 * 30,
+    )  # fmt: skip
+    assert not ask().plain  # the parameters want gradients
+    with torch.no_grad():
+        assert not ask(x[0]).plain
+        assert not ask(x.contiguous()).channels_last
+        with torch.autograd.forward_ad.dual_level():
+            assert not ask(torch.autograd.forward_ad.make_dual(x, x)).plain
+        plain = []
+        torch.func.vmap(lambda x: (plain.append(ask(x).plain), x)[1])(x[None])
+        assert plain == [False]
+
+
+class TestTheCall:
+    """On CPU tensors, with the decision and the call replaced."""
+
+    @pytest.fixture(autouse=True)
+    def _fused(self, monkeypatch):
+        self.calls, self.error = [], None
+
+        def fused(x, weight, bias, *args):
+            self.calls.append(args)
+            if self.error is not None:
+                raise self.error
+            return F.relu(F.conv2d(x, weight, bias, *args))
+
+        monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
+        monkeypatch.setattr(_conv_act, "unsupported", lambda request: "")
+        monkeypatch.setattr(_conv_act, "on_cpu", lambda x: False)
+        monkeypatch.setattr(_conv_act, "_refused", set())
+
+    def run(self):
+        torch.manual_seed(0)
+        x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(16, 8, 3, 3), torch.randn(16)
+        with fastseg.explain() as report:
+            y = conv2d_act(x, weight, bias, "relu", *ARGS)
+        torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, bias, *ARGS)))
+        (decision,) = report
+        return decision.op, decision.path, decision.why
+
+    def test_is_recorded(self):
+        assert self.run() == ("conv2d_act", "cudnn", "convolution, bias and ReLU in one call")
+        assert self.calls == [ARGS]
+
+    @pytest.mark.parametrize(
+        "words", ["cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "GET was unable to find an engine to execute this"]
+    )
+    def test_a_refusal_is_remembered(self, words):
+        self.error = RuntimeError(words)
+        for _ in range(2):
+            assert self.run() == ("conv2d_act", "reference", "cuDNN has no engine for it")
+        assert len(self.calls) == 1
+
+    def test_other_errors_are_raised(self):
+        self.error = torch.OutOfMemoryError("CUDA out of memory")
+        with pytest.raises(torch.OutOfMemoryError):
+            self.run()
+
+    def test_the_reference_does_not_ask(self):
+        with fastseg.reference():
+            assert self.run() == ("conv2d_act", "reference", "inside fastseg.reference()")
+        assert not self.calls
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_fused_call_agrees(dtype, device):
+    x = torch.randn(2, 64, 33, 47, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    weight = (
+        torch.randn(128, 64, 3, 3, device=device, dtype=dtype).div(24).contiguous(memory_format=torch.channels_last)
+    )
+    bias = torch.randn(128, device=device, dtype=dtype)
+    torch.use_deterministic_algorithms(False)
+    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False), fastseg.explain() as report:
+        y = conv2d_act(x, weight, bias, "relu", *ARGS)
+    assert [decision.path for decision in report] == ["cudnn"]
+    want = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), *ARGS))
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
