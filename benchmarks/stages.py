@@ -21,6 +21,7 @@ import bench_models
 import bench_pooling
 import bench_separable_conv as bench
 import bench_upsample_bilinear
+import bench_upsample_concat
 import bench_upsample_heads
 import harness
 import record
@@ -32,7 +33,14 @@ from record import Log
 from fastseg.inference.timing import interleaved
 from fastseg.ops._dispatch import explain
 
-OPS = (bench, bench_pooling, bench_upsample_heads, bench_upsample_bilinear, bench_bilinear_conv_transpose)
+OPS = (
+    bench,
+    bench_pooling,
+    bench_upsample_heads,
+    bench_upsample_bilinear,
+    bench_upsample_concat,
+    bench_bilinear_conv_transpose,
+)
 GPU_TESTS = ("tests/ops", "tests/nn", "tests/models")
 
 

@@ -154,6 +154,13 @@ UPSAMPLING = (
     HeadShape(512, 32, 32, 2, 16, "U-Net decoder"),
 )
 
+SKIPS = (
+    HeadShape(64, 256, 256, 2, 1, "U-Net's last skip connection at 512^2"),
+    HeadShape(64, 256, 256, 2, 16, "U-Net's last skip connection at 512^2"),
+    HeadShape(512, 32, 32, 2, 1, "U-Net's first"),
+    HeadShape(512, 32, 32, 2, 16, "U-Net's first"),
+)
+
 ARGMAX = (
     HeadShape(21, 128, 128, 4, 1, "VOC"),
     HeadShape(21, 128, 128, 4, 16, "VOC"),

@@ -6,11 +6,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseg import ops
+from fastseg.nn.conv import watched
+from fastseg.nn.upsampling import UpsamplingBilinear2d
+
 
 def upsample_concat(
     x: Tensor, skips: Sequence[Tensor], up: nn.Module, *, crop: bool = False, up_first: bool = False
 ) -> Tensor:
-    """``cat([*skips, up(x)], 1)``.
+    """``cat([*skips, up(x)], 1)``; doubled by interpolation, without a copy (``fastseg.ops.upsample_concat``).
+
+    A transposed convolution writes its map, which is copied beside the skips as they are: no library's convolution
+    writes into a part of a map.
 
     Args:
         x: (N, C, H, W), the coarse map.
@@ -23,10 +30,15 @@ def upsample_concat(
     Returns:
         (N, sum of channels, OH, OW).
     """
-    y = up(x)
-    rows, columns = (skip - own for skip, own in zip(skips[0].shape[-2:], y.shape[-2:], strict=True))
+    doubled = not watched(up, UpsamplingBilinear2d) and up.size is None and up.scale_factor == 2
+    y = None if doubled else up(x)
+    height, width = (2 * n for n in x.shape[-2:]) if y is None else y.shape[-2:]
+    rows, columns = skips[0].shape[-2] - height, skips[0].shape[-1] - width
     if crop:
-        skips = [s[:, :, rows // 2 : rows // 2 + y.shape[2], columns // 2 : columns // 2 + y.shape[3]] for s in skips]
-    elif rows or columns:
+        skips = [s[:, :, rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width] for s in skips]
+    if doubled and (crop or not (rows or columns)):
+        return ops.upsample_concat(x, skips, align_corners=True, up_first=up_first)
+    y = up(x) if y is None else y
+    if not crop and (rows or columns):
         y = F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return torch.cat([y, *skips] if up_first else [*skips, y], 1)
