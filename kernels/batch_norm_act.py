@@ -82,7 +82,7 @@ class Walk(NamedTuple):
     def reduction(self, cfg: Config) -> tuple[int, int, int, int]:
         """The same, blocks that each program of a reduction walks, and programs along that axis."""
         blocks, total = self.blocks(cfg)
-        steps = rows_per_program(total, 1, triton.cdiv(self.C, cfg.BLOCK_C))
+        steps = max(rows_per_program(total, 1, triton.cdiv(self.C, cfg.BLOCK_C)), 1)
         return blocks, total, steps, triton.cdiv(total, steps)
 
 
@@ -130,6 +130,8 @@ def batch_norm_act_fwd(
 ) -> Tensor:
     """z (N, C, H, W) in NHWC or NCHW memory, residual the same or None -> y: the same. ``where``: of the activation."""
     y = torch.empty_like(z)
+    if z.numel() == 0:
+        return y
     args, _, affine = norm_args(norm, z)
     *vectors, eps = args
     walk = Walk.of(z)

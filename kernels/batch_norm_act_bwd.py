@@ -92,6 +92,8 @@ def batch_norm_act_bwd_reduce(
     sums = torch.empty(tiles, 2, walk.C, dtype=stats_dtype(dy), device=dy.device)
     g = None if y is None else torch.empty_like(z)
     dz = torch.empty_like(z) if with_dz else None
+    if tiles == 0:
+        return sums.sum(0), g, dz
     launch(
         _batch_norm_act_bwd_reduce_kernel, (tiles, triton.cdiv(walk.C, cfg.BLOCK_C)),
         dy, z, z if y is None else y, *vectors, sums, sums if g is None else g, sums if dz is None else dz,
@@ -106,6 +108,8 @@ def batch_norm_act_bwd_input(g: Tensor, z: Tensor, norm: Norm, act: str, sums: T
     """g, z (N, C, H, W) in one memory, (2, C) sums of the batch, 1 / its pixels -> dz. ``g`` is before ``act``'s
     gradient, where there is one."""
     dz = torch.empty_like(z)
+    if z.numel() == 0:
+        return dz
     args, _, affine = norm_args(norm, z)
     *vectors, eps = args
     walk = Walk.of(z)

@@ -121,6 +121,8 @@ def batch_stats(tile_stats: Tensor, counts: Tensor, origin: Tensor | None = None
 def batch_norm_stats(z: Tensor) -> Tensor:
     """z (N, C, H, W) in NHWC or NCHW memory -> (3, C): mean, var, unbiased var; for a z that no kernel of ours made."""
     C, walk = z.shape[1], Walk.of(z)
+    if z.numel() == 0:
+        return torch.zeros(3, C, dtype=stats_dtype(z), device=z.device)
     cfg = select("batch_norm_tile_stats", **walk.key(z))
     blocks, total, steps, tiles = walk.reduction(cfg)
     tile_stats = torch.empty(tiles, 2, C, dtype=stats_dtype(z), device=z.device)

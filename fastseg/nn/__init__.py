@@ -2,6 +2,7 @@
 
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.norm import BatchNormAct2d, SyncBatchNorm
 from fastseg.nn.pooling import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from fastseg.nn.upsampling import (
     BilinearConvTranspose2d,
@@ -13,6 +14,7 @@ from fastseg.nn.upsampling import (
 )
 
 __all__ = [
+    "BatchNormAct2d",
     "BilinearConvTranspose2d",
     "MaxPool1d",
     "MaxPool2d",
@@ -21,6 +23,7 @@ __all__ = [
     "MaxUnpool2d",
     "MaxUnpool3d",
     "SeparableConv2d",
+    "SyncBatchNorm",
     "Upsample",
     "UpsampleArgmax",
     "UpsampleCrossEntropyLoss",

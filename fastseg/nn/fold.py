@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn.conv import watched
-from fastseg.ops._batch_norm import Activation, activate
+from fastseg.nn.norm import run_norm_act
+from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._dispatch import autocast_dtype
 
 
@@ -85,14 +86,18 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def run_conv_norm_act(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, act: Activation | None) -> Tensor:
-    """``act(norm(conv(x)))``; folded where it can be, else one after another."""
-    if norm is None:
-        y = conv(x)
-    elif can_fold(x, conv, norm):
-        y = run_conv(x, conv, norm)
-    else:
+def run_conv_norm_act(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    act: Activation | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(norm(conv(x)) + residual)``; the norm is folded into the convolution where it can be, else the convolution
+    is followed by norm, residual and activation as one op."""
+    if norm is not None and not can_fold(x, conv, norm):
         if norm.training:
             unfold(conv)
-        y = norm(conv(x))
-    return activate(y, act, inplace=True)
+        return run_norm_act(conv(x), norm, act, residual)
+    y = conv(x) if norm is None else run_conv(x, conv, norm)
+    return activate(add_residual(y, residual), act, inplace=True)
