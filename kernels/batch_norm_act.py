@@ -154,7 +154,7 @@ def rows_per_program(M: int, block: int, others: int) -> int:
     return triton.cdiv(triton.cdiv(M, max(PROGRAMS // others, 1)), block) * block
 
 
-LONGEST = 1024  # pixels of a plane in one block: 2 KB of bf16, whole lines of memory
+LONGEST = 4096  # pixels of a plane in one block: then it has one channel, whose vectors are scalars
 
 
 @heuristic("batch_norm_act_fwd")
@@ -178,7 +178,7 @@ def _config(size: int, inner: int, last: bool, dtype: torch.dtype) -> dict[str, 
 @candidates("batch_norm_act_bwd_input")
 @candidates("batch_norm_tile_stats")
 def _candidates(size: int, inner: int, last: bool, dtype: torch.dtype) -> list[dict[str, int]]:
-    lengths = (32, 64, 128) if last else sorted({min(inner, length) for length in (256, 1024, 2048)})
+    lengths = (32, 64, 128) if last else sorted({min(inner, length) for length in (256, 1024, 4096)})
     names = ("BLOCK_M", "BLOCK_C") if last else ("BLOCK_C", "BLOCK_M")
     return [
         dict(zip(names, (elements // length, length), strict=True)) | {"num_warps": warps}

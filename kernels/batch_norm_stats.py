@@ -19,6 +19,13 @@ from fastseg.kernels.config import candidates, heuristic, launch, select
 
 
 @triton.jit
+def _pixels_before(step, blocks, pixels, BLOCK_M: tl.constexpr):
+    """How many pixels of the batch lie in blocks before ``step``."""
+    in_image = tl.minimum((step % blocks).to(tl.int64) * BLOCK_M, pixels)
+    return (step // blocks).to(tl.int64) * pixels + in_image
+
+
+@triton.jit
 def _batch_norm_tile_stats_kernel(
     z_ptr,
     tile_stats_ptr, counts_ptr,
@@ -37,7 +44,6 @@ def _batch_norm_tile_stats_kernel(
     first = tl.load(z_ptr + start + offs, mask=mask, other=0.0).to(ACC)
     first = tl.where(mask, first - origin[None, :], 0.0)
     pivot = tl.sum(first, axis=0) / tl.sum(inside.to(ACC), axis=0)
-    count = tl.zeros((BLOCK_M,), ACC)
     sum_d, sum_dd = tl.zeros((BLOCK_M, BLOCK_C), ACC), tl.zeros((BLOCK_M, BLOCK_C), ACC)
     for s in range(0, steps):
         start, offs, inside = tile_of(pid * steps + s, blocks, pixels, offs_c, C, LAST, BLOCK_M)
@@ -47,8 +53,8 @@ def _batch_norm_tile_stats_kernel(
         d = tl.where(mask, z - origin[None, :] - pivot[None, :], 0.0)
         sum_d += d
         sum_dd += d * d
-        count += inside.to(ACC)
-    n = tl.sum(count, axis=0)
+    end = tl.minimum(pid * steps + steps, total)  # of blocks, no data
+    n = (_pixels_before(end, blocks, pixels, BLOCK_M) - _pixels_before(pid * steps, blocks, pixels, BLOCK_M)).to(ACC)
     shift = tl.sum(sum_d, axis=0) / n
     at = tile_stats_ptr + pid.to(tl.int64) * 2 * C + offs_c
     tl.store(at, pivot + shift, mask=mask_c)
@@ -138,7 +144,7 @@ def batch_norm_stats(z: Tensor) -> Tensor:
 @heuristic("batch_stats")
 def _batch_stats_config(size: int, C: int) -> dict[str, int]:
     """32 channels are one 128-byte line of fp32; 64 tiles in flight hide the latency of the next."""
-    return {"BLOCK_T": min(64, triton.next_power_of_2(size)), "BLOCK_C": 32, "num_warps": 4}
+    return {"BLOCK_T": 64 if size > 32 else 32, "BLOCK_C": 32, "num_warps": 4}
 
 
 @candidates("batch_stats")

@@ -84,11 +84,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a BatchNormAct2d; "
                 "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm"
             )
-        return self._num_features
+        return self.__dict__["num_features"]
 
     @num_features.setter
     def num_features(self, value: int) -> None:
-        self._num_features = value
+        self.__dict__["num_features"] = value
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}" + (", sync=True" if self.sync else "")
