@@ -5,6 +5,7 @@ import sys
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.overrides import has_torch_function_unary
 
 from fastseg.nn.conv import _check_activations, batch_norm_args, watched
 from fastseg.ops import batch_norm_act
@@ -65,7 +66,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input: (N, C, H, W); residual: the same, added before the activation."""
-        self._check_input_dim(input)
+        if not has_torch_function_unary(input):  # a tracer's stand-in has no dimensions to check
+            self._check_input_dim(input)
         return batch_norm_act(input, batch_norm_args(self), self.act, residual, process_group=self._group())
 
     def _group(self) -> "dist.ProcessGroup | None":
@@ -99,8 +101,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     Example:
         >>> net = SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(8), nn.BatchNorm2d(8)))
-        >>> net[0]
-        BatchNormAct2d(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, act='relu', sync=True)
+        >>> net[0].sync, net[0].act
+        (True, 'relu')
     """
 
     @classmethod

@@ -84,9 +84,8 @@ def test_half_and_bias_of_its_own(device):
 
 def test_repr_pickle_copy_and_errors(device):
     norm = BatchNormAct2d(4, act="leaky_relu", sync=True, device=device)
-    assert repr(norm) == (
-        "BatchNormAct2d(4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, act='leaky_relu', sync=True)"
-    )
+    as_torch = repr(nn.BatchNorm2d(4)).removeprefix("BatchNorm2d(").removesuffix(")")
+    assert repr(norm) == f"BatchNormAct2d({as_torch}, act='leaky_relu', sync=True)"
     norm(torch.randn(2, 4, 3, 3, device=device))  # without a process group: this process alone
     buffer = io.BytesIO()
     torch.save(norm, buffer)
