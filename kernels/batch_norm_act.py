@@ -154,7 +154,7 @@ def rows_per_program(M: int, block: int, others: int) -> int:
     return triton.cdiv(triton.cdiv(M, max(PROGRAMS // others, 1)), block) * block
 
 
-LONGEST = 4096  # pixels of a plane in one block: then it has one channel, whose vectors are scalars
+LONGEST = 2048  # pixels of a plane in one block: then it has one channel, whose vectors are scalars
 
 
 @heuristic("batch_norm_act_fwd")
@@ -164,13 +164,14 @@ LONGEST = 4096  # pixels of a plane in one block: then it has one channel, whose
 def _config(size: int, inner: int, last: bool, dtype: torch.dtype) -> dict[str, int]:
     """4096 elements a program: 32 a thread, so that each thread has several 16-byte loads in flight.
 
-    64 channels are a line of 128 bytes; a block of planes is as long as a plane where that is short.
+    64 channels are a line of 128 bytes; a block of planes is as long as a plane where that is short. Half as many in
+    planes: those of odd sizes, 7x7 or 65x65 pixels, are read element by element, whose addresses would spill.
     """
     if last:
         block_c = min(64, max(16, triton.next_power_of_2(inner)))
         return {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
     block_m = min(LONGEST, max(16, inner))
-    return {"BLOCK_M": block_m, "BLOCK_C": 4096 // block_m, "num_warps": 4}
+    return {"BLOCK_M": block_m, "BLOCK_C": 2048 // block_m, "num_warps": 4}
 
 
 @candidates("batch_norm_act_fwd")
@@ -178,7 +179,7 @@ def _config(size: int, inner: int, last: bool, dtype: torch.dtype) -> dict[str, 
 @candidates("batch_norm_act_bwd_input")
 @candidates("batch_norm_tile_stats")
 def _candidates(size: int, inner: int, last: bool, dtype: torch.dtype) -> list[dict[str, int]]:
-    lengths = (32, 64, 128) if last else sorted({min(inner, length) for length in (256, 1024, 4096)})
+    lengths = (32, 64, 128) if last else sorted({min(inner, length) for length in (256, 1024, 2048)})
     names = ("BLOCK_M", "BLOCK_C") if last else ("BLOCK_C", "BLOCK_M")
     return [
         dict(zip(names, (elements // length, length), strict=True)) | {"num_warps": warps}

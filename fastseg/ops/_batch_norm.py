@@ -25,8 +25,10 @@ ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def activate(v: Tensor, act: str | None, *, inplace: bool = False) -> Tensor:
-    """The activation named ``act``; ``inplace`` lets a ReLU overwrite ``v``."""
-    return F.relu_(v) if inplace and act == "relu" else ACTIVATIONS[act or "none"](v)
+    """The activation named ``act``; ``inplace`` lets a ReLU or ReLU6 overwrite ``v``."""
+    if inplace and act in ("relu", "relu6"):
+        return F.relu_(v) if act == "relu" else F.relu6(v, inplace=True)
+    return ACTIVATIONS[act or "none"](v)
 
 
 def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:

@@ -136,7 +136,9 @@ class _Group:
     def merge(self, stats: Tensor, pixels: int) -> Tensor:
         """This process's (3, C) statistics of so many pixels -> those of all, by Chan's formula; in fp64: vectors."""
         C = stats.shape[1]
-        mine = torch.cat((stats[0].double(), stats[1].double() * pixels, stats.new_tensor([pixels]).double()))
+        mine = torch.cat(
+            (stats[0].double(), stats[1].double() * pixels, stats.new_full((1,), pixels, dtype=torch.float64))
+        )
         parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(self.process_group))]
         dist.all_gather(parts, mine, group=self.process_group)
         means, squares, counts = torch.stack(parts).split((C, C, 1), 1)

@@ -1,7 +1,6 @@
 """BatchNormAct2d against torch's BatchNorm2d and what follows it, and norms that modules share with the op."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -87,10 +86,7 @@ def test_repr_pickle_copy_and_errors(device):
     as_torch = repr(nn.BatchNorm2d(4)).removeprefix("BatchNorm2d(").removesuffix(")")
     assert repr(norm) == f"BatchNormAct2d({as_torch}, act='leaky_relu', sync=True)"
     norm(torch.randn(2, 4, 3, 3, device=device))  # without a process group: this process alone
-    buffer = io.BytesIO()
-    torch.save(norm, buffer)
-    buffer.seek(0)
-    for other in (pickle.loads(pickle.dumps(norm)), copy.deepcopy(norm), torch.load(buffer, weights_only=False)):
+    for other in (pickle.loads(pickle.dumps(norm)), copy.deepcopy(norm)):
         assert repr(other) == repr(norm) and other.num_features == 4
         assert all(torch.equal(other.state_dict()[k], v) for k, v in norm.state_dict().items())
     with pytest.raises(ValueError, match=r"expected 4D input \(got 2D input\)"):

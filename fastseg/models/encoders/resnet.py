@@ -61,6 +61,7 @@ class ResNet(nn.Module):
         channels = scaled(WIDTHS[0], width, "ResNet")
         self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)  # keeps its place among the children; runs with bn1, as one op
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.out_channels = [in_channels, channels]
         block = Bottleneck if bottleneck else BasicBlock
