@@ -1,4 +1,5 @@
-"""Costs of everything but the separable convolution: ASPP, pooling, upsampling, argmax, cross entropy, whole MBConv.
+"""Costs of everything but the separable convolution: ASPP, pooling, upsampling, argmax, cross entropy,
+batch norm, whole MBConv.
 
 lo / hi: elements before / after an upsampling (of the smaller / larger map of a pooling); pixels = hi / C.
 """
@@ -53,6 +54,23 @@ def pool_bytes(lo: int, hi: int) -> dict[str, float]:
         "unpool bwd eager CL": 4 * hi + 40 * lo,
         "unpool bwd ours": ours,
     }
+
+
+def norm_act_kernels(elements: int, mode: str, residual: bool, strategy: Strategy) -> list[Cost]:
+    """Batch norm (+ residual) + ReLU over Y ``elements``; ``mode``: "train", "train-backward" or "eval".
+
+    eager      statistics Y, normalise 2, add 3, ReLU 2; backward ReLU 3, sums 2, input 3
+    compile    statistics Y, the rest 2 (3); backward sums 2, input 3, with a residual 4 and 3
+    fused      the same
+    With a residual the backward's first pass reads dy, x and y and writes the residual's gradient, which the second
+    reads in place of dy.
+    """
+    add = int(residual)
+    passes = {"train": (1, 2 + add), "train-backward": (2 + 2 * add, 3), "eval": (2 + add,)}
+    if strategy == "eager":
+        forward = (2, *(3,) * add, 2)
+        passes = {"train": (1, *forward), "train-backward": (3, 2, 3), "eval": forward}
+    return [Cost(bytes=ITEM * n * elements) for n in passes[mode]]
 
 
 def argmax_of_logits(hi: int, pixels: int) -> Cost:

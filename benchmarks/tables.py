@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import bench_batch_norm_act
 import bench_bilinear_conv_transpose
 import bench_models
 import bench_pooling
@@ -188,6 +189,7 @@ def machine(gpu: str, stages: dict[str, dict]) -> str:
 TABLES = {
     "separable-eval": separable_eval,
     "separable-train": separable_train,
+    "batch-norm-act": op_table(bench_batch_norm_act, "eager", "compile", shown=lambda case: case.N == 16),
     "pooling": op_table(bench_pooling, "eager", "eager channels_last", "compile", shown=lambda case: case.N == 16),
     "upsample-heads": op_table(bench_upsample_heads, "eager", "compile"),
     "upsample-bilinear": op_table(

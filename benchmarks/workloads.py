@@ -64,6 +64,18 @@ class PoolShape:
 
 
 @dataclass(frozen=True)
+class NormShape:
+    """One batch norm + ReLU, with a residual in between or not."""
+
+    name: str
+    C: int
+    H: int
+    W: int
+    N: int
+    residual: bool = False
+
+
+@dataclass(frozen=True)
 class HeadShape:
     """C maps of (H, W) upsampled by ``scale``: for argmax, for the loss, as features, or as a transposed conv."""
 
@@ -145,6 +157,13 @@ SEGNET_STAGES = tuple(
     for i, (C, H, W) in enumerate(
         ((64, 360, 480), (128, 180, 240), (256, 90, 120), (512, 45, 60), (512, 23, 30)), start=1
     )
+)
+
+# At 512x512: every level of a U-Net of 64 to 1024 channels; the ends of ResNet-50's bottlenecks in layers 1 to 3.
+NORMS = tuple(
+    NormShape(f"U-Net L{i}", 64 * 2 ** (i - 1), 512 >> (i - 1), 512 >> (i - 1), N) for N in (1, 16) for i in range(1, 6)
+) + tuple(
+    NormShape(f"ResNet layer {i}", 128 * 2**i, 256 >> i, 256 >> i, N, residual=True) for N in (1, 16) for i in (1, 2, 3)
 )
 
 UPSAMPLING = (

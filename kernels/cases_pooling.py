@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastseg.kernels.batch_norm_act import Norm, batch_norm_stats
+from fastseg.kernels.batch_norm_act import Norm
+from fastseg.kernels.batch_norm_stats import batch_norm_stats
 from fastseg.kernels.max_pool import max_pool_fwd
 from fastseg.kernels.max_unpool import max_unpool_bwd, max_unpool_fwd
 from fastseg.kernels.max_unpool_conv import max_unpool_conv_fwd

@@ -38,7 +38,8 @@ from torch import Tensor
 
 # Registers what the launchers ask `select` for.
 from fastseg.kernels import separable_conv_configs  # noqa: F401
-from fastseg.kernels.batch_norm_act import Norm, batch_norm_act_bwd_reduce, batch_norm_act_fwd
+from fastseg.kernels.batch_norm_act import Norm, batch_norm_act_fwd
+from fastseg.kernels.batch_norm_act_bwd import batch_norm_act_bwd_reduce
 from fastseg.kernels.separable_conv_bwd import (
     separable_conv_bwd_dw_input,
     separable_conv_bwd_dw_weight,
@@ -109,7 +110,7 @@ def separable_conv_fwd(
     half, source = (separable_conv_fwd_fused, x) if fused else (separable_conv_fwd_pw, u)
     y, z, post_stats = half(source, w, g, acts, mid, post, residual, stats=post_batch, save_z=save_z)
     if post_batch:
-        y = batch_norm_act_fwd(z, with_stats(post, post_stats), acts.post, residual)
+        y = batch_norm_act_fwd(z, with_stats(post, post_stats), acts.post, residual, "after")
     return Forward(y, z, mid_stats, post_stats)
 
 
@@ -121,7 +122,7 @@ def separable_conv_bwd(
     z = dy if z is None else z  # read by no kernel then: the pointwise half ends without norm and activation
     post_sums = dy
     if post is not None or needs.pw_bias:
-        post_sums = batch_norm_act_bwd_reduce(dy, z, post, acts.post)
+        post_sums, *_ = batch_norm_act_bwd_reduce(dy, z, post, acts.post)
     first_half = needs.x or needs.dw or needs.dw_bias or needs.mid
     grads = Gradients(
         post=post_sums if needs.post else None,

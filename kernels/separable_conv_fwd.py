@@ -7,7 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.batch_norm_act import Norm, acc_dtype, batch_stats, norm_args, stats_dtype
+from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args, stats_dtype
+from fastseg.kernels.batch_norm_stats import batch_stats
 from fastseg.kernels.common import activate, norm_act, store_tile_stats, tile_pixels
 from fastseg.kernels.config import launch, select
 from fastseg.kernels.separable_conv_plan import Geometry

@@ -77,12 +77,12 @@ def module_case(name: str, shape: str, module: nn.Module, plain: nn.Module, x: T
 def eager_form(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that calls its torch children one after the other: Conv2d, BatchNorm2d, activation.
 
-    fastseg fuses children only while nobody watches them, so a hook that does nothing on each convolution is enough. A
-    bilinear transposed convolution takes its weight for any other.
+    fastseg fuses children only while nobody watches them, so a hook that does nothing on each convolution and norm is
+    enough. A bilinear transposed convolution takes its weight for any other.
     """
     plain = copy.deepcopy(model)
     for module in plain.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
             module.register_forward_pre_hook(_watch)
         elif isinstance(module, BilinearConvTranspose2d):
             module._kind = _dense

@@ -3,6 +3,7 @@
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.conv_norm_act import ConvNormAct2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.norm import BatchNormAct2d, SyncBatchNorm
 from fastseg.nn.pooling import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from fastseg.nn.upsampling import (
     BilinearConvTranspose2d,
@@ -14,6 +15,7 @@ from fastseg.nn.upsampling import (
 )
 
 __all__ = [
+    "BatchNormAct2d",
     "BilinearConvTranspose2d",
     "ConvNormAct2d",
     "MaxPool1d",
@@ -23,6 +25,7 @@ __all__ = [
     "MaxUnpool2d",
     "MaxUnpool3d",
     "SeparableConv2d",
+    "SyncBatchNorm",
     "Upsample",
     "UpsampleArgmax",
     "UpsampleCrossEntropyLoss",

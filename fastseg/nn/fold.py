@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn.conv import watched
-from fastseg.ops._batch_norm import Activation, activate
+from fastseg.nn.norm import run_norm_act
+from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._dispatch import autocast_dtype
 
@@ -94,19 +95,28 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def run_conv_norm_act(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, act: Activation | None) -> Tensor:
-    """``act(norm(conv(x)))``; folded where it can be, else one after another."""
-    if norm is None:
-        bare = not (_followed() or watched(conv, nn.Conv2d))
-        if bare and conv.padding_mode == "zeros" and not _differentiated(x, conv.weight, conv.bias):
-            return conv2d_act(x, conv.weight, conv.bias, act, conv.stride, conv.padding, conv.dilation, conv.groups)
-        y = conv(x)
-    elif can_fold(x, conv, norm):
-        if conv.padding_mode == "zeros":
-            return conv2d_act(x, *folded(x, conv, norm), act, conv.stride, conv.padding, conv.dilation, conv.groups)
-        y = run_conv(x, conv, norm)
-    else:
+def run_conv_norm_act(
+    x: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    act: Activation | None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``act(norm(conv(x)) + residual)``; the norm is folded into the convolution where it can be, else the convolution
+    is followed by norm, residual and activation as one op."""
+    if norm is not None and not can_fold(x, conv, norm):
         if norm.training:
             unfold(conv)
-        y = norm(conv(x))
-    return activate(y, act, inplace=True)
+        return run_norm_act(conv(x), norm, act, residual)
+    first = act if residual is None else None  # what the convolution's own call may end with
+    plain = conv.padding_mode == "zeros"
+    options = (first, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if norm is not None and plain:
+        y = conv2d_act(x, *folded(x, conv, norm), *options)
+    elif norm is not None:
+        y = activate(run_conv(x, conv, norm), first, inplace=True)
+    elif plain and not (_followed() or watched(conv, nn.Conv2d) or _differentiated(x, conv.weight, conv.bias)):
+        y = conv2d_act(x, conv.weight, conv.bias, *options)
+    else:
+        y = activate(conv(x), first, inplace=True)
+    return y if residual is None else activate(add_residual(y, residual), act, inplace=True)

@@ -25,8 +25,17 @@ ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def activate(v: Tensor, act: str | None, *, inplace: bool = False) -> Tensor:
-    """The activation named ``act``; ``inplace`` lets a ReLU overwrite ``v``."""
-    return F.relu_(v) if inplace and act == "relu" else ACTIVATIONS[act or "none"](v)
+    """The activation named ``act``; ``inplace`` lets a ReLU or ReLU6 overwrite ``v``."""
+    if inplace and act in ("relu", "relu6"):
+        return F.relu_(v) if act == "relu" else F.relu6(v, inplace=True)
+    return ACTIVATIONS[act or "none"](v)
+
+
+def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
+    """``y + residual`` into ``y``, which no backward may need, where dtypes allow it."""
+    if residual is None:
+        return y
+    return y.add_(residual) if residual.dtype == y.dtype else y + residual
 
 
 class BatchNormArgs(NamedTuple):
@@ -98,6 +107,15 @@ def torch_norm(v: Tensor, norm: BatchNormArgs | None) -> Tensor:
     return F.batch_norm(v, mean, var, weight, bias, training, momentum, eps)
 
 
+def plain_stats(v: Tensor) -> Tensor:
+    """(3, C): mean, biased and unbiased variance of a batch; zeros of an empty one."""
+    values = v.detach().to(stats_dtype_of(v))
+    if values.numel() == 0:
+        return values.new_zeros(3, v.shape[1])
+    var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
+    return torch.stack((mean, var, torch.var(values, (0, 2, 3), correction=1)))
+
+
 class PlainNorm:
     """``norm(v)`` with this batch's or the running statistics; keeps the batch's for the caller."""
 
@@ -113,10 +131,7 @@ class PlainNorm:
         )  # torch wants one dtype of statistics and affine
         affine = wide(self.weight), wide(self.bias)
         if self.kind == "batch":
-            values = wide(v.detach())
-            var, mean = torch.var_mean(values, (0, 2, 3), correction=0)
-            unbiased = torch.var(values, (0, 2, 3), correction=1)
-            self.stats = torch.stack((mean, var, unbiased))
+            self.stats = plain_stats(v)
             return F.batch_norm(v, None, None, *affine, True, 0.0, self.eps)  # differentiable, once decomposed
         return F.batch_norm(v, wide(self.mean), wide(self.var), *affine, False, 0.0, self.eps)
 

@@ -25,7 +25,8 @@ from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
 from fastseg.ops.pool_indices import PoolIndices, bits_of
 
 if HAS_TRITON:
-    from fastseg.kernels.batch_norm_act import Norm, batch_norm_stats
+    from fastseg.kernels.batch_norm_act import Norm
+    from fastseg.kernels.batch_norm_stats import batch_norm_stats
     from fastseg.kernels.max_pool import max_pool_fwd
     from fastseg.kernels.norm_max_pool_bwd import norm_max_pool_bwd
 

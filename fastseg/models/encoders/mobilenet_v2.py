@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.conv import run_separable
+from fastseg.nn.fold import run_conv_norm_act
 
 STEM_CHANNELS = 32
 # Expansion, output channels, number of blocks, stride of the first block.
@@ -87,7 +88,7 @@ class MobileNetV2(nn.Module):
         """(N, in_channels, H, W) -> six maps; entry i has stride 2^i, capped at the output stride; entry 0 is ``x``."""
         features = [x]
         for i, layer in enumerate(self.features):
-            x = layer(x)
+            x = layer(x) if i else run_conv_norm_act(x, *layer[:2], "relu6")
             if i in TAPS:
                 features.append(x)
         return features
@@ -126,8 +127,6 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         *expand, depthwise, mid_norm, _, pointwise, post_norm = self.conv
-        y = x
-        for layer in expand:
-            y = layer(y)
+        y = run_conv_norm_act(x, *expand[:2], "relu6") if expand else x
         skip = x if self.residual else None
         return run_separable(y, depthwise, mid_norm, "relu6", pointwise, post_norm, None, residual=skip)

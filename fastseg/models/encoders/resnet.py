@@ -5,6 +5,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
+from fastseg.nn.fold import run_conv_norm_act
 
 # Depth: whether blocks are bottlenecks, and the number of blocks of the four layers.
 LAYERS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3)), 101: (True, (3, 4, 23, 3))}
@@ -60,7 +61,7 @@ class ResNet(nn.Module):
         channels = scaled(WIDTHS[0], width, "ResNet")
         self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.relu = nn.ReLU(inplace=True)  # keeps its place among the children; runs with bn1, as one op
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.out_channels = [in_channels, channels]
         block = Bottleneck if bottleneck else BasicBlock
@@ -87,7 +88,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_channels, H, W) -> six maps; entry i has stride 2^i, capped at the output stride; entry 0 is ``x``."""
-        features = [x, self.relu(self.bn1(self.conv1(x)))]
+        features = [x, run_conv_norm_act(x, self.conv1, self.bn1, "relu")]
         y = self.maxpool(features[1])
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             y = layer(y)
@@ -112,14 +113,13 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = _conv3x3(channels, channels, 1, dilation)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = _projection(in_channels, channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride))."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.bn2(self.conv2(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
+        skip = x if self.downsample is None else run_conv_norm_act(x, *self.downsample, None)
+        return run_conv_norm_act(y, self.conv2, self.bn2, "relu", skip)
 
 
 class Bottleneck(nn.Module):
@@ -142,15 +142,14 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
         self.downsample = _projection(in_channels, out_channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, 4 * channels, ceil(H / stride), ceil(W / stride))."""
-        y = self.relu(self.bn1(self.conv1(x)))
-        y = self.relu(self.bn2(self.conv2(y)))
-        y = self.bn3(self.conv3(y))
-        return self.relu(y + (x if self.downsample is None else self.downsample(x)))
+        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
+        y = run_conv_norm_act(y, self.conv2, self.bn2, "relu")
+        skip = x if self.downsample is None else run_conv_norm_act(x, *self.downsample, None)
+        return run_conv_norm_act(y, self.conv3, self.bn3, "relu", skip)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:

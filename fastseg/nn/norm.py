@@ -1,0 +1,127 @@
+"""Batch norm + residual + activation as a module, over one process or many, and over existing BatchNorm2d children."""
+
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.overrides import has_torch_function_unary
+
+from fastseg.nn.conv import batch_norm_args, check_activations, watched
+from fastseg.ops import batch_norm_act
+from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._dispatch import record_reference
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """As ``torch.nn.BatchNorm2d``; differences: an activation follows, and a residual may come in between, in one op.
+
+    The ``state_dict`` is ``BatchNorm2d``'s. Where kernels run, the backward keeps the input and no activated map.
+
+    With ``sync`` the statistics of training are those of all processes, as in ``torch.nn.SyncBatchNorm``, on CPUs too;
+    without a process group, or in evaluation, it changes nothing. ``fastseg.nn.SyncBatchNorm.convert_sync_batchnorm``
+    sets it throughout a model. torch's own converter would build a norm without the activation, and gets an error.
+
+    Args:
+        num_features: C of the (N, C, H, W) input.
+        eps: added to the variance.
+        momentum: of the running statistics; None averages cumulatively.
+        affine: whether there are a weight and a bias.
+        track_running_stats: whether there are running statistics.
+        device: of parameters and buffers.
+        dtype: of parameters and buffers.
+        act: None, "relu", "relu6" or "leaky_relu".
+        sync: whether processes share their batch statistics.
+        process_group: which processes; None: all.
+        options: what else this torch's ``BatchNorm2d`` takes.
+
+    Raises:
+        ValueError: an unknown activation.
+
+    Example:
+        >>> norm = BatchNormAct2d(16)
+        >>> x = torch.randn(2, 16, 8, 8)
+        >>> norm(x, residual=x).shape
+        torch.Size([2, 16, 8, 8])
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        act: Activation | None = "relu",
+        sync: bool = False,
+        process_group: "dist.ProcessGroup | None" = None,
+        **options: bool,
+    ):
+        check_activations("BatchNormAct2d", act=act)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
+        self.act, self.sync, self.process_group = act, sync, process_group
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """input: (N, C, H, W); residual: the same, added before the activation."""
+        if not has_torch_function_unary(input):  # a tracer's stand-in has no dimensions to check
+            self._check_input_dim(input)
+        return batch_norm_act(input, batch_norm_args(self), self.act, residual, process_group=self._group())
+
+    def _group(self) -> "dist.ProcessGroup | None":
+        """Whose statistics to share now."""
+        if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
+            return None
+        group = self.process_group or dist.group.WORLD
+        return group if dist.get_world_size(group) > 1 else None
+
+    @property
+    def num_features(self) -> int:
+        """C. The first thing that torch's SyncBatchNorm converter reads, which would drop the activation."""
+        caller = sys._getframe(1).f_code
+        if caller is nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__:
+            raise TypeError(
+                "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a BatchNormAct2d; "
+                "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm"
+            )
+        return self.__dict__["num_features"]
+
+    @num_features.setter
+    def num_features(self, value: int) -> None:
+        self.__dict__["num_features"] = value
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, act={self.act!r}" + (", sync=True" if self.sync else "")
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """As ``torch.nn.SyncBatchNorm``; differences: ``convert_sync_batchnorm`` knows ``BatchNormAct2d``.
+
+    Example:
+        >>> net = SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(8), nn.BatchNorm2d(8)))
+        >>> net[0].sync, net[0].act
+        (True, 'relu')
+    """
+
+    @classmethod
+    def convert_sync_batchnorm(cls, module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
+        """As torch's: every batch norm in ``module`` becomes a SyncBatchNorm; a ``BatchNormAct2d`` stays, and syncs."""
+        if isinstance(module, BatchNormAct2d):
+            module.sync, module.process_group = True, process_group
+            return module
+        return super().convert_sync_batchnorm(module, process_group)
+
+
+def run_norm_act(x: Tensor, norm: nn.BatchNorm2d, act: Activation | None, residual: Tensor | None = None) -> Tensor:
+    """``act(norm(x) + residual)`` over an existing ``norm``, as one op.
+
+    A norm that the op cannot stand for (SyncBatchNorm, one with hooks) is called, and the rest follows.
+    """
+    why = watched(norm, nn.BatchNorm2d)
+    if not why:
+        return batch_norm_act(x, batch_norm_args(norm), act, residual)
+    record_reference("batch_norm_act", x, why)
+    y = norm(x)
+    return activate(y if residual is None else y + residual, act)
