@@ -27,7 +27,7 @@ FUSED = {
     "segnet": {"max_pool2d", "max_unpool2d"},
     "segnet_basic": {"max_pool2d", "max_unpool2d"},
     "unet": {"max_pool2d"},
-    "unetplusplus": {"max_pool2d", "upsample_bilinear"},
+    "unetplusplus": {"max_pool2d", "upsample_concat", "batch_norm_act"},
 }  # the ops of each that have kernels
 
 
