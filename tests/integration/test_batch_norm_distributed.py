@@ -3,11 +3,9 @@
 Runs in two processes, as the other files here: with the interpreter the kernels, else plain PyTorch.
 """
 
-import subprocess
-import sys
-
 import pytest
 import torch
+from processes import run_two
 from torch import Tensor
 
 from fastseg.nn import BatchNormAct2d
@@ -78,18 +76,7 @@ def test_two_processes_equal_one(tmp_path):
         for i, (name, sizes) in enumerate(SIZES.items())
     }
     torch.save(cases, tmp_path / "cases.pt")
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", WORKER, str(rank), str(tmp_path / "store"), str(tmp_path)],
-            cwd=tmp_path,
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_two(WORKER, tmp_path)
     for name, case in cases.items():
         parts = [torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True) for rank in range(2)]
         same = lambda got, want, what, name=name: torch.testing.assert_close(

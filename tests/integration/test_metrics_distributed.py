@@ -1,9 +1,7 @@
 """The confusion matrix summed over two processes."""
 
-import subprocess
-import sys
-
 import torch
+from processes import run_two
 
 from fastseg.metrics import ConfusionMatrix
 
@@ -42,17 +40,7 @@ def test_two_processes(tmp_path):
             whole.update(pred, target)
             if rank == 0:
                 first.update(pred, target)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, str(rank), str(tmp_path / "store"), str(tmp_path)], cwd=tmp_path
-        )
-        for rank in range(2)
-    ]
-    try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+    run_two(WORKER, tmp_path)
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"matrix{rank}.pt", weights_only=True), first.matrix)
         assert torch.equal(torch.load(tmp_path / f"both{rank}.pt", weights_only=True), whole.matrix)

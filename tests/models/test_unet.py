@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from nets import unsettle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,15 +26,7 @@ EACH = pytest.mark.parametrize("form", FORMS)
 
 def narrow(form: str) -> UNet:
     """fp64; norms that are not the identity, biases that are not 0."""
-    model = UNet(3, **FORMS[form]).double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-        if getattr(module, "bias", None) is not None:
-            nn.init.normal_(module.bias, std=0.3)
-    return model
+    return unsettle(UNet(3, **FORMS[form]))
 
 
 def image(form: str, batch: int = 2) -> Tensor:

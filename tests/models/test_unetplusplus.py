@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from nets import unsettle
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,15 +25,7 @@ EACH = pytest.mark.parametrize("form", FORMS)
 def narrow(form: str, **options) -> UNetPlusPlus:
     """fp64, deep supervision; norms that are not the identity, biases that are not 0, no dropout."""
     options = {"widths": WIDTHS, "deep_supervision": True, "dropout": 0.0, **FORMS[form], **options}
-    model = UNetPlusPlus(3, **options).double()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.uniform_(module.weight, 0.5, 1.5)
-            nn.init.normal_(module.running_mean, std=0.3)
-            nn.init.uniform_(module.running_var, 0.5, 2)
-        if getattr(module, "bias", None) is not None:
-            nn.init.normal_(module.bias, std=0.3)
-    return model
+    return unsettle(UNetPlusPlus(3, **options))
 
 
 def image(sides: tuple[int, int] = (22, 13)) -> Tensor:
