@@ -1,5 +1,7 @@
 """Batch norm + residual + activation as one op, against the same in plain PyTorch and against torch's own samples."""
 
+from contextlib import ExitStack
+
 import pytest
 import torch
 from samples import layouts, samples
@@ -9,7 +11,7 @@ from torch.nn import functional as F
 import fastseg
 from fastseg.ops import BatchNormArgs, batch_norm_act
 from fastseg.ops.batch_norm_act import batch_norm_act_ref
-from fastseg.testing import check_op
+from fastseg.testing import check_op, guard, guarded
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 LAYOUTS = pytest.mark.parametrize("layout", [NCHW, CL], ids=["NCHW", "channels_last"])
@@ -62,21 +64,24 @@ def test_dtypes(dtype, layout, device):
 
 
 @LAYOUTS
-def test_over_several_programs(layout, device):
-    """Programs that walk several blocks, blocks of several images, the last program with few of them."""
+@pytest.mark.parametrize("programs", [6, 8])
+def test_over_several_programs(programs, layout, device):
+    """Programs that walk several blocks, blocks of several images; of 5 x 2 (NCHW) and 10 (channels_last) blocks, by 2
+    or 3 channel blocks, the last programs get few or none. Nothing past the buffers is read."""
     from fastseg.kernels import batch_norm_act as kernels
     from fastseg.kernels import config
 
     names = ("batch_norm_tile_stats", "batch_norm_act_fwd", "batch_norm_act_bwd_reduce", "batch_norm_act_bwd_input")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(kernels, "PROGRAMS", 6)
-        overrides = [config.override(name, BLOCK_M=32, BLOCK_C=4) for name in names]
-        for override in overrides:
-            override.__enter__()
-        x, norm, r = make((3, 5, 13, 11), wide_of(device), layout, True, True, device)
-        check_op(batch_norm_act, batch_norm_act_ref, [x, norm, "relu", r], terms=429)
-        for override in overrides:
-            override.__exit__(None, None, None)
+    with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:
+        patch.setattr(kernels, "PROGRAMS", programs)
+        for name in names:
+            stack.enter_context(config.override(name, BLOCK_M=32, BLOCK_C=4))
+        x, norm, r = make((5, 5, 8, 8), wide_of(device), layout, residual=True, device=device)
+        check_op(batch_norm_act, batch_norm_act_ref, [x, norm, "relu", r], terms=320)
+        with guarded():
+            inside = guard(x.detach().contiguous(memory_format=layout)).requires_grad_()
+            y = batch_norm_act(inside, norm, "relu")
+            y.backward(guard(torch.ones_like(y)))
 
 
 @LAYOUTS
