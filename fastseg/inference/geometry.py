@@ -64,7 +64,7 @@ def tile_geometry(model: nn.Module, tile: int, channels: int) -> TileGeometry:
     if anchor is None:
         raise ValueError(
             f"overlap_tile: the model takes no tile of {tile} to {tile + SEARCH - 1} pixels with {channels} channels: "
-            f"{probe.why}"
+            f"{probe.why[tile, tile]}"
         )
     phase = probe.phase(anchor)
     lost = _lost(probe, anchor)
@@ -106,7 +106,8 @@ class SizeProbe:
     """
 
     def __init__(self, model: nn.Module, channels: int):
-        self.channels, self.num_classes, self.why = channels, 0, ""
+        self.channels, self.num_classes = channels, 0
+        self.why: dict[tuple[int, int], str] = {}
         self.device, self.dtype = placement(model)
         self._original = self._model = model
         self._mode: FakeTensorMode | None = None
@@ -127,7 +128,7 @@ class SizeProbe:
             except TypeError:
                 raise
             except Exception as error:  # models refuse sizes in any way they like
-                self._known[size], self.why = None, first_line(error)
+                self._known[size], self.why[size] = None, first_line(error)
         return self._known[size]
 
     def phase(self, side: int) -> int:
@@ -136,7 +137,9 @@ class SizeProbe:
         pair = []
         for size in (side, side + span):
             if self.output(size, size) is None:
-                raise ValueError(f"overlap_tile: the model takes {side} pixels, not {size}: {self.why}; no phase found")
+                raise ValueError(
+                    f"overlap_tile: the model takes {side} pixels, not {size}: {self.why[size, size]}; no phase found"
+                )
             recorder = _Recorder()
             self._run(size, size, recorder)
             pair.append([size for k, size in enumerate(recorder.sizes) if k == 0 or size != recorder.sizes[k - 1]])

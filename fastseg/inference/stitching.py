@@ -21,7 +21,7 @@ PANEL = 16  # tile columns; one more is computed for each panel after the first,
 
 
 class Axis(NamedTuple):
-    """Tiles along a side of the image: each gives ``core`` pixels from its ``start``, which is a multiple of the phase."""
+    """Tiles along a side of the image: each gives ``core`` pixels from its ``start``, a multiple of the phase."""
 
     extent: int  # of the image
     side: int  # of the tile

@@ -6,6 +6,7 @@ whole image. A net that pads sees zeros around every tile; its tiles overlap and
 in each pixel (``stitching.py``).
 """
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -157,10 +158,12 @@ def run_tiles(
     device, dtype = placement(model)
     out = _output(image, plan.geometry.num_classes, dtype, argmax, out)
     rows, columns = _axes(plan, *image.shape[2:])
-    stitcher = Stitcher(rows, columns, blend if plan.overlap else None, argmax, out)
-    order = list(jobs(image.shape[0], rows, columns, plan.overlap > 0))
-    batches = [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
-    for batch in progress_bar(batches, "tiles", unit="batch", leave=False) if progress else batches:
+    blended = plan.overlap > 0
+    stitcher = Stitcher(rows, columns, blend if blended else None, argmax, out)
+    count = sum(1 for _ in jobs(image.shape[0], rows, columns, blended))
+    order, batches = jobs(image.shape[0], rows, columns, blended), range(0, count, batch_size)
+    for _ in progress_bar(batches, "tiles", unit="batch", leave=False) if progress else batches:
+        batch = list(itertools.islice(order, batch_size))
         tiles = [_cut(image, job.n, rows.source(job.i), columns.source(job.j), pad_mode) for job in batch]
         logits = model(torch.stack(tiles).to(device, dtype))
         for job, tile in zip(batch, logits, strict=True):
