@@ -132,10 +132,13 @@ class SizeProbe:
         return self._known[size]
 
     def phase(self, side: int) -> int:
-        """The least common multiple of all strides, from square maps of two images, ``side`` and that plus ``SPAN``."""
+        """The least common multiple of all strides, from the square maps of two images that differ by ``SPAN``.
+
+        Both are larger than ``side``, at which deep maps may be as small as pooled ones.
+        """
         span = SPAN if self._mode else SPAN_ON_ZEROS
         pair = []
-        for size in (side, side + span):
+        for size in (side + span, side + 2 * span):
             if self.output(size, size) is None:
                 raise ValueError(
                     f"overlap_tile: the model takes {side} pixels, not {size}: {self.why[size, size]}; no phase found"
@@ -144,7 +147,9 @@ class SizeProbe:
             self._run(size, size, recorder)
             pair.append([size for k, size in enumerate(recorder.sizes) if k == 0 or size != recorder.sizes[k - 1]])
         if len(pair[0]) != len(pair[1]):
-            raise ValueError(f"overlap_tile: the model takes other steps at {side + span} pixels than at {side}")
+            raise ValueError(
+                f"overlap_tile: the model takes other steps at {side + 2 * span} pixels than at {side + span}"
+            )
         strides = [Fraction(span, large - small) for small, large in zip(*pair, strict=True) if large > small]
         return math.lcm(*(stride.numerator for stride in strides if stride >= 1))
 
