@@ -14,8 +14,8 @@ import torch
 from PIL import Image
 
 import fastseg
-from fastseg.cli import common, demo, doctor, main, predict
-from fastseg.inference import comparison
+from fastseg.cli import demo, doctor, main, predict
+from fastseg.inference import comparison, progress
 from fastseg.inference.checkpoint import load_checkpoint, save_checkpoint
 from fastseg.inference.images import palette, read_image
 from fastseg.inference.segment import segment
@@ -165,7 +165,7 @@ def test_predict_leaves_nothing_half_written(tmp_path, weights, capsys, monkeypa
 
 
 def test_predict_survives_an_image_that_does_not_fit_in_memory(tmp_path, weights, capsys, monkeypatch):
-    def small_memory(model, images):
+    def small_memory(model, images, *plan, **options):
         if images.shape[1] > 50:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate ...")
         return segment(model, images)
@@ -343,8 +343,8 @@ def test_demo_says_when_the_scores_are_poor(tmp_path, small_demo, monkeypatch, c
 
 
 def test_progress_without_tqdm(monkeypatch, capsys):
-    monkeypatch.setattr(common, "tqdm", None)
-    bar = common.progress(range(20), "train")
+    monkeypatch.setattr(progress, "tqdm", None)
+    bar = progress.progress(range(20), "train")
     for item in bar:
         bar.set_postfix_str(f"loss {item}")
     lines = capsys.readouterr().err.splitlines()

@@ -9,11 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastseg.cli.common import add_device, describe, positive_int, progress
+from fastseg.cli.common import add_device, describe, positive_int
 from fastseg.inference import comparison
 from fastseg.inference.checkpoint import save_checkpoint
 from fastseg.inference.images import class_map, figure, to_tensor, write_png
 from fastseg.inference.mosaic import CLASSES, halves, load_photographs, mosaics
+from fastseg.inference.progress import progress
 from fastseg.inference.segment import segment
 from fastseg.metrics import ConfusionMatrix, Scores
 from fastseg.models import create, names

@@ -5,10 +5,12 @@ import errno
 import os
 from pathlib import Path
 
-from fastseg.cli.common import add_device, positive_int, progress
+from fastseg.cli.common import add_device, positive_int
 from fastseg.inference.checkpoint import load_checkpoint
 from fastseg.inference.images import MAX_CLASSES, class_map, first_line, overlay, read_image, write_png
+from fastseg.inference.progress import progress
 from fastseg.inference.segment import segment
+from fastseg.inference.tiling import plan_tiles
 from fastseg.models import names
 
 
@@ -22,6 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--overlay", action=argparse.BooleanOptionalAction, default=True, help="write overlays too (default: yes)"
     )
+    parser.add_argument("--tile", type=positive_int, metavar="N", help="work in tiles of N x N pixels (default: whole)")
+    parser.add_argument(
+        "--overlap", type=int, metavar="N", help="pixels that tiles share (default: what the model needs)"
+    )
+    parser.add_argument("--tile-batch", type=positive_int, default=1, metavar="N", help="tiles at once (default: 1)")
     add_device(parser)
 
 
@@ -30,7 +37,10 @@ def run(args: argparse.Namespace) -> int:
     model, classes = load_checkpoint(args.weights, args.model, args.classes)
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
+    if args.overlap is not None and args.tile is None:
+        raise ValueError("--overlap is of tiles; give --tile too")
     model = model.to(args.device)
+    plan = plan_tiles(model, args.tile, args.overlap) if args.tile else None
     _make_folder(args.output)
     inputs = {path.resolve() for path in args.images}
     bar = progress(list(zip(args.images, _output_stems(args.images), strict=True)), "predict", unit="image")
@@ -42,7 +52,11 @@ def run(args: argparse.Namespace) -> int:
                 if target.resolve() in inputs:
                     raise ValueError(f"{path}: the result would overwrite the input {target}; use another -o")
             image = read_image(path)
-            labels = segment(model, image[None])[0]
+            labels = segment(model, image[None], plan, batch_size=args.tile_batch, progress=True)[0]
+            if labels.shape != image.shape[:2]:
+                raise ValueError(
+                    f"{path}: the model gives a map of {labels.shape}, the image is {image.shape[:2]}; use --tile"
+                )
             write_png(targets[0], class_map(labels, len(classes)))
             if args.overlay:
                 write_png(targets[1], overlay(image, labels, len(classes)))

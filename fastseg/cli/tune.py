@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastseg.cli.common import positive_float, positive_int, progress
+from fastseg.cli.common import positive_float, positive_int
+from fastseg.inference.progress import progress
 from fastseg.models import create, names
 from fastseg.ops._dispatch import HAS_TRITON
 

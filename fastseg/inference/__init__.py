@@ -1,1 +1,5 @@
-"""Around the models: files and pictures, mosaics of textures, weights with their options, timing."""
+"""Around the models: tiles, files and pictures, mosaics of textures, weights with their options, timing."""
+
+from fastseg.inference.tiling import overlap_tile
+
+__all__ = ["overlap_tile"]

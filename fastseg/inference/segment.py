@@ -2,21 +2,42 @@
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from fastseg.inference.images import to_tensor
+from fastseg.inference.images import MEAN, STD, to_tensor
+from fastseg.inference.tiling import TilePlan, run_tiles
 
 
 @torch.no_grad()
-def segment(model: nn.Module, images: np.ndarray) -> np.ndarray:
+def segment(
+    model: nn.Module, images: np.ndarray, plan: TilePlan | None = None, *, batch_size: int = 1, progress: bool = False
+) -> np.ndarray:
     """Class maps of pictures, computed on the device of the model's parameters.
 
     Args:
         model: in eval mode, with ``predict``.
         images: (N, H, W, 3), uint8, RGB.
+        plan: of ``plan_tiles(model, ...)``; None gives the model each picture as a whole.
+        batch_size: tiles at once.
+        progress: show a bar of the tiles on stderr.
 
     Returns:
         (N, H, W), class indices.
     """
+    if plan is not None:
+        pixels = images.transpose(0, 3, 1, 2)
+        return run_tiles(_OfPixels(model), pixels, plan, batch_size=batch_size, progress=progress, argmax=True)
     device = next(model.parameters()).device
     return model.predict(to_tensor(images).to(device)).cpu().numpy()
+
+
+class _OfPixels(nn.Module):
+    """A model that takes pixels, 0 to 255, where ``model`` takes what ``to_tensor`` makes of them."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
+        return self.model((x / 255 - mean) / std)

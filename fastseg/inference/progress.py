@@ -1,0 +1,46 @@
+"""A progress bar on stderr: tqdm's where it is installed, else plain lines."""
+
+import sys
+from collections.abc import Iterator, Sequence
+
+try:
+    from tqdm import tqdm
+except ImportError:
+    tqdm = None
+
+
+def progress(items: Sequence, title: str, unit: str = "it", leave: bool = True):
+    """Iterate with a progress bar on stderr: tqdm's, or a line every tenth of the way where tqdm is not installed.
+
+    The result also has ``set_postfix_str(text)`` and ``write(line)``. With ``leave=False`` a bar goes away at its end.
+    """
+    if tqdm is None:
+        return _Lines(items, title)
+    return _Bar(items, desc=title, unit=unit, leave=leave, file=sys.stderr, dynamic_ncols=True)
+
+
+class _Lines:
+    """As much of tqdm as the commands use."""
+
+    def __init__(self, items: Sequence, title: str):
+        self.items, self.title, self.postfix = items, title, ""
+
+    def __iter__(self) -> Iterator:
+        total = len(self.items)
+        for done, item in enumerate(self.items, 1):
+            yield item
+            if done * 10 // total > (done - 1) * 10 // total:
+                print(f"{self.title}: {done}/{total} {self.postfix}".rstrip(), file=sys.stderr)
+
+    def set_postfix_str(self, text: str) -> None:
+        self.postfix = text
+
+    def write(self, line: str) -> None:
+        print(line, file=sys.stderr)
+
+
+if tqdm is not None:
+
+    class _Bar(tqdm):
+        def write(self, line: str) -> None:  # tqdm's own goes to stdout by default
+            tqdm.write(line, file=sys.stderr)

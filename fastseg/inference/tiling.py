@@ -1,0 +1,245 @@
+"""Images of any size, in tiles: the overlap-tile strategy of U-Net, and blended tiles for nets that pad.
+
+A valid net makes of a tile the middle of it. Tiles are cut from the mirrored image so that their outputs abut, at
+multiples of the net's phase, where every pooling window falls as it does in the whole image: the result is that of the
+whole image. A net that pads sees zeros around every tile; its tiles overlap and are blended by weights that sum to one
+in each pixel (``stitching.py``).
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastseg.inference.geometry import TileGeometry, placement, tile_geometry
+from fastseg.inference.progress import progress as progress_bar
+from fastseg.inference.stitching import BLENDS, Axis, Blend, Stitcher, jobs
+
+PadMode = Literal["reflect", "replicate", "constant"]
+PAD_MODES = ("reflect", "replicate", "constant")
+
+
+@dataclass(frozen=True)
+class TilePlan:
+    """What ``overlap_tile`` knows of a model before it sees an image, and by how many pixels its tiles overlap."""
+
+    geometry: TileGeometry
+    overlap: int
+
+    @property
+    def step(self) -> int:
+        """The largest distance of neighbouring tiles, in pixels."""
+        geometry = self.geometry
+        return (geometry.tile - 2 * geometry.margin - self.overlap) // geometry.phase * geometry.phase
+
+
+def plan_tiles(model: nn.Module, tile: int, overlap: int | None = None, channels: int = 3) -> TilePlan:
+    """Check a model, its tile and overlap, without an image; for several images of one model. As ``overlap_tile``."""
+    if model.training:
+        raise ValueError("overlap_tile: the model is in training mode, where tiles differ at random; call model.eval()")
+    for name, value, least in (("tile", tile, 1), ("overlap", overlap or 0, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"overlap_tile: {name} is {value!r}; give pixels, an integer of at least {least}")
+    geometry = tile_geometry(model, tile, channels)
+    room = tile - 2 * geometry.margin - geometry.phase
+    if overlap is None:
+        overlap = 0 if geometry.margin else min(tile // 4, room)
+    if overlap > room:
+        raise ValueError(
+            f"overlap_tile: overlap is {overlap}; tiles of {tile} pixels with margin {geometry.margin} and phase "
+            f"{geometry.phase} overlap by at most {room}"
+        )
+    return TilePlan(geometry, overlap)
+
+
+def overlap_tile(
+    model: nn.Module,
+    image: Tensor | np.ndarray,
+    *,
+    tile: int,
+    batch_size: int = 1,
+    pad_mode: PadMode = "reflect",
+    progress: bool = False,
+    overlap: int | None = None,
+    blend: Blend = "gaussian",
+    argmax: bool = False,
+    out: Tensor | np.ndarray | None = None,
+) -> Tensor | np.ndarray:
+    """``model(image)`` for an image of any size, tile by tile, at the image's size.
+
+    For a net without padding, such as ``UNet(padding="valid")``, the result is that of the whole image, mirrored by the
+    net's margin, to rounding. For a net that pads, tiles overlap and are blended, which is close, not equal. Margin and
+    phase (2^depth) are found by the model's own maps.
+
+    Memory depends on the tile, not on the image, which is read tile by tile: give a memory-mapped array, and another as
+    ``out``. ``out`` is written as tiles are done; where the model fails, it is left in part.
+
+    Args:
+        model: (B, C, h, w) -> logits (B, K, h - 2 margin, w - 2 margin), in eval mode. Tiles are moved to the device
+            and dtype of its parameters: of uint8 pixels it gets their values, and normalises them itself.
+        image: (N, C, H, W), of any dtype; an array (H, W, C) is ``array.transpose(2, 0, 1)[None]``, without a copy.
+        tile: side of the square that the model is given, margin included, in pixels. Images that need less get less.
+        batch_size: tiles that the model is given at once.
+        pad_mode: what lies beyond the image, as in ``torch.nn.functional.pad``: "reflect" (mirrored as often as is
+            needed), "replicate", or "constant" zeros.
+        progress: show a bar on stderr.
+        overlap: pixels by which the outputs of neighbouring tiles overlap, at least. None: 0 for a net with a margin,
+            else a quarter of the tile. Where it is 0 nothing is blended.
+        blend: weights in the overlap: "gaussian" (deviation an eighth of the tile), "constant", or "crop", which
+            takes each pixel from the tile whose border is farther. Where ``overlap`` is twice a net's reach, "crop"
+            gives the result of the whole image.
+        argmax: give class maps in place of logits.
+        out: where the result goes: of its shape; with ``argmax`` of integers, else of floating point.
+
+    Returns:
+        ``out``, or where that is None a tensor on the image's device, for an array an array: logits (N, K, H, W) in
+        the model's dtype (an array has no bfloat16, but float32), or class maps (N, H, W), uint8 up to 256 classes,
+        else int64.
+
+    Raises:
+        ValueError: a size that the model cannot take (the nearest valid ones are named), an overlap that is too large,
+            an image without pixels, an ``out`` that does not fit, or a model in training.
+        TypeError: the image, or what the model returns, is of the wrong kind.
+
+    Reference: Ronneberger, Fischer and Brox, U-Net, arXiv:1505.04597, figure 2.
+
+    Example:
+        >>> model = fastseg.models.create("segnet", num_classes=12).eval()
+        >>> overlap_tile(model, torch.rand(1, 3, 300, 500), tile=256).shape
+        torch.Size([1, 12, 300, 500])
+    """
+    channels = check_image(image)
+    plan = plan_tiles(model, tile, overlap, channels)
+    return run_tiles(
+        model,
+        image,
+        plan,
+        batch_size=batch_size,
+        pad_mode=pad_mode,
+        progress=progress,
+        blend=blend,
+        argmax=argmax,
+        out=out,
+    )
+
+
+def check_image(image: Tensor | np.ndarray) -> int:
+    """The channels of an image that ``overlap_tile`` can take."""
+    if not isinstance(image, (Tensor, np.ndarray)):
+        raise TypeError(f"overlap_tile: image is a {type(image).__name__}; give a tensor or an array")
+    if image.ndim != 4 or 0 in image.shape[1:]:
+        raise ValueError(f"overlap_tile: image is {tuple(image.shape)}; give (N, C, H, W), none of C, H, W zero")
+    return image.shape[1]
+
+
+@torch.no_grad()
+def run_tiles(
+    model: nn.Module,
+    image: Tensor | np.ndarray,
+    plan: TilePlan,
+    *,
+    batch_size: int = 1,
+    pad_mode: PadMode = "reflect",
+    progress: bool = False,
+    blend: Blend = "gaussian",
+    argmax: bool = False,
+    out: Tensor | np.ndarray | None = None,
+) -> Tensor | np.ndarray:
+    """``overlap_tile`` by a plan that was made before, for this model or one that wraps it."""
+    check_image(image)
+    for name, value, known in (("pad_mode", pad_mode, PAD_MODES), ("blend", blend, BLENDS)):
+        if value not in known:
+            raise ValueError(f"overlap_tile: {name} is {value!r}; use one of {', '.join(known)}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"overlap_tile: batch_size is {batch_size!r}; give an integer of at least 1")
+    device, dtype = placement(model)
+    out = _output(image, plan.geometry.num_classes, dtype, argmax, out)
+    rows, columns = _axes(plan, *image.shape[2:])
+    blended = plan.overlap > 0
+    stitcher = Stitcher(rows, columns, blend if blended else None, argmax, out)
+    count = sum(1 for _ in jobs(image.shape[0], rows, columns, blended))
+    order, batches = jobs(image.shape[0], rows, columns, blended), range(0, count, batch_size)
+    for _ in progress_bar(batches, "tiles", unit="batch", leave=False) if progress else batches:
+        batch = list(itertools.islice(order, batch_size))
+        tiles = [_cut(image, job.n, rows.source(job.i), columns.source(job.j), pad_mode) for job in batch]
+        logits = model(torch.stack(tiles).to(device, dtype))
+        for job, tile in zip(batch, logits, strict=True):
+            stitcher.add(job, tile)
+    return out
+
+
+def _axes(plan: TilePlan, height: int, width: int) -> tuple[Axis, Axis]:
+    """The tiles of an image. A side that is short of a tile's output gets a smaller tile, where the model takes it."""
+    geometry = plan.geometry
+    tile, margin, phase, probe = geometry.tile, geometry.margin, geometry.phase, geometry.probe
+
+    def fits(sides: tuple[int, int]) -> bool:
+        return probe.output(*sides) == (sides[0] - 2 * margin, sides[1] - 2 * margin)
+
+    def shortest(extent: int) -> int:
+        sides = range(extent + 2 * margin, min(tile, extent + 2 * margin + phase))
+        return next((side for side in sides if fits((side, tile))), tile)
+
+    sides = shortest(height), shortest(width)
+    sides = sides if fits(sides) else (tile, tile)
+    return Axis(height, sides[0], margin, phase, plan.step), Axis(width, sides[1], margin, phase, plan.step)
+
+
+def _output(
+    image: Tensor | np.ndarray, classes: int, dtype: torch.dtype, argmax: bool, out: Tensor | np.ndarray | None
+) -> Tensor | np.ndarray:
+    """``out``, checked, or a new one."""
+    n, _, height, width = image.shape
+    shape = (n, height, width) if argmax else (n, classes, height, width)
+    if out is None:
+        dtype = (torch.uint8 if classes <= 256 else torch.int64) if argmax else dtype
+        if isinstance(image, Tensor):
+            return torch.empty(shape, dtype=dtype, device=image.device)
+        return torch.empty(shape, dtype=torch.float32 if dtype == torch.bfloat16 else dtype).numpy()
+    if not isinstance(out, (Tensor, np.ndarray)):
+        raise TypeError(f"overlap_tile: out is a {type(out).__name__}; give a tensor or an array")
+    if tuple(out.shape) != shape:
+        raise ValueError(f"overlap_tile: out is {tuple(out.shape)}; the result is {shape}")
+    kind = torch.empty(0, dtype=out.dtype) if isinstance(out, Tensor) else torch.from_numpy(np.empty(0, out.dtype))
+    real = kind.is_floating_point()
+    if real == argmax or kind.is_complex() or (argmax and torch.iinfo(kind.dtype).max < classes - 1):
+        wanted = f"integers up to {classes - 1}" if argmax else "floating point"
+        raise ValueError(f"overlap_tile: out is of {out.dtype}; the result is of {wanted}")
+    return out
+
+
+def _cut(
+    image: Tensor | np.ndarray, n: int, rows: tuple[int, int], columns: tuple[int, int], pad_mode: PadMode
+) -> Tensor:
+    """(C, h, w) of image ``n``, copied from it; pixels beyond it as ``pad_mode`` says."""
+    (top, bottom, down), (left, right, across) = (
+        _mirrored(*span, extent, pad_mode) for span, extent in ((rows, image.shape[2]), (columns, image.shape[3]))
+    )
+    tile = image[n, :, top:bottom, left:right]
+    if isinstance(tile, np.ndarray):
+        tile = torch.from_numpy(tile.astype(tile.dtype.newbyteorder("=")))  # a copy: it may be read-only
+    for dim, (begin, end), extent, index in ((1, rows, image.shape[2], down), (2, columns, image.shape[3], across)):
+        if begin >= 0 and end <= extent:
+            continue
+        tile = tile.index_select(dim, index.to(tile.device))
+        if pad_mode == "constant":
+            outside = torch.arange(begin, end, device=tile.device)
+            outside = (outside < 0) | (outside >= extent)
+            tile = tile.masked_fill(outside[:, None] if dim == 1 else outside, 0)
+    return tile
+
+
+def _mirrored(begin: int, end: int, extent: int, pad_mode: PadMode) -> tuple[int, int, Tensor]:
+    """Which pixels, of ``extent``, stand at ``begin`` to ``end``: their range, and indices into that range."""
+    index = torch.arange(begin, end)
+    if pad_mode == "reflect":  # ... 2 1 0 1 2 ... n-2 n-1 n-2 ...: repeats after 2 (n - 1)
+        period = max(1, 2 * (extent - 1))
+        index = index % period
+        index = torch.minimum(index, period - index) if extent > 1 else index
+    else:
+        index = index.clamp(0, extent - 1)
+    low = int(index.min())
+    return low, int(index.max()) + 1, index - low
