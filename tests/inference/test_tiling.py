@@ -205,7 +205,7 @@ def test_blending_is_the_weighted_mean(blend, profile, overlap, panel, monkeypat
 
 
 @pytest.mark.parametrize("blend", stitching.BLENDS)
-def test_pixelwise_model_and_constant_image_are_exact(blend):
+def test_a_pixelwise_model_gives_the_whole_image(blend):
     model, image = _pixelwise(), torch.randn(2, 2, 50, 37, dtype=torch.float64)
     want = model(image).detach()
     for tile, overlap in ((16, None), (16, 0), (15, 9), (40, 7), (200, None)):
