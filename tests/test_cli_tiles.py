@@ -54,6 +54,21 @@ def test_predict_in_tiles(files, tmp_path, capsys, overlap):
     assert "tiles: " in capsys.readouterr().err
 
 
+def test_predict_with_the_valid_unet(files, tmp_path, capsys):
+    """Whole, its map is smaller than the picture: one line names --tile; in tiles it is the picture's."""
+    options = {"widths": [3, 4]}
+    save_checkpoint(files[0], create("unet", 4, **options).eval(), "unet", options, list("abcd"))
+    with Image.open(files[1]) as photo:
+        photo.crop((0, 0, 68, 88)).save(files[1].with_name("even.png"))
+    files = files[0], files[1].with_name("even.png")
+    assert _predict(files) == 1
+    assert "use --tile" in capsys.readouterr().err
+    assert not os.listdir(tmp_path / "out")
+    assert _predict(files, "--tile", 44) == 0
+    with Image.open(tmp_path / "out" / "even_classes.png") as written:
+        assert written.size == (68, 88)
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [

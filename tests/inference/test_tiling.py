@@ -243,6 +243,25 @@ def test_models_in_tiles(name, phase):
             torch.testing.assert_close(logits[..., :64], model(image[..., :128])[..., :64])  # of the first tile alone
 
 
+@pytest.mark.parametrize("size", [(70, 81), (30, 9)], ids=str)
+def test_the_valid_unet_in_tiles_is_the_whole_mirrored_image(size):
+    """Two levels down: margin 20, phase 4; an image of several tiles, and one shorter than the margin."""
+    with fastseg.reference(), torch.no_grad():
+        model = create("unet", 3, widths=(3, 4, 5)).double().eval()
+        image = torch.randn(2, 3, *size, dtype=torch.float64)
+        plan = plan_tiles(model, 68)
+        assert (plan.geometry.margin, plan.geometry.phase, plan.overlap) == (20, 4, 0)
+        assert (model.margin, model.stride) == (20, 4)
+            (plan.geometry.margin, plan.geometry.phase, plan.overlap) == (model.margin, model.stride, 0) == (20, 4, 0)
+        )
+        index = []
+        for extent in size:  # reflected as often as needed, up to a side that the net takes
+            pixels, period = torch.arange(-20, extent + 20 + (-extent) % 4), 2 * (extent - 1)
+            index.append(torch.minimum(pixels % period, period - pixels % period))
+        want = model(image[:, :, index[0]][..., index[1]])[..., : size[0], : size[1]]
+        torch.testing.assert_close(run_tiles(model, image, plan, batch_size=2), want, rtol=0, atol=1e-12)
+
+
 # Images, results, memory
 
 
