@@ -164,15 +164,15 @@ LONGEST = 2048  # pixels of a plane in one block: then it has one channel, whose
 def _config(size: int, inner: int, last: bool, dtype: torch.dtype) -> dict[str, int]:
     """4096 elements a program: 32 a thread, so that each thread has several 16-byte loads in flight.
 
-    64 channels are a line of 128 bytes; a block of planes is as long as a plane where that is short. In planes half as
-    many, 8 a thread: those of odd sizes, 7x7 or 65x65 pixels, are read element by element, whose addresses would
-    spill, and at 16 a thread the reduction of 32x32 planes spills on sm_100.
+    64 channels are a line of 128 bytes. Of planes up to 512 pixels, and half as many elements: planes of odd sizes, 7x7
+    or 65x65 pixels, are read element by element, whose addresses would spill, and with 1024 pixels and two channels the
+    reduction of 32x32 planes spills on sm_100.
     """
     if last:
         block_c = min(64, max(16, triton.next_power_of_2(inner)))
         return {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
-    block_m = min(LONGEST, max(16, inner))
-    return {"BLOCK_M": block_m, "BLOCK_C": 2048 // block_m, "num_warps": 8}
+    block_m = min(512, max(16, inner))
+    return {"BLOCK_M": block_m, "BLOCK_C": 2048 // block_m, "num_warps": 4}
 
 
 @candidates("batch_norm_act_fwd")

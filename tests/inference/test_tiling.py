@@ -252,8 +252,6 @@ def test_the_valid_unet_in_tiles_is_the_whole_mirrored_image(size):
         plan = plan_tiles(model, 68)
         assert (plan.geometry.margin, plan.geometry.phase, plan.overlap) == (20, 4, 0)
         assert (model.margin, model.stride) == (20, 4)
-            (plan.geometry.margin, plan.geometry.phase, plan.overlap) == (model.margin, model.stride, 0) == (20, 4, 0)
-        )
         index = []
         for extent in size:  # reflected as often as needed, up to a side that the net takes
             pixels, period = torch.arange(-20, extent + 20 + (-extent) % 4), 2 * (extent - 1)
