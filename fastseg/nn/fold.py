@@ -12,6 +12,7 @@ from fastseg.nn.norm import run_norm_act
 from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._dispatch import autocast_dtype
+from fastseg.ops._recompute import kept_as_recipe
 
 
 class _Folded(NamedTuple):
@@ -107,7 +108,9 @@ def run_conv_norm_act(
     if norm is not None and not can_fold(x, conv, norm):
         if norm.training:
             unfold(conv)
-        return run_norm_act(conv(x), norm, act, residual)
+        with kept_as_recipe(x):
+            y = conv(x)
+        return run_norm_act(y, norm, act, residual)
     first = act if residual is None else None  # what the convolution's own call may end with
     plain = conv.padding_mode == "zeros"
     options = (first, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -20,6 +20,7 @@ from fastseg.ops._batch_norm import (
 )
 from fastseg.ops._batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
 from fastseg.ops._dispatch import has_tangent, needs_grad, use_kernel
+from fastseg.ops._recompute import remember
 from fastseg.ops._register import DECOMPOSITIONS, first_order, like, qualified
 
 MOST_CHANNELS = 65535  # one to a block, blocks along a grid axis of CUDA
@@ -37,6 +38,7 @@ def batch_norm_act(
 
     In training the batch statistics take one read of ``x`` more. The backward keeps ``x`` and vectors, and computes the
     activation's input again; with a residual it holds on to the result, which the next convolution keeps as well.
+    Without one, a following ``fastseg.nn.ConvNormAct2d`` keeps no map of its own: its backward makes the result again.
     Gradients are first order. Forward-mode AD, empty batches and a residual of another dtype run in plain PyTorch.
 
     Args:
@@ -77,9 +79,13 @@ def batch_norm_act(
         mean, var = stats[0], stats[1]
         update_running(norm, stats)
     args = (x, mean, var, weight, bias, residual, kind == "batch", eps, act or "none")
-    if group is not None or needs_grad(x, weight, bias, residual):
-        return _BatchNormAct.apply(*args, group)
-    return fwd_op(*args)
+    if group is None and not needs_grad(x, weight, bias, residual):
+        return fwd_op(*args)
+    y = _BatchNormAct.apply(*args, group)
+    if not kernel or residual is not None:  # with a residual the result itself is kept
+        return y
+    vectors = tuple(None if t is None else t.detach() for t in (mean, var, weight, bias))
+    return remember(y, x, lambda source: fwd_op(source, *vectors, *args[5:]))
 
 
 def batch_norm_act_ref(

@@ -1,0 +1,104 @@
+"""Chains of convolution, batch norm and activation keep one map a layer, and their gradients stay what they were."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+import fastseg
+from fastseg.nn import ConvNormAct2d
+from fastseg.ops._dispatch import INTERPRETED
+
+CHANNELS, SIDE = 8, 7
+MAP = 2 * CHANNELS * SIDE * SIDE * 4  # bytes of a map of two images in fp32
+
+
+class Chain(nn.Sequential):
+    """Three layers and a convolution, as a stage of a net is."""
+
+    def __init__(self):
+        layers = [ConvNormAct2d(CHANNELS, CHANNELS, 3, padding=1) for _ in range(3)]
+        super().__init__(*layers, ConvNormAct2d(CHANNELS, CHANNELS, 3, padding=1, act=None))
+
+
+def kept(run, x: Tensor) -> tuple[Tensor, int]:
+    """The result, and the bytes of the distinct maps that autograd keeps for it."""
+    storages = {}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.dim() == 4 and t.numel() * 4 == MAP:
+            storages[t.untyped_storage()._cdata] = t
+        return t
+
+    with saved_tensors_hooks(pack, lambda t: t):
+        y = run(x)
+    return y, len(storages) * MAP
+
+
+def gradients(net: nn.Module, run, x: Tensor) -> list[Tensor]:
+    net.zero_grad()
+    x = x.clone().requires_grad_()
+    y = run(x)
+    y.backward(torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y))
+    return [y.detach(), x.grad, *(p.grad.clone() for p in net.parameters())]
+
+
+@pytest.fixture
+def chain(device) -> tuple[Chain, Tensor]:
+    x = torch.randn(2, CHANNELS, SIDE, SIDE, device=device)
+    return Chain().to(device), x.contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="plain PyTorch keeps both maps: faster")
+def test_one_map_a_layer(chain):
+    """The image and each convolution's output; torch's modules keep each activated map too."""
+    net, x = chain
+    _, ours = kept(net, x.requires_grad_())
+    with fastseg.reference():
+        _, eager = kept(net, x)
+    assert ours == (1 + 4) * MAP
+    assert eager == (1 + 4 + 3) * MAP
+
+
+@pytest.mark.parametrize("around", ["nothing", "checkpoint", "save_on_cpu"])
+def test_gradients_are_those_of_the_reference(chain, around):
+    """Bit for bit those of kept maps: what is made again is the same; also through the hooks of others."""
+    net, x = chain
+    state = {key: value.clone() for key, value in net.state_dict().items()}
+    run = (lambda x: checkpoint(net, x, use_reentrant=False)) if around == "checkpoint" else net
+    with save_on_cpu() if around == "save_on_cpu" else nullcontext():
+        got = gradients(net, run, x)
+    net.load_state_dict(state)
+    with fastseg.reference():
+        want = gradients(net, net, x)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=2e-4, atol=2e-4)
+
+
+def test_a_map_that_was_written_to_is_kept(chain):
+    """Its recipe would give what it was before."""
+    net, x = chain
+    y = net[0](x.requires_grad_())
+    with torch.no_grad():
+        y.mul_(2)
+    weight = net[1].conv.weight
+    (got,) = torch.autograd.grad(net[1](y).square().sum(), weight)
+    with fastseg.reference():
+        (want,) = torch.autograd.grad(net[1](y.detach()).square().sum(), weight)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_second_use_of_a_map(chain):
+    """A map that two convolutions and an addition take: each convolution makes it again, the addition needs none."""
+    net, x = chain
+    run = lambda x: (lambda y: net[1](y) + net[2](y) + y)(net[0](x))
+    got = gradients(net, lambda x: net[3](run(x)), x)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+    with fastseg.reference():
+        want = gradients(net, lambda x: net[3](run(x)), x)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=2e-4, atol=2e-4)
