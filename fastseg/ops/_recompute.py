@@ -43,7 +43,8 @@ def remember(y: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> Ten
 def kept_as_recipe(x: Tensor) -> Iterator[None]:
     """Inside the block, what saves ``x`` for its backward keeps its recipe, if it has one."""
     recipe = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else _recipes.get(x)
-    if recipe is None or recipe.version != x._version or not torch.is_grad_enabled():
+    hooked = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    if recipe is None or recipe.version != x._version or not hooked:
         yield
         return
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)

@@ -5,7 +5,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 import fastseg
@@ -89,6 +89,17 @@ def test_a_map_that_was_written_to_is_kept(chain):
     with fastseg.reference():
         (want,) = torch.autograd.grad(net[1](y.detach()).square().sum(), weight)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
+
+
+def test_where_hooks_are_disabled(chain):
+    """Maps are kept, as everywhere."""
+    net, x = chain
+    want = gradients(net, net, x)
+    for norm in (m for m in net.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.reset_running_stats()
+    with disable_saved_tensors_hooks("none here"):
+        got = gradients(net, net, x)
+    assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
 
 
 def test_second_use_of_a_map(chain):
