@@ -36,8 +36,8 @@ def test_export(model):
     names = [str(node.target) for node in program.graph.nodes]
     assert any("bilinear" in name for name in names) == INTERPRETED
     x = torch.randn(3, 3, 96, 128)
-    with torch.no_grad():
-        torch.testing.assert_close(program.module()(x), model(x))
+    with torch.no_grad():  # where norms are folded, and in the graph are not
+        torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def test_autocast(model):
