@@ -42,7 +42,10 @@ def remember(y: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> Ten
 @contextmanager
 def kept_as_recipe(x: Tensor) -> Iterator[None]:
     """Inside the block, what saves ``x`` for its backward keeps its recipe, if it has one."""
-    recipe = None if torch.compiler.is_compiling() or torch.jit.is_tracing() else _recipes.get(x)
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a compiler decides by itself what it keeps
+        yield
+        return
+    recipe = _recipes.get(x)
     hooked = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()
     if recipe is None or recipe.version != x._version or not hooked:
         yield
