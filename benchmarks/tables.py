@@ -10,6 +10,7 @@ import bench_models
 import bench_pooling
 import bench_separable_conv
 import bench_upsample_bilinear
+import bench_upsample_concat
 import bench_upsample_heads
 import record
 from floors import DEVICES, Device, find_device, floor_of, floor_us
@@ -195,6 +196,7 @@ TABLES = {
     "upsample-bilinear": op_table(
         bench_upsample_bilinear, "eager", "compile", shown=lambda case: " " not in case.shape
     ),
+    "upsample-concat": op_table(bench_upsample_concat, "eager", "compile"),
     "bilinear-conv-transpose": op_table(bench_bilinear_conv_transpose, "eager", "grouped", "grouped-compile"),
     "models": models,
     "models-train": models_train,

@@ -5,6 +5,7 @@ decoder raises on a broken file becomes one ``ValueError`` that names the file.
 """
 
 import colorsys
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -74,8 +75,18 @@ def _rgb(image: Image.Image) -> np.ndarray:
 def to_tensor(images: np.ndarray) -> Tensor:
     """uint8 RGB, (H, W, 3) or (N, H, W, 3), to float32, (N, 3, H, W): ``(image / 255 - MEAN) / STD``."""
     stack = torch.from_numpy(images).reshape(-1, *images.shape[-3:])
-    x = (stack.float() / 255 - torch.tensor(MEAN)) / torch.tensor(STD)
-    return x.permute(0, 3, 1, 2)  # channels_last in memory, as the pixels were
+    return normalised(stack.permute(0, 3, 1, 2).float())  # channels_last in memory, as the pixels were
+
+
+def normalised(pixels: Tensor) -> Tensor:
+    """RGB (N, 3, H, W), floating point, 0 to 255, to what models take: ``(pixels / 255 - MEAN) / STD``."""
+    mean, std = _statistics(pixels.device, pixels.dtype)
+    return (pixels / 255 - mean) / std
+
+
+@functools.cache  # a copy to a GPU waits for it
+def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return tuple(torch.tensor(values, device=device, dtype=dtype)[:, None, None] for values in (MEAN, STD))
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastseg.inference.images import MEAN, STD, to_tensor
+from fastseg.inference.images import normalised, to_tensor
 from fastseg.inference.tiling import TilePlan, run_tiles
 
 
@@ -39,5 +39,4 @@ class _OfPixels(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Tensor:
-        mean, std = (torch.tensor(values, device=x.device, dtype=x.dtype)[:, None, None] for values in (MEAN, STD))
-        return self.model((x / 255 - mean) / std)
+        return self.model(normalised(x))

@@ -96,6 +96,11 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    with kept_as_recipe(x):
+        return conv(x)
+
+
 def run_conv_norm_act(
     x: Tensor,
     conv: nn.Conv2d,
@@ -108,9 +113,7 @@ def run_conv_norm_act(
     if norm is not None and not can_fold(x, conv, norm):
         if norm.training:
             unfold(conv)
-        with kept_as_recipe(x):
-            y = conv(x)
-        return run_norm_act(y, norm, act, residual)
+        return run_norm_act(_convolve(conv, x), norm, act, residual)
     first = act if residual is None else None  # what the convolution's own call may end with
     plain = conv.padding_mode == "zeros"
     options = (first, conv.stride, conv.padding, conv.dilation, conv.groups)
@@ -121,5 +124,5 @@ def run_conv_norm_act(
     elif plain and not (_followed() or watched(conv, nn.Conv2d) or _differentiated(x, conv.weight, conv.bias)):
         y = conv2d_act(x, conv.weight, conv.bias, *options)
     else:
-        y = activate(conv(x), first, inplace=True)
+        y = activate(_convolve(conv, x), first, inplace=True)
     return y if residual is None else activate(add_residual(y, residual), act, inplace=True)

@@ -21,13 +21,6 @@ CL, NCHW = torch.channels_last, torch.contiguous_format
 ACTS = ("none", "relu", "relu6", "leaky_relu")
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 class Net(nn.Module):
     """The end of a residual block, and a norm without activation."""
 

@@ -58,13 +58,6 @@ def held(graph: torch.fx.Graph) -> set[str]:
     return {str(node.target).split(".")[1] for node in graph.nodes if "fastseg" in str(node.target)}
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def maps(shape: tuple[int, ...]) -> list[Tensor]:
     """contiguous; channels_last; a slice of it, dense in neither."""
     x = torch.randn(shape)

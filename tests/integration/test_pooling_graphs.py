@@ -25,13 +25,6 @@ GEOMETRY = Geometry([5, 6], [3, 3], [2, 2], [2, 2], [0, 0], [1, 1])  # ceil mode
 OVERLAP = Geometry([5, 6], [3, 3], [3, 3], [2, 2], [1, 1], [1, 1])
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 class Net(nn.Module):
     """Down and up again, from int64 or from compact indices."""
 

@@ -59,13 +59,6 @@ class Capture:
         return module.forward
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def step(run, net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """One training step of ``net`` through ``run``: output, every gradient, every buffer after it."""
     net.zero_grad()

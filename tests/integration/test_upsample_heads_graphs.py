@@ -62,13 +62,6 @@ def ops_in(graph: torch.fx.Graph) -> list[str]:
 HELD = ["fastseg.upsample_argmax.default", "fastseg.upsample_cross_entropy.default"] * INTERPRETED
 
 
-@pytest.fixture(autouse=True)
-def _fresh_dynamo():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def sample(layout=NCHW, dtype=torch.float32, N=1) -> tuple[Tensor, Tensor, Tensor]:
     logits = torch.randn(N, 9, 3, 2, dtype=dtype).to(memory_format=layout)
     return logits, torch.randint(9, (N, 6, 4)), torch.rand(9)
