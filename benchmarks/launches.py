@@ -1,0 +1,104 @@
+"""Print the launches of every model's eval forward, eager and ours, counted without a GPU.
+
+    python benchmarks/launches.py
+
+The forward runs on the CPU with the decisions of CUDA: kernels are counted, not run, convolutions give maps that nobody
+computed, and cuDNN's fused call is one launch. Every op of torch that makes or writes a tensor is one launch; views and
+uninitialised memory are none; a convolution's bias is a second one, as torch adds it on CUDA. Of copies that cuDNN
+makes inside a call nothing is known.
+"""
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: CPU tensors then take the kernels' path
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from fastseg.kernels import config
+from fastseg.ops import _conv_act
+
+NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_efficientzerotensor")
+
+
+class _Launches(TorchDispatchMode):
+    """Counts what would run on CUDA; registered ops of ours are looked into."""
+
+    def __init__(self, counts: Counter[str]) -> None:
+        super().__init__()
+        self.counts = counts
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == "fastseg":
+            with self:
+                return func._op_dk(torch._C.DispatchKey.CPU, *args, **kwargs)
+        name = func._schema.name.removeprefix("aten::")
+        if name == "convolution":
+            self.counts["convolution"] += 1
+            self.counts["bias of a convolution"] += args[2] is not None
+            return _like_convolution(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if _writes(func) and name not in NO_LAUNCH:
+            self.counts[name] += len(args[0]) if name.startswith("_foreach") else 1
+        return out
+
+
+def _writes(func) -> bool:
+    """Whether the op makes or writes a tensor; else it is a view, or reads a number."""
+    views = [r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns]
+    return not views or not all(views)
+
+
+def _like_convolution(func, args, kwargs) -> Tensor:
+    """A map of the shape and strides that the convolution would give."""
+    last = args[0].is_contiguous(memory_format=torch.channels_last)
+    with _disable_current_modes():
+        meta_args, meta_kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        y = func(*meta_args, **meta_kwargs)
+        format = torch.channels_last if last else torch.contiguous_format
+        return torch.empty(y.shape, dtype=y.dtype, memory_format=format).zero_()
+
+
+@contextmanager
+def count() -> Iterator[Counter[str]]:
+    """Count the launches inside the block by kernel or op; ``.total()`` is their number."""
+    counts: Counter[str] = Counter()
+    unsupported = _conv_act.unsupported
+
+    def on_launch(kernel, *_) -> None:
+        counts[kernel.fn.__name__] += 1
+
+    def fused(x, weight, bias, *options) -> Tensor:
+        counts["cudnn_convolution_relu"] += 1
+        args = (x, weight, bias, *options[:3], False, (0, 0), options[3])
+        return _like_convolution(torch.ops.aten.convolution.default, args, {})
+
+    as_on_cuda = (
+        mock.patch.object(_conv_act, "on_cpu", lambda x: False),
+        mock.patch.object(_conv_act, "unsupported", lambda r: unsupported(r._replace(device="cuda", cudnn=True))),
+        mock.patch.object(torch, "cudnn_convolution_relu", fused),
+        config.intercept(on_launch),
+    )
+    with ExitStack() as stack:
+        for each in as_on_cuda:
+            stack.enter_context(each)
+        stack.enter_context(_Launches(counts))
+        yield counts
+
+
+def launches(model: Callable[[Tensor], object], x: Tensor) -> Counter[str]:
+    """The launches of one call without gradients; one call before it folds what can be folded."""
+    with torch.no_grad():
+        with count():
+            model(x)
+        with count() as counts:
+            model(x)
+    return +counts
