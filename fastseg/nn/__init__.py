@@ -1,5 +1,6 @@
 """Modules with parameters and buffers; drop-ins for ``torch.nn`` wherever torch has the module."""
 
+from fastseg.nn.aspp import ASPP
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.conv_norm_act import ConvNormAct2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
@@ -15,6 +16,7 @@ from fastseg.nn.upsampling import (
 )
 
 __all__ = [
+    "ASPP",
     "BatchNormAct2d",
     "BilinearConvTranspose2d",
     "ConvNormAct2d",

@@ -45,8 +45,12 @@ def _differentiated(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def folded(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+def folded(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, inputs: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Weight and bias of ``norm(conv(x))`` as one convolution, in the dtype that ``x`` is convolved in.
+
+    ``inputs``, from the first to before the last, are the input channels whose weights are wanted; None: all.
 
         weight' = weight s,   bias' = (bias - mean) s + shift,   s = norm.weight / sqrt(var + eps)
 
@@ -62,7 +66,8 @@ def folded(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Te
         versions = tuple(-1 if t is None else t._version for t in sources)
     except RuntimeError:  # made in inference mode: writes are not counted
         versions = None
-    old = kept.get((dtype, last))
+    key = (dtype, last, inputs)
+    old = kept.get(key)
     if (
         old is not None
         and old.versions == versions
@@ -76,10 +81,11 @@ def folded(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Te
         scale = scale if norm.weight is None else scale * norm.weight.to(wide)
         shift = -norm.running_mean.to(wide) if conv.bias is None else conv.bias.to(wide) - norm.running_mean.to(wide)
         shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(wide)
-        weight = (conv.weight.to(wide) * scale[:, None, None, None]).to(dtype).contiguous(memory_format=last)
+        weight = conv.weight if inputs is None else conv.weight[:, slice(*inputs)]
+        weight = (weight.to(wide) * scale[:, None, None, None]).to(dtype).contiguous(memory_format=last)
         new = _Folded(weight, shift.to(dtype), sources, versions)
     if versions is not None:
-        kept[dtype, last] = new
+        kept[key] = new
     return new.weight, new.bias
 
 

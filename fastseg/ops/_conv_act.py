@@ -41,6 +41,8 @@ def conv2d_act(
     padding: tuple[int, int] | str,
     dilation: tuple[int, int],
     groups: int,
+    *,
+    image_bias: Tensor | None = None,
 ) -> Tensor:
     """``act(conv2d(x, weight, bias, stride, padding, dilation, groups))``, of which the caller wants no gradient.
 
@@ -48,6 +50,8 @@ def conv2d_act(
     torch's convolution reads and writes the map once more for each. cuDNN's ReLU may give 0 for NaN.
     """
     args = (stride, padding, dilation, groups)
+    if image_bias is not None:
+        return activate(F.conv2d(x, weight, bias, *args) + image_bias[:, :, None, None], act, inplace=True)
     why = IN_REFERENCE if in_reference() else "CPU tensor" if on_cpu(x) else ""
     why = why or unsupported(_request(x, weight, bias, act, *args))
     key = (x.dtype, x.shape, weight.shape, *args)

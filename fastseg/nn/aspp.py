@@ -1,0 +1,278 @@
+"""Atrous spatial pyramid pooling as a module, and the function that runs it over existing children."""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastseg import ops
+from fastseg.nn.conv import SeparableConv2d, batch_norm_args, watched
+from fastseg.nn.fold import can_fold, folded, run_conv_norm_act
+from fastseg.nn.norm import run_norm_act
+from fastseg.ops import BatchNormArgs, batch_norm_act
+from fastseg.ops._atrous import atrous_branches
+from fastseg.ops._dispatch import record_reference
+from fastseg.ops._recompute import kept_as_recipe
+from fastseg.ops.aspp import pool_share, project, split_projection
+
+CONCAT, SUM = "concat", "sum"
+
+
+class ASPP(nn.Module):
+    """Atrous spatial pyramid pooling: a 1x1, dilated 3x3 convolutions and the image mean side by side, merged by a 1x1.
+
+    With ``fusion="concat"`` (DeepLabV3 and V3+) every branch ends with batch norm and ReLU, as does the projection.
+    With ``fusion="sum"`` (DeepLabV2) there are the dilated convolutions alone, and their sum.
+
+    In evaluation, where no gradient is wanted, norms are folded; all branches are then one launch, which skips what
+    would multiply padding, and the projection another: the pooled vector's share is a bias of its own for each image.
+    In training ``x`` is kept once for all branches, and one norm runs over all branches' channels, each with its own
+    batch statistics.
+
+    Children are ordinary torch modules, with torchvision's names: ``convs.0`` (1x1), ``convs.1`` and on (one per rate),
+    the last of ``convs`` (image pool, if there is one), ``project``. With ``separable`` the branch of a rate is a
+    ``SeparableConv2d`` with a norm and a ReLU after each half. With "sum" ``convs.i`` is the ``nn.Conv2d`` itself.
+
+    Args:
+        in_channels: C of the (N, C, H, W) input.
+        out_channels: channels of every branch, and of the output.
+        rates: dilation of each 3x3 branch, in pixels.
+        separable: whether these are depthwise separable; "concat" only.
+        bias: whether convolutions have biases.
+        image_pool: whether the image mean is a branch; "concat" only.
+        fusion: "concat" or "sum".
+        dropout: probability, after the projection; after the sum with "sum".
+        pool_first: whether the pooled channels come first in the projection's weight (TensorFlow's order), not last.
+        eps: of the norms.
+        momentum: of the norms; None averages cumulatively.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Returns:
+        (N, out_channels, H, W).
+
+    Raises:
+        ValueError: no rates, or a rate below 1; an unknown fusion; a separable sum.
+
+    Training with an image pool needs a batch of two or more: its norm sees one pixel per image.
+
+    Reference: Chen et al., DeepLabV3, arXiv:1706.05587; "sum": DeepLab, arXiv:1606.00915.
+
+    Example:
+        >>> ASPP(320)(torch.randn(2, 320, 32, 32)).shape
+        torch.Size([2, 256, 32, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int = 256,
+        rates: Sequence[int] = (6, 12, 18),
+        *,
+        separable: bool = False,
+        bias: bool = False,
+        image_pool: bool = True,
+        fusion: str = CONCAT,
+        dropout: float = 0.0,
+        pool_first: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if fusion not in (CONCAT, SUM):
+            raise ValueError(f'ASPP: fusion is {fusion!r}; use "concat" or "sum"')
+        if not rates or min(rates) < 1:
+            raise ValueError(f"ASPP: rates are {tuple(rates)}; give one or more, each at least 1")
+        if separable and fusion == SUM:
+            raise ValueError("ASPP: the summed form has dense convolutions; separable goes with fusion='concat'")
+        where = {"device": device, "dtype": dtype}
+
+        def conv(inputs: int, kernel_size: int = 1, rate: int = 1) -> nn.Conv2d:
+            padding = rate * (kernel_size // 2)
+            return nn.Conv2d(inputs, out_channels, kernel_size, padding=padding, dilation=rate, bias=bias, **where)
+
+        def norm_relu() -> list[nn.Module]:
+            return [nn.BatchNorm2d(out_channels, eps, momentum, **where), nn.ReLU(inplace=True)]
+
+        def branch(rate: int) -> nn.Module:
+            if not separable:
+                return nn.Sequential(conv(in_channels, 3, rate), *norm_relu())
+            return SeparableConv2d(
+                in_channels, out_channels, dilation=rate, bias=bias, mid_norm=True, mid_act="relu", eps=eps,
+                momentum=momentum, **where,
+            )  # fmt: skip
+
+        self.fusion, self.pool_first = fusion, pool_first
+        self.image_pool = image_pool and fusion == CONCAT
+        if fusion == SUM:
+            self.convs = nn.ModuleList(conv(in_channels, 3, rate) for rate in rates)
+            self.project = nn.Sequential(nn.Dropout(dropout))
+            return
+        self.convs = nn.ModuleList([nn.Sequential(conv(in_channels), *norm_relu()), *map(branch, rates)])
+        if self.image_pool:
+            self.convs.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(in_channels), *norm_relu()))
+        self.project = nn.Sequential(conv(out_channels * len(self.convs)), *norm_relu(), nn.Dropout(dropout))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
+        if self.fusion == SUM:
+            return self.project[0](run_aspp_sum(x, list(self.convs)))
+        branches = list(self.convs)
+        pool = branches.pop() if self.image_pool else None
+        y = run_aspp(
+            x, branches, None if pool is None else (pool[1], pool[2]), tuple(self.project[:2]),
+            pool_first=self.pool_first,
+        )  # fmt: skip
+        return self.project[3](y)
+
+    def extra_repr(self) -> str:
+        return f"fusion={self.fusion!r}" + (", pool_first=True" if self.pool_first else "")
+
+
+class _Dense(NamedTuple):
+    """The children of a branch that is a convolution, a norm and a ReLU."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+
+
+def run_aspp(
+    x: Tensor,
+    branches: Sequence[nn.Module],
+    pool: tuple[nn.Conv2d, nn.BatchNorm2d] | None,
+    projection: tuple[nn.Conv2d, nn.BatchNorm2d],
+    *,
+    pool_first: bool = False,
+) -> Tensor:
+    """``relu(norm(conv(cat([*branches(x), pool(mean(x))]))))`` over existing modules, whatever they are called.
+
+    Args:
+        x: (N, C, H, W).
+        branches: each a ``nn.Sequential`` of convolution, norm and ReLU, or any module that gives (N, *, H, W). Where
+            all are the former, and undisturbed by hooks and the like, they run as one op; else one after the other.
+        pool: convolution and norm of the image pool, or None.
+        projection: convolution and norm.
+        pool_first: whether the pool's channels come first in the projection's weight, not last.
+
+    Returns:
+        (N, OUT, H, W).
+    """
+    maps = _run_branches(x, branches)
+    conv, norm = projection
+    if pool is None:
+        return run_conv_norm_act(maps, conv, norm, "relu")
+    p = run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu")
+    channels = maps.shape[1]
+    if watched(conv, nn.Conv2d):  # it wants the concatenated map
+        parts = [maps, p.expand(-1, -1, *maps.shape[2:])]
+        return run_conv_norm_act(torch.cat(parts[::-1] if pool_first else parts, 1), conv, norm, "relu")
+    # The pooled branch is constant over an image, and so is its share of the projection: a bias per image and channel.
+    if can_fold(maps, conv, norm):
+        start = p.shape[1] if pool_first else 0
+        weight, _ = folded(maps, conv, norm, (start, start + channels))
+        pooled_weight, bias = folded(maps, conv, norm, (0, start) if pool_first else (channels, conv.in_channels))
+        return project(maps, weight, pool_share(p, pooled_weight, bias), "relu")
+    weight, pooled_weight = split_projection(conv.weight, channels, pool_first)
+    share = pool_share(p, pooled_weight, conv.bias)
+    with kept_as_recipe(maps):
+        y = project(maps, weight, share, None)
+    return run_norm_act(y, norm, "relu")
+
+
+def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
+    """The sum of ``conv(x)`` over existing dilated convolutions with padding that keeps H and W."""
+    why = next(filter(None, map(_not_plain, convs)), "")
+    if why:
+        record_reference("aspp", x, why)
+        return sum(conv(x) for conv in convs)
+    biases = [conv.bias for conv in convs]
+    return ops.aspp(
+        x, [conv.weight for conv in convs], [conv.dilation[0] for conv in convs],
+        None if None in biases else biases, fusion=SUM,
+    )  # fmt: skip
+
+
+def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> Tensor:
+    """The branches' maps side by side: (N, sum of channels, H, W)."""
+    parts = [_dense(branch) for branch in branches]
+    why = next((part for part in parts if isinstance(part, str)), "") or _different(parts)
+    if why:
+        record_reference("aspp", x, why)
+        maps = [
+            run_conv_norm_act(x, *part, "relu") if isinstance(part, _Dense) else branch(x)
+            for part, branch in zip(parts, branches, strict=True)
+        ]
+        return torch.cat(maps, 1)
+    convs, norms = zip(*parts, strict=True)
+    dilations = [conv.dilation[0] for conv in convs]
+    if all(can_fold(x, *part) for part in parts):
+        weights, biases = zip(*(folded(x, *part) for part in parts), strict=True)
+        return atrous_branches(x, weights, biases, dilations, "relu")
+    biases = None if convs[0].bias is None else [conv.bias for conv in convs]
+    z = atrous_branches(x, [conv.weight for conv in convs], biases, dilations, None)
+    return _norm_relu(z, norms)
+
+
+def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+    """Norms of one kind, each over its own channels of ``z``, and ReLU, as one: batch statistics are per channel."""
+    each = [batch_norm_args(norm) for norm in norms]
+    first = each[0]
+    with torch.no_grad():
+        running = [None if first.running_mean is None else torch.cat(tensors) for tensors in _columns(each, 0, 2)]
+    affine = [None if first.weight is None else torch.cat(tensors) for tensors in _columns(each, 2, 4)]
+    y = batch_norm_act(z, BatchNormArgs(*running, *affine, *first[4:]), "relu")
+    if first.training and first.running_mean is not None:
+        widths = [norm.num_features for norm in norms]
+        for merged, own in zip(running, _columns(each, 0, 2), strict=True):
+            torch._foreach_copy_(own, merged.split(widths))
+    return y
+
+
+def _columns(each: Sequence[BatchNormArgs], start: int, stop: int) -> Iterator[list]:
+    return (list(column) for column in list(zip(*each, strict=True))[start:stop])
+
+
+def _dense(branch: nn.Module) -> _Dense | str:
+    """Convolution and norm of a branch that ends with a ReLU, or why it must be called."""
+    if isinstance(branch, SeparableConv2d):
+        return "a separable branch"
+    if not isinstance(branch, nn.Sequential) or [type(child) for child in branch][2:] != [nn.ReLU]:
+        return f"a branch is {type(branch).__name__}, not convolution, norm and ReLU"
+    conv, norm, relu = branch
+    why = watched(branch, type(branch)) or watched(norm, nn.BatchNorm2d) or watched(relu, nn.ReLU) or _not_plain(conv)
+    return why or _Dense(conv, norm)
+
+
+def _not_plain(conv: nn.Module) -> str:
+    """Why ``atrous_branches`` cannot stand for the convolution, or ""."""
+    if why := watched(conv, nn.Conv2d):
+        return why
+    (size, across), rate = conv.kernel_size, conv.dilation
+    same = conv.padding == (rate[0] * (size // 2),) * 2 and conv.padding_mode == "zeros"
+    if (
+        size != across
+        or size not in (1, 3)
+        or rate[0] != rate[1]
+        or conv.stride != (1, 1)
+        or conv.groups != 1
+        or not same
+    ):
+        return "a branch's convolution is not 1x1 or 3x3 with stride 1, one group and padding that keeps the size"
+    return ""
+
+
+def _different(parts: Sequence[_Dense]) -> str:
+    """Why the branches cannot share one op and one norm, or ""."""
+    kinds = {
+        (
+            conv.bias is None, norm.training, norm.eps, norm.momentum, norm.track_running_stats, norm.affine,
+            norm.running_mean is None,
+        )
+        for conv, norm in parts
+    }  # fmt: skip
+    if len(kinds) > 1 or any(norm.momentum is None for _, norm in parts):  # a cumulative average counts for itself
+        return "the branches differ in biases, or in options of their norms"
+    return ""

@@ -1,0 +1,136 @@
+"""Atrous spatial pyramid pooling over folded weights: branches, image pool and projection."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastseg.ops._atrous import atrous_branches
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
+from fastseg.ops._conv_act import conv2d_act
+from fastseg.ops.atrous_conv2d import atrous_conv2d
+
+
+def aspp(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    project_weight: Tensor | None = None,
+    project_bias: Tensor | None = None,
+    pool_weight: Tensor | None = None,
+    pool_bias: Tensor | None = None,
+    pool_first: bool = False,
+    act: Activation | None = "relu",
+    fusion: str = "concat",
+) -> Tensor:
+    """Atrous spatial pyramid pooling; the norms are folded into the weights, or absent.
+
+    ``"concat"``, of DeepLabV3::
+
+        b_i = act(conv2d(x, weights[i], biases[i], padding="same", dilation=dilations[i]))
+        p   = act(conv2d(mean(x), pool_weight, pool_bias)), the same over all pixels of an image
+        y   = act(conv2d(cat([b_0, b_1, ..., p]), project_weight, project_bias))
+
+    The branches are one kernel, which skips the taps that lie in the padding and writes its results side by side. ``p``
+    is never made a map: its share of the projection is one bias per image. ``"sum"``, of DeepLabV2, is the sum of
+    ``conv2d(x, weights[i], biases[i])``, each added in the epilogue of the next; it takes nothing that begins with
+    ``project`` or ``pool``, and no activation.
+
+    Args:
+        x: (N, C, H, W).
+        weights: (M, C, 1, 1) or (M, C, 3, 3) each.
+        dilations: of each branch, in pixels; a 1x1 has any.
+        biases: (M,) each, or None.
+        project_weight: (OUT, K, 1, 1); K counts the channels of the branches, and M more with the image pool.
+        project_bias: (OUT,).
+        pool_weight: (M, C, 1, 1), or None: there is no image pool.
+        pool_bias: (M,).
+        pool_first: whether the pool's channels come first in ``project_weight``, not last.
+        act: of branches, pool and projection: None, "relu", "relu6" or "leaky_relu".
+        fusion: "concat" or "sum".
+
+    Returns:
+        (N, OUT, H, W); with "sum" (N, M, H, W). Gradients are first order where kernels run.
+
+    Raises:
+        ValueError: shapes that do not fit each other; an unknown activation or fusion.
+
+    Reference: Chen et al., DeepLab, arXiv:1606.00915 ("sum"); DeepLabV3, arXiv:1706.05587 ("concat").
+    """
+    pool = (pool_weight, pool_bias)
+    _check(x, weights, dilations, biases, project_weight, project_bias, pool, act, fusion)
+    if fusion == "sum":
+        y = None
+        for i, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+            y = atrous_conv2d(x, weight, None if biases is None else biases[i], dilation=dilation, residual=y)
+        return y
+    maps = atrous_branches(x, weights, biases, dilations, act)
+    if pool_weight is None:
+        return _convolve(maps, project_weight, project_bias, act)
+    map_weight, pooled_weight = split_projection(project_weight, maps.shape[1], pool_first)
+    return project(maps, map_weight, pool_share(pooled(x, *pool, act), pooled_weight, project_bias), act)
+
+
+def split_projection(weight: Tensor, channels: int, pool_first: bool) -> tuple[Tensor, Tensor]:
+    """The projection's (OUT, K, 1, 1) weight as that of the branches' ``channels``, and that of the pooled vector."""
+    rest = weight.shape[1] - channels
+    if pool_first:
+        return weight[:, rest:], weight[:, :rest]
+    return weight[:, :channels], weight[:, channels:]
+
+
+def pooled(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation | None) -> Tensor:
+    """The image pool: (N, C, H, W) -> (N, M, 1, 1)."""
+    return _convolve(x.mean((2, 3), keepdim=True), weight, bias, act)
+
+
+def pool_share(p: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """What the pooled (N, M, 1, 1) adds to the projection, its own bias included: (N, OUT)."""
+    return F.linear(p.flatten(1), weight.flatten(1), bias)
+
+
+def project(maps: Tensor, weight: Tensor, image_bias: Tensor, act: Activation | None) -> Tensor:
+    """``act(conv2d(maps, weight) + image_bias)``, with one bias per image and channel: (N, OUT, H, W)."""
+    if _followed(maps, weight, image_bias):
+        return activate(F.conv2d(maps, weight) + image_bias[:, :, None, None], act, inplace=True)
+    return conv2d_act(maps, weight, None, act, (1, 1), (0, 0), (1, 1), 1, image_bias=image_bias)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation | None) -> Tensor:
+    if _followed(x, weight, bias):
+        return activate(F.conv2d(x, weight, bias), act, inplace=True)
+    return conv2d_act(x, weight, bias, act, (1, 1), (0, 0), (1, 1), 1)
+
+
+def _followed(*tensors: Tensor | None) -> bool:
+    """Whether a compiler looks on, or a gradient is wanted."""
+    return torch.compiler.is_compiling() or (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def _check(x, weights, dilations, biases, project_weight, project_bias, pool, act, fusion: str) -> None:
+    """What ``atrous_branches`` does not check itself."""
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'aspp: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if fusion not in ("concat", "sum"):
+        raise ValueError(f'aspp: fusion is {fusion!r}; use "concat" or "sum"')
+    if not weights or len(weights) != len(dilations) or (biases is not None and len(biases) != len(weights)):
+        counts = f"{len(weights)} weights, {len(dilations)} dilations, {len(biases or weights)} biases"
+        raise ValueError(f"aspp: {counts}; give one or more branches, and one of each per branch")
+    if x.dim() != 4:
+        raise ValueError(f"aspp: expected 4D input (got {x.dim()}D input); x must be (N, C, H, W)")
+    if fusion == "sum":
+        if any(t is not None for t in (project_weight, project_bias, *pool)):
+            raise ValueError('aspp: fusion "sum" has neither projection nor image pool')
+        return
+    if project_weight is None:
+        raise ValueError('aspp: fusion "concat" needs project_weight')
+    channels = sum(w.shape[0] for w in weights) + (0 if pool[0] is None else pool[0].shape[0])
+    if project_weight.shape[1:] != (channels, 1, 1):
+        raise ValueError(f"aspp: project_weight is {tuple(project_weight.shape)}; it must be (OUT, {channels}, 1, 1)")
+    if pool[0] is not None and pool[0].shape[1:] != (x.shape[1], 1, 1):
+        raise ValueError(f"aspp: pool_weight is {tuple(pool[0].shape)}; it must be (M, {x.shape[1]}, 1, 1)")
