@@ -18,11 +18,14 @@ from contextlib import ExitStack, contextmanager
 from unittest import mock
 
 import torch
+from bench_models import CREATED
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
+from fastseg.inference.comparison import eager_form
 from fastseg.kernels import config
+from fastseg.models import create
 from fastseg.ops import _conv_act
 
 NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_efficientzerotensor")
@@ -102,3 +105,24 @@ def launches(model: Callable[[Tensor], object], x: Tensor) -> Counter[str]:
         with count() as counts:
             model(x)
     return +counts
+
+
+def of_model(name: str, options: dict, side: int = 512, classes: int = 21) -> tuple[Counter[str], Counter[str]]:
+    """Launches of one eval forward, eager's and ours: bf16 (SegNet-Basic: fp32), channels_last, one image."""
+    dtype = torch.float32 if name == "segnet_basic" else torch.bfloat16  # its LRN has no bf16 on a CPU
+    model = create(name, classes, **options).eval().to(dtype, memory_format=torch.channels_last)
+    x = torch.zeros(1, 3, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+    return launches(eager_form(model), x), launches(model, x)
+
+
+def markdown() -> str:
+    lines = ["| model, 1x3x512x512 | eager | fastseg | of these fastseg's kernels |", "| --- | --- | --- | --- |"]
+    for label, (name, options) in CREATED.items():
+        eager, ours = of_model(name, options)
+        own = sum(n for kernel, n in ours.items() if kernel.endswith("_kernel"))
+        lines.append(f"| {label} | {eager.total()} | {ours.total()} | {own} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(markdown())

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
+from fastseg.nn.fold import run_conv_norm_act
 from fastseg.nn.upsampling import BilinearConvTranspose2d
 
 # The strides of the finest scores that each backbone has.
@@ -189,11 +190,11 @@ class FCN(nn.Module):
         pools = []
         for names in VGG16_LAYERS:
             for name in names:
-                x = F.relu(getattr(self, name)(x), inplace=True)
+                x = run_conv_norm_act(x, getattr(self, name), None, "relu")
             x = F.max_pool2d(x, 2, ceil_mode=True)
             pools.append(x)
         for layer in (self.fc6, self.fc7):
-            x = self.dropout(F.relu(layer(x), inplace=True))
+            x = self.dropout(run_conv_norm_act(x, layer, None, "relu"))
         maps = [self.score_fr(x)]
         if self.stride <= 16:
             maps.append(self.score_pool4(pools[3] * 0.01 if self.at_once else pools[3]))
@@ -214,7 +215,14 @@ class FCN(nn.Module):
     def _resnet_maps(self, x: Tensor) -> list[Tensor]:
         strides = {5 - i: 32 >> i for i in range(len(self._steps) + 1)}
         features = self.backbone(x)
-        return [getattr(self, f"score{stride}")(features[i]) for i, stride in strides.items()]
+        maps = []
+        for i, stride in strides.items():
+            conv, norm, _, *rest = getattr(self, f"score{stride}")
+            y = run_conv_norm_act(features[i], conv, norm, "leaky_relu")
+            for layer in rest:
+                y = layer(y)
+            maps.append(y)
+        return maps
 
     def _build_d2l(self, num_classes: int, encoder: nn.Module, up: Callable[..., nn.Module]) -> None:
         for i, layer in enumerate(encoder.children()):
@@ -225,8 +233,10 @@ class FCN(nn.Module):
         self._last = "transpose_conv"
 
     def _d2l_maps(self, x: Tensor) -> list[Tensor]:
-        for i in range(8):
-            x = getattr(self, str(i))(x)
+        conv, norm, _, *layers = (getattr(self, str(i)) for i in range(8))
+        x = run_conv_norm_act(x, conv, norm, "relu")
+        for layer in layers:
+            x = layer(x)
         return [self.final_conv(x)]
 
 

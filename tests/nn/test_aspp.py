@@ -1,4 +1,4 @@
-"""ASPP against its children one after another: every form, training and evaluation, gradients, statistics, fallbacks."""
+"""ASPP against its children one after another: every form, training, evaluation, gradients, statistics, fallbacks."""
 
 import copy
 

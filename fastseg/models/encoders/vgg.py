@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
+from fastseg.nn.fold import run_conv_norm_act
 
 # The widths of each stage's convolutions; a 2x2 max pool follows each stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -69,10 +70,12 @@ class VGG16(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_channels, H, W) -> six maps; entry i at stride 2^i: each stage before its pool, the last pool."""
         features = []
-        for layer in self.features:
-            if isinstance(layer, nn.MaxPool2d):
-                features.append(x)
-            x = layer(x)
+        pools = (layer for layer in self.features if isinstance(layer, nn.MaxPool2d))
+        for stage, pool in zip(self.stages(), pools, strict=True):
+            for conv, norm in stage:
+                x = run_conv_norm_act(x, conv, norm, "relu")
+            features.append(x)
+            x = pool(x)
         return [*features, x]
 
     def stages(self) -> list[list[tuple[nn.Conv2d, nn.BatchNorm2d | None]]]:
