@@ -49,7 +49,7 @@ class _Launches(TorchDispatchMode):
             self.counts["bias of a convolution"] += args[2] is not None
             return _like_convolution(func, args, kwargs)
         out = func(*args, **kwargs)
-        if _writes(func) and name not in NO_LAUNCH:
+        if isinstance(out, Tensor | tuple | list) and _writes(func) and name not in NO_LAUNCH:
             self.counts[name] += len(args[0]) if name.startswith("_foreach") else 1
         return out
 
