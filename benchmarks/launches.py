@@ -84,10 +84,14 @@ def count() -> Iterator[Counter[str]]:
         args = (x, weight, bias, *options[:3], False, (0, 0), options[3])
         return _like_convolution(torch.ops.aten.convolution.default, args, {})
 
+    def fused_add(x, weight, z, alpha, bias, *options) -> Tensor:
+        return fused(x, weight, bias, *options)
+
     as_on_cuda = (
         mock.patch.object(_conv_act, "on_cpu", lambda x: False),
         mock.patch.object(_conv_act, "unsupported", lambda r: unsupported(r._replace(device="cuda", cudnn=True))),
         mock.patch.object(torch, "cudnn_convolution_relu", fused),
+        mock.patch.object(torch, "cudnn_convolution_add_relu", fused_add),
         config.intercept(on_launch),
     )
     with ExitStack() as stack:

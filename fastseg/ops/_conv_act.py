@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._dispatch import IN_REFERENCE, KERNEL_DTYPES, has_tangent, in_reference, record
 
 INDEXABLE = 2**31  # elements; F.conv2d cuts larger maps into parts, the fused call does not
@@ -23,12 +23,12 @@ class Request(NamedTuple):
     cudnn: bool  # whether torch has the fused call, and cuDNN to make it
     deterministic: bool  # whether only deterministic algorithms may run
     plain: bool  # 4-D tensors of torch's own type, without a gradient or tangent
-    dtypes: tuple[torch.dtype, ...]  # of input, weight, and bias if there is one
+    dtypes: tuple[torch.dtype, ...]  # of input, weight, and bias and residual if there are any
     act: str | None
     padding: Sequence[int] | str
     channels: tuple[int, int]  # in, out
     groups: int
-    channels_last: bool  # input and weight
+    channels_last: bool  # input, weight and residual
     elements: int  # of the largest map
 
 
@@ -42,33 +42,39 @@ def conv2d_act(
     dilation: tuple[int, int],
     groups: int,
     *,
+    residual: Tensor | None = None,
     image_bias: Tensor | None = None,
 ) -> Tensor:
-    """``act(conv2d(x, weight, bias, stride, padding, dilation, groups))``, of which the caller wants no gradient.
+    """``act(conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)``, wanted without a gradient.
 
-    With cuDNN the bias and a ReLU are added in the convolution's epilogue (``torch.cudnn_convolution_relu``), where
-    torch's convolution reads and writes the map once more for each. cuDNN's ReLU may give 0 for NaN.
+    With cuDNN bias, residual and a ReLU are added in the convolution's epilogue (``torch.cudnn_convolution_relu``,
+    ``torch.cudnn_convolution_add_relu``), where torch's convolution reads and writes the map once more for each.
+    cuDNN's ReLU may give 0 for NaN.
     """
     args = (stride, padding, dilation, groups)
     if image_bias is not None:
         return activate(F.conv2d(x, weight, bias, *args) + image_bias[:, :, None, None], act, inplace=True)
     why = IN_REFERENCE if in_reference() else "CPU tensor" if on_cpu(x) else ""
-    why = why or unsupported(_request(x, weight, bias, act, *args))
-    key = (x.dtype, x.shape, weight.shape, *args)
+    why = why or unsupported(_request(x, weight, bias, residual, act, *args))
+    key = (x.dtype, x.shape, weight.shape, *args, residual is None)
     if not why and key not in _refused:
         try:
-            y = torch.cudnn_convolution_relu(x, weight, bias, *args)
+            if residual is None:
+                y = torch.cudnn_convolution_relu(x, weight, bias, *args)
+            else:
+                y = torch.cudnn_convolution_add_relu(x, weight, residual, 1.0, bias, *args)
         except RuntimeError as error:
             if "CUDNN_STATUS" not in str(error) and "engine" not in str(error):
                 raise
             _refused.add(key)
         else:
-            record("conv2d_act", x, "cudnn", "convolution, bias and ReLU in one call")
+            parts = "bias" if residual is None else "bias, residual"
+            record("conv2d_act", x, "cudnn", f"convolution, {parts} and ReLU in one call")
             return y
     record("conv2d_act", x, "reference", why or "cuDNN has no engine for it")
     # On a CPU, 64 channels 256^2, 256 64^2, 512 32^2, one thread: channels_last takes 0.85, 0.93 and 0.95 of NCHW's
     # time; oneDNN's own call on packed weights, a private one whose ReLU drops NaN, 0.85, 0.91 and 0.88.
-    return activate(F.conv2d(x, weight, bias, *args), act, inplace=True)
+    return activate(add_residual(F.conv2d(x, weight, bias, *args), residual), act, inplace=True)
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -102,10 +108,11 @@ def unsupported(r: Request) -> str:
     return ""
 
 
-def _request(x: Tensor, weight: Tensor, bias: Tensor | None, act, stride, padding, dilation, groups: int) -> Request:
-    tensors = (x, weight) if bias is None else (x, weight, bias)
+def _request(x: Tensor, weight: Tensor, bias, residual, act, stride, padding, dilation, groups: int) -> Request:
+    maps = [t for t in (x, weight, residual) if t is not None]
+    tensors = maps if bias is None else [*maps, bias]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    followed = has_tangent(x) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    followed = any(map(has_tangent, maps)) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
     plain = x.dim() == 4 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     plain = plain and not (wanted or followed)
     return Request(
@@ -121,6 +128,6 @@ def _request(x: Tensor, weight: Tensor, bias: Tensor | None, act, stride, paddin
         padding=padding,
         channels=(x.shape[1], weight.shape[0]) if plain else (0, 0),
         groups=groups,
-        channels_last=plain and all(t.is_contiguous(memory_format=torch.channels_last) for t in (x, weight)),
+        channels_last=plain and all(t.is_contiguous(memory_format=torch.channels_last) for t in maps),
         elements=max(x.numel(), x.numel() // max(1, x.shape[1]) * weight.shape[0]) if plain else 0,
     )

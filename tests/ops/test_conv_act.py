@@ -52,7 +52,7 @@ def test_what_is_fused(change, why):
 def test_a_request_says_what_the_call_is():
     x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last)
-    ask = lambda x=x, act="relu": _conv_act._request(x, conv.weight, conv.bias, act, *ARGS)
+    ask = lambda x=x, act="relu", residual=None: _conv_act._request(x, conv.weight, conv.bias, residual, act, *ARGS)
     with torch.no_grad():
         request = ask()
     assert request == Request(
@@ -63,6 +63,9 @@ def test_a_request_says_what_the_call_is():
     with torch.no_grad():
         assert not ask(x[0]).plain
         assert not ask(x.contiguous()).channels_last
+        skip = torch.randn(2, 16, 6, 5)
+        assert not ask(residual=skip).channels_last and ask(residual=skip).dtypes == (torch.float32,) * 4
+        assert ask(residual=skip.to(memory_format=torch.channels_last)).channels_last
         with torch.autograd.forward_ad.dual_level():
             assert not ask(torch.autograd.forward_ad.make_dual(x, x)).plain
         plain = []
@@ -83,23 +86,35 @@ class TestTheCall:
                 raise self.error
             return F.relu(F.conv2d(x, weight, bias, *args))
 
+        def fused_add(x, weight, z, alpha, bias, *args):
+            self.calls.append(args)
+            return F.relu(F.conv2d(x, weight, bias, *args) + alpha * z)
+
         monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
+        monkeypatch.setattr(torch, "cudnn_convolution_add_relu", fused_add)
         monkeypatch.setattr(_conv_act, "unsupported", lambda request: "")
         monkeypatch.setattr(_conv_act, "on_cpu", lambda x: False)
         monkeypatch.setattr(_conv_act, "_refused", set())
 
-    def run(self):
+    def run(self, skip: float = 0.0):
         torch.manual_seed(0)
         x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(16, 8, 3, 3), torch.randn(16)
+        residual = skip * torch.randn(1, 16, 5, 5)
         with fastseg.explain() as report:
-            y = conv2d_act(x, weight, bias, "relu", *ARGS)
-        torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, bias, *ARGS)))
+            y = conv2d_act(x, weight, bias, "relu", *ARGS, residual=residual if skip else None)
+        torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, bias, *ARGS) + residual))
         (decision,) = report
         return decision.op, decision.path, decision.why
 
     def test_is_recorded(self):
         assert self.run() == ("conv2d_act", "cudnn", "convolution, bias and ReLU in one call")
         assert self.calls == [ARGS]
+
+    def test_takes_a_residual(self):
+        assert self.run(2.0) == ("conv2d_act", "cudnn", "convolution, bias, residual and ReLU in one call")
+        assert self.calls == [ARGS]
+        with fastseg.reference():
+            self.run(2.0)
 
     @pytest.mark.parametrize(
         "words", ["cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "GET was unable to find an engine to execute this"]
@@ -123,16 +138,19 @@ class TestTheCall:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_the_fused_call_agrees(dtype, device):
+@pytest.mark.parametrize("skip", [False, True])
+def test_the_fused_call_agrees(dtype, skip, device):
     x = torch.randn(2, 64, 33, 47, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = (
         torch.randn(128, 64, 3, 3, device=device, dtype=dtype).div(24).contiguous(memory_format=torch.channels_last)
     )
     bias = torch.randn(128, device=device, dtype=dtype)
+    residual = torch.randn(2, 128, 33, 47, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    residual = residual if skip else None
     torch.use_deterministic_algorithms(False)
     with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False), fastseg.explain() as report:
-        y = conv2d_act(x, weight, bias, "relu", *ARGS)
+        y = conv2d_act(x, weight, bias, "relu", *ARGS, residual=residual)
     assert [decision.path for decision in report] == ["cudnn"]
-    want = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), *ARGS))
+    want = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), *ARGS) + (residual.double() if skip else 0))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(y.double(), want, rtol=tolerance, atol=tolerance)
