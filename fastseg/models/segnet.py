@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fastseg.models.encoders.vgg import VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.full_size import FullSizeNet, he_
-from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.fold import convolve, run_conv_norm_act
 from fastseg.nn.pooling import (
     IndexFormat,
     MaxPool2d,
@@ -90,7 +90,7 @@ class SegNet(_SegNet):
             x = run_unpool_conv_norm_act(x, indices, self.unpool, size, conv, norm, "relu")
             for conv, norm in _pairs(rest):
                 x = run_conv_norm_act(x, conv, norm, "relu")
-        return self.classifier(x)
+        return convolve(self.classifier, x)
 
 
 class SegNetBasic(_SegNet):
@@ -140,7 +140,7 @@ class SegNetBasic(_SegNet):
             pooled.append((indices, size))
         for (conv, norm), (indices, size) in zip(self.decoder, reversed(pooled), strict=True):
             x = run_unpool_conv_norm_act(x, indices, self.unpool, size, conv, norm, None)
-        return self.classifier(x)
+        return convolve(self.classifier, x)
 
 
 def _pairs(layers: Sequence[nn.Module]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:

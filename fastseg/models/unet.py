@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.models.full_size import FullSizeNet, he_
-from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.fold import convolve, run_conv_norm_act
 from fastseg.nn.pooling import MaxPool2d
 from fastseg.nn.skip import upsample_concat
 from fastseg.nn.upsampling import UpsamplingBilinear2d
@@ -182,7 +182,7 @@ class _Classifier(nn.Module):
         self.conv = nn.Conv2d(in_channels, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x)
+        return convolve(self.conv, x)
 
 
 def up_module(in_channels: int, out_channels: int, bilinear: bool) -> nn.Module:

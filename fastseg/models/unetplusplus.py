@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fastseg.models.full_size import FullSizeNet, he_
 from fastseg.models.unet import Up, check_form, innermost, up_module
-from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.fold import convolve, run_conv_norm_act
 from fastseg.nn.pooling import MaxPool2d
 from fastseg.nn.skip import upsample_concat
 
@@ -176,7 +176,7 @@ class UNetPlusPlus(FullSizeNet):
                 joined = upsample_concat(rows[i + 1][-1], rows[i], getattr(self, f"up{i}_{j}"), up_first=self.up_first)
                 rows[i].append(getattr(self, f"conv{i}_{j}")(joined))
         maps = rows[0][1:] if self.deep_supervision else rows[0][-1:]
-        return [getattr(self, name)(y) for name, y in zip(heads, maps[-len(heads) :], strict=True)]
+        return [convolve(getattr(self, name), y) for name, y in zip(heads, maps[-len(heads) :], strict=True)]
 
 
 class _Node(nn.Module):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import record_reference
+from fastseg.ops._recompute import kept_as_recipe
 
 
 class SeparableConv2d(nn.Module):
@@ -124,12 +125,13 @@ def run_separable(
         u = act(mid_act, norm(mid_norm, depthwise(act(pre_act, x))))
         y = act(post_act, norm(post_norm, pointwise(u)))
         return y if residual is None else y + residual
-    return separable_conv2d(
-        x, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias,
-        stride=depthwise.stride[0], padding=depthwise.padding[0], dilation=depthwise.dilation[0],
-        pre_act=pre_act, mid_norm=batch_norm_args(mid_norm), mid_act=mid_act,
-        post_norm=batch_norm_args(post_norm), post_act=post_act, residual=residual,
-    )  # fmt: skip
+    with kept_as_recipe(x):
+        return separable_conv2d(
+            x, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias,
+            stride=depthwise.stride[0], padding=depthwise.padding[0], dilation=depthwise.dilation[0],
+            pre_act=pre_act, mid_norm=batch_norm_args(mid_norm), mid_act=mid_act,
+            post_norm=batch_norm_args(post_norm), post_act=post_act, residual=residual,
+        )  # fmt: skip
 
 
 def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:

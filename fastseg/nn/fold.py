@@ -102,7 +102,8 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)``, which keeps the recipe of ``x`` if there is one."""
     with kept_as_recipe(x):
         return conv(x)
 
@@ -119,7 +120,7 @@ def run_conv_norm_act(
     if norm is not None and not can_fold(x, conv, norm):
         if norm.training:
             unfold(conv)
-        return run_norm_act(_convolve(conv, x), norm, act, residual)
+        return run_norm_act(convolve(conv, x), norm, act, residual)
     plain = conv.padding_mode == "zeros"
     as_it_is = norm is None and (
         _followed() or bool(watched(conv, nn.Conv2d)) or _differentiated(x, conv.weight, conv.bias)
@@ -128,5 +129,5 @@ def run_conv_norm_act(
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)
         options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)
         return conv2d_act(x, weight, bias, *options, residual=residual)
-    y = _convolve(conv, x) if norm is None else run_conv(x, conv, norm)
+    y = convolve(conv, x) if norm is None else run_conv(x, conv, norm)
     return activate(add_residual(y, residual), act, inplace=True)

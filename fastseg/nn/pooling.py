@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from fastseg.nn.conv import batch_norm_args, watched
-from fastseg.nn.fold import can_fold, folded, run_conv, run_conv_norm_act, unfold
+from fastseg.nn.fold import can_fold, convolve, folded, run_conv, run_conv_norm_act, unfold
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import kernels_run
+from fastseg.ops._recompute import remember
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.max_pool import IndexFormat, max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import CheckIndices, max_unpool1d, max_unpool2d, max_unpool3d
@@ -150,7 +152,7 @@ def run_conv_norm_act_pool(
     else:
         if norm.training:
             unfold(conv)
-        y, args = conv(x), batch_norm_args(norm)
+        y, args = convolve(conv, x), batch_norm_args(norm)
     return batch_norm_act_max_pool2d(
         y, args, act, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, True,
         index_format=pool.index_format if kernels_run(y) else "int64", inplace=True,
@@ -172,8 +174,16 @@ def run_unpool_conv_norm_act(
     same = conv.kernel_size == (K, K) and conv.padding == (K // 2, K // 2) and K % 2 == 1
     foldable = plain and same and unpool.padding == (0, 0) and not watched(unpool, MaxUnpool2d)
     if norm is None or not foldable or not can_fold(x, conv, norm):
-        return run_conv_norm_act(unpool(x, indices, output_size), conv, norm, act)
+        return run_conv_norm_act(_remembered(x, indices, unpool, output_size), conv, norm, act)
     weight, bias = folded(x, conv, norm)
     return max_unpool_conv2d(
         x, indices, weight, bias, act, kernel_size=unpool.kernel_size, stride=unpool.stride, output_size=output_size
     )
+
+
+def _remembered(x: Tensor, indices: Tensor | PoolIndices, unpool: MaxUnpool2d, size: tuple[int, int]) -> Tensor:
+    """``unpool(x, indices, size)``; the convolution after it keeps ``x``, and the backward unpools again."""
+    y = unpool(x, indices, size)
+    if torch.compiler.is_compiling() or watched(unpool, MaxUnpool2d) or not (y.requires_grad and kernels_run(x)):
+        return y
+    return remember(y, (x,), lambda source: unpool(source, indices, size))

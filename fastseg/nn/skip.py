@@ -1,6 +1,7 @@
 """Skip connections: a coarse map upsampled and put beside finer ones."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -8,7 +9,10 @@ from torch.nn import functional as F
 
 from fastseg import ops
 from fastseg.nn.conv import watched
+from fastseg.nn.fold import convolve
 from fastseg.nn.upsampling import UpsamplingBilinear2d
+from fastseg.ops._dispatch import kernels_run
+from fastseg.ops._recompute import recipe_of, remember
 
 
 def upsample_concat(
@@ -31,14 +35,34 @@ def upsample_concat(
         (N, sum of channels, OH, OW).
     """
     doubled = not watched(up, UpsamplingBilinear2d) and up.size is None and up.scale_factor == 2
-    y = None if doubled else up(x)
+    y = None if doubled else convolve(up, x)
     height, width = (2 * n for n in x.shape[-2:]) if y is None else y.shape[-2:]
     rows, columns = skips[0].shape[-2] - height, skips[0].shape[-1] - width
     if crop:
         skips = [s[:, :, rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width] for s in skips]
     if doubled and (crop or not (rows or columns)):
-        return ops.upsample_concat(x, skips, align_corners=True, up_first=up_first)
+        join = partial(_upsampled_beside, up_first=up_first)
+        return _remembered(join(x, *skips), (x, *skips), join)
     y = up(x) if y is None else y
     if not crop and (rows or columns):
         y = F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-    return torch.cat([y, *skips] if up_first else [*skips, y], 1)
+    parts = (y, *skips) if up_first else (*skips, y)
+    return _remembered(_beside(*parts), parts, _beside)
+
+
+def _beside(*maps: Tensor) -> Tensor:
+    return torch.cat(maps, 1)
+
+
+def _upsampled_beside(x: Tensor, *skips: Tensor, up_first: bool) -> Tensor:
+    return ops.upsample_concat(x, skips, align_corners=True, up_first=up_first)
+
+
+def _remembered(y: Tensor, parts: tuple[Tensor, ...], join: Callable[..., Tensor]) -> Tensor:
+    """``y = join(*parts)``: the convolution after it keeps what the parts are made of, and joins them again.
+
+    Not where the parts would be kept as they are: they are as large as ``y``.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (y.requires_grad and kernels_run(y)):
+        return y
+    return remember(y, parts, join) if any(map(recipe_of, parts)) else y

@@ -1,12 +1,14 @@
 """Maps that are cheap to make again: what would keep one for its backward keeps what it was made of instead.
 
 A convolution keeps its input. Where that is ``act(norm(z))``, z is kept by the norm already; so the convolution keeps a
-recipe, and its backward makes the same bits again, with one read and one write. Saved-tensor hooks of others
-(checkpoints, offloading, counters) see z in the place of the map.
+recipe, and its backward makes the same bits again, with one read and one write. Of maps put side by side, or unpooled,
+the recipe names what theirs name. Saved-tensor hooks of others (checkpoints, offloading, counters) see the sources in
+the place of the map.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -16,27 +18,52 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 
 class Recipe(NamedTuple):
-    """``make(source)`` is the map, as it was at ``version``."""
+    """``make(*sources)`` is the map, as it was at ``version``; of the sources at ``source_versions``."""
 
-    make: Callable[[Tensor], Tensor]
-    source: Tensor
+    make: Callable[..., Tensor]
+    sources: tuple[Tensor, ...]
     version: int
+    source_versions: tuple[int, ...]
+
+    @property
+    def holds(self) -> bool:
+        """Whether the sources are what they were."""
+        return all(t._version == v for t, v in zip(self.sources, self.source_versions, strict=True))
 
 
 class _Kept(NamedTuple):
-    """In the place of a map: its recipe's ``make``, and the source as the hooks around ours have packed it."""
+    """In the place of a map: its recipe's ``make``, and the sources as the hooks around ours have packed them."""
 
-    make: Callable[[Tensor], Tensor]
-    source: Any
+    make: Callable[..., Tensor]
+    sources: tuple[Any, ...]
 
 
 _recipes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # gone with the map
 
 
-def remember(y: Tensor, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """``y``, of which is known from now on that it is ``make(source)``."""
-    _recipes[y] = Recipe(make, source.detach(), y._version)
+def remember(y: Tensor, sources: Sequence[Tensor], make: Callable[..., Tensor]) -> Tensor:
+    """``y``, of which is known from now on that it is ``make(*sources)``; a source with a recipe is made by it."""
+    recipes = [recipe_of(source) or _as_it_is(source) for source in sources]
+    leaves = tuple(leaf.detach() for recipe in recipes for leaf in recipe.sources)
+    makes = [recipe.make for recipe in recipes]
+    counts = [len(recipe.sources) for recipe in recipes]
+
+    def make_all(*flat: Tensor) -> Tensor:
+        parts = iter(flat)
+        return make(*(each(*islice(parts, count)) for each, count in zip(makes, counts, strict=True)))
+
+    _recipes[y] = Recipe(make_all, leaves, y._version, tuple(leaf._version for leaf in leaves))
     return y
+
+
+def recipe_of(y: Tensor) -> Recipe | None:
+    """Its recipe, if it has one that still holds."""
+    recipe = _recipes.get(y)
+    return recipe if recipe is not None and recipe.version == y._version and recipe.holds else None
+
+
+def _as_it_is(y: Tensor) -> Recipe:
+    return Recipe(lambda same: same, (y,), y._version, (y._version,))
 
 
 @contextmanager
@@ -45,9 +72,9 @@ def kept_as_recipe(x: Tensor) -> Iterator[None]:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a compiler decides by itself what it keeps
         yield
         return
-    recipe = _recipes.get(x)
+    recipe = recipe_of(x)
     hooked = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()
-    if recipe is None or recipe.version != x._version or not hooked:
+    if recipe is None or not hooked:
         yield
         return
     outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
@@ -56,13 +83,13 @@ def kept_as_recipe(x: Tensor) -> Iterator[None]:
 
     def pack(t: Tensor):
         same = t.untyped_storage()._cdata == storage and (t.shape, t.stride(), t.storage_offset()) == form
-        return _Kept(recipe.make, pack_outer(recipe.source)) if same else pack_outer(t)
+        return _Kept(recipe.make, tuple(map(pack_outer, recipe.sources))) if same else pack_outer(t)
 
     def unpack(kept):
         if not isinstance(kept, _Kept):
             return unpack_outer(kept)
         with torch.no_grad():
-            return kept.make(unpack_outer(kept.source))
+            return kept.make(*map(unpack_outer, kept.sources))
 
     with saved_tensors_hooks(pack, unpack):
         yield

@@ -85,7 +85,7 @@ def batch_norm_act(
     if not kernel or residual is not None:  # with a residual the result itself is kept
         return y
     vectors = tuple(None if t is None else t.detach() for t in (mean, var, weight, bias))
-    return remember(y, x, lambda source: fwd_op(source, *vectors, *args[5:]))
+    return remember(y, (x,), lambda source: fwd_op(source, *vectors, *args[5:]))
 
 
 def batch_norm_act_ref(

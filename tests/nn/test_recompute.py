@@ -1,5 +1,6 @@
 """Chains of convolution, batch norm and activation keep one map a layer, and their gradients stay what they were."""
 
+import copy
 from contextlib import nullcontext
 
 import harness
@@ -10,7 +11,10 @@ from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import fastseg
-from fastseg.nn import ConvNormAct2d
+from fastseg.nn import ConvNormAct2d, MaxPool2d, MaxUnpool2d, SeparableConv2d, UpsamplingBilinear2d
+from fastseg.nn.pooling import run_conv_norm_act_pool, run_unpool_conv_norm_act
+from fastseg.nn.skip import upsample_concat
+from fastseg.ops import _recompute
 from fastseg.ops._dispatch import INTERPRETED
 
 CHANNELS, SIDE = 8, 7
@@ -100,3 +104,63 @@ def test_second_use_of_a_map(chain):
         want = gradients(net, lambda x: net[3](run(x)), x)
     for g, w in zip(got, want, strict=True):
         torch.testing.assert_close(g, w, rtol=2e-4, atol=2e-4)
+
+
+class Pooled(nn.Module):
+    """A stage down and up again with pooling indices, as SegNet."""
+
+    def __init__(self):
+        super().__init__()
+        self.down, self.up, self.last = (ConvNormAct2d(CHANNELS, CHANNELS) for _ in range(3))
+        self.pool = MaxPool2d(2, 2, ceil_mode=True, return_indices=True, index_format="compact")
+        self.unpool = MaxUnpool2d(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.down(x)
+        y, indices = run_conv_norm_act_pool(y, self.up.conv, self.up.norm, "relu", self.pool)
+        conv, norm = self.last.conv, self.last.norm
+        return run_unpool_conv_norm_act(y, indices, self.unpool, x.shape[-2:], conv, norm, "relu")
+
+
+class Skip(nn.Module):
+    """A map beside its upsampled, smaller self, as U-Net."""
+
+    def __init__(self, up: nn.Module):
+        super().__init__()
+        self.fine, self.coarse = ConvNormAct2d(CHANNELS, CHANNELS), ConvNormAct2d(CHANNELS, CHANNELS, stride=2)
+        self.up, self.join = up, ConvNormAct2d(2 * CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.fine(x)
+        return self.join(upsample_concat(self.coarse(fine), [fine], self.up))
+
+
+def separable() -> nn.Module:
+    return nn.Sequential(ConvNormAct2d(CHANNELS, CHANNELS), SeparableConv2d(CHANNELS, CHANNELS))
+
+
+NETS = {  # and how many maps of the first layer's size theirs have fewer than with all maps kept
+    "separable": (separable, 1),
+    "pooled": (Pooled, 1.75),  # the input of `up`; of the unpooled map the pooled one stays, a quarter
+    "transposed": (lambda: Skip(nn.ConvTranspose2d(CHANNELS, CHANNELS, 2, stride=2)), 2),
+    "interpolated": (lambda: Skip(UpsamplingBilinear2d(scale_factor=2)), 3),
+}
+
+
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="plain PyTorch keeps all maps: faster")
+@pytest.mark.parametrize("name", NETS)
+def test_maps_made_of_others(name, device, monkeypatch):
+    """What is joined, unpooled or taken by a separable convolution is made again; the gradients are the same bits."""
+    build, saved = NETS[name]
+    net = build().to(device)
+    twin = copy.deepcopy(net)
+    x = torch.randn(2, CHANNELS, 8, 6, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    kept = harness.kept_bytes(lambda: net(x))
+    got = gradients(net, net, x.detach())
+    monkeypatch.setattr(_recompute, "recipe_of", lambda y: None)
+    twin(x)  # for the statistics
+    more = harness.kept_bytes(lambda: twin(x)) - kept
+    twin.load_state_dict(net.state_dict())
+    assert more >= saved * x.numel() * 4
+    for a, b in zip(got, gradients(twin, twin, x.detach()), strict=True):
+        assert torch.equal(a, b)

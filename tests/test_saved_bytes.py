@@ -1,0 +1,16 @@
+"""What nets keep for their backward, on fake tensors of full size: at most 0.55 of eager's."""
+
+import pytest
+from workloads import ModelShape
+
+from fastseg.ops._dispatch import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors take the kernels' path under the interpreter")
+
+
+@pytest.mark.parametrize("model", ["deeplabv3plus_mobilenet_v2", "segnet", "unet"])
+def test_at_most_055_of_eager(model):
+    import saved_bytes  # sets the interpreter up
+
+    eager, ours, *_ = saved_bytes.kept_by_model(ModelShape(model, N=2))
+    assert ours <= 0.55 * eager
