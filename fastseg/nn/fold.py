@@ -114,15 +114,14 @@ def run_conv_norm_act(
         if norm.training:
             unfold(conv)
         return run_norm_act(_convolve(conv, x), norm, act, residual)
-    first = act if residual is None else None  # what the convolution's own call may end with
     plain = conv.padding_mode == "zeros"
-    options = (first, conv.stride, conv.padding, conv.dilation, conv.groups)
+    options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)
     if norm is not None and plain:
-        y = conv2d_act(x, *folded(x, conv, norm), *options)
-    elif norm is not None:
-        y = activate(run_conv(x, conv, norm), first, inplace=True)
+        return conv2d_act(x, *folded(x, conv, norm), *options, residual=residual)
+    if norm is not None:
+        y = run_conv(x, conv, norm)
     elif plain and not (_followed() or watched(conv, nn.Conv2d) or _differentiated(x, conv.weight, conv.bias)):
-        y = conv2d_act(x, conv.weight, conv.bias, *options)
+        return conv2d_act(x, conv.weight, conv.bias, *options, residual=residual)
     else:
-        y = activate(_convolve(conv, x), first, inplace=True)
-    return y if residual is None else activate(add_residual(y, residual), act, inplace=True)
+        y = _convolve(conv, x)
+    return activate(add_residual(y, residual), act, inplace=True)

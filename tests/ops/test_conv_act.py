@@ -28,7 +28,8 @@ ARGS = ((1, 1), (1, 1), (1, 1), 1)
         ({"cudnn": False}, "no cuDNN"),
         ({"deterministic": True}, "not deterministic"),
         ({"plain": False}, "a gradient"),
-        ({"act": "relu6"}, "has a ReLU, not relu6"),
+        ({"act": "relu6"}, ""),  # the ReLU, and a minimum after it
+        ({"act": "leaky_relu"}, "has a ReLU, not leaky_relu"),
         ({"act": None}, "not no activation"),
         ({"dtypes": (torch.float64,) * 3}, "dtypes float64"),
         ({"dtypes": (torch.bfloat16, torch.float32)}, "dtypes bfloat16, float32"),  # autocast casts the weight
@@ -88,17 +89,21 @@ class TestTheCall:
         monkeypatch.setattr(_conv_act, "on_cpu", lambda x: False)
         monkeypatch.setattr(_conv_act, "_refused", set())
 
-    def run(self):
+    def run(self, act="relu"):
         torch.manual_seed(0)
         x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(16, 8, 3, 3), torch.randn(16)
         with fastseg.explain() as report:
-            y = conv2d_act(x, weight, bias, "relu", *ARGS)
-        torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, bias, *ARGS)))
+            y = conv2d_act(x, weight, bias, act, *ARGS)
+        torch.testing.assert_close(y, getattr(F, act)(F.conv2d(x, weight, bias, *ARGS)))
         (decision,) = report
         return decision.op, decision.path, decision.why
 
     def test_is_recorded(self):
         assert self.run() == ("conv2d_act", "cudnn", "convolution, bias and ReLU in one call")
+        assert self.calls == [ARGS]
+
+    def test_relu6_is_a_minimum_after_it(self):
+        assert self.run("relu6")[1:] == ("cudnn", "convolution, bias and ReLU in one call, a minimum after it")
         assert self.calls == [ARGS]
 
     @pytest.mark.parametrize(
