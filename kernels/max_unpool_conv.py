@@ -24,12 +24,11 @@ from fastseg.kernels.common import activate, tile_pixels
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.pooling import Pooling, unpack_codes
 from fastseg.kernels.separable_conv_fwd import precision
-from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES
+from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, OWN_GEMM
 
 # Lane operations that build the left operand, counted in the SASS for sm_90: for an element unpack, compare, select and
 # move; for a pixel and tap the window, its bounds, and addresses.
 BUILD, BUILD_ROW = 9, 600
-OWN_GEMM = 0.85  # of a library's rate: an estimate, to be measured
 
 
 @triton.jit

@@ -44,12 +44,13 @@ def depthwise_tile(
 def finish_tile(
     z, z_ptr, y_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, tile_stats_ptr, counts_ptr,
     rows, mask_m, offs_n, eps, tile, pid_n,
-    COUT: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    COUT: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of both GEMM forms. z: (BLOCK_M, BLOCK_N) convolution output, in ACC; rows: int64 pixel numbers.
 
     STATS: z and its tile statistics are stored, norm and activation wait for them. Else y is stored, and z with SAVE_Z.
+    RESIDUAL: "none", or on which side of the activation it is added, "before" or "after".
     """
     mask_n = offs_n < COUT
     mask = mask_m[:, None] & mask_n[None, :]
@@ -62,9 +63,12 @@ def finish_tile(
         if pid_n == 0:
             tl.store(counts_ptr + tile, count)
     else:
-        y = norm_act(z, weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_n, mask_n, eps, NORM, AFFINE, ACT, ACC)
-        if HAS_RESIDUAL:
+        FIRST: tl.constexpr = "none" if RESIDUAL == "before" else ACT
+        y = norm_act(z, weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_n, mask_n, eps, NORM, AFFINE, FIRST, ACC)
+        if RESIDUAL != "none":
             y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(ACC)
+        if RESIDUAL == "before":
+            y = activate(y, ACT)
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -77,7 +81,7 @@ def _separable_conv_fwd_fused_kernel(
     C: tl.constexpr, COUT: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr,
     PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
-    POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -110,7 +114,7 @@ def _separable_conv_fwd_fused_kernel(
     rows = n * OH * OW + oy * OW + ox
     finish_tile(acc, z_ptr, y_ptr, residual_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
                 tile_stats_ptr, counts_ptr, rows, mask_m, offs_n, post_eps, tile, pid_n,
-                COUT, POST_NORM, POST_AFFINE, POST_ACT, HAS_RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
+                COUT, POST_NORM, POST_AFFINE, POST_ACT, RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
 
 
 @triton.jit
@@ -148,13 +152,13 @@ def _separable_conv_fwd_dw_kernel(
 @triton.jit
 def _separable_conv_fwd_pw_kernel(
     u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
-    pw_ptr, pw_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
+    pw_ptr, pw_bias_ptr, image_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
     z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
-    M, mid_eps, post_eps,
+    M, image_pixels, mid_eps, post_eps,
     C: tl.constexpr, COUT: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
-    POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-    STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    IMAGE_BIAS: tl.constexpr, POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -178,10 +182,13 @@ def _separable_conv_fwd_pw_kernel(
         acc = tl.dot(a, w.to(u_ptr.dtype.element_ty), acc, input_precision=PRECISION, out_dtype=ACC)
     if PW_BIAS:
         acc += tl.load(pw_bias_ptr + offs_n, mask=offs_n < COUT, other=0.0).to(ACC)[None, :]
+    if IMAGE_BIAS:
+        offs = ((row0 + offs_m) // image_pixels * COUT)[:, None] + offs_n[None, :]
+        acc += tl.load(image_bias_ptr + offs, mask=mask_m[:, None] & (offs_n < COUT)[None, :], other=0.0).to(ACC)
 
     finish_tile(acc, z_ptr, y_ptr, residual_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
                 tile_stats_ptr, counts_ptr, row0 + offs_m, mask_m, offs_n, post_eps, tile, pid_n,
-                COUT, POST_NORM, POST_AFFINE, POST_ACT, HAS_RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
+                COUT, POST_NORM, POST_AFFINE, POST_ACT, RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
 
 
 class Weights(NamedTuple):
@@ -270,17 +277,21 @@ def separable_conv_fwd_fused(
         C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre,
         DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
         PW_BIAS=w.pw_bias is not None,
-        POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post, HAS_RESIDUAL=residual is not None,
-        STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
+        POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post,
+        RESIDUAL="none" if residual is None else "after", STATS=stats, SAVE_Z=save_z,
+        ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
     )  # fmt: skip
     return y, z, batch_stats(tile_stats, counts) if stats else None
 
 
 def separable_conv_fwd_pw(
     u: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
-    *, stats: bool, save_z: bool,
+    *, stats: bool, save_z: bool, image_bias: Tensor | None = None, residual_side: str = "after",
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """u (N, C, OH, OW) in NHWC memory, before ``mid`` and ``acts.mid`` -> as ``separable_conv_fwd_fused``."""
+    """u (N, C, OH, OW) in NHWC memory, before ``mid`` and ``acts.mid`` -> as ``separable_conv_fwd_fused``.
+
+    image_bias (N, COUT) is added to z; residual on that side of ``acts.post``, "before" or "after".
+    """
     cfg = select("separable_conv_fwd_pw", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
     tiles = triton.cdiv(g.pixels, cfg.BLOCK_M)
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
@@ -288,12 +299,13 @@ def separable_conv_fwd_pw(
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
     launch(
         _separable_conv_fwd_pw_kernel, (tiles, triton.cdiv(g.COUT, cfg.BLOCK_N)),
-        u, *mid_vectors, w.pw, _or(w.pw_bias, u), *post_vectors, _or(residual, u),
+        u, *mid_vectors, w.pw, _or(w.pw_bias, u), _or(image_bias, u), *post_vectors, _or(residual, u),
         _or(z, y), _or(y, z), tile_stats, counts,
-        g.pixels, mid_eps, post_eps,
+        g.pixels, g.OH * g.OW, mid_eps, post_eps,
         C=g.C, COUT=g.COUT, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
-        POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post, HAS_RESIDUAL=residual is not None,
-        STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,
+        IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post,
+        RESIDUAL="none" if residual is None else residual_side, STATS=stats, SAVE_Z=save_z,
+        ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,
     )  # fmt: skip
     return y, z, batch_stats(tile_stats, counts) if stats else None
 

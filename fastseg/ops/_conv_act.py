@@ -1,4 +1,4 @@
-"""A convolution and its activation where nobody wants a gradient: on CUDA one cuDNN call, elsewhere torch's two."""
+"""A convolution and what follows it where nobody wants a gradient: one launch of cuDNN, or of our own."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._batch_norm import Activation, activate, add_residual
+from fastseg.ops._batch_norm import Activation
 from fastseg.ops._dispatch import IN_REFERENCE, KERNEL_DTYPES, has_tangent, in_reference, record
+from fastseg.ops._pointwise_conv import choose, finish, pointwise_conv2d
 
 INDEXABLE = 2**31  # elements; F.conv2d cuts larger maps into parts, the fused call does not
 LANES = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}  # channels in 16 bytes
@@ -23,7 +24,7 @@ class Request(NamedTuple):
     cudnn: bool  # whether torch has the fused call, and cuDNN to make it
     deterministic: bool  # whether only deterministic algorithms may run
     plain: bool  # 4-D tensors of torch's own type, without a gradient or tangent
-    dtypes: tuple[torch.dtype, ...]  # of input, weight, and bias and residual if there are any
+    dtypes: tuple[torch.dtype, ...]  # of input, weight, and what else there is
     act: str | None
     padding: Sequence[int] | str
     channels: tuple[int, int]  # in, out
@@ -45,19 +46,37 @@ def conv2d_act(
     residual: Tensor | None = None,
     image_bias: Tensor | None = None,
 ) -> Tensor:
-    """``act(conv2d(x, weight, bias, stride, padding, dilation, groups) + residual)``, wanted without a gradient.
+    """``act(conv2d(x, weight, bias, stride, padding, dilation, groups) + image_bias[:, :, None, None] + residual)``.
+
+    Meant for where no gradient is wanted; where one is, and while compiling, it is torch's functions one by one.
 
     With cuDNN bias, residual and a ReLU are added in the convolution's epilogue (``torch.cudnn_convolution_relu``,
     ``torch.cudnn_convolution_add_relu``), where torch's convolution reads and writes the map once more for each.
-    cuDNN's ReLU may give 0 for NaN.
+    cuDNN's ReLU may give 0 for NaN. A ReLU6 behind it is one more pass, a minimum. A 1x1 convolution at stride 1 has a
+    kernel of its own for everything that cuDNN's call cannot end with, where a cost model finds it faster (``explain``
+    shows it).
+
+    Args:
+        x: (N, C, H, W).
+        residual: shaped as the output.
+        image_bias: (N, COUT), the same for all pixels of an image.
     """
     args = (stride, padding, dilation, groups)
-    if image_bias is not None:
-        return activate(F.conv2d(x, weight, bias, *args) + image_bias[:, :, None, None], act, inplace=True)
+    if torch.compiler.is_compiling():
+        return finish(F.conv2d(x, weight, bias, *args), act, residual, image_bias)
+    request = _request(x, weight, bias, act, *args, residual, image_bias)
     why = IN_REFERENCE if in_reference() else "CPU tensor" if on_cpu(x) else ""
-    why = why or unsupported(_request(x, weight, bias, residual, act, *args))
+    why = why or unsupported(request)
     key = (x.dtype, x.shape, weight.shape, *args, residual is None)
-    if not why and key not in _refused:
+    why = why or ("cuDNN has no engine for it" if key in _refused else "")
+    said = ""
+    if request.plain and _is_plain_1x1(weight, *args):
+        own = choose(x, weight, bias, act, residual, image_bias, fused_call=not why)
+        said = own.why()
+        if own.own:
+            record("conv2d_act", x, "triton", said)
+            return pointwise_conv2d(x, weight, bias, act=act, residual=residual, image_bias=image_bias)
+    if not why and image_bias is None and (residual is None or act == "relu"):
         try:
             if residual is None:
                 y = torch.cudnn_convolution_relu(x, weight, bias, *args)
@@ -67,14 +86,21 @@ def conv2d_act(
             if "CUDNN_STATUS" not in str(error) and "engine" not in str(error):
                 raise
             _refused.add(key)
+            why = "cuDNN has no engine for it"
         else:
-            parts = "bias" if residual is None else "bias, residual"
-            record("conv2d_act", x, "cudnn", f"convolution, {parts} and ReLU in one call")
-            return y
-    record("conv2d_act", x, "reference", why or "cuDNN has no engine for it")
+            called = f"convolution, {'bias' if residual is None else 'bias, residual'} and ReLU in one call"
+            called += "" if act == "relu" else ", a minimum after it"
+            record("conv2d_act", x, "cudnn", f"{called}; {said}" if said else called)
+            return y if act == "relu" else y.clamp_(max=6)
+    why = why or "a bias for each image, or a residual before a ReLU6, is added after cuDNN's call"
+    record("conv2d_act", x, "reference", said or why)
     # On a CPU, 64 channels 256^2, 256 64^2, 512 32^2, one thread: channels_last takes 0.85, 0.93 and 0.95 of NCHW's
     # time; oneDNN's own call on packed weights, a private one whose ReLU drops NaN, 0.85, 0.91 and 0.88.
-    return activate(add_residual(F.conv2d(x, weight, bias, *args), residual), act, inplace=True)
+    return finish(F.conv2d(x, weight, bias, *args), act, residual, image_bias)
+
+
+def _is_plain_1x1(weight: Tensor, stride, padding, dilation, groups: int) -> bool:
+    return weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0) and groups == 1
 
 
 def on_cpu(x: Tensor) -> bool:
@@ -91,7 +117,7 @@ def unsupported(r: Request) -> str:
         return "the fused call may take algorithms that are not deterministic"
     if not r.plain:
         return "a gradient, a tangent, a tensor subclass, or not 4-D"
-    if r.act != "relu":
+    if r.act not in ("relu", "relu6"):
         return f"the fused call has a ReLU, not {r.act or 'no activation'}"
     if len(set(r.dtypes)) > 1 or r.dtypes[0] not in KERNEL_DTYPES:
         return f"dtypes {', '.join(str(dtype).removeprefix('torch.') for dtype in r.dtypes)}"
@@ -108,9 +134,9 @@ def unsupported(r: Request) -> str:
     return ""
 
 
-def _request(x: Tensor, weight: Tensor, bias, residual, act, stride, padding, dilation, groups: int) -> Request:
+def _request(x, weight, bias, act, stride, padding, dilation, groups, residual=None, image_bias=None) -> Request:
     maps = [t for t in (x, weight, residual) if t is not None]
-    tensors = maps if bias is None else [*maps, bias]
+    tensors = [*maps, *(t for t in (bias, image_bias) if t is not None)]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     followed = any(map(has_tangent, maps)) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
     plain = x.dim() == 4 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)

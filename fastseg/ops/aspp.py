@@ -2,12 +2,11 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops._atrous import atrous_branches
-from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops.atrous_conv2d import atrous_conv2d
 
@@ -94,22 +93,11 @@ def pool_share(p: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def project(maps: Tensor, weight: Tensor, image_bias: Tensor, act: Activation | None) -> Tensor:
     """``act(conv2d(maps, weight) + image_bias)``, with one bias per image and channel: (N, OUT, H, W)."""
-    if _followed(maps, weight, image_bias):
-        return activate(F.conv2d(maps, weight) + image_bias[:, :, None, None], act, inplace=True)
     return conv2d_act(maps, weight, None, act, (1, 1), (0, 0), (1, 1), 1, image_bias=image_bias)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation | None) -> Tensor:
-    if _followed(x, weight, bias):
-        return activate(F.conv2d(x, weight, bias), act, inplace=True)
     return conv2d_act(x, weight, bias, act, (1, 1), (0, 0), (1, 1), 1)
-
-
-def _followed(*tensors: Tensor | None) -> bool:
-    """Whether a compiler looks on, or a gradient is wanted."""
-    return torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    )
 
 
 def _check(x, weights, dilations, biases, project_weight, project_bias, pool, act, fusion: str) -> None:

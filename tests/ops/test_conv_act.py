@@ -28,7 +28,8 @@ ARGS = ((1, 1), (1, 1), (1, 1), 1)
         ({"cudnn": False}, "no cuDNN"),
         ({"deterministic": True}, "not deterministic"),
         ({"plain": False}, "a gradient"),
-        ({"act": "relu6"}, "has a ReLU, not relu6"),
+        ({"act": "relu6"}, ""),  # the ReLU, and a minimum after it
+        ({"act": "leaky_relu"}, "has a ReLU, not leaky_relu"),
         ({"act": None}, "not no activation"),
         ({"dtypes": (torch.float64,) * 3}, "dtypes float64"),
         ({"dtypes": (torch.bfloat16, torch.float32)}, "dtypes bfloat16, float32"),  # autocast casts the weight
@@ -52,7 +53,7 @@ def test_what_is_fused(change, why):
 def test_a_request_says_what_the_call_is():
     x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last)
-    ask = lambda x=x, act="relu", residual=None: _conv_act._request(x, conv.weight, conv.bias, residual, act, *ARGS)
+    ask = lambda x=x, act="relu", residual=None: _conv_act._request(x, conv.weight, conv.bias, act, *ARGS, residual)
     with torch.no_grad():
         request = ask()
     assert request == Request(
@@ -96,13 +97,13 @@ class TestTheCall:
         monkeypatch.setattr(_conv_act, "on_cpu", lambda x: False)
         monkeypatch.setattr(_conv_act, "_refused", set())
 
-    def run(self, skip: float = 0.0):
+    def run(self, act="relu", skip: float = 0.0):
         torch.manual_seed(0)
         x, weight, bias = torch.randn(1, 8, 5, 5), torch.randn(16, 8, 3, 3), torch.randn(16)
         residual = skip * torch.randn(1, 16, 5, 5)
         with fastseg.explain() as report:
-            y = conv2d_act(x, weight, bias, "relu", *ARGS, residual=residual if skip else None)
-        torch.testing.assert_close(y, F.relu(F.conv2d(x, weight, bias, *ARGS) + residual))
+            y = conv2d_act(x, weight, bias, act, *ARGS, residual=residual if skip else None)
+        torch.testing.assert_close(y, getattr(F, act)(F.conv2d(x, weight, bias, *ARGS) + residual))
         (decision,) = report
         return decision.op, decision.path, decision.why
 
@@ -111,10 +112,15 @@ class TestTheCall:
         assert self.calls == [ARGS]
 
     def test_takes_a_residual(self):
-        assert self.run(2.0) == ("conv2d_act", "cudnn", "convolution, bias, residual and ReLU in one call")
+        assert self.run(skip=2.0)[1:] == ("cudnn", "convolution, bias, residual and ReLU in one call")
         assert self.calls == [ARGS]
+        assert self.run("relu6", skip=2.0)[1] == "reference"
         with fastseg.reference():
-            self.run(2.0)
+            self.run(skip=2.0)
+
+    def test_relu6_is_a_minimum_after_it(self):
+        assert self.run("relu6")[1:] == ("cudnn", "convolution, bias and ReLU in one call, a minimum after it")
+        assert self.calls == [ARGS]
 
     @pytest.mark.parametrize(
         "words", ["cuDNN error: CUDNN_STATUS_NOT_SUPPORTED", "GET was unable to find an engine to execute this"]
