@@ -4,7 +4,9 @@ import inspect
 
 from torch import nn
 
-from fastseg.models.deeplab import DeepLabV3Plus
+from fastseg.models.deeplabv2 import DeepLabV2
+from fastseg.models.deeplabv3 import DeepLabV3
+from fastseg.models.deeplabv3plus import DeepLabV3Plus
 from fastseg.models.fcn import FCN
 from fastseg.models.segnet import SegNet, SegNetBasic
 from fastseg.models.unet import UNet
@@ -12,6 +14,8 @@ from fastseg.models.unetplusplus import UNetPlusPlus, fading_weights
 from fastseg.models.weights import load_encoder_weights, load_weights
 
 MODELS: dict[str, type[nn.Module]] = {
+    "deeplabv2": DeepLabV2,
+    "deeplabv3": DeepLabV3,
     "deeplabv3plus": DeepLabV3Plus,
     "fcn": FCN,
     "segnet": SegNet,
@@ -23,6 +27,8 @@ MODELS: dict[str, type[nn.Module]] = {
 __all__ = [
     "FCN",
     "MODELS",
+    "DeepLabV2",
+    "DeepLabV3",
     "DeepLabV3Plus",
     "SegNet",
     "SegNetBasic",

@@ -8,6 +8,7 @@ from torch import nn
 from fastseg.models.encoders.mobilenet_v2 import MobileNetV2
 from fastseg.models.encoders.resnet import ResNet
 from fastseg.models.encoders.vgg import VGG16
+from fastseg.models.encoders.xception import Xception65
 
 # Each takes (in_channels, output_stride, width).
 ENCODERS: dict[str, Callable[..., nn.Module]] = {
@@ -15,6 +16,7 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     **{f"resnet{depth}": partial(ResNet, depth) for depth in (18, 34, 50, 101)},
     "vgg16": VGG16,
     "vgg16_bn": partial(VGG16, norm=True),
+    "xception": Xception65,
 }
 
-__all__ = ["ENCODERS", "VGG16", "MobileNetV2", "ResNet"]
+__all__ = ["ENCODERS", "VGG16", "MobileNetV2", "ResNet", "Xception65"]

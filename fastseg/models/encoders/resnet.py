@@ -1,5 +1,6 @@
 """ResNet (He et al., arXiv:1512.03385), stride in the 3x3 convolution, without its classifier."""
 
+from functools import partial
 from typing import Literal
 
 from torch import Tensor, nn
@@ -29,6 +30,8 @@ class ResNet(nn.Module):
         output_stride: input size / size of the deepest features: 8, 16 or 32.
         width: multiplier of every width; the results are rounded to multiples of 8.
         dilation_style: "torchvision" or "smp".
+        msra: whether a bottleneck strides in its first 1x1 convolution, not in the 3x3, and the first pooling keeps an
+            odd last row and column, as in the authors' own weights.
 
     Attributes:
         out_channels: the widths of what ``forward`` returns.
@@ -49,6 +52,7 @@ class ResNet(nn.Module):
         width: float = 1.0,
         *,
         dilation_style: DilationStyle = "torchvision",
+        msra: bool = False,
     ):
         super().__init__()
         if depth not in LAYERS:
@@ -58,13 +62,15 @@ class ResNet(nn.Module):
         if dilation_style not in ("torchvision", "smp"):
             raise ValueError(f'ResNet: dilation_style is {dilation_style!r}; use "torchvision" or "smp"')
         bottleneck, blocks = LAYERS[depth]
+        if msra and not bottleneck:
+            raise ValueError(f"ResNet: depth is {depth}; msra strides in a bottleneck's first 1x1, use 50 or 101")
         channels = scaled(WIDTHS[0], width, "ResNet")
         self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
         self.relu = nn.ReLU(inplace=True)  # keeps its place among the children; runs with bn1, as one op
-        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
+        self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=msra)
         self.out_channels = [in_channels, channels]
-        block = Bottleneck if bottleneck else BasicBlock
+        block = partial(Bottleneck, stride_first=msra) if bottleneck else BasicBlock
         reached, dilation = 4, 1
         for i, nominal in enumerate(WIDTHS):
             stride, first_dilation = 1, dilation
@@ -128,17 +134,20 @@ class Bottleneck(nn.Module):
     Args:
         in_channels: channels in.
         channels: width of the 3x3 convolution; a quarter of the channels out.
-        stride: of the 3x3 convolution.
+        stride: of the 3x3 convolution, or of the first.
         dilation: of the 3x3 convolution, which is padded by as much.
         project: whether a strided 1x1 convolution and a batch norm stand in the skip.
+        stride_first: whether the first 1x1 convolution has the stride, not the 3x3.
     """
 
-    def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, project: bool):
+    def __init__(
+        self, in_channels: int, channels: int, stride: int, dilation: int, project: bool, *, stride_first: bool = False
+    ):
         super().__init__()
         out_channels = channels * EXPANSION
-        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, stride if stride_first else 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = _conv3x3(channels, channels, stride, dilation)
+        self.conv2 = _conv3x3(channels, channels, 1 if stride_first else stride, dilation)
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)

@@ -1,0 +1,110 @@
+"""DeepLabV3: atrous spatial pyramid pooling on a dilated ResNet."""
+
+from torch import Tensor, nn
+
+from fastseg.models.encoders import ENCODERS
+from fastseg.models.upsampled import UpsampledNet
+from fastseg.nn.aspp import ASPP
+from fastseg.nn.fold import convolve, run_conv_norm_act
+
+BACKBONES = ("resnet50", "resnet101", "resnet18", "resnet34")
+RATES = (12, 24, 36)  # at output stride 8; half of that at 16
+CHANNELS = 256
+AUX_WEIGHT = 0.5  # of the auxiliary loss
+
+
+class DeepLabV3(UpsampledNet):
+    """DeepLabV3 (Chen et al., arXiv:1706.05587), with torchvision's names, which resizes with ``align_corners=False``.
+
+    The weights of ``torchvision.models.segmentation.deeplabv3_resnet50`` and ``_resnet101`` load unchanged, with
+    ``aux=True`` those of the auxiliary head too. ResNet-18 and 34 dilate their basic blocks, which torchvision refuses.
+
+    Args:
+        num_classes: classes, background included.
+        backbone: "resnet" and 18, 34, 50 or 101.
+        output_stride: input size / size of the deepest features: 8 or 16.
+        aux: whether a second head stands on ``layer3``; ``forward`` then gives, in training, a list of two, and
+            ``loss`` adds half of the second's.
+        width: multiplier of the backbone's widths.
+        in_channels: channels of the image.
+        channels: width of the ASPP and the head.
+
+    Raises:
+        ValueError: an option has a value that it cannot take.
+
+    Training needs a batch of two or more: batch norm follows the image pooling, which leaves one pixel per image.
+
+    Example:
+        >>> model = DeepLabV3(num_classes=21).eval()
+        >>> model(torch.randn(1, 3, 65, 47)).shape
+        torch.Size([1, 21, 65, 47])
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        backbone: str = "resnet50",
+        output_stride: int = 8,
+        *,
+        aux: bool = False,
+        width: float = 1.0,
+        in_channels: int = 3,
+        channels: int = CHANNELS,
+    ):
+        super().__init__(num_classes, align_corners=False)
+        if backbone not in BACKBONES:
+            raise ValueError(f"DeepLabV3: no backbone {backbone!r}; use one of {', '.join(BACKBONES)}")
+        if output_stride not in (8, 16):
+            raise ValueError(f"DeepLabV3: output_stride is {output_stride}; use 8 or 16")
+        if channels < 1:
+            raise ValueError(f"DeepLabV3: channels is {channels}; use a positive number")
+        self.backbone = ENCODERS[backbone](in_channels, output_stride, width)
+        middle, deep = self.backbone.out_channels[-2:]
+        self.classifier = nn.Sequential(
+            ASPP(deep, channels, [rate * 8 // output_stride for rate in RATES], dropout=0.5),
+            nn.Conv2d(channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, num_classes, 1),
+        )
+        self.aux_classifier = _aux_head(middle, num_classes) if aux else None
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
+        if not (self.training and self.aux_classifier is not None):
+            return super().forward(x)
+        return [self._resize(logits, x.shape[-2:]) for logits in self._both(self.backbone(x))]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, in_channels, H, W) -> logits at the output stride."""
+        return self._main(self.backbone(x)[-1])
+
+    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+        """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
+
+        ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
+        """
+        if not (self.training and self.aux_classifier is not None):
+            return super().loss(x, target, **options)
+        main, auxiliary = (self._cross_entropy(logits, target, **options) for logits in self._both(self.backbone(x)))
+        return main + AUX_WEIGHT * auxiliary
+
+    def _main(self, deep: Tensor) -> Tensor:
+        aspp, conv, norm, _, last = self.classifier
+        return convolve(last, run_conv_norm_act(aspp(deep), conv, norm, "relu"))
+
+    def _both(self, features: list[Tensor]) -> list[Tensor]:
+        main = self._main(features[-1])
+        conv, norm, _, dropout, last = self.aux_classifier
+        return [main, convolve(last, dropout(run_conv_norm_act(features[-2], conv, norm, "relu")))]
+
+
+def _aux_head(in_channels: int, num_classes: int) -> nn.Sequential:
+    channels = max(1, in_channels // 4)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+        nn.Dropout(0.1),
+        nn.Conv2d(channels, num_classes, 1),
+    )

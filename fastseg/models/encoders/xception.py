@@ -1,0 +1,158 @@
+"""Xception-65 (Chollet, arXiv:1610.02357; the aligned form of DeepLabV3+, arXiv:1802.02611) without its classifier."""
+
+from torch import Tensor, nn
+
+from fastseg.models.encoders.widths import scaled
+from fastseg.nn.conv import run_separable
+from fastseg.nn.fold import run_conv_norm_act
+
+MIDDLE_BLOCKS = 16
+MOMENTUM = 3e-4  # of the running statistics, in the two codes
+
+
+class Xception65(nn.Module):
+    """Xception-65 as an encoder, named as in the DeepLabV3+ article's code.
+
+    Stem ``conv1``, ``conv2``; blocks of three separable convolutions with a skip: ``block1`` to ``block3`` of the entry
+    flow, 16 of the middle flow, ``block20``; then ``conv3`` to ``conv5``, separable and without a skip. In a block the
+    order is ReLU, depthwise, norm, pointwise, norm; in the last three depthwise, norm, ReLU, pointwise, norm, ReLU.
+
+    There are two codes whose weights fit, and give other outputs in the other's net:
+
+    - "bubbliiiing", https://github.com/bubbliiiing/deeplabv3-plus-pytorch: the ReLU that begins a block works in place,
+      and so a skip without a convolution carries ``relu(x)``: y = f(relu(x)) + relu(x). All blocks past the output
+      stride have one dilation, 16 / output stride, and ``conv3`` to ``conv5`` as well.
+    - "google", https://github.com/tensorflow/models/tree/master/research/deeplab: the skip carries x; the epsilon of
+      all norms is 1e-3; ``conv3`` to ``conv5`` have twice the dilation.
+
+    Args:
+        in_channels: channels of the image.
+        output_stride: input size / size of the deepest features: 8, 16 or 32.
+        width: multiplier of every width; the results are rounded to multiples of 8.
+        preset: "bubbliiiing" or "google".
+        middle_blocks: blocks of the middle flow.
+
+    Attributes:
+        out_channels: the widths of what ``forward`` returns.
+
+    Raises:
+        ValueError: an option has a value that it cannot take.
+
+    Example:
+        >>> [tuple(f.shape[1:]) for f in Xception65(output_stride=16)(torch.randn(1, 3, 64, 96))]
+        [(3, 64, 96), (64, 32, 48), (256, 16, 24), (728, 8, 12), (1024, 4, 6), (2048, 4, 6)]
+    """
+
+    def __init__(
+        self,
+        in_channels: int = 3,
+        output_stride: int = 32,
+        width: float = 1.0,
+        *,
+        preset: str = "bubbliiiing",
+        middle_blocks: int = MIDDLE_BLOCKS,
+    ):
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"Xception65: output_stride is {output_stride}; use 8, 16 or 32")
+        if preset not in ("bubbliiiing", "google"):
+            raise ValueError(f'Xception65: preset is {preset!r}; use "bubbliiiing" or "google"')
+        google = preset == "google"
+        stem, stem2, *widths = (scaled(n, width, "Xception65") for n in (32, 64, 128, 256, 728, 1024, 1536, 2048))
+        self.conv1 = nn.Conv2d(in_channels, stem, 3, stride=2, padding=1, bias=False)
+        self.bn1 = _norm(stem, google)
+        self.relu = nn.ReLU(inplace=True)  # keeps its place among the children; runs with bn1, as one op
+        self.conv2 = nn.Conv2d(stem, stem2, 3, padding=1, bias=False)
+        self.bn2 = _norm(stem2, google)
+
+        entry, middle, wide, exit_ = widths[:3], widths[2], widths[3], widths[4:]
+        dilation = max(1, 16 // output_stride)
+        strides = (2, 2, 2 if output_stride >= 16 else 1, 2 if output_stride == 32 else 1)
+        options = {"google": google}
+        channels = stem2
+        for i, (out_channels, stride) in enumerate(zip(entry, strides[:3], strict=True), 1):
+            self.add_module(f"block{i}", _Block(channels, out_channels, out_channels, stride, 1, **options))
+            channels = out_channels
+        self.middle = [f"block{4 + i}" for i in range(middle_blocks)]
+        for name in self.middle:
+            self.add_module(name, _Block(middle, middle, middle, 1, dilation, **options))
+        self.block20 = _Block(middle, middle, wide, strides[3], dilation, **options)
+        last = 2 * dilation if google and output_stride < 32 else dilation
+        self.conv3 = _Separable(wide, exit_[0], 1, last, google, act_first=False)
+        self.conv4 = _Separable(exit_[0], exit_[0], 1, last, google, act_first=False)
+        self.conv5 = _Separable(exit_[0], exit_[1], 1, last, google, act_first=False)
+        self.out_channels = [in_channels, stem2, entry[1], entry[2], wide, exit_[1]]
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(N, in_channels, H, W) -> six maps; entry i has stride 2^i, capped at the output stride; entry 0 is ``x``.
+
+        Entries 2 to 4 are what the strided convolution of ``block2``, ``block3`` and ``block20`` takes, without a ReLU.
+        """
+        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
+        y = run_conv_norm_act(y, self.conv2, self.bn2, "relu")
+        features = [x, y]
+        y, _ = self.block1(y)
+        for name in ("block2", "block3", *self.middle, "block20"):
+            y, before = getattr(self, name)(y)
+            if name not in self.middle:
+                features.append(before)
+        for layer in (self.conv3, self.conv4, self.conv5):
+            y = layer(y)
+        return [*features, y]
+
+
+class _Separable(nn.Module):
+    """Depthwise, norm, pointwise, norm; a ReLU in front, or one after each norm."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, dilation: int, google: bool, *, act_first: bool = True
+    ):
+        super().__init__()
+        self.depthwise = nn.Conv2d(
+            in_channels, in_channels, 3, stride, dilation, dilation, groups=in_channels, bias=False
+        )
+        self.bn1 = _norm(in_channels, google)
+        self.pointwise = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.bn2 = _norm(out_channels, google)
+        self.act_first = act_first
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        act = None if self.act_first else "relu"
+        return run_separable(
+            x, self.depthwise, self.bn1, act, self.pointwise, self.bn2, act,
+            pre_act="relu" if self.act_first else None, residual=residual,
+        )  # fmt: skip
+
+
+class _Block(nn.Module):
+    """Three separable convolutions and a skip, a strided 1x1 convolution where width or size change."""
+
+    def __init__(
+        self, in_channels: int, mid_channels: int, out_channels: int, stride: int, dilation: int, *, google: bool
+    ):
+        super().__init__()
+        if out_channels != in_channels or stride != 1:
+            self.skip = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
+            self.skipbn = _norm(out_channels, google)
+        else:
+            self.skip = None
+        self.sepconv1 = _Separable(in_channels, mid_channels, 1, dilation, google)
+        self.sepconv2 = _Separable(mid_channels, out_channels, 1, dilation, google)
+        self.sepconv3 = _Separable(out_channels, out_channels, stride, dilation, google)
+        self.leaks = not google
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """-> the block's output, and its last separable convolution's input."""
+        if self.skip is not None:
+            skip = run_conv_norm_act(x, self.skip, self.skipbn, None)
+        else:
+            skip = x.relu() if self.leaks else x
+        before = self.sepconv2(self.sepconv1(x))
+        return self.sepconv3(before, skip), before
+
+
+def _norm(channels: int, google: bool) -> nn.BatchNorm2d:
+    return nn.BatchNorm2d(channels, eps=1e-3 if google else 1e-5, momentum=MOMENTUM)
