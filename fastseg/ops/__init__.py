@@ -1,6 +1,7 @@
 """Differentiable functions: the functional API."""
 
 from fastseg.ops._batch_norm import BatchNormArgs
+from fastseg.ops.atrous_conv2d import atrous_conv2d
 from fastseg.ops.batch_norm_act import batch_norm_act
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilinear_kernel
@@ -17,6 +18,7 @@ from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 __all__ = [
     "BatchNormArgs",
     "PoolIndices",
+    "atrous_conv2d",
     "batch_norm_act",
     "batch_norm_act_max_pool2d",
     "bilinear_conv_transpose2d",
