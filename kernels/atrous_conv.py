@@ -74,11 +74,11 @@ def _atrous_conv_fwd_kernel(
     # Rows past the rectangle's end read its last one. The clamps change nothing else: they are bounds that the check of
     # offsets can follow.
     y0, x0 = clamp_index(tl.load(region_ptr), H - 1), clamp_index(tl.load(region_ptr + 1), W - 1)
-    h, w = clamp_index(tl.load(region_ptr + 2) - 1, H - 1) + 1, clamp_index(tl.load(region_ptr + 3) - 1, W - 1) + 1
+    h, w = clamp_index(tl.load(region_ptr + 2), H - 1) + 1, clamp_index(tl.load(region_ptr + 3), W - 1) + 1
     first, count = clamp_index(tl.load(region_ptr + 4), BRANCHES - 1), clamp_index(tl.load(region_ptr + 5), BRANCHES)
     row = clamp_index(tl.load(items_ptr + 2 * item + 1), N * (H * W) - 1) + tl.arange(0, BLOCK_M)
-    mask_m = row < N * (h * w)
-    row = tl.minimum(row, N * (h * w) - 1)
+    mask_m = row < N * h * w
+    row = tl.minimum(row, N * h * w - 1)
     n, at = row // (h * w), row % (h * w)
     pixel = n.to(tl.int64) * (H * W) + (tl.minimum(y0 + at // w, H - 1) * W + x0 + at % w)  # (BLOCK_M,)
 
@@ -93,8 +93,8 @@ def _atrous_conv_fwd_kernel(
         row_step, column_step = tl.load(taps_ptr + 1).to(tl.int64), tl.load(taps_ptr + 2).to(tl.int64)
         ny, nx = clamp_index(tl.load(taps_ptr + 3), 3), clamp_index(tl.load(taps_ptr + 4), 3)
         weight, K = tl.load(taps_ptr + 5).to(tl.int64), tl.load(taps_ptr + 6).to(tl.int64)
-        w_ptr = pick(w_ptrs, first + j, BRANCHES)
-        a_ptrs = x_ptr + tl.load(taps_ptr + 7) + offs_x
+        w_ptr = tl.multiple_of(pick(w_ptrs, first + j, BRANCHES), 16)  # the choice drops what is known of each
+        a_ptrs = x_ptr + tl.load(taps_ptr + 7).to(tl.int64) * C + offs_x
         if MIRRORED:
             b_ptrs = w_ptr + offs_k.to(tl.int64)[:, None] * (K * K * COUT) + offs_n[None, :]
         else:
@@ -131,7 +131,10 @@ def _atrous_conv_fwd_kernel(
 def atrous_conv_fwd(
     x: Tensor, weights: list[Tensor], biases: list[Tensor], residual: Tensor | None, dilations: list[int], act: str
 ) -> Tensor:
-    """x (N, C, H, W), weights (COUT, C, K, K), NHWC in memory; biases (COUT,), all or none -> y (N, B COUT, H, W)."""
+    """x (N, C, H, W), weights (COUT, C, K, K), NHWC in memory -> y (N, B COUT, H, W): the same.
+
+    Weights begin at multiples of 16 bytes. Biases (COUT,): all or none.
+    """
     branches = tuple(Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True))
     COUT, C = weights[0].shape[:2]
     y = _nhwc(x, COUT * len(weights))
@@ -151,7 +154,7 @@ def atrous_conv_bwd_input(dy: Tensor, weights: list[Tensor], dilations: list[int
 def _launch(x, weights, biases, residual, y, branches, act, *, C, COUT, mirrored) -> None:
     N, CX, H, W = x.shape
     cfg = select("atrous_conv_fwd", size=N * H * W, device=x.device, C=C, COUT=COUT, dtype=x.dtype)
-    items, regions = tables(H, W, branches, N, cfg.BLOCK_M, C if mirrored else 0, x.device)
+    items, regions = tables(H, W, branches, N, cfg.BLOCK_M, mirrored, x.device)
     launch(
         _atrous_conv_fwd_kernel, (items.shape[0] * triton.cdiv(COUT, cfg.BLOCK_N),),
         x, tuple(weights), tuple(biases) or (x,), x if residual is None else residual, items, regions, y, N, H, W,
@@ -163,12 +166,11 @@ def _launch(x, weights, biases, residual, y, branches, act, *, C, COUT, mirrored
 
 @functools.cache  # for good: a captured CUDA graph reads them whenever it is replayed
 def tables(
-    H: int, W: int, branches: tuple[Branch, ...], N: int, block_m: int, slices: int, device: torch.device
+    H: int, W: int, branches: tuple[Branch, ...], N: int, block_m: int, mirrored: bool, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """The kernel's work items and rectangles, in memory of ``device``; of the gradient, whose branches read so many
-    channels each, where ``slices`` is not 0."""
-    regions: list[Region] = (input_regions if slices else forward_regions)(H, W, branches)
-    rows = region_rows(regions, W, branches, slices)
+    """The kernel's work items and rectangles, in memory of ``device``."""
+    regions: list[Region] = (input_regions if mirrored else forward_regions)(H, W, branches)
+    rows = region_rows(regions, W, branches, mirrored=mirrored)
     return tuple(torch.tensor(t, dtype=torch.int32, device=device) for t in (work_items(regions, N, block_m), rows))
 
 

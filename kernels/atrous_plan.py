@@ -63,10 +63,10 @@ def valid(branch: Branch, tap: int, size: int) -> tuple[int, int]:
     return (max(0, -away), size - abs(away)) if abs(away) < size else (0, 0)
 
 
-def pieces(size: int, branches: tuple[Branch, ...], *, flip: bool = False) -> Iterator[tuple[int, int, list]]:
+def pieces(size: int, branches: tuple[Branch, ...], *, mirrored: bool = False) -> Iterator[tuple[int, int, list]]:
     """An axis, cut: -> start, length and, for each branch, (first valid tap, number of valid taps).
 
-    ``flip``: a tap reads at minus its distance, as in the gradient at the input.
+    ``mirrored``: a tap reads at minus its distance, as in the gradient at the input.
     """
     cuts = {0, size}
     for branch in branches:
@@ -76,15 +76,15 @@ def pieces(size: int, branches: tuple[Branch, ...], *, flip: bool = False) -> It
     for start, stop in pairwise(sorted(cuts)):  # a kernel's distances are symmetric, and so are its cuts
         taps = []
         for branch in branches:
-            sign = -1 if flip else 1
+            sign = -1 if mirrored else 1
             ok = [tap for tap in range(branch.K) if 0 <= start + sign * distance(branch, tap) < size]
             taps.append((ok[0], len(ok)))
         yield start, stop - start, taps
 
 
-def _rectangles(H: int, W: int, branches: tuple[Branch, ...], first: int, flip: bool) -> Iterator[Region]:
-    columns = list(pieces(W, branches, flip=flip))
-    for y, h, rows in pieces(H, branches, flip=flip):
+def _rectangles(H: int, W: int, branches: tuple[Branch, ...], first: int, mirrored: bool) -> Iterator[Region]:
+    columns = list(pieces(W, branches, mirrored=mirrored))
+    for y, h, rows in pieces(H, branches, mirrored=mirrored):
         for x, w, cols in columns:
             yield Region(y, x, h, w, first, tuple(Taps(*r, *c) for r, c in zip(rows, cols, strict=True)))
 
@@ -130,23 +130,23 @@ def executed_fraction(H: int, W: int, branches: tuple[Branch, ...], N: int, bloc
 
 # --- tables for the kernels: rows of integers
 
-REGION = 8  # integers of a region before its taps: y, x, h, w, first branch, branches, and two unused
-TAPS = 8  # integers of one branch's taps: shift, row step, column step (pixels), ny, nx, first weight, K, first channel
+REGION = 8  # integers of a region before its taps: y, x, h - 1, w - 1, first branch, branches, and two unused
+TAPS = 8  # integers of one branch's taps: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
 
 
-def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], slices: int = 0) -> list[list[int]]:
+def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, mirrored: bool) -> list[list[int]]:
     """One row for each region: where it is, then for each of its branches where the taps read and which weights.
 
-    ``slices``: of the gradient at the input, which reads so many channels of each branch; 0: of the forward.
+    ``mirrored``: of the gradient at the input, which reads each branch's own slice of the channels.
     """
-    sign = -1 if slices else 1
+    sign = -1 if mirrored else 1
     rows = []
     for region in regions:
-        row = [*region[:4], region.first, len(region.taps), 0, 0]
+        row = [region.y, region.x, region.h - 1, region.w - 1, region.first, len(region.taps), 0, 0]
         for b, taps in enumerate(region.taps, region.first):
             K, step = branches[b].K, sign * branches[b].dilation
             shift = sign * (distance(branches[b], taps.ky) * W + distance(branches[b], taps.kx))
-            row += [shift, step * W, step, taps.ny, taps.nx, taps.ky * K + taps.kx, K, b * slices]
+            row += [shift, step * W, step, taps.ny, taps.nx, taps.ky * K + taps.kx, K, b * mirrored]
         rows.append(row)
     return rows
 
