@@ -2,6 +2,7 @@
 
 from fastseg.ops._batch_norm import BatchNormArgs
 from fastseg.ops.aspp import aspp
+from fastseg.ops.atrous_conv2d import atrous_conv2d
 from fastseg.ops.batch_norm_act import batch_norm_act
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilinear_kernel
@@ -19,6 +20,7 @@ __all__ = [
     "BatchNormArgs",
     "PoolIndices",
     "aspp",
+    "atrous_conv2d",
     "batch_norm_act",
     "batch_norm_act_max_pool2d",
     "bilinear_conv_transpose2d",

@@ -1,12 +1,27 @@
-"""Dilated convolutions of one map side by side, in plain PyTorch."""
+"""Convolutions of one map side by side, dilated ones among them: the registered ops and the Function over them.
+
+``atrous_branches`` is what ``atrous_conv2d`` and an ASPP stand on. Its gradients are two more ops: at the input, and at
+all weights, as one flat tensor with the weights one after the other, each in (COUT, K, K, C) order.
+"""
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.nn import functional as F
+from torch.autograd.function import once_differentiable
 
-from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._batch_norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
+from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, has_tangent, needs_grad, use_kernel
+from fastseg.ops._register import channels_last, first_order, like, memory_format_of, qualified, register
+
+if HAS_TRITON:
+    from fastseg.kernels.atrous_conv import atrous_conv_bwd_input, atrous_conv_fwd
+    from fastseg.kernels.atrous_conv_configs import Plan, plan
+    from fastseg.kernels.atrous_plan import Branch
+
+NAME = "atrous_branches"
+MOST_BRANCHES = 8  # pointers that the kernel chooses from
 
 
 def atrous_branches(
@@ -14,12 +29,276 @@ def atrous_branches(
     weights: Sequence[Tensor],
     biases: Sequence[Tensor] | None,
     dilations: Sequence[int],
-    act: Activation | None,
+    act: Activation | None = None,
+    residual: Tensor | None = None,
+    *,
+    name: str = NAME,
 ) -> Tensor:
-    """``cat([act(conv2d(x, w, b, padding="same", dilation=d)), ...], 1)``."""
-    maps = []
-    for i, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
-        padding = dilation * (weight.shape[-1] // 2)
-        y = F.conv2d(x, weight, None if biases is None else biases[i], padding=padding, dilation=dilation)
-        maps.append(activate(y, act, inplace=True))
-    return torch.cat(maps, 1)
+    """``act(cat([conv2d(x, w, b, padding=d * (K // 2), dilation=d) ...], 1) + residual)``, as one launch.
+
+    Products with padding are left out where the cost model finds that this pays (``explain`` shows its numbers): one
+    decision for all branches. ``x`` is kept once for the backward. Gradients are first order.
+
+    Args:
+        x: (N, C, H, W).
+        weights: of each branch (COUT, C, K, K), one COUT, K odd; the kernel takes 1 and 3.
+        biases: of each branch (COUT,), or None.
+        dilations: of each branch, in pixels.
+        act: None, "relu", "relu6" or "leaky_relu".
+        residual: (N, B * COUT, H, W), added before the activation.
+        name: what messages and ``explain`` call the op.
+
+    Returns:
+        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran. Under
+        autocast in autocast's dtype, as torch's convolutions.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, tensors on different devices.
+        TypeError: dtypes of ``x``, weights and residual that differ outside autocast, or are no floating point.
+
+    Reference: Chen et al., DeepLabV3, arXiv:1706.05587.
+    """
+    weights, biases, dilations = list(weights), list(biases or ()), list(dilations)
+    x = x.to(autocast_dtype(x))
+    residual = None if residual is None else residual.to(autocast_dtype(residual))
+    _check(name, x, weights, biases, dilations, act, residual)
+    unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
+    if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
+        return atrous_branches_ref(x, weights, biases, dilations, act, residual)
+    if needs_grad(x, *weights, *biases, residual):
+        return _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
+    return fwd_op(x, weights, biases, residual, dilations, act or "none")
+
+
+def atrous_branches_ref(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    dilations: Sequence[int],
+    act: Activation | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``atrous_branches`` in plain PyTorch."""
+    autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
+    cast = lambda t: t if t is None or autocast else t.to(x.dtype)
+    maps = [
+        F.conv2d(x, cast(w), cast(b), padding=d * (w.shape[-1] // 2), dilation=d)
+        for w, b, d in zip(weights, biases or [None] * len(weights), dilations, strict=True)
+    ]
+    y = maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+    return activate(y if residual is None else y + residual, act, inplace=True)
+
+
+def _check(name, x, weights, biases, dilations, act, residual) -> None:
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if x.dim() != 4:
+        raise ValueError(f"{name}: x is {tuple(x.shape)}; it must be (N, C, H, W)")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x is {x.dtype}; it must be a floating-point tensor")
+    if not weights or len(weights) != len(dilations) or len(biases) not in (0, len(weights)):
+        raise ValueError(
+            f"{name}: {len(weights)} weights, {len(biases)} biases, {len(dilations)} dilations; give one of each for "
+            "every branch, or no biases"
+        )
+    for w, d in zip(weights, dilations, strict=True):
+        K = w.shape[-1]
+        if w.dim() != 4 or w.shape[1:] != (x.shape[1], K, K) or K % 2 == 0 or w.shape[0] != weights[0].shape[0]:
+            raise ValueError(
+                f"{name}: a weight is {tuple(w.shape)}; x has {x.shape[1]} channels: use (COUT, {x.shape[1]}, K, K), K "
+                "odd, one COUT, no groups"
+            )
+        if not isinstance(d, (int, torch.SymInt)) or isinstance(d, bool) or d < 1:
+            raise ValueError(f"{name}: dilation is {d!r}; it must be a whole number of pixels >= 1, for both axes")
+    COUT = weights[0].shape[0]
+    for b in biases:
+        if b.shape != (COUT,):
+            raise ValueError(f"{name}: a bias is {tuple(b.shape)}; it must be ({COUT},)")
+    out = (x.shape[0], COUT * len(weights), *x.shape[2:])
+    if residual is not None and residual.shape != out:
+        raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for label, t in (*(("a weight", w) for w in weights), ("residual", residual)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(
+                f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
+            )
+
+
+def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str]:
+    """Why torch's convolutions run, or ""; and what the cost model says, which a captured graph asks when it runs."""
+    kernels = [w.shape[-1] for w in weights]
+    if any(K not in (1, 3) for K in kernels):
+        return f"kernel size {max(kernels)}: the kernel takes 1 and 3", ""
+    if len(weights) > MOST_BRANCHES:
+        return f"{len(weights)} branches: the kernel takes {MOST_BRANCHES}", ""
+    if not HAS_TRITON or torch.compiler.is_compiling():
+        return "", ""
+    if torch._C._are_functorch_transforms_active() or any(has_tangent(t) for t in (x, *weights, *biases)):
+        return "a transform of functions, or forward-mode AD", ""
+    chosen = _plan(x, weights, dilations, act or "none", residual)
+    return chosen if isinstance(chosen, str) else "" if chosen.own else str(chosen), str(chosen)
+
+
+def _plan(x, weights, dilations, act, residual) -> "Plan | str":
+    """The cost model's choice, or why there is none."""
+    (N, C, H, W), COUT, B = x.shape, weights[0].shape[0], len(weights)
+    if 0 in (N, C, H, W, COUT):
+        return "empty tensors"
+    largest = H * W * max(C, COUT * B)
+    if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
+        return f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address 2^31 of each"
+    branches = tuple(Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True))
+    return plan(N, C, H, W, COUT, branches, x.dtype, (act != "none") + (residual is not None))
+
+
+def _own(x, weights, dilations, act="none", residual=None) -> bool:
+    chosen = _plan(x, weights, dilations, act, residual)
+    return not isinstance(chosen, str) and chosen.own
+
+
+# --- the registered ops
+
+
+def _settled(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """As the kernel reads them: dense, channels innermost, aligned (a slice of a larger buffer may not be)."""
+    weights = [channels_last(w.to(dtype)) for w in weights]
+    return [w.clone() if w.data_ptr() % 16 else w for w in weights]
+
+
+def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
+    if not _own(x, weights, dilations, act, residual):
+        return _plain_fwd(x, weights, biases, residual, dilations, act)
+    residual = None if residual is None else channels_last(residual)
+    biases = [b.contiguous() for b in biases]
+    return atrous_conv_fwd(channels_last(x), _settled(weights, x.dtype), biases, residual, dilations, act)
+
+
+def _plain_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
+    y = atrous_branches_ref(x, weights, biases, dilations, None if act == "none" else act, residual)
+    return channels_last(y.to(x.dtype))
+
+
+def _nhwc(x: Tensor, channels: int) -> Tensor:
+    N, _, H, W = x.shape
+    return x.new_empty(N, H, W, channels).permute(0, 3, 1, 2)
+
+
+def _fake_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
+    return _nhwc(x, weights[0].shape[0] * len(weights))
+
+
+def _launch_input(dy, weights, dilations) -> Tensor:
+    if not _own(dy[:, :1].expand(-1, weights[0].shape[1], -1, -1), weights, dilations):
+        return _plain_input(dy, weights, dilations)
+    return atrous_conv_bwd_input(channels_last(dy), _settled(weights, dy.dtype), dilations)
+
+
+def _plain_input(dy, weights, dilations) -> Tensor:
+    wide, (N, _, H, W) = stats_dtype_of(dy), dy.shape
+    shape, COUT = (N, weights[0].shape[1], H, W), weights[0].shape[0]
+    dx = sum(
+        torch.nn.grad.conv2d_input(shape, w.to(wide), g.to(wide), 1, d * (w.shape[-1] // 2), d)
+        for w, g, d in zip(weights, dy.split(COUT, 1), dilations, strict=True)
+    )
+    return channels_last(dx.to(dy.dtype))
+
+
+def _fake_input(dy, weights, dilations) -> Tensor:
+    return _nhwc(dy, weights[0].shape[1])
+
+
+def _plain_weight(dy, x, kernels, dilations) -> Tensor:
+    wide, COUT = stats_dtype_of(x), dy.shape[1] // len(kernels)
+    grads = [
+        torch.nn.grad.conv2d_weight(x.to(wide), (COUT, x.shape[1], K, K), g.to(wide), 1, d * (K // 2), d)
+        for K, g, d in zip(kernels, dy.split(COUT, 1), dilations, strict=True)
+    ]
+    return torch.cat([g.permute(0, 2, 3, 1).reshape(-1) for g in grads])
+
+
+_launch_weight = _plain_weight
+
+
+def _fake_weight(dy, x, kernels, dilations) -> Tensor:
+    COUT = dy.shape[1] // len(kernels)
+    return x.new_empty(sum(COUT * x.shape[1] * K * K for K in kernels), dtype=stats_dtype_of(x))
+
+
+fwd_op = register(
+    f"{NAME}(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual, int[] dilations, str act) -> Tensor",
+    _launch_fwd,
+    _plain_fwd,
+    _fake_fwd,
+)
+input_op = register(
+    f"{NAME}_input(Tensor dy, Tensor[] weights, int[] dilations) -> Tensor", _launch_input, _plain_input, _fake_input
+)
+weight_op = register(
+    f"{NAME}_weight(Tensor dy, Tensor x, int[] kernels, int[] dilations) -> Tensor",
+    _launch_weight,
+    _plain_weight,
+    _fake_weight,
+)
+
+
+# --- autograd
+
+
+def _save(ctx, inputs, output) -> None:
+    x, weights, biases, _, dilations, act = inputs
+    ctx.save_for_backward(x, output if act != "none" else None, *weights)
+    ctx.dilations, ctx.act, ctx.bias_dtypes = list(dilations), act, [b.dtype for b in biases]
+
+
+def _gradients(ctx, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases: bool):
+    """-> at x, at the weights, at the biases, at the residual: None where not wanted."""
+    x, y, *weights = ctx.saved_tensors
+    dy = dy if ctx.act == "none" else ACTIVATION_GRADS[ctx.act](dy, y)  # y tells as its argument does
+    COUT, dx = weights[0].shape[0], None
+    dweights, dbiases = [None] * len(weights), [None] * len(ctx.bias_dtypes)
+    if wants_x:
+        dx = like(x, input_op(dy, weights, ctx.dilations))
+    if wants_weights:
+        flat = weight_op(dy, x, [w.shape[-1] for w in weights], ctx.dilations)
+        parts = flat.split([w.numel() for w in weights])
+        dweights = [_as_weight(part, w) for part, w in zip(parts, weights, strict=True)]
+    if wants_biases:
+        sums = dy.sum((0, 2, 3), dtype=stats_dtype_of(x)).split(COUT)
+        dbiases = [s.to(dtype) for s, dtype in zip(sums, ctx.bias_dtypes, strict=True)]
+    return dx, dweights, dbiases, dy
+
+
+def _as_weight(flat: Tensor, w: Tensor) -> Tensor:
+    COUT, C, K, _ = w.shape
+    return flat.view(COUT, K, K, C).permute(0, 3, 1, 2).to(w.dtype).contiguous(memory_format=memory_format_of(w))
+
+
+def _registered_backward(ctx, dy: Tensor):
+    x, weights, biases, residual, *_ = ctx.needs_input_grad
+    dx, dweights, dbiases, dresidual = _gradients(ctx, dy, x, any(weights), any(biases))
+    return dx, dweights, dbiases, dresidual if residual else None, None, None
+
+
+torch.library.register_autograd(qualified(NAME), once_differentiable(_registered_backward), setup_context=_save)
+
+
+class _AtrousBranches(torch.autograd.Function):
+    """The registered op with its tensors one by one: eager's Function."""
+
+    @staticmethod
+    def forward(ctx, act: str, dilations: list[int], x: Tensor, residual: Tensor | None, *tensors: Tensor):
+        weights, biases = list(tensors[: len(dilations)]), list(tensors[len(dilations) :])
+        y = fwd_op(x, weights, biases, residual, dilations, act)
+        _save(ctx, (x, weights, biases, residual, dilations, act), y)
+        return y
+
+    @staticmethod
+    def gradients(ctx, dy: Tensor):
+        x, residual, *tensors = ctx.needs_input_grad[2:]
+        count = len(ctx.dilations)
+        dx, dweights, dbiases, dresidual = _gradients(ctx, dy, x, any(tensors[:count]), any(tensors[count:]))
+        return None, None, dx, dresidual if residual else None, *dweights, *dbiases
+
+    backward = staticmethod(first_order(NAME)(gradients))

@@ -1,0 +1,87 @@
+"""Launch configurations of the atrous convolution, and the cost model that chooses between it and a library's.
+
+Heuristics with their reasons, and what tuning tries besides; what a GPU would show is an estimate until a table in
+``tuned/`` replaces it. With F the share of products that is left (``atrous_plan``) and D the dense ones:
+
+    own      max(bytes / BW,  F D / (OWN_GEMM rate),  longest program) + 1 launch
+    library  for each branch  max(bytes / BW,  D_b / rate) + 1 launch;  then activation, residual, concatenation
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+from fastseg.kernels.atrous_plan import Branch, dense, executed, forward_regions
+from fastseg.kernels.config import candidates, heuristic
+from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT
+
+OWN_GEMM = 0.85  # of a library's rate: an estimate, to be measured
+LAUNCH = 2e-6  # seconds from one kernel to the next in a captured graph: an estimate
+MULTIPROCESSORS = 132  # of an H200, whose ceilings the model takes
+
+
+class Plan(NamedTuple):
+    own: bool
+    fraction: float  # of the dense products, that the own kernel executes
+    own_us: float
+    library_us: float
+
+    def __str__(self) -> str:
+        form = "taps in padding skipped" if self.own else "the library's dense convolution"
+        return (
+            f"{form}: {self.fraction:.2f} of the products are executed; model says own {self.own_us:.1f} us, "
+            f"library {self.library_us:.1f} us on an H200"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    N: int, C: int, H: int, W: int, COUT: int, branches: tuple[Branch, ...], dtype: torch.dtype, passes: int
+) -> Plan:
+    """Whether the own kernel is faster, by the model in this file's header.
+
+    ``passes``: elementwise passes over the output that the library's way takes and the own one does not: activation,
+    residual.
+    """
+    cfg = _config(N * H * W, C, COUT, dtype)
+    regions, e = forward_regions(H, W, branches), dtype.itemsize
+    A, Y = e * N * H * W * C, e * N * H * W * COUT
+    seconds = lambda pairs, channels: 2 * pairs * C * channels / DOT[dtype]
+    done, nominal = executed(regions, N, cfg["BLOCK_M"]), dense(H, W, branches, N)
+    weights = sum(e * C * COUT * branch.K**2 for branch in branches)
+    longest = MULTIPROCESSORS * seconds(max(r.count for r in regions) * cfg["BLOCK_M"], min(COUT, cfg["BLOCK_N"]))
+    moved = (A + weights + (1 + (passes > 1)) * Y * len(branches)) / BANDWIDTH
+    own = max(moved, max(seconds(done, COUT), longest) / OWN_GEMM) + LAUNCH
+    library = sum(max((A + Y) / BANDWIDTH, seconds(dense(H, W, (branch,), N), COUT)) + LAUNCH for branch in branches)
+    after = passes + (len(branches) > 1)  # the concatenation is one more
+    library += after * (2 * Y * len(branches) / BANDWIDTH + LAUNCH)
+    undilated = all(branch.K == 1 or branch.dilation == 1 for branch in branches)
+    return Plan(own < library and not undilated, done / nominal, own * 1e6, library * 1e6)
+
+
+@heuristic("atrous_conv_fwd")
+def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
+    """128 x 128 is the smallest tile whose arithmetic hides its loads on Hopper; wgmma needs 64 rows.
+
+    With few rows, 64: rectangles of one image are small, and what a tile has too many is multiplied for nothing (at
+    32x32 and N = 1 an ASPP executes 0.72 with 64 rows, 0.85 with 128). fp32 operands would fill the registers.
+    """
+    block_n = min(128, max(16, triton.next_power_of_2(COUT)))
+    if dtype.itemsize > 2:
+        return {"BLOCK_M": 64, "BLOCK_N": min(64, block_n), "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    block_m = 64 if size < 8192 else 128
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32 if C <= 32 else 64,
+            "num_warps": 8 if block_m * block_n == 128 * 128 else 4, "num_stages": 3}  # fmt: skip
+
+
+@candidates("atrous_conv_fwd")
+def _candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8),
+             (128, 256, 64, 8), (64, 256, 64, 4), (64, 256, 32, 8), (128, 128, 32, 8), (256, 128, 64, 8)]  # fmt: skip
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (2, 3, 4)
+    ]
