@@ -131,9 +131,7 @@ def executed_fraction(H: int, W: int, branches: tuple[Branch, ...], N: int, bloc
 # --- tables for the kernels: rows of integers
 
 REGION = 8  # integers of a region before its taps: y, x, h - 1, w - 1, first branch, branches, and two unused
-TAPS = (
-    8  # integers of a branch's taps: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
-)
+TAPS = 8  # of one branch's taps: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
 
 
 def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, mirrored: bool) -> list[list[int]]:

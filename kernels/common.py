@@ -39,6 +39,13 @@ def activate(v, ACT: tl.constexpr):
 
 
 @triton.jit
+def clamp_keeping_nan(v, limit):
+    """``v`` within [0, limit], NaN stays: ReLU6 with limit 6, ReLU with inf, 0 with 0. Two instructions an element."""
+    v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, limit, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate_grad(g, v, ACT: tl.constexpr):
     """The gradient before the activation, from ``g`` after it and the activation's input ``v``."""
     if ACT == "relu":

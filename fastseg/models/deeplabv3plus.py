@@ -4,12 +4,12 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
-from fastseg import ops
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP, run_aspp
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.fold import convolve, run_conv_norm_act
+from fastseg.nn.skip import upsampled_beside
 
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")
@@ -99,7 +99,7 @@ class DeepLabV3Plus(UpsampledNet):
         features = self.backbone(x)
         conv, norm, _ = self.shortcut_conv
         low = run_conv_norm_act(features[2], conv, norm, "relu")
-        y = ops.upsample_concat(self.aspp(features[-1]), [low], align_corners=True, up_first=True)
+        y = upsampled_beside(self.aspp(features[-1]), low, align_corners=True)
         if self.separable:
             y = self.cat_conv(y)
         else:

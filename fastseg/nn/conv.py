@@ -116,7 +116,7 @@ def run_separable(
     Modules that the op cannot stand for (SyncBatchNorm, a quantised or parametrised child, one with hooks, string
     padding) are called one after the other instead, with the same result; ``fastseg.explain()`` says why.
     """
-    why = _not_fusible(depthwise, mid_norm, pointwise, post_norm)
+    why = not_fusible(depthwise, mid_norm, pointwise, post_norm)
     if why:
         check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
         record_reference("separable_conv2d", x, why)
@@ -154,7 +154,7 @@ def check_activations(name: str, **acts: str | None) -> None:
             raise ValueError(f'{name}: {label} is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
 
 
-def _not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
+def not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
     """Why these modules must be called as they are, or ""."""
     pairs = ((depthwise, nn.Conv2d), (mid_norm, nn.BatchNorm2d), (pointwise, nn.Conv2d), (post_norm, nn.BatchNorm2d))
     if why := next(filter(None, (watched(module, plain) for module, plain in pairs)), ""):

@@ -50,12 +50,18 @@ def upsample_concat(
     return _remembered(_beside(*parts), parts, _beside)
 
 
+def upsampled_beside(x: Tensor, skip: Tensor, *, align_corners: bool) -> Tensor:
+    """``cat([interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1)`` without a copy of the upsampled map."""
+    join = partial(_upsampled_beside, up_first=True, align_corners=align_corners)
+    return _remembered(join(x, skip), (x, skip), join)
+
+
 def _beside(*maps: Tensor) -> Tensor:
     return torch.cat(maps, 1)
 
 
-def _upsampled_beside(x: Tensor, *skips: Tensor, up_first: bool) -> Tensor:
-    return ops.upsample_concat(x, skips, align_corners=True, up_first=up_first)
+def _upsampled_beside(x: Tensor, *skips: Tensor, up_first: bool, align_corners: bool = True) -> Tensor:
+    return ops.upsample_concat(x, skips, align_corners=align_corners, up_first=up_first)
 
 
 def _remembered(y: Tensor, parts: tuple[Tensor, ...], join: Callable[..., Tensor]) -> Tensor:

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.conv import run_separable
 from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.inverted_residual import run_inverted_residual
 
 STEM_CHANNELS = 32
 # Expansion, output channels, number of blocks, stride of the first block.
@@ -95,7 +96,8 @@ class MobileNetV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, linear 1x1 projection; the last two and the residual add are one fused op.
+    """1x1 expansion, depthwise 3x3, linear 1x1 projection; the last two and the residual add are one fused op, in
+    evaluation all three where that is faster.
 
     Args:
         in_channels: channels in.
@@ -127,6 +129,8 @@ class InvertedResidual(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
         *expand, depthwise, mid_norm, _, pointwise, post_norm = self.conv
-        y = run_conv_norm_act(x, *expand[:2], "relu6") if expand else x
+        rest = (depthwise, mid_norm, pointwise, post_norm)
+        if expand:
+            return run_inverted_residual(x, *expand[:2], *rest, residual=self.residual)
         skip = x if self.residual else None
-        return run_separable(y, depthwise, mid_norm, "relu6", pointwise, post_norm, None, residual=skip)
+        return run_separable(x, depthwise, mid_norm, "relu6", pointwise, post_norm, None, residual=skip)

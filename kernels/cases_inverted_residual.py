@@ -1,0 +1,44 @@
+"""Ahead-of-time cases: whole inverted residual blocks, and 1x1 convolutions with all that can stand behind them."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastseg.kernels.inverted_residual import Weights, inverted_residual_fwd
+from fastseg.kernels.pointwise_conv import pointwise_conv_fwd
+
+_meta = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device="meta")
+_nhwc = lambda n, c, h, w, dtype: _meta(n, h, w, c, dtype=dtype).permute(0, 3, 1, 2)
+
+
+def _block(
+    *, N: int, C: int, HIDDEN: int, COUT: int, side: int, stride: int = 1, dilation: int = 1, residual: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
+) -> None:  # fmt: skip
+    """16 bits whatever is asked for: the op takes nothing else (4 and 10 spills in fp32 on sm_80)."""
+    shapes = ((HIDDEN, C, 1, 1), (HIDDEN,), (HIDDEN, 1, 3, 3), (HIDDEN,), (COUT, HIDDEN, 1, 1), (COUT,))
+    weights = Weights(*(_meta(*shape, dtype=dtype) for shape in shapes))
+    inverted_residual_fwd(_nhwc(N, C, side, side, dtype), weights, "relu6", stride, dilation, residual)
+
+
+def _pointwise(dtype: torch.dtype, *, N: int, C: int, COUT: int, side: int) -> None:
+    bias, image_bias = _meta(COUT, dtype=dtype), _meta(N, COUT, dtype=dtype)
+    saved, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, True
+    try:
+        x, residual = _nhwc(N, C, side, side, dtype), _nhwc(N, COUT, side, side, dtype)
+        pointwise_conv_fwd(x, _meta(COUT, C, 1, 1, dtype=dtype), bias, "relu6", residual, image_bias)
+    finally:
+        torch.backends.cudnn.allow_tf32 = saved
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    # past 2^31 elements
+    "block 16->96->24, stride 2": lambda dtype: _block(N=2100, C=16, HIDDEN=96, COUT=24, side=256, stride=2),
+    "block 24->144->24, residual": lambda dtype: _block(N=16, C=24, HIDDEN=144, COUT=24, side=128, residual=True),
+    "block 32->192->64, stride 2": lambda dtype: _block(N=16, C=32, HIDDEN=192, COUT=64, side=64, stride=2),
+    "block 64->384->96, dilated": lambda dtype: _block(N=16, C=64, HIDDEN=384, COUT=96, side=32, dilation=2),
+    "1x1 96->576, all behind it": lambda dtype: _pointwise(dtype, N=16, C=96, COUT=576, side=32),
+}
+MATRIX_KERNELS = {"_inverted_residual_fwd_kernel"}
+SCALAR_LOADS = {"block 16->96->24, stride 2": "64 pixels of 16 channels: 64 bits for each of gfx942's 256 threads"}
+TF32_CASES = {case for case in CASES if case.startswith("1x1")}
