@@ -274,7 +274,7 @@ def plain_deeplab(state: dict[str, Tensor], x: Tensor, output_stride: int, train
 
 
 def test_launches_per_forward(device):
-    """Each of MobileNetV2's 17 pairs is one launch at 512^2, batch 1, and each of its 16 expansions; counted, not run."""
+    """Each of MobileNetV2's 17 pairs and 16 expansions is one launch at 512^2, batch 1; counted, not run."""
     model = DeepLabV3Plus(21).to(device, memory_format=torch.channels_last).eval()
     launched = []
     with torch.no_grad(), config.intercept(lambda kernel, *_: launched.append(kernel.fn.__name__)), explain() as report:
