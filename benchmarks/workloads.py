@@ -41,6 +41,27 @@ class SeparableShape:
 
 
 @dataclass(frozen=True)
+class BlockShape:
+    """One inverted residual: (N, C, H, W) -> (N, COUT, H / stride, W / stride), ``expansion`` C channels inside."""
+
+    name: str
+    C: int
+    COUT: int
+    H: int
+    W: int
+    N: int = 16
+    expansion: int = 6
+    stride: int = 1
+    dilation: int = 1
+    origin: str = ""
+
+    @property
+    def residual(self) -> bool:
+        """Whether the input is added."""
+        return self.stride == 1 and self.C == self.COUT
+
+
+@dataclass(frozen=True)
 class AsppShape:
     """One dense ASPP: 1x1, three atrous 3x3 and image pooling from C to 256 channels each, projected to 256."""
 
@@ -119,6 +140,17 @@ SEPARABLE_TRAINING = tuple(
     shape
     for shape in SEPARABLE
     if shape.name in ("xception_middle", "decoder", "xception_entry_128", "mobilenet_144_24")
+)
+
+# MobileNetV2 at 512x512, output stride 16.
+BLOCKS = (
+    BlockShape("16_96_24_s2_n1", 16, 24, 256, 256, N=1, stride=2, origin="block 2, one image"),
+    BlockShape("16_96_24_s2", 16, 24, 256, 256, stride=2, origin="block 2"),
+    BlockShape("24_144_24", 24, 24, 128, 128, origin="block 3"),
+    BlockShape("24_144_32_s2", 24, 32, 128, 128, stride=2, origin="block 4"),
+    BlockShape("32_192_32", 32, 32, 64, 64, origin="blocks 5-6"),
+    BlockShape("32_192_64_s2", 32, 64, 64, 64, stride=2, origin="block 7"),
+    BlockShape("64_384_64", 64, 64, 32, 32, origin="blocks 8-10"),
 )
 
 ASPP = (
