@@ -32,8 +32,8 @@ def pointwise_conv_fwd(
     g = Geometry(N, C, H, W, weight.shape[0], H, W, 1, 1, 0, 1)
     weights = Weights(weight, weight, None, bias)  # no depthwise half is launched
     y, *_ = separable_conv_fwd_pw(
-        x, weights, g, Acts("none", "none", act), None, None, residual,
-        stats=False, save_z=False, image_bias=image_bias, residual_side="before",
+        x, weights, g, Acts("none", "none", "none", out=act), None, None, residual,
+        stats=False, save_z=False, image_bias=image_bias,
     )  # fmt: skip
     return y
 

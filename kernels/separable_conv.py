@@ -3,7 +3,7 @@
     u = depthwise(pre(x)) + dw_bias              (N, C, OH, OW)
     a = mid_act(mid_norm(u))
     z = pointwise(a) + pw_bias                   (N, COUT, OH, OW)
-    y = post_act(post_norm(z)) + residual
+    y = post_act(post_norm(z)) + residual        or, without post_act, out_act(post_norm(z) + residual)
 
 Layout: NHWC, channels innermost, so that every tap is a row of 16-byte loads whatever its shift. Depthwise taps are
 multiply-adds in fp32 (one tensor-core tile per channel would be 1/16 used); only the pointwise half is a dot.
@@ -110,7 +110,10 @@ def separable_conv_fwd(
     half, source = (separable_conv_fwd_fused, x) if fused else (separable_conv_fwd_pw, u)
     y, z, post_stats = half(source, w, g, acts, mid, post, residual, stats=post_batch, save_z=save_z)
     if post_batch:
-        y = batch_norm_act_fwd(z, with_stats(post, post_stats), acts.post, residual, "after")
+        side, act = acts.ending(residual)
+        y = batch_norm_act_fwd(
+            z, with_stats(post, post_stats), act, residual, "before" if side == "before" else "after"
+        )
     return Forward(y, z, mid_stats, post_stats)
 
 

@@ -212,11 +212,20 @@ def tap_weights(dw: Tensor, g: Geometry) -> Tensor:
 
 
 class Acts(NamedTuple):
-    """Names of the activations: on the input, between the halves, on the output."""
+    """Names of the activations: on the input, between the halves, on the output before or after the residual.
+
+    One of ``post`` and ``out`` is "none".
+    """
 
     pre: str
     mid: str
     post: str
+    out: str = "none"
+
+    def ending(self, residual: Tensor | None) -> tuple[str, str]:
+        """On which side of the last activation the residual is added, "none" without one; and that activation."""
+        last = self.post if self.out == "none" else self.out
+        return "none" if residual is None else "after" if self.out == "none" else "before", last
 
 
 def precision(x: Tensor) -> str:
@@ -263,6 +272,7 @@ def separable_conv_fwd_fused(
     *, stats: bool, save_z: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """x (N, C, H, W) in NHWC memory -> (y, z, stats (3, COUT)): y, z (N, COUT, OH, OW) the same; or None."""
+    side, act = acts.ending(residual)
     cfg = select("separable_conv_fwd_fused", size=g.pixels, device=x.device, C=g.C, COUT=g.COUT, K=g.K, dtype=x.dtype,
                  stats=stats)  # fmt: skip
     tiles = g.N * triton.cdiv(g.OH, cfg.BLOCK_H) * triton.cdiv(g.OW, cfg.BLOCK_W)
@@ -277,8 +287,7 @@ def separable_conv_fwd_fused(
         C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre,
         DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
         PW_BIAS=w.pw_bias is not None,
-        POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post,
-        RESIDUAL="none" if residual is None else "after", STATS=stats, SAVE_Z=save_z,
+        POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act, RESIDUAL=side, STATS=stats, SAVE_Z=save_z,
         ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
     )  # fmt: skip
     return y, z, batch_stats(tile_stats, counts) if stats else None
@@ -286,12 +295,13 @@ def separable_conv_fwd_fused(
 
 def separable_conv_fwd_pw(
     u: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
-    *, stats: bool, save_z: bool, image_bias: Tensor | None = None, residual_side: str = "after",
+    *, stats: bool, save_z: bool, image_bias: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
     """u (N, C, OH, OW) in NHWC memory, before ``mid`` and ``acts.mid`` -> as ``separable_conv_fwd_fused``.
 
-    image_bias (N, COUT) is added to z; residual on that side of ``acts.post``, "before" or "after".
+    image_bias (N, COUT) is added to z.
     """
+    side, act = acts.ending(residual)
     cfg = select("separable_conv_fwd_pw", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
     tiles = triton.cdiv(g.pixels, cfg.BLOCK_M)
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
@@ -303,9 +313,8 @@ def separable_conv_fwd_pw(
         _or(z, y), _or(y, z), tile_stats, counts,
         g.pixels, g.OH * g.OW, mid_eps, post_eps,
         C=g.C, COUT=g.COUT, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
-        IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=acts.post,
-        RESIDUAL="none" if residual is None else residual_side, STATS=stats, SAVE_Z=save_z,
-        ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,
+        IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act,
+        RESIDUAL=side, STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,
     )  # fmt: skip
     return y, z, batch_stats(tile_stats, counts) if stats else None
 

@@ -5,9 +5,10 @@ is computed again for each block of output channels, and its arithmetic waits fo
 the depthwise map, a second is a plain GEMM. With U depthwise elements, e bytes each, and n = ceil(COUT / BLOCK_N):
 
     fused   max(e (A + Y) / BW,  n (2K^2 + 1) U / LANES + 2 U COUT / DOT)
-    split   max(e (A + U) / BW,  (2K^2 + 1) U / LANES) + max(e (U + Y) / BW,  2 U COUT / DOT)
+    split   max(e (A + U) / BW,  (2K^2 + 1) U / LANES) + max(e (U + Y) / BW,  2 U COUT / DOT) + LAUNCH
 
-In training with batch statistics between the halves, fused pays one more pass over the input, for the statistics. The
+In training with batch statistics between the halves, fused pays one more pass over the input, for the statistics, in a
+launch of its own. LAUNCH is what decides on small maps. The
 2K^2 + 1 lane operations per element are one multiply-add and one conversion a tap (counted in the SASS), and the store.
 """
 
@@ -75,7 +76,7 @@ def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool) -> Plan:
     dot = 2 * U * g.COUT / DOT[dtype]
     recomputed = triton.cdiv(g.COUT, fused_block_n(g.COUT, dtype)) * depthwise
     fused = max(e * (A + Y) / BANDWIDTH, recomputed + dot)
-    split = max(e * (A + U) / BANDWIDTH, depthwise) + max(e * (U + Y) / BANDWIDTH, dot)
+    split = max(e * (A + U) / BANDWIDTH, depthwise) + max(e * (U + Y) / BANDWIDTH, dot) + LAUNCH
     if mid_batch_stats:
-        fused += max(e * A / BANDWIDTH, depthwise)
+        fused += max(e * A / BANDWIDTH, depthwise) + LAUNCH
     return Plan("fused" if fused <= split else "split", fused * 1e6, split * 1e6)

@@ -110,6 +110,7 @@ def run_separable(
     *,
     pre_act: Activation | None = None,
     residual: Tensor | None = None,
+    out_act: Activation | None = None,
 ) -> Tensor:
     """Run torch modules, wherever they live and whatever they are called, as one separable convolution.
 
@@ -124,13 +125,13 @@ def run_separable(
         norm = lambda module, v: v if module is None else module(v)
         u = act(mid_act, norm(mid_norm, depthwise(act(pre_act, x))))
         y = act(post_act, norm(post_norm, pointwise(u)))
-        return y if residual is None else y + residual
+        return ACTIVATIONS[out_act or "none"](y if residual is None else y + residual)
     with kept_as_recipe(x):
         return separable_conv2d(
             x, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias,
             stride=depthwise.stride[0], padding=depthwise.padding[0], dilation=depthwise.dilation[0],
             pre_act=pre_act, mid_norm=batch_norm_args(mid_norm), mid_act=mid_act,
-            post_norm=batch_norm_args(post_norm), post_act=post_act, residual=residual,
+            post_norm=batch_norm_args(post_norm), post_act=post_act, residual=residual, out_act=out_act,
         )  # fmt: skip
 
 

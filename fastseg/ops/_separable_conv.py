@@ -51,6 +51,7 @@ class Call(NamedTuple):
     mid_eps: float
     post: str
     post_eps: float
+    out_act: str  # of the sum with the residual; then there is no post_act. Of the op without gradients alone
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -81,7 +82,7 @@ def _kernel_args(a: Call) -> tuple:
     norms = []
     for kind, tensors, eps in ((a.mid, a[5:9], a.mid_eps), (a.post, a[9:13], a.post_eps)):
         norms.append(None if kind == "none" else Norm(*(contiguous(t) for t in tensors), eps, kind == "batch"))
-    return x, weights, g, Acts(a.pre_act, a.mid_act, a.post_act), *norms
+    return x, weights, g, Acts(a.pre_act, a.mid_act, a.post_act, a.out_act), *norms
 
 
 def _launch_eval(*args) -> Tensor:
@@ -157,6 +158,7 @@ def _plain_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = Call(*args)
     mid, post = _plain_norms(a)
     y, z = compose(*a[:5], *a[13:20], mid, post)
+    y = ACTIVATIONS[a.out_act](y)
     z = channels_last(z) if a.keeps_z else z.new_empty(0)
     return like(a.x, y.to(a.x.dtype)), z, mid.stats, post.stats
 

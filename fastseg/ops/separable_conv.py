@@ -9,6 +9,7 @@ from fastseg.ops._batch_norm import (
     ACTIVATIONS,
     Activation,
     BatchNormArgs,
+    activate,
     check_norm,
     norm_options,
     norm_tensors,
@@ -38,12 +39,13 @@ def separable_conv2d(
     post_norm: BatchNormArgs | None = None,
     post_act: Activation | None = None,
     residual: Tensor | None = None,
+    out_act: Activation | None = None,
 ) -> Tensor:
     """Depthwise separable convolution with everything around it:
 
         u = conv2d(pre_act(x), depthwise_weight, depthwise_bias, stride, padding, dilation, groups=C)
         z = conv2d(mid_act(mid_norm(u)), pointwise_weight, pointwise_bias)
-        y = post_act(post_norm(z)) + residual
+        y = out_act(post_act(post_norm(z)) + residual)
 
     On a GPU the depthwise map stays on the chip or is stored once, whichever a cost model finds faster (``explain``
     shows it); for the backward, ``x`` and ``z`` are kept, everything else is computed again. Gradients are first order.
@@ -63,7 +65,8 @@ def separable_conv2d(
         mid_act: activation between the halves.
         post_norm: batch norm of the output.
         post_act: activation of the output.
-        residual: (N, COUT, OH, OW), added last.
+        residual: (N, COUT, OH, OW).
+        out_act: activation after the residual; without gradients, and without ``post_act``, it costs no launch.
 
     Returns:
         (N, COUT, OH, OW), OH = (H + 2 padding - dilation (K - 1) - 1) // stride + 1, in the memory format of ``x``.
@@ -83,26 +86,31 @@ def separable_conv2d(
     residual = None if residual is None else residual.to(autocast_dtype(residual))
     tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     out = _check(x, *tensors, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act, residual)
+    if out_act is not None and out_act not in ACTIVATIONS:
+        raise ValueError(f'separable_conv2d: out_act is {out_act!r}; use None, "relu", "relu6" or "leaky_relu"')
     unsupported, form = _unsupported(x, depthwise_weight, mid_norm, out, stride, padding, dilation)
     if not use_kernel("separable_conv2d", x, *tensors, residual, unsupported=unsupported, form=form):
         return separable_conv2d_ref(
             x, *tensors, stride=stride, padding=padding, dilation=dilation, pre_act=pre_act, mid_norm=mid_norm,
-            mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual,
+            mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual, out_act=out_act,
         )  # fmt: skip
     call = Call(
         x, *tensors, *norm_tensors(mid_norm), *norm_tensors(post_norm), residual, stride, padding, dilation,
         pre_act or "none", mid_act or "none", post_act or "none", *norm_options(mid_norm), *norm_options(post_norm),
+        "none",
     )  # fmt: skip
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:TENSORS])
     if not wants_grad and "batch" not in (call.mid, call.post):
-        return eval_op(*call)
+        if post_act is None:
+            return eval_op(*call._replace(out_act=out_act or "none"))
+        return activate(eval_op(*call), out_act, inplace=True)
     if needs_grad(*call[:TENSORS]):
         y, mid_stats, post_stats = _SeparableConv2d.apply(*call)
     else:
         y, _, mid_stats, post_stats = train_op(*call)
     update_running(mid_norm, mid_stats)
     update_running(post_norm, post_stats)
-    return y
+    return activate(y, out_act)
 
 
 def separable_conv2d_ref(
@@ -121,17 +129,19 @@ def separable_conv2d_ref(
     post_norm: BatchNormArgs | None = None,
     post_act: Activation | None = None,
     residual: Tensor | None = None,
+    out_act: Activation | None = None,
 ) -> Tensor:
     """``separable_conv2d`` in plain PyTorch; without gradients, fixed fp32 norms are folded into the weights (CPUs)."""
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     if not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64):
         depthwise_weight, depthwise_bias, mid_norm = _fold(depthwise_weight, depthwise_bias, mid_norm)
         pointwise_weight, pointwise_bias, post_norm = _fold(pointwise_weight, pointwise_bias, post_norm)
-    return compose(
+    y, _ = compose(
         x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride, padding, dilation,
         pre_act or "none", mid_act or "none", post_act or "none",
         lambda u: torch_norm(u, mid_norm), lambda z: torch_norm(z, post_norm),
-    )[0]  # fmt: skip
+    )  # fmt: skip
+    return activate(y, out_act, inplace=not torch.is_grad_enabled())
 
 
 def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):

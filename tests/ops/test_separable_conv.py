@@ -34,6 +34,23 @@ def test_every_order(order, training, form, device):
     check_op(separable_conv2d, separable_conv2d_ref, inputs, terms=200, **kwargs)
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["bare", "residual"])
+@pytest.mark.parametrize("order", ["xception", "aspp"])
+def test_activation_after_the_residual(order, residual, form, device):
+    """With gradients, in training and evaluation; without, where it is part of the last launch if no other precedes."""
+    for training in (False, True):
+        inputs, kwargs = make(order, training=training, residual=residual, device=device)
+        check_op(separable_conv2d, separable_conv2d_ref, inputs, terms=200, out_act="relu6", **kwargs)
+    inputs, kwargs = make(order, residual=residual, device=device)
+    launched = []
+    with torch.no_grad():
+        want = separable_conv2d_ref(*inputs, **kwargs, out_act="relu")
+        compare(separable_conv2d(*inputs, **kwargs, out_act="relu"), want.double(), terms=200)
+        with config.intercept(lambda kernel, *_: launched.append(kernel.fn.__name__)):
+            separable_conv2d(*inputs, **kwargs, out_act="relu")
+    assert len(launched) == (1 if form == "fused" else 2)
+
+
 SIZES: dict[str, dict] = {
     "blocks": {"C": 32, "COUT": 32, "H": 8, "W": 8},  # whole blocks everywhere
     "channels past a block": {"C": 33, "COUT": 65, "H": 5, "W": 6, "N": 3},

@@ -73,6 +73,7 @@ class Xception65(nn.Module):
         for i, (out_channels, stride) in enumerate(zip(entry, strides[:3], strict=True), 1):
             self.add_module(f"block{i}", _Block(channels, out_channels, out_channels, stride, 1, **options))
             channels = out_channels
+        self.leaks = not google
         self.middle = [f"block{4 + i}" for i in range(middle_blocks)]
         for name in self.middle:
             self.add_module(name, _Block(middle, middle, middle, 1, dilation, **options))
@@ -95,8 +96,12 @@ class Xception65(nn.Module):
         y = run_conv_norm_act(y, self.conv2, self.bn2, "relu")
         features = [x, y]
         y, _ = self.block1(y)
-        for name in ("block2", "block3", *self.middle, "block20"):
-            y, before = getattr(self, name)(y)
+        rectified = False
+        names = ("block2", "block3", *self.middle, "block20")
+        for name, following in zip(names, (*names[1:], None), strict=True):
+            rectify = self.leaks and following in self.middle  # all that takes y then takes relu(y)
+            y, before = getattr(self, name)(y, rectified=rectified, rectify=rectify)
+            rectified = rectify
             if name not in self.middle:
                 features.append(before)
         for layer in (self.conv3, self.conv4, self.conv5):
@@ -119,11 +124,15 @@ class _Separable(nn.Module):
         self.bn2 = _norm(out_channels, google)
         self.act_first = act_first
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, *, rectified: bool = False, rectify: bool = False
+    ) -> Tensor:
+        """``rectified``: ``x`` is what the ReLU in front gives; ``rectify``: a ReLU follows the residual."""
         act = None if self.act_first else "relu"
         return run_separable(
             x, self.depthwise, self.bn1, act, self.pointwise, self.bn2, act,
-            pre_act="relu" if self.act_first else None, residual=residual,
+            pre_act="relu" if self.act_first and not rectified else None, residual=residual,
+            out_act="relu" if rectify else None,
         )  # fmt: skip
 
 
@@ -144,14 +153,17 @@ class _Block(nn.Module):
         self.sepconv3 = _Separable(out_channels, out_channels, stride, dilation, google)
         self.leaks = not google
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """-> the block's output, and its last separable convolution's input."""
+    def forward(self, x: Tensor, *, rectified: bool = False, rectify: bool = False) -> tuple[Tensor, Tensor]:
+        """-> the block's output, and its last separable convolution's input.
+
+        ``rectified``: relu(x) is given, which is all that a block that leaks takes; ``rectify``: it shall be returned.
+        """
         if self.skip is not None:
             skip = run_conv_norm_act(x, self.skip, self.skipbn, None)
         else:
-            skip = x.relu() if self.leaks else x
-        before = self.sepconv2(self.sepconv1(x))
-        return self.sepconv3(before, skip), before
+            skip = x.relu() if self.leaks and not rectified else x
+        before = self.sepconv2(self.sepconv1(x, rectified=rectified))
+        return self.sepconv3(before, skip, rectify=rectify), before
 
 
 def _norm(channels: int, google: bool) -> nn.BatchNorm2d:
