@@ -9,7 +9,7 @@ from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP, run_aspp
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.fold import convolve, run_conv_norm_act
-from fastseg.nn.skip import upsampled_beside
+from fastseg.nn.skip import run_upsample_concat_conv, upsampled_beside
 
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")
@@ -99,12 +99,12 @@ class DeepLabV3Plus(UpsampledNet):
         features = self.backbone(x)
         conv, norm, _ = self.shortcut_conv
         low = run_conv_norm_act(features[2], conv, norm, "relu")
-        y = upsampled_beside(self.aspp(features[-1]), low, align_corners=True)
+        deep = self.aspp(features[-1])
         if self.separable:
-            y = self.cat_conv(y)
+            y = self.cat_conv(upsampled_beside(deep, low, align_corners=True))
         else:
             conv, norm, _, dropout, conv2, norm2, _, dropout2 = self.cat_conv
-            y = dropout(run_conv_norm_act(y, conv, norm, "relu"))
+            y = dropout(run_upsample_concat_conv(deep, low, conv, norm, "relu", align_corners=True))
             y = dropout2(run_conv_norm_act(y, conv2, norm2, "relu"))
         return convolve(self.cls_conv, y)
 

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from fastseg import ops
 from fastseg.nn.conv import watched
-from fastseg.nn.fold import convolve
+from fastseg.nn.fold import can_fold, convolve, folded, run_conv_norm_act, unfold
+from fastseg.nn.norm import run_norm_act
 from fastseg.nn.upsampling import UpsamplingBilinear2d
+from fastseg.ops._batch_norm import Activation
 from fastseg.ops._dispatch import kernels_run
 from fastseg.ops._recompute import recipe_of, remember
 
@@ -54,6 +56,42 @@ def upsampled_beside(x: Tensor, skip: Tensor, *, align_corners: bool) -> Tensor:
     """``cat([interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1)`` without a copy of the upsampled map."""
     join = partial(_upsampled_beside, up_first=True, align_corners=align_corners)
     return _remembered(join(x, skip), (x, skip), join)
+
+
+def run_upsample_concat_conv(
+    deep: Tensor,
+    low: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    act: Activation | None,
+    *,
+    align_corners: bool = False,
+    up_first: bool = True,
+) -> Tensor:
+    """``act(norm(conv(cat([interpolate(deep, low.shape[2:]), low], 1))))`` over torch modules, wherever they live.
+
+    A plain 3x3 convolution goes through ``fastseg.ops.upsample_concat_conv2d``, which need not write the upsampled map;
+    its norm is folded into it where it can be. Others are called.
+    """
+    plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
+    fold = plain and norm is not None and can_fold(deep, conv, norm) and can_fold(low, conv, norm)
+    if not plain or (norm is not None and not fold and kernels_run(deep)):  # kernels: of gradients, or watched norms
+        join = partial(_upsampled_beside, up_first=up_first, align_corners=align_corners)
+        return run_conv_norm_act(_remembered(join(deep, low), (deep, low), join), conv, norm, act)
+    options = {"align_corners": align_corners, "up_first": up_first}
+    if norm is None:
+        return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=act, **options)
+    if fold:
+        return ops.upsample_concat_conv2d(deep, low, *folded(deep, conv, norm), act=act, **options)
+    if norm.training:
+        unfold(conv)
+    y = ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, **options)
+    return run_norm_act(y, norm, act)
+
+
+def _plain_3x3(conv: nn.Conv2d) -> bool:
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"
 
 
 def _beside(*maps: Tensor) -> Tensor:
