@@ -50,6 +50,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "MobileNetV2 960->160, no tf32": lambda dtype: _separable(dtype, N=1, C=960, H=32, W=32, COUT=160, tf32=False),
     "MobileNetV2 144->24, residual": lambda dtype: _separable(dtype, N=1, C=144, H=128, W=128, COUT=24, residual=True),
     "MobileNetV2 960->160, dilated": lambda dtype: _separable(dtype, N=1, C=960, H=33, W=33, COUT=160, dilation=2),
+    "ASPP 2048->256, rate 6": lambda dtype: _separable(dtype, N=16, C=2048, H=32, W=32, COUT=256, dilation=6),
     "odd channels 33->21, stride 2": lambda dtype: _separable(dtype, N=2, C=33, H=65, W=47, COUT=21, stride=2),
 }
 

@@ -14,11 +14,11 @@ from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args, rows_per_
 from fastseg.kernels.common import (
     activate,
     activate_grad,
+    dilated_tile_pixels,
     load_norm,
     norm_act,
     norm_act_grad,
     store_tile_sums,
-    tile_pixels,
 )
 from fastseg.kernels.config import launch, select
 from fastseg.kernels.separable_conv_fwd import Acts, Weights, precision
@@ -128,10 +128,10 @@ def _separable_conv_bwd_dw_input_kernel(
     H, W, OH, OW, stride, padding, dilation, mid_eps, inv_count,
     C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_BATCH: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    n, iy, ix, mask_m = tile_pixels(tile, H, W, BLOCK_H, BLOCK_W)
+    n, iy, ix, mask_m = dilated_tile_pixels(tile, H, W, dilation, PHASED, BLOCK_H, BLOCK_W)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     g1_ptr += n * OH * OW * C
@@ -267,7 +267,8 @@ def separable_conv_bwd_dw_input(
         g1, u, x, w.dw, *mid_vectors, mid_sums, dx,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act, ACC=acc_dtype(x),
-        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, **cfg.launch,
+        MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, PHASED=g.phased,
+        **cfg.launch,
     )  # fmt: skip
     return dx
 

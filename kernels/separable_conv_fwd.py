@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args, stats_dtype
 from fastseg.kernels.batch_norm_stats import batch_stats
-from fastseg.kernels.common import activate, norm_act, store_tile_stats, tile_pixels
+from fastseg.kernels.common import activate, dilated_tile_pixels, norm_act, store_tile_stats
 from fastseg.kernels.config import launch, select
 from fastseg.kernels.separable_conv_plan import Geometry
 
@@ -83,12 +83,12 @@ def _separable_conv_fwd_fused_kernel(
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
     POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     tile = tl.program_id(0)
     pid_n = tl.program_id(1)
-    n, oy, ox, mask_m = tile_pixels(tile, OH, OW, BLOCK_H, BLOCK_W)
+    n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
     iy = oy * stride - padding
     ix = ox * stride - padding
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -125,12 +125,12 @@ def _separable_conv_fwd_dw_kernel(
     C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
     DW_BIAS: tl.constexpr, MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr,
     STATS: tl.constexpr, STORE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     tile = tl.program_id(0)
     pid_c = tl.program_id(1)
-    n, oy, ox, mask_m = tile_pixels(tile, OH, OW, BLOCK_H, BLOCK_W)
+    n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     x_ptr += n * H * W * C
@@ -262,7 +262,7 @@ def separable_conv_fwd_dw(
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
         DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
-        STATS=stats, STORE=store, ACC=acc_dtype(x), **cfg.launch,
+        STATS=stats, STORE=store, ACC=acc_dtype(x), PHASED=g.phased, **cfg.launch,
     )  # fmt: skip
     return u, batch_stats(tile_stats, counts) if stats else None
 
@@ -288,7 +288,7 @@ def separable_conv_fwd_fused(
         DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
         PW_BIAS=w.pw_bias is not None,
         POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act, RESIDUAL=side, STATS=stats, SAVE_Z=save_z,
-        ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
+        ACC=acc_dtype(x), PRECISION=precision(x), PHASED=g.phased, **cfg.launch,
     )  # fmt: skip
     return y, z, batch_stats(tile_stats, counts) if stats else None
 

@@ -45,6 +45,11 @@ class Geometry(NamedTuple):
     def pixels(self) -> int:
         return self.N * self.OH * self.OW
 
+    @property
+    def phased(self) -> bool:
+        """Whether tiles take pixels ``dilation`` apart, which share their taps."""
+        return self.dilation > 1 and self.stride == 1 and self.K > 1
+
     def unsupported(self) -> str:
         """Why the kernels cannot take these sizes, or ""."""
         largest = max(self.H * self.W * self.C, self.OH * self.OW * max(self.C, self.COUT))
