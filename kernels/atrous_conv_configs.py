@@ -76,6 +76,28 @@ def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
             "num_warps": 8 if block_m * block_n == 128 * 128 else 4, "num_stages": 3}  # fmt: skip
 
 
+@heuristic("atrous_conv_bwd_weight")
+def _weight_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
+    """128 x 128 outputs a program; a sum over thousands of rows hides the start of its loop. fp32 as the forward."""
+    block_n, block_k = (min(128, max(16, triton.next_power_of_2(channels))) for channels in (COUT, C))
+    if dtype.itemsize > 2:
+        return {"BLOCK_M": 32, "BLOCK_N": min(64, block_n), "BLOCK_K": min(64, block_k), "num_warps": 4,
+                "num_stages": 2}  # fmt: skip
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "num_warps": 8 if block_n * block_k == 128 * 128 else 4, "num_stages": 3}  # fmt: skip
+
+
+@candidates("atrous_conv_bwd_weight")
+def _weight_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 4), (64, 128, 128, 4), (64, 128, 128, 8),
+             (32, 128, 128, 8), (64, 128, 256, 8), (128, 128, 128, 8)]  # fmt: skip
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (2, 3, 4)
+    ]
+
+
 @candidates("atrous_conv_fwd")
 def _candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
     tiles = [(64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8),

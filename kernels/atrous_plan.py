@@ -131,7 +131,7 @@ def executed_fraction(H: int, W: int, branches: tuple[Branch, ...], N: int, bloc
 # --- tables for the kernels: rows of integers
 
 REGION = 8  # integers of a region before its taps: y, x, h - 1, w - 1, first branch, branches, and two unused
-TAPS = 8  # integers of one branch's taps: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
+TAPS = 8  # integers of one branch: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
 
 
 def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, mirrored: bool) -> list[list[int]]:
@@ -152,8 +152,9 @@ def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, 
 
 
 def weight_rows(H: int, W: int, branches: tuple[Branch, ...], channels: int, sources: int) -> list[list[int]]:
-    """One row for each branch and tap: the output pixels where it is valid (y, x, h, w; h = 0: nowhere), how far it
-    reads (pixels), the first of the branch's output channels, its place among the weights and their stride.
+    """One row for each branch and tap: the output pixels where it is valid (y, x, h - 1, w - 1), how far it reads
+    (pixels), its branch, its place among the weights, the stride of an output channel's weights, and 1 where it is valid
+    anywhere.
 
     ``channels``: of each branch's output; ``sources``: of the input. The weights stand one branch after the other,
     each (channels, K, K, sources).
@@ -163,9 +164,10 @@ def weight_rows(H: int, W: int, branches: tuple[Branch, ...], channels: int, sou
         for ky in range(branch.K):
             for kx in range(branch.K):
                 (y, h), (x, w) = valid(branch, ky, H), valid(branch, kx, W)
-                h, w = (h, w) if h and w else (0, 1)
+                known = h > 0 and w > 0
+                y, x, h, w = (y, x, h, w) if known else (0, 0, 1, 1)
                 shift = distance(branch, ky) * W + distance(branch, kx)
                 place = start + (ky * branch.K + kx) * sources
-                rows.append([y, x, h, w, shift, b * channels, place, branch.K**2 * sources])
+                rows.append([y, x, h - 1, w - 1, shift, b, place, branch.K**2 * sources, int(known)])
         start += channels * branch.K**2 * sources
     return rows
