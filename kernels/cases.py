@@ -17,9 +17,16 @@ from dataclasses import dataclass
 
 import torch
 
-from fastseg.kernels import cases_batch_norm, cases_bilinear, cases_pooling, cases_separable, cases_upsample_heads
+from fastseg.kernels import (
+    cases_atrous,
+    cases_batch_norm,
+    cases_bilinear,
+    cases_pooling,
+    cases_separable,
+    cases_upsample_heads,
+)
 
-TOPICS = (cases_separable, cases_batch_norm, cases_pooling, cases_bilinear, cases_upsample_heads)
+TOPICS = (cases_separable, cases_atrous, cases_batch_norm, cases_pooling, cases_bilinear, cases_upsample_heads)
 DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)  # fp16 compiles to the same but for the type
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {}

@@ -34,6 +34,7 @@ def atrous_branches(
     residual: Tensor | None = None,
     *,
     name: str = NAME,
+    as_x: bool = False,
 ) -> Tensor:
     """``act(cat([conv2d(x, w, b, padding=d * (K // 2), dilation=d) ...], 1) + residual)``, as one launch.
 
@@ -48,10 +49,11 @@ def atrous_branches(
         act: None, "relu", "relu6" or "leaky_relu".
         residual: (N, B * COUT, H, W), added before the activation.
         name: what messages and ``explain`` call the op.
+        as_x: give the result in the memory format of ``x``.
 
     Returns:
-        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran. Under
-        autocast in autocast's dtype, as torch's convolutions.
+        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran,
+        unless ``as_x``. Under autocast in autocast's dtype, as torch's convolutions.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation, tensors on different devices.
@@ -67,8 +69,10 @@ def atrous_branches(
     if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
         return atrous_branches_ref(x, weights, biases, dilations, act, residual)
     if needs_grad(x, *weights, *biases, residual):
-        return _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
-    return fwd_op(x, weights, biases, residual, dilations, act or "none")
+        y = _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
+    else:
+        y = fwd_op(x, weights, biases, residual, dilations, act or "none")
+    return like(x, y) if as_x else y
 
 
 def atrous_branches_ref(
