@@ -183,7 +183,7 @@ def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
 
 
 def _plain_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
-    y = atrous_branches_ref(x, weights, biases, dilations, None if act == "none" else act, residual)
+    y = ACTIVATIONS[act](atrous_branches_ref(x, weights, biases, dilations, None, residual))  # not in place: exported
     return channels_last(y.to(x.dtype))
 
 
