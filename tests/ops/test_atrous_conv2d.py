@@ -104,6 +104,31 @@ def test_layouts(case, own, device):
     check_op(run, atrous_branches_ref, [x, weights, biases, dilations, None, residual], terms=300)
 
 
+def test_weights_begin_where_the_kernel_says_they_do(device):
+    buffer = torch.randn(1 + 9 * 16, device=device)
+    (w,) = _atrous._settled([buffer[1:].view(4, 3, 3, 4).permute(0, 3, 1, 2)], torch.float32)
+    assert (
+        w.data_ptr() % 16 == 0
+        and w.is_contiguous(memory_format=CL)
+        and torch.equal(w.permute(0, 2, 3, 1).flatten(), buffer[1:])
+    )
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+def test_sums_of_weights_walk_over_rows_and_images(parts, own, device, monkeypatch):
+    """Several steps a part, whose rectangles are narrower and lower than a step is long, and no multiple of it."""
+    from fastseg.kernels import atrous_conv_bwd
+
+    monkeypatch.setattr(atrous_conv_bwd, "PROGRAMS", 9 * parts)
+    x, (w,), _, (dilation,), _ = make((3,), (2,), N=7, H=4, W=5, bias=False, device=device)
+    with config.override("atrous_conv_bwd_weight", BLOCK_M=16):
+        y = atrous_conv2d(x.detach(), w, dilation=dilation)
+        dy = torch.randn_like(y)
+        (dw,) = torch.autograd.grad(y, w, dy)
+    want = torch.nn.grad.conv2d_weight(x.detach().double(), w.shape, dy.double(), padding=2, dilation=2)
+    compare(dw, want.cpu(), terms=7 * 20)
+
+
 def test_no_bias_no_residual_and_what_does_not_want_a_gradient(own, device):
     x, weights, _, dilations, _ = make(bias=False, device=device)
     x.requires_grad_(False)
