@@ -35,6 +35,26 @@ def aspp_kernels(shape: AsppShape, strategy: Strategy) -> list[Cost]:
     return [*kernels, Cost(bytes=ITEM * (6 * Y + 5 * WIDTH**2), tensor=5 * 2.0 * Y * WIDTH), *act]
 
 
+def atrous_kernels(shape: AsppShape, strategy: Strategy, *, backward: bool = False) -> list[Cost]:
+    """The 1x1 and three atrous 3x3 of an ASPP with folded norms: bias and ReLU, in one map of 4 x 256 channels.
+
+    Eager runs every tap, adds the bias in the convolution, and takes a pass each for concatenation and ReLU; fused
+    skips taps of padding and reads the input once. A backward computes the gradients at the input and at the weights.
+    """
+    pixels = shape.N * shape.H * shape.W
+    A, Y, taps = pixels * shape.C, pixels * WIDTH, 28 * shape.C * WIDTH
+    branch = 2.0 * Y * shape.C  # FLOP of one tap
+    if strategy == "fused":
+        tensor = float(aspp_fraction(shape.H, shape.W, shape.rates)) * 28 * branch
+        once = Cost(bytes=ITEM * (A + 4 * Y + taps), tensor=tensor)
+        return [once, once, Cost(bytes=3 * ITEM * 4 * Y)] if backward else [once]  # the ReLU's pass reads dy and y
+    convs = [Cost(bytes=ITEM * (A + Y + n * shape.C * WIDTH), tensor=n * branch) for n in (1, 9, 9, 9)]
+    if backward:
+        return [*convs, *convs, Cost(bytes=3 * ITEM * 4 * Y), *[Cost(bytes=3 * ITEM * A)] * 3]  # and the sums of dx
+    passes = 2 if strategy == "eager" else 1
+    return [*convs, *[Cost(bytes=2 * ITEM * 4 * Y)] * passes]
+
+
 def pool_bytes(lo: int, hi: int) -> dict[str, float]:
     """Bytes of a 2x2 max pooling with indices: eager int64, ours with int8 or 2-bit codes.
 

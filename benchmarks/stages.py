@@ -16,6 +16,7 @@ from functools import partial
 from itertools import chain, zip_longest
 from pathlib import Path
 
+import bench_atrous
 import bench_batch_norm_act
 import bench_bilinear_conv_transpose
 import bench_inverted_residual
@@ -37,6 +38,7 @@ from fastseg.ops._dispatch import explain
 
 OPS = (
     bench,
+    bench_atrous,
     bench_batch_norm_act,
     bench_pooling,
     bench_upsample_heads,

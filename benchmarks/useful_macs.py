@@ -9,17 +9,17 @@ Everything here is a share of the nominal work, padding included. An ASPP is one
 units a pixel, and its shares are taken over those 28; a scheme pays for its ragged tiles whole, also in the 1x1 branch.
 """
 
-from collections.abc import Iterator
 from fractions import Fraction
-from itertools import pairwise
 from math import ceil
+
+from fastseg.kernels.atrous_plan import Branch, executed_fraction, valid
 
 TAPS = 9
 
 
 def axis_taps(size: int, rate: int) -> int:
     """Valid (position, tap) pairs of a 3-tap axis: ``size`` for the centre, ``size - rate`` for each neighbour."""
-    return size + 2 * max(0, size - rate)
+    return sum(valid(Branch(3, rate), tap, size)[1] for tap in range(3))
 
 
 def useful_fraction(height: int, width: int, rate: int) -> Fraction:
@@ -53,16 +53,8 @@ def region_fraction(height: int, width: int, rates: tuple[int, ...], batch: int,
     Cutting both axes at r and size - r gives at most nine rectangles; inside one, a tap is valid everywhere or nowhere.
     A rectangle of all images is one GEMM of M = batch x its pixels. The 1x1 branch is one more GEMM.
     """
-    executed = _round_up(batch * height * width, block_m)
-    for rate in rates:
-        for rows, taps_y in _segments(height, rate):
-            for columns, taps_x in _segments(width, rate):
-                executed += taps_y * taps_x * _round_up(batch * rows * columns, block_m)
-    return Fraction(executed, (1 + TAPS * len(rates)) * batch * height * width)
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
+    branches = (Branch(1, 1), *(Branch(3, rate) for rate in rates))
+    return executed_fraction(height, width, branches, batch, block_m)
 
 
 def _tile_taps(size: int, tile: int, rate: int) -> int:
@@ -72,10 +64,3 @@ def _tile_taps(size: int, tile: int, rate: int) -> int:
         for start in range(0, size, tile)
         for shift in (-rate, 0, rate)
     )
-
-
-def _segments(size: int, rate: int) -> Iterator[tuple[int, int]]:
-    """(length, number of valid taps) of the pieces an axis falls into when it is cut at rate and size - rate."""
-    cuts = sorted({0, min(rate, size), max(size - rate, 0), size})
-    for start, stop in pairwise(cuts):
-        yield stop - start, sum(0 <= start + shift < size for shift in (-rate, 0, rate))

@@ -163,6 +163,22 @@ ASPP = (
     AsppShape(512, 64, 64, 16, (12, 24, 36), origin="VGG or ResNet-34, 512x512, stride 8"),
 )
 
+# The branches of an ASPP alone, each tap executed or skipped: what is measured by default, and every other combination.
+_ATROUS = tuple(
+    AsppShape(C, H, W, N, rates, f"{'MobileNetV2' if C == 320 else 'ResNet, Xception'} at {H}x{W}")
+    for H, W, rates in (
+        (32, 32, (6, 12, 18)),
+        (64, 64, (12, 24, 36)),
+        (64, 128, (6, 12, 18)),
+        (33, 33, (6, 12, 18)),
+        (65, 65, (12, 24, 36)),
+    )
+    for C in (2048, 320)
+    for N in (16, 1)
+)
+ATROUS = tuple(s for s in _ATROUS if s.H % 2 == 0 and (s.N == 16 or s.W != 64) and (s.N == 1 or s.W != 128))
+ATROUS_OTHERS = tuple(s for s in _ATROUS if s not in ATROUS)
+
 # Maps on which the share of useful ASPP work is tabulated: (H, W), rates.
 ASPP_MAPS = (
     ((32, 32), (6, 12, 18)),

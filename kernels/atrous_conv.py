@@ -12,8 +12,8 @@ one accumulator, over the rectangles that all cuts together make. The weights' g
 tap over the pixels where that tap is valid (``atrous_conv_bwd``); x is kept once for all branches.
 
 Layout: NHWC, weights (COUT, K, K, C). Traffic in elements, A = x, Y = output: A + weights + Y (+ Y of a residual); the
-taps re-read A from the cache: programs run image by image, all branches of an image together. A plain kernel over
-pixel tiles that masks its taps executes 0.72 to 0.79 at that size: a tile rarely misses the map as a whole.
+taps and branches re-read A from the cache (``atrous_plan.work_items`` gives the order). A simpler kernel, over pixel
+tiles that mask their taps, executes 0.72 to 0.79 at that size: a tile rarely misses the map as a whole.
 """
 
 import functools

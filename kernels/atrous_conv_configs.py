@@ -5,6 +5,9 @@ Heuristics with their reasons, and what tuning tries besides; what a GPU would s
 
     own      max(bytes / BW,  F D / (OWN_GEMM rate),  longest program) + 1 launch
     library  for each branch  max(bytes / BW,  D_b / rate) + 1 launch;  then activation, residual, concatenation
+
+The library is taken at its best, so a tie is its: it may split the sums of the few long programs that a single image
+gives, which the own kernel does not.
 """
 
 import functools
@@ -74,6 +77,31 @@ def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
     block_m = 64 if size < 8192 else 128
     return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32 if C <= 32 else 64,
             "num_warps": 8 if block_m * block_n == 128 * 128 else 4, "num_stages": 3}  # fmt: skip
+
+
+@heuristic("atrous_conv_bwd_weight")
+def _weight_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
+    """128 x 128 outputs a program; a sum over thousands of rows hides the start of its loop.
+
+    fp32 goes through registers (one stage): wgmma wants both operands turned, and a copy that turns has 32 bits.
+    """
+    block_n, block_k = (min(128, max(16, triton.next_power_of_2(channels))) for channels in (COUT, C))
+    if dtype.itemsize > 2:
+        return {"BLOCK_M": 32, "BLOCK_N": min(64, block_n), "BLOCK_K": min(64, block_k), "num_warps": 4,
+                "num_stages": 1}  # fmt: skip
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "num_warps": 8 if block_n * block_k == 128 * 128 else 4, "num_stages": 3}  # fmt: skip
+
+
+@candidates("atrous_conv_bwd_weight")
+def _weight_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 4), (64, 128, 128, 4), (64, 128, 128, 8),
+             (32, 128, 128, 8), (64, 128, 256, 8), (128, 128, 128, 8)]  # fmt: skip
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (1, 2, 3, 4)
+    ]
 
 
 @candidates("atrous_conv_fwd")

@@ -102,14 +102,16 @@ def input_regions(H: int, W: int, branches: tuple[Branch, ...]) -> list[Region]:
 def work_items(regions: list[Region], N: int, block_m: int) -> list[tuple[int, int]]:
     """(region, first row) of every row tile, in the order of the programs.
 
-    By image first: what runs at one time then reads the same image for every branch and rectangle, and finds its rows
-    in the cache (the blocks of output channels of one tile, the kernel's fastest index, do so too). Within an image by
-    falling number of taps, so that the last programs are the short ones and end together.
+    By falling number of taps: programs differ ninefold in length, there are a few for each multiprocessor, and the last
+    to begin must be short ones. Among equals image by image, over all branches and rectangles: what runs at one time
+    reads the same images, and finds their rows in the cache. (The blocks of output channels of one tile, the kernel's
+    fastest index, share its rows in any case.) Counts are at most 9, 6, 4, 3, 2, 1: so often is x read from memory, if
+    it is too large for the cache.
     """
     items = []
     for index, region in enumerate(regions):
         pixels = region.h * region.w
-        items += [(row // pixels, -region.count, index, row) for row in range(0, N * pixels, block_m)]
+        items += [(-region.count, row // pixels, index, row) for row in range(0, N * pixels, block_m)]
     return [(index, row) for *_, index, row in sorted(items)]
 
 
@@ -131,7 +133,7 @@ def executed_fraction(H: int, W: int, branches: tuple[Branch, ...], N: int, bloc
 # --- tables for the kernels: rows of integers
 
 REGION = 8  # integers of a region before its taps: y, x, h - 1, w - 1, first branch, branches, and two unused
-TAPS = 8  # of one branch's taps: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
+TAPS = 8  # integers of one branch: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
 
 
 def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, mirrored: bool) -> list[list[int]]:
@@ -152,8 +154,9 @@ def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, 
 
 
 def weight_rows(H: int, W: int, branches: tuple[Branch, ...], channels: int, sources: int) -> list[list[int]]:
-    """One row for each branch and tap: the output pixels where it is valid (y, x, h, w; h = 0: nowhere), how far it
-    reads (pixels), the first of the branch's output channels, its place among the weights and their stride.
+    """One row for each branch and tap: the output pixels where it is valid (y, x, h - 1, w - 1), how far it reads
+    (pixels), its branch, its place among the weights, the stride of an output channel's weights, and 1 where it is
+    valid anywhere, else 0.
 
     ``channels``: of each branch's output; ``sources``: of the input. The weights stand one branch after the other,
     each (channels, K, K, sources).
@@ -163,9 +166,10 @@ def weight_rows(H: int, W: int, branches: tuple[Branch, ...], channels: int, sou
         for ky in range(branch.K):
             for kx in range(branch.K):
                 (y, h), (x, w) = valid(branch, ky, H), valid(branch, kx, W)
-                h, w = (h, w) if h and w else (0, 1)
+                known = h > 0 and w > 0
+                y, x, h, w = (y, x, h, w) if known else (0, 0, 1, 1)
                 shift = distance(branch, ky) * W + distance(branch, kx)
                 place = start + (ky * branch.K + kx) * sources
-                rows.append([y, x, h, w, shift, b * channels, place, branch.K**2 * sources])
+                rows.append([y, x, h - 1, w - 1, shift, b, place, branch.K**2 * sources, int(known)])
         start += channels * branch.K**2 * sources
     return rows

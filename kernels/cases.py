@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from fastseg.kernels import (
+    cases_atrous,
     cases_batch_norm,
     cases_bilinear,
     cases_inverted_residual,
@@ -29,6 +30,7 @@ from fastseg.kernels import (
 TOPICS = (
     cases_separable,
     cases_inverted_residual,
+    cases_atrous,
     cases_batch_norm,
     cases_pooling,
     cases_bilinear,

@@ -17,6 +17,7 @@ from fastseg.ops._register import channels_last, first_order, like, memory_forma
 
 if HAS_TRITON:
     from fastseg.kernels.atrous_conv import atrous_conv_bwd_input, atrous_conv_fwd
+    from fastseg.kernels.atrous_conv_bwd import atrous_conv_bwd_weight
     from fastseg.kernels.atrous_conv_configs import Plan, plan
     from fastseg.kernels.atrous_plan import Branch
 
@@ -33,6 +34,7 @@ def atrous_branches(
     residual: Tensor | None = None,
     *,
     name: str = NAME,
+    as_x: bool = False,
 ) -> Tensor:
     """``act(cat([conv2d(x, w, b, padding=d * (K // 2), dilation=d) ...], 1) + residual)``, as one launch.
 
@@ -47,10 +49,11 @@ def atrous_branches(
         act: None, "relu", "relu6" or "leaky_relu".
         residual: (N, B * COUT, H, W), added before the activation.
         name: what messages and ``explain`` call the op.
+        as_x: give the result in the memory format of ``x``.
 
     Returns:
-        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran. Under
-        autocast in autocast's dtype, as torch's convolutions.
+        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran,
+        unless ``as_x``. Under autocast in autocast's dtype, as torch's convolutions.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation, tensors on different devices.
@@ -66,8 +69,10 @@ def atrous_branches(
     if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
         return atrous_branches_ref(x, weights, biases, dilations, act, residual)
     if needs_grad(x, *weights, *biases, residual):
-        return _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
-    return fwd_op(x, weights, biases, residual, dilations, act or "none")
+        y = _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
+    else:
+        y = fwd_op(x, weights, biases, residual, dilations, act or "none")
+    return like(x, y) if as_x else y
 
 
 def atrous_branches_ref(
@@ -137,24 +142,25 @@ def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str
         return "", ""
     if torch._C._are_functorch_transforms_active() or any(has_tangent(t) for t in (x, *weights, *biases)):
         return "a transform of functions, or forward-mode AD", ""
-    chosen = _plan(x, weights, dilations, act or "none", residual)
+    passes = (act is not None) + (residual is not None)
+    chosen = _plan(x.shape, x.dtype, weights[0].shape[0], kernels, dilations, passes)
     return chosen if isinstance(chosen, str) else "" if chosen.own else str(chosen), str(chosen)
 
 
-def _plan(x, weights, dilations, act, residual) -> "Plan | str":
-    """The cost model's choice, or why there is none."""
-    (N, C, H, W), COUT, B = x.shape, weights[0].shape[0], len(weights)
+def _plan(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Plan | str":
+    """The cost model's choice for x of ``shape``, or why there is none."""
+    (N, C, H, W), B = shape, len(kernels)
     if 0 in (N, C, H, W, COUT):
         return "empty tensors"
     largest = H * W * max(C, COUT * B)
     if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
         return f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address 2^31 of each"
-    branches = tuple(Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True))
-    return plan(N, C, H, W, COUT, branches, x.dtype, (act != "none") + (residual is not None))
+    branches = tuple(Branch(K, d) for K, d in zip(kernels, dilations, strict=True))
+    return plan(N, C, H, W, COUT, branches, dtype, passes)
 
 
-def _own(x, weights, dilations, act="none", residual=None) -> bool:
-    chosen = _plan(x, weights, dilations, act, residual)
+def _own(*sizes) -> bool:
+    chosen = _plan(*sizes)
     return not isinstance(chosen, str) and chosen.own
 
 
@@ -168,7 +174,8 @@ def _settled(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 
 def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
-    if not _own(x, weights, dilations, act, residual):
+    passes = (act != "none") + (residual is not None)
+    if not _own(x.shape, x.dtype, weights[0].shape[0], [w.shape[-1] for w in weights], dilations, passes):
         return _plain_fwd(x, weights, biases, residual, dilations, act)
     residual = None if residual is None else channels_last(residual)
     biases = [b.contiguous() for b in biases]
@@ -176,7 +183,7 @@ def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
 
 
 def _plain_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
-    y = atrous_branches_ref(x, weights, biases, dilations, None if act == "none" else act, residual)
+    y = ACTIVATIONS[act](atrous_branches_ref(x, weights, biases, dilations, None, residual))  # not in place: exported
     return channels_last(y.to(x.dtype))
 
 
@@ -190,7 +197,8 @@ def _fake_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
 
 
 def _launch_input(dy, weights, dilations) -> Tensor:
-    if not _own(dy[:, :1].expand(-1, weights[0].shape[1], -1, -1), weights, dilations):
+    (COUT, C), (N, _, H, W) = weights[0].shape[:2], dy.shape
+    if not _own((N, C, H, W), dy.dtype, COUT, [w.shape[-1] for w in weights], dilations):
         return _plain_input(dy, weights, dilations)
     return atrous_conv_bwd_input(channels_last(dy), _settled(weights, dy.dtype), dilations)
 
@@ -218,7 +226,10 @@ def _plain_weight(dy, x, kernels, dilations) -> Tensor:
     return torch.cat([g.permute(0, 2, 3, 1).reshape(-1) for g in grads])
 
 
-_launch_weight = _plain_weight
+def _launch_weight(dy, x, kernels, dilations) -> Tensor:
+    if not _own(x.shape, x.dtype, dy.shape[1] // len(kernels), kernels, dilations):
+        return _plain_weight(dy, x, kernels, dilations)
+    return atrous_conv_bwd_weight(channels_last(dy), channels_last(x), kernels, dilations)
 
 
 def _fake_weight(dy, x, kernels, dilations) -> Tensor:

@@ -4,7 +4,6 @@ from torch import Tensor
 
 from fastseg.ops._atrous import atrous_branches, atrous_branches_ref
 from fastseg.ops._batch_norm import Activation
-from fastseg.ops._register import like
 
 
 def atrous_conv2d(
@@ -45,7 +44,7 @@ def atrous_conv2d(
     Reference: Chen et al., DeepLab, arXiv:1606.00915.
     """
     biases = None if bias is None else [bias]
-    return like(x, atrous_branches(x, [weight], biases, [dilation], act, residual, name="atrous_conv2d"))
+    return atrous_branches(x, [weight], biases, [dilation], act, residual, name="atrous_conv2d", as_x=True)
 
 
 def atrous_conv2d_ref(
