@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastseg.models.encoders import ENCODERS
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.skip import run_upsample_concat_conv
 from fastseg.nn.upsampling import UpsampleArgmax
 
 BACKBONES = ("mobilenet_v2",)  # of ENCODERS, those whose public DeepLabV3+ weights fit
@@ -81,8 +82,9 @@ class DeepLabV3Plus(nn.Module):
         """(N, in_channels, H, W) -> logits at stride 4, (N, num_classes, ceil(H / 4), ceil(W / 4))."""
         features = self.backbone(x)
         low, deep = features[2], features[-1]
-        deep = _resize(self.aspp(deep), low.shape[-2:])
-        return self.cls_conv(self.cat_conv(torch.cat([deep, self.shortcut_conv(low)], 1)))
+        deep, low, (conv, norm) = self.aspp(deep), self.shortcut_conv(low), self.cat_conv[:2]
+        y = run_upsample_concat_conv(deep, low, conv, norm, "relu", align_corners=True)
+        return self.cls_conv(self.cat_conv[3:](y))
 
     def predict(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> class map (N, H, W), ``forward(x).argmax(1)``; uint8 up to 256 classes."""

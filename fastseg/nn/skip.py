@@ -8,7 +8,10 @@ from torch.nn import functional as F
 
 from fastseg import ops
 from fastseg.nn.conv import watched
+from fastseg.nn.fold import can_fold, folded, run_conv_norm_act, unfold
+from fastseg.nn.norm import run_norm_act
 from fastseg.nn.upsampling import UpsamplingBilinear2d
+from fastseg.ops._batch_norm import Activation
 
 
 def upsample_concat(
@@ -42,3 +45,37 @@ def upsample_concat(
     if not crop and (rows or columns):
         y = F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     return torch.cat([y, *skips] if up_first else [*skips, y], 1)
+
+
+def run_upsample_concat_conv(
+    deep: Tensor,
+    low: Tensor,
+    conv: nn.Conv2d,
+    norm: nn.BatchNorm2d | None,
+    act: Activation | None,
+    *,
+    align_corners: bool = False,
+    up_first: bool = True,
+) -> Tensor:
+    """``act(norm(conv(cat([interpolate(deep, low.shape[2:]), low], 1))))`` over torch modules, wherever they live.
+
+    A plain 3x3 convolution goes through ``fastseg.ops.upsample_concat_conv2d``, which need not write the upsampled map;
+    its norm is folded into it where it can be. Others are called.
+    """
+    if watched(conv, nn.Conv2d) or not _plain_3x3(conv):
+        x = ops.upsample_concat(deep, [low], align_corners=align_corners, up_first=up_first)
+        return run_conv_norm_act(x, conv, norm, act)
+    options = {"align_corners": align_corners, "up_first": up_first}
+    if norm is None:
+        return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=act, **options)
+    if can_fold(deep, conv, norm) and can_fold(low, conv, norm):
+        return ops.upsample_concat_conv2d(deep, low, *folded(deep, conv, norm), act=act, **options)
+    if norm.training:
+        unfold(conv)
+    y = ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, **options)
+    return run_norm_act(y, norm, act)
+
+
+def _plain_3x3(conv: nn.Conv2d) -> bool:
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"

@@ -12,6 +12,7 @@ from fastseg.ops.separable_conv import separable_conv2d
 from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.ops.upsample_bilinear import upsample_bilinear
 from fastseg.ops.upsample_concat import upsample_concat
+from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
@@ -32,5 +33,6 @@ __all__ = [
     "upsample_argmax",
     "upsample_bilinear",
     "upsample_concat",
+    "upsample_concat_conv2d",
     "upsample_cross_entropy",
 ]

@@ -45,7 +45,7 @@ class Decision(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     device: str
-    path: str  # "triton", "cudnn" or "reference"
+    path: str  # "triton", "cudnn", "torch" (an own form in plain PyTorch) or "reference"
     why: str
 
 

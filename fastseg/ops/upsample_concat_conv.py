@@ -1,0 +1,226 @@
+"""A 3x3 convolution of an upsampled map beside another: what DeepLabV3+'s decoder begins with."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
+from fastseg.ops._conv_act import conv2d_act
+from fastseg.ops._dispatch import (
+    HAS_TRITON,
+    autocast_dtype,
+    has_tangent,
+    in_reference,
+    kernels_run,
+    needs_grad,
+    record,
+    use_kernel,
+)
+from fastseg.ops._register import channels_last, like
+from fastseg.ops._upsample import is_finite
+from fastseg.ops._upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
+from fastseg.ops.upsample_concat import upsample_concat, upsample_concat_ref
+
+if HAS_TRITON:
+    from fastseg.kernels.upsample_conv import plan, unsupported
+
+NAME = "upsample_concat_conv2d"
+
+
+def upsample_concat_conv2d(
+    deep: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    act: Activation | None = None,
+    align_corners: bool = False,
+    up_first: bool = True,
+) -> Tensor:
+    """``act(conv2d(cat([interpolate(deep, low.shape[2:], mode="bilinear", ...), low], 1), weight, bias, padding=1))``.
+
+    The convolution of the upsampled channels is linear in the small map: nine 1x1 convolutions of ``deep`` as it is,
+    whose results are interpolated and shifted. That is the same sum in another order, borders included: results differ
+    by roundings. From 32^2 to 128^2 pixels, 256 -> 256 channels, 19.3 GFLOP become at most 2.6. A cost model chooses
+    between this form and the plain one (``fastseg.explain()`` shows it): on a GPU without gradients, on a CPU in fp32
+    and fp64 with and without.
+
+    Args:
+        deep: (N, C, h, w), the small map; channels_last is not copied.
+        low: (N, CL, H, W).
+        weight: (COUT, C + CL, 3, 3).
+        bias: (COUT,).
+        act: None, "relu", "relu6" or "leaky_relu".
+        align_corners: as ``torch.nn.functional.interpolate``.
+        up_first: False: ``cat([low, interpolate(deep, ...)], 1)``.
+
+    Returns:
+        (N, COUT, H, W), in the memory format of ``deep``; in autocast's dtype where it is on.
+
+    Raises:
+        ValueError: a map that is not 4-D or has no pixel, batches that differ, a weight or bias that does not fit, an
+            unknown activation.
+        TypeError: a map is not floating point.
+
+    Reference: the decoder of DeepLabV3+, Chen et al., arXiv:1802.02611.
+    """
+    _check(deep, low, weight, bias, act)
+    dtype = torch.promote_types(autocast_dtype(deep), autocast_dtype(low))
+    deep, low, weight = (t.to(dtype) for t in (deep, low, weight))
+    bias = None if bias is None else bias.to(dtype)
+    request = (deep, low, weight, bias, act, align_corners, up_first)
+    if in_reference():
+        use_kernel(NAME, deep, low, weight, bias)
+        return upsample_concat_conv2d_ref(
+            deep, low, weight, bias, act=act, align_corners=align_corners, up_first=up_first
+        )
+    if kernels_run(deep):
+        why, chosen = _no_kernel(deep, low, weight, bias)
+        run = (
+            _with_kernel if use_kernel(NAME, deep, low, weight, bias, unsupported=why, form=lambda: chosen) else _plain
+        )
+        return run(*request)
+    why, chosen = _no_low_resolution(deep, low, weight, bias)
+    if why:
+        use_kernel(NAME, deep, low, weight, bias, unsupported=why)
+        return _plain(*request)
+    if not torch.compiler.is_compiling():
+        record(NAME, deep, "torch", chosen)
+    return _low_resolution(*request)
+
+
+def upsample_concat_conv2d_ref(
+    deep: Tensor,
+    low: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    act: Activation | None = None,
+    align_corners: bool = False,
+    up_first: bool = True,
+) -> Tensor:
+    """``upsample_concat_conv2d`` in plain PyTorch."""
+    x = upsample_concat_ref(deep, [low], align_corners=align_corners, up_first=up_first)
+    return like(deep, activate(F.conv2d(x, weight, bias, padding=1), act, inplace=True))
+
+
+def _check(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, act: str | None) -> None:
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'{NAME}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    for label, t in (("deep", deep), ("low", low)):
+        if t.dim() != 4 or 0 in t.shape[1:]:
+            raise ValueError(f"{NAME}: {label} is {tuple(t.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
+        if not t.is_floating_point():
+            raise TypeError(f"{NAME}: {label} is {t.dtype}; it must be a floating-point tensor")
+    if deep.shape[0] != low.shape[0]:
+        raise ValueError(f"{NAME}: deep is {tuple(deep.shape)}, low {tuple(low.shape)}; give as many images of each")
+    channels = deep.shape[1] + low.shape[1]
+    if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3):
+        raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; it must be (COUT, {channels}, 3, 3)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{NAME}: bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
+
+
+# --- the plain form, and the two that leave the upsampled map unwritten
+
+
+def _plain(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
+    x = upsample_concat(deep, [low], align_corners=align_corners, up_first=up_first)
+    if torch.compiler.is_compiling() or needs_grad(x, weight, bias) or has_tangent(x):
+        y = activate(F.conv2d(x, weight, bias, padding=1), act, inplace=True)
+    else:
+        y = conv2d_act(x, weight, bias, act, (1, 1), (1, 1), (1, 1), 1)
+    return like(deep, y)
+
+
+def _halves(weight: Tensor, channels: int, up_first: bool) -> tuple[Tensor, Tensor]:
+    """-> the filters of the upsampled channels, of the others."""
+    rest = weight.shape[1] - channels
+    if up_first:
+        return weight[:, :channels], channels_last(weight[:, channels:])
+    return weight[:, rest:], channels_last(weight[:, :rest])
+
+
+def _with_kernel(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
+    up, rest = _halves(weight, deep.shape[1], up_first)
+    base = F.conv2d(channels_last(low), rest, padding=1)
+    y = fused_taps(low_resolution_taps(deep, up), base, bias, act, low.shape[2:], align_corners)
+    return like(deep, y)
+
+
+def _low_resolution(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
+    up, rest = _halves(weight, deep.shape[1], up_first)
+    taps = low_resolution_taps(deep, up)
+    base = channels_last(F.conv2d(channels_last(low), rest, bias, padding=1))
+    if needs_grad(taps, base) or has_tangent(taps) or has_tangent(base):
+        y = upsample_taps(taps, base, low.shape[2:], align_corners)
+    else:
+        y = add_upsampled(base, taps, align_corners)  # into the convolution's own result
+    return like(deep, activate(y, act, inplace=True))
+
+
+# --- which of them
+
+
+def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, str]:
+    """Why the kernel does not run, or ""; and what the cost model says."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (deep, low, weight, bias)):
+        return "gradients are wanted: upsampling, then convolution", ""
+    if has_tangent(deep) or has_tangent(low) or has_tangent(weight):
+        return "forward-mode AD: upsampling, then convolution", ""
+    N, C, h, w = deep.shape
+    sizes = (N, C, low.shape[1], weight.shape[0], h, w, *low.shape[2:])
+    if torch.compiler.is_compiling():  # the model's tables are no part of a graph, nor are sizes known
+        return "", ""
+    if low.shape[0] == 0 or weight.shape[0] == 0:
+        return "nothing to compute", ""
+    why = unsupported(*sizes)
+    if why:
+        return why, ""
+    chosen = plan(*sizes, deep.dtype)
+    return ("" if chosen.low_resolution else str(chosen)), str(chosen)
+
+
+def _no_low_resolution(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, str]:
+    """Why a CPU upsamples first, or ""; and what the cost model says."""
+    if torch.compiler.is_compiling():
+        return "a captured graph: upsampling, then convolution", ""
+    tensors = [t for t in (deep, low, weight, bias) if t is not None]
+    if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+        return "no kernel, and not a plain CPU tensor", ""
+    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
+        return "a transform or trace: upsampling, then convolution", ""
+    if deep.dtype not in (torch.float32, torch.float64):
+        return f"CPU tensor of {str(deep.dtype).removeprefix('torch.')}: upsampling, then convolution", ""
+    if low.shape[0] == 0 or weight.shape[0] == 0:
+        return "nothing to compute", ""
+    chosen = plan_cpu(deep.shape[0], deep.shape[1], low.shape[1], weight.shape[0], *deep.shape[2:], *low.shape[2:])
+    if not chosen.low_resolution:
+        return str(chosen), str(chosen)
+    if not is_finite(deep):
+        return "NaN or infinity, which a strip's GEMM would spread: upsampling, then convolution", ""
+    return "", str(chosen)
+
+
+class PlanCpu(NamedTuple):
+    low_resolution: bool
+    taps_gflop: float
+    plain_gflop: float
+
+    def __str__(self) -> str:
+        form = "nine taps at low resolution" if self.low_resolution else "upsampling, then convolution"
+        return f"{form}: model says {self.taps_gflop:.3g} against {self.plain_gflop:.3g} GFLOP's worth of time"
+
+
+# What an element of a strip, updated by a short GEMM, and an element that interpolation or ``cat`` writes cost, in
+# floating-point operations of a long GEMM.
+STRIP_ELEMENT, COPY_ELEMENT = 130, 70
+
+
+def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int) -> PlanCpu:
+    """Which form takes less time on one thread of a CPU; the convolution of ``low`` is in both."""
+    taps = 18 * N * h * w * C * COUT + STRIP_ELEMENT * 3 * N * (H + h) * W * COUT
+    plain = 18 * N * H * W * C * COUT + COPY_ELEMENT * N * H * W * (2 * C + CL)
+    return PlanCpu(taps < plain, taps * 1e-9, plain * 1e-9)
