@@ -1,7 +1,8 @@
 """A 3x3 convolution of a bilinearly upsampled map, from the small map's nine products with the filters.
 
 The convolution is linear in the small map, and so is the interpolation; they change places. With
-taps[ky, n, i, j, kx] = x[n, :, i, j] W[:, :, ky, kx], nine 1x1 convolutions at low resolution, and the interpolation's weights along each axis
+taps[ky, n, i, j, kx] = x[n, :, i, j] W[:, :, ky, kx], nine 1x1 convolutions at low resolution, and the interpolation's
+weights along each axis
 
     y[n, o, p] = sum over ky, kx of  sum over i, j of  Ay[o + ky - 1, i] Ax[p + kx - 1, j] taps[ky, n, i, j, kx]
 
