@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastseg.kernels.bilinear import Taps, bilinear_fwd, interpolation
 from fastseg.kernels.bilinear_bwd import bilinear_bwd
+from fastseg.kernels.upsample_conv import upsample_conv_fwd
 
 
 def _map(dtype: torch.dtype, channels_last: bool, *shape: int) -> Tensor:
@@ -44,6 +45,13 @@ def _deconv(
     bilinear_fwd(_map(dtype, channels_last, N, C, H, W), out, taps, channels_last, other, 5, bias if skip else None)
 
 
+def _conv(dtype: torch.dtype, N: int, C: int, H: int, W: int, out: tuple[int, int], align_corners: bool) -> None:
+    """Nine taps onto the other half of a decoder's convolution, with bias and ReLU."""
+    taps = torch.empty(3, N, H, W, 3, C, dtype=dtype, device="meta")
+    bias = torch.empty(C, dtype=dtype, device="meta")
+    upsample_conv_fwd(taps, _map(dtype, True, N, C, *out), bias, "relu", out, align_corners)
+
+
 # Batches of the large cases put the largest map past 2^31 elements.
 _DECODER = (528, 256, 32, 32, 4)  # DeepLabV3+'s decoder at 512^2
 _VOC = (400, 21, 128, 128, 4)  # its logits
@@ -79,6 +87,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "upsample 37x41->63x70, NCHW, backward": lambda dtype: _upsample(
         dtype, 2, 21, 37, 41, 1.71, channels_last=False, backward=True
     ),
+    "convolution of upsampled 256 channels 32->128": lambda dtype: _conv(dtype, 528, 256, 32, 32, (128, 128), True),
+    "convolution of upsampled 64 channels 37x41->63x70": lambda dtype: _conv(dtype, 2, 64, 37, 41, (63, 70), False),
     "deconv 21 channels k16 s8": lambda dtype: _deconv(dtype, *_FCN, padding=4),
     "deconv 21 channels k16 s8, backward": lambda dtype: _deconv(dtype, *_FCN, padding=4, backward=True),
     "deconv 21 channels k16 s8, NCHW, backward": lambda dtype: _deconv(

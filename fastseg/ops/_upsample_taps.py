@@ -1,7 +1,8 @@
 """A 3x3 convolution of a bilinearly upsampled map, from the small map's nine products with the filters.
 
-The convolution is linear in the small map, and so is the interpolation; they change places. With nine 1x1 convolutions
-at low resolution, taps[ky, n, i, j, kx] = x[n, :, i, j] W[:, :, ky, kx], and the interpolation weights along each axis
+The convolution is linear in the small map, and so is the interpolation; they change places. With
+taps[ky, n, i, j, kx] = x[n, :, i, j] W[:, :, ky, kx], nine 1x1 convolutions at low resolution, and the interpolation's
+weights along each axis
 
     y[n, o, p] = sum over ky, kx of  sum over i, j of  Ay[o + ky - 1, i] Ax[p + kx - 1, j] taps[ky, n, i, j, kx]
 
@@ -57,9 +58,7 @@ def strips(low: int, full: int, align_corners: bool, dtype: torch.dtype, length:
     """The weights of one axis, for the three taps of a filter, cut into strips of ``length`` outputs."""
     with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         first, second, weight = neighbours(low, full, align_corners, torch.float64)
-        padded = torch.zeros(
-            full + 2, low, dtype=torch.float64
-        )  # a row of zeros either side: the convolution's padding
+        padded = torch.zeros(full + 2, low, dtype=torch.float64)  # zeros either side: the padding
         padded[1:-1].scatter_add_(1, first[:, None], (1 - weight)[:, None])
         padded[1:-1].scatter_add_(1, second[:, None], weight[:, None])
         out = []

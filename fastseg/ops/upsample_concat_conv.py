@@ -78,10 +78,8 @@ def upsample_concat_conv2d(
         )
     if kernels_run(deep):
         why, chosen = _no_kernel(deep, low, weight, bias)
-        run = (
-            _with_kernel if use_kernel(NAME, deep, low, weight, bias, unsupported=why, form=lambda: chosen) else _plain
-        )
-        return run(*request)
+        taken = use_kernel(NAME, deep, low, weight, bias, unsupported=why, form=lambda: chosen)
+        return _with_kernel(*request) if taken else _plain(*request)
     why, chosen = _no_low_resolution(deep, low, weight, bias)
     if why:
         use_kernel(NAME, deep, low, weight, bias, unsupported=why)

@@ -12,7 +12,7 @@ from fastseg.ops import upsample_concat_conv2d as op
 from fastseg.ops._dispatch import INTERPRETED
 from fastseg.ops._upsample_taps import add_upsampled, strips
 from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d_ref as ref
-from fastseg.testing import Tolerance, check_op, compare, guard, guarded
+from fastseg.testing import check_op, guard, guarded
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 CORNERS = pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])
@@ -46,11 +46,22 @@ def on_cpu(*tensors, act=None, align_corners=False, up_first=True):
 
 @pytest.fixture
 def low_resolution(monkeypatch):
-    """Nine taps, whatever the cost models say."""
+    """Nine taps, whatever the cost models say; interpreted, in few programs."""
+    if INTERPRETED:
+        from fastseg.kernels.config import override
+
+        with override("upsample_conv_fwd", ROWS=8):
+            yield from _low_resolution(monkeypatch)
+    else:
+        yield from _low_resolution(monkeypatch)
+
+
+def _low_resolution(monkeypatch):
     monkeypatch.setattr(upsample_concat_conv, "plan_cpu", lambda *sizes: upsample_concat_conv.PlanCpu(True, 0.0, 0.0))
     if upsample_concat_conv.HAS_TRITON:
         original = upsample_concat_conv.plan
         monkeypatch.setattr(upsample_concat_conv, "plan", lambda *sizes: original(*sizes)._replace(low_resolution=True))
+    yield
 
 
 @CORNERS
@@ -67,10 +78,7 @@ def test_kernel_matches_reference(shapes, align_corners, low_resolution, device)
 def test_kernel_in_half(dtype, low_resolution, device):
     """Taps and the other half of the convolution are rounded to 16 bits: two roundings more, of smaller sums."""
     tensors = draw(SHAPES[1], dtype, device, NCHW, grad=False)
-    tolerance = {torch.float16: Tolerance(2**-8, 2**-8), torch.bfloat16: Tolerance(2**-5, 2**-5)}[dtype]
-    with torch.no_grad():
-        want = ref(*(t.double() for t in tensors), act="relu6")
-        compare(op(*tensors, act="relu6"), want, tolerance=tolerance)
+    check_op(bound(op, act="leaky_relu"), bound(ref, act="leaky_relu"), tensors, terms=72, grad=False)
 
 
 def test_kernel_in_strips(low_resolution, device):
@@ -79,8 +87,8 @@ def test_kernel_in_strips(low_resolution, device):
         pytest.skip("no Triton")
     from fastseg.kernels import config
 
-    tensors = draw(((1, 4, 4, 3), (2, 11, 11), 4), device=device, grad=False)
-    for rows, width in ((4, 4), (1, 16)):
+    tensors = draw(((1, 4, 3, 2), (2, 7, 6), 4), device=device, grad=False)
+    for rows, width in ((4, 4), (2, 8)):
         with config.override("upsample_conv_fwd", ROWS=rows, BLOCK_W=width, BLOCK_C=4, num_warps=1):
             check_op(op, ref, tensors, terms=54, grad=False)
 
@@ -89,7 +97,6 @@ def test_kernel_in_strips(low_resolution, device):
 @pytest.mark.parametrize("shapes", [*SHAPES, ((1, 3, 10, 9), (2, 40, 36), 4)], ids=str)
 def test_cpu_matches_reference(shapes, align_corners, monkeypatch):
     """With gradients and without; the last in several strips of both axes."""
-    monkeypatch.setattr(_upsample_taps, "_fwd", torch.ops.fastseg.upsample_taps.default)
     plain_ops(monkeypatch)
     tensors = draw(shapes)
     options = {"align_corners": align_corners, "up_first": align_corners, "act": "relu"}
@@ -109,7 +116,7 @@ def test_derivatives(monkeypatch):
     tensors = draw(((1, 2, 2, 2), (1, 3, 4), 2), torch.float64)
     assert torch.autograd.gradcheck(on_cpu, tensors, check_forward_ad=True, fast_mode=True)
     assert torch.autograd.gradgradcheck(on_cpu, tensors, fast_mode=True)
-    deep, low, weight, _bias = tensors
+    deep, low, weight, _ = tensors
     with forward_ad.dual_level():
         y = on_cpu(forward_ad.make_dual(deep.detach(), torch.ones_like(deep)), low.detach(), weight.detach(), None)
         tangent = forward_ad.unpack_dual(y).tangent
@@ -201,7 +208,7 @@ def test_on_a_cpu(low_resolution):
 
 def test_not_finite(low_resolution, device):
     """What the kernel gives NaN or infinity is what upsampling first gives it: no other pixel."""
-    deep, low, weight, _bias = draw(((1, 4, 3, 3), (2, 9, 9), 4), device=device, grad=False)
+    deep, low, weight, _ = draw(((1, 4, 3, 3), (2, 9, 9), 4), device=device, grad=False)
     for value in (float("nan"), float("inf")):
         deep[0, 1, 0, 2] = value
         torch.testing.assert_close(op(deep, low, weight).isfinite(), ref(deep, low, weight).isfinite())
