@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
-from fastseg.kernels.common import clamp_to, tile_pixels
+from fastseg.kernels.common import clamp_keeping_nan, tile_pixels
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.inverted_residual_plan import group_of
 from fastseg.kernels.separable_conv_fwd import empty_nhwc, precision
@@ -35,7 +35,7 @@ def _finish(
     u, acc, dw_bias, w, limit, dtype: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """acc + project act(u + dw_bias)."""
-    a = clamp_to(u + dw_bias[None, :], limit).to(dtype)
+    a = clamp_keeping_nan(u + dw_bias[None, :], limit).to(dtype)
     return tl.dot(a, w, acc, input_precision=PRECISION, out_dtype=ACC)
 
 
@@ -99,7 +99,9 @@ def _inverted_residual_fwd_kernel(
                 x = tl.load(x_ptr + (iy * W + ix)[:, None] * C + offs_c[None, :],
                             mask=inside[:, None] & mask_c[None, :], other=0.0)  # fmt: skip
                 e = tl.dot(x, expand, input_precision=PRECISION, out_dtype=ACC) + expand_bias[None, :]
-                e = clamp_to(e, tl.where(inside, limit, 0.0)[:, None])  # outside the image e is 0, not act(bias)
+                e = clamp_keeping_nan(
+                    e, tl.where(inside, limit, 0.0)[:, None]
+                )  # outside the image e is 0, not act(bias)
                 taps = dw_ptr + offs_k * 9 + ky * 3 + col
                 if col < 3:
                     u0 += e * tl.load(taps, mask=mask_k, other=0.0).to(ACC)[None, :]
