@@ -18,6 +18,7 @@ from pathlib import Path
 
 import bench_batch_norm_act
 import bench_bilinear_conv_transpose
+import bench_conv_act
 import bench_inverted_residual
 import bench_models
 import bench_pooling
@@ -44,6 +45,7 @@ OPS = (
     bench_upsample_concat,
     bench_bilinear_conv_transpose,
     bench_inverted_residual,
+    bench_conv_act,
 )
 GPU_TESTS = ("tests/ops", "tests/nn", "tests/models")
 
