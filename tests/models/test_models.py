@@ -274,13 +274,14 @@ def plain_deeplab(state: dict[str, Tensor], x: Tensor, output_stride: int, train
 
 
 def test_launches_per_forward(device):
-    """Each of MobileNetV2's 17 pairs and 16 expansions is one launch at 512^2, batch 1; counted, not run."""
+    """The stem, and each of MobileNetV2's 17 pairs and 16 expansions, is one launch at 512^2; counted, not run."""
     model = DeepLabV3Plus(21).to(device, memory_format=torch.channels_last).eval()
     launched = []
     with torch.no_grad(), config.intercept(lambda kernel, *_: launched.append(kernel.fn.__name__)), explain() as report:
         model.logits(torch.zeros(1, 3, 512, 512, device=device).to(memory_format=torch.channels_last))
     assert [d.why.split(":")[0] for d in report if d.op == "separable_conv2d"] == ["fused"] * 17
-    assert launched[:33] == [
+    assert launched[:34] == [
+        "_stem_conv_fwd_kernel",
         "_separable_conv_fwd_fused_kernel",
         *["_separable_conv_fwd_pw_kernel", "_separable_conv_fwd_fused_kernel"] * 16,
     ]
