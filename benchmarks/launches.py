@@ -28,7 +28,15 @@ from fastseg.kernels import config
 from fastseg.models import create
 from fastseg.ops import _conv_act
 
-NO_LAUNCH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided", "_efficientzerotensor")
+NO_LAUNCH = (
+    "_unsafe_view",
+    "empty",
+    "new_empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty_strided",
+    "_efficientzerotensor",
+)
 
 
 class _Launches(TorchDispatchMode):
@@ -89,7 +97,9 @@ def count() -> Iterator[Counter[str]]:
 
     as_on_cuda = (
         mock.patch.object(_conv_act, "on_cpu", lambda x: False),
-        mock.patch.object(_conv_act, "unsupported", lambda r: unsupported(r._replace(device="cuda", cudnn=True))),
+        mock.patch.object(
+            _conv_act, "unsupported", lambda r: unsupported(r._replace(device="cuda", cudnn=True, deterministic=False))
+        ),
         mock.patch.object(torch, "cudnn_convolution_relu", fused),
         mock.patch.object(torch, "cudnn_convolution_add_relu", fused_add),
         config.intercept(on_launch),

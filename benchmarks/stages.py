@@ -19,6 +19,7 @@ from pathlib import Path
 import bench_atrous
 import bench_batch_norm_act
 import bench_bilinear_conv_transpose
+import bench_conv_act
 import bench_inverted_residual
 import bench_models
 import bench_pooling
@@ -46,6 +47,7 @@ OPS = (
     bench_upsample_concat,
     bench_bilinear_conv_transpose,
     bench_inverted_residual,
+    bench_conv_act,
 )
 GPU_TESTS = ("tests/ops", "tests/nn", "tests/models")
 

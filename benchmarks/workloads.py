@@ -41,6 +41,32 @@ class SeparableShape:
 
 
 @dataclass(frozen=True)
+class ConvShape:
+    """One convolution with its norm folded, and its activation: (N, C, H, W) -> (N, COUT, H / stride, W / stride)."""
+
+    name: str
+    C: int
+    COUT: int
+    H: int
+    W: int
+    N: int = 16
+    kernel_size: int = 1
+    stride: int = 1
+    act: str = "relu6"
+    origin: str = ""
+
+    @property
+    def inputs(self) -> int:
+        """Elements of the input."""
+        return self.N * self.C * self.H * self.W
+
+    @property
+    def outputs(self) -> int:
+        """Elements of the output."""
+        return self.N * self.COUT * -(-self.H // self.stride) * -(-self.W // self.stride)
+
+
+@dataclass(frozen=True)
 class BlockShape:
     """One inverted residual: (N, C, H, W) -> (N, COUT, H / stride, W / stride), ``expansion`` C channels inside."""
 
@@ -140,6 +166,15 @@ SEPARABLE_TRAINING = tuple(
     shape
     for shape in SEPARABLE
     if shape.name in ("xception_middle", "decoder", "xception_entry_128", "mobilenet_144_24")
+)
+
+CONVOLUTIONS = (
+    ConvShape("stem_3_32_s2_n1", 3, 32, 512, 512, N=1, kernel_size=3, stride=2, origin="MobileNetV2's stem, one image"),
+    ConvShape("stem_3_32_s2", 3, 32, 512, 512, kernel_size=3, stride=2, origin="MobileNetV2's and Xception's stem"),
+    ConvShape("expand_24_144", 24, 144, 128, 128, origin="MobileNetV2 block 3"),
+    ConvShape("expand_96_576_n1", 96, 576, 32, 32, N=1, origin="MobileNetV2 blocks 12-14, one image"),
+    ConvShape("expand_160_960", 160, 960, 32, 32, origin="MobileNetV2 blocks 15-17"),
+    ConvShape("aspp_1280_256", 1280, 256, 32, 32, act="relu", origin="ASPP projection"),
 )
 
 # MobileNetV2 at 512x512, output stride 16.

@@ -1,4 +1,4 @@
-"""Ahead-of-time cases: whole inverted residual blocks, and 1x1 convolutions with all that can stand behind them."""
+"""Ahead-of-time cases: inverted residual blocks, 1x1 convolutions with all that can stand behind them, stems."""
 
 from collections.abc import Callable
 
@@ -6,6 +6,7 @@ import torch
 
 from fastseg.kernels.inverted_residual import Weights, inverted_residual_fwd
 from fastseg.kernels.pointwise_conv import pointwise_conv_fwd
+from fastseg.kernels.stem_conv import stem_conv_fwd
 
 _meta = lambda *shape, dtype: torch.empty(*shape, dtype=dtype, device="meta")
 _nhwc = lambda n, c, h, w, dtype: _meta(n, h, w, c, dtype=dtype).permute(0, 3, 1, 2)
@@ -19,6 +20,11 @@ def _block(
     shapes = ((HIDDEN, C, 1, 1), (HIDDEN,), (HIDDEN, 1, 3, 3), (HIDDEN,), (COUT, HIDDEN, 1, 1), (COUT,))
     weights = Weights(*(_meta(*shape, dtype=dtype) for shape in shapes))
     inverted_residual_fwd(_nhwc(N, C, side, side, dtype), weights, "relu6", stride, dilation, residual)
+
+
+def _stem(dtype: torch.dtype, *, N: int, COUT: int, side: int, stride: int) -> None:
+    weight, bias = _nhwc(COUT, 3, 3, 3, dtype), _meta(COUT, dtype=dtype)
+    stem_conv_fwd(_nhwc(N, 3, side, side, dtype), weight, bias, "relu6", stride, 1)
 
 
 def _pointwise(dtype: torch.dtype, *, N: int, C: int, COUT: int, side: int) -> None:
@@ -37,8 +43,12 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "block 24->144->24, residual": lambda dtype: _block(N=16, C=24, HIDDEN=144, COUT=24, side=128, residual=True),
     "block 32->192->64, stride 2": lambda dtype: _block(N=16, C=32, HIDDEN=192, COUT=64, side=64, stride=2),
     "block 64->384->96, dilated": lambda dtype: _block(N=16, C=64, HIDDEN=384, COUT=96, side=32, dilation=2),
+    "stem 3->32, stride 2": lambda dtype: _stem(dtype, N=2800, COUT=32, side=512, stride=2),  # past 2^31 elements
     "1x1 96->576, all behind it": lambda dtype: _pointwise(dtype, N=16, C=96, COUT=576, side=32),
 }
-MATRIX_KERNELS = {"_inverted_residual_fwd_kernel"}
-SCALAR_LOADS = {"block 16->96->24, stride 2": "64 pixels of 16 channels: 64 bits for each of gfx942's 256 threads"}
+MATRIX_KERNELS = {"_inverted_residual_fwd_kernel", "_stem_conv_fwd_kernel"}
+SCALAR_LOADS = {
+    "block 16->96->24, stride 2": "64 pixels of 16 channels: 64 bits for each of gfx942's 256 threads",
+    "_stem_conv_fwd_kernel": "windows of 3 x 3 pixels of 3 channels begin anywhere",
+}
 TF32_CASES = {case for case in CASES if case.startswith("1x1")}

@@ -69,7 +69,7 @@ def activate(v, ACT: tl.constexpr):
 
 @triton.jit
 def clamp_keeping_nan(v, limit):
-    """``v`` within [0, limit], NaN stays: ReLU6 with limit 6, ReLU with inf, 0 with 0. Two instructions an element."""
+    """``v`` within [0, limit], -0.0 as either zero: ReLU6 with limit 6, ReLU with inf, 0 with 0. Two instructions."""
     v = tl.maximum(v, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(v, limit, propagate_nan=tl.PropagateNan.ALL)
 

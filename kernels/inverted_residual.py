@@ -99,9 +99,8 @@ def _inverted_residual_fwd_kernel(
                 x = tl.load(x_ptr + (iy * W + ix)[:, None] * C + offs_c[None, :],
                             mask=inside[:, None] & mask_c[None, :], other=0.0)  # fmt: skip
                 e = tl.dot(x, expand, input_precision=PRECISION, out_dtype=ACC) + expand_bias[None, :]
-                e = clamp_keeping_nan(
-                    e, tl.where(inside, limit, 0.0)[:, None]
-                )  # outside the image e is 0, not act(bias)
+                upper = tl.where(inside, limit, 0.0)  # outside the image e is 0, not act(bias)
+                e = clamp_keeping_nan(e, upper[:, None])
                 taps = dw_ptr + offs_k * 9 + ky * 3 + col
                 if col < 3:
                     u0 += e * tl.load(taps, mask=mask_k, other=0.0).to(ACC)[None, :]

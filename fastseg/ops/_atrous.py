@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastseg.ops._batch_norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
-from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, has_tangent, needs_grad, use_kernel
+from fastseg.ops._conv_act import conv2d_act
+from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, has_tangent, in_reference, needs_grad, use_kernel
 from fastseg.ops._register import channels_last, first_order, like, memory_format_of, qualified, register
 
 if HAS_TRITON:
@@ -67,12 +68,31 @@ def atrous_branches(
     _check(name, x, weights, biases, dilations, act, residual)
     unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
     if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
+        if residual is None and _nothing_follows(x, *weights, *biases):
+            return _one_by_one(x, weights, biases, dilations, act)
         return atrous_branches_ref(x, weights, biases, dilations, act, residual)
     if needs_grad(x, *weights, *biases, residual):
         y = _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
     return like(x, y) if as_x else y
+
+
+def _nothing_follows(*tensors: Tensor) -> bool:
+    """Whether no gradient is wanted, no compiler looks on, and it is not the reference that is asked for."""
+    if torch.compiler.is_compiling() or in_reference():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _one_by_one(x, weights, biases, dilations, act) -> Tensor:
+    """The library's convolutions, each with its bias and activation in its own call where it has one."""
+    cast = lambda t: t if t is None or torch.is_autocast_enabled(x.device.type) else t.to(x.dtype)
+    maps = [
+        conv2d_act(x, cast(w), cast(b), act, (1, 1), (d * (w.shape[-1] // 2),) * 2, (d, d), 1)
+        for w, b, d in zip(weights, biases or [None] * len(weights), dilations, strict=True)
+    ]
+    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
 def atrous_branches_ref(

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastseg.ops._batch_norm import Activation
 from fastseg.ops._dispatch import IN_REFERENCE, KERNEL_DTYPES, has_tangent, in_reference, record
 from fastseg.ops._pointwise_conv import choose, finish, pointwise_conv2d
+from fastseg.ops._stem_conv import choose_stem, stem_conv2d
 
 INDEXABLE = 2**31  # elements; F.conv2d cuts larger maps into parts, the fused call does not
 LANES = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}  # channels in 16 bytes
@@ -53,8 +54,8 @@ def conv2d_act(
     With cuDNN bias, residual and a ReLU are added in the convolution's epilogue (``torch.cudnn_convolution_relu``,
     ``torch.cudnn_convolution_add_relu``), where torch's convolution reads and writes the map once more for each.
     cuDNN's ReLU may give 0 for NaN. A ReLU6 behind it is one more pass, a minimum. A 1x1 convolution at stride 1 has a
-    kernel of its own for everything that cuDNN's call cannot end with, where a cost model finds it faster (``explain``
-    shows it).
+    kernel of its own for everything that cuDNN's call cannot end with, and so has a network's first convolution, whose
+    few channels the call refuses; a cost model says where they are faster (``explain`` shows it).
 
     Args:
         x: (N, C, H, W).
@@ -76,6 +77,12 @@ def conv2d_act(
         if own.own:
             record("conv2d_act", x, "triton", said)
             return pointwise_conv2d(x, weight, bias, act=act, residual=residual, image_bias=image_bias)
+    if why and residual is None and image_bias is None and request.plain and _is_stem(weight, *args):
+        stem = choose_stem(x, weight, bias, act, stride[0], padding[0])
+        said = stem.why()
+        if stem.own:
+            record("conv2d_act", x, "triton", said)
+            return stem_conv2d(x, weight, bias, act=act, stride=stride[0], padding=padding[0])
     if not why and image_bias is None and (residual is None or act == "relu"):
         try:
             if residual is None:
@@ -101,6 +108,13 @@ def conv2d_act(
 
 def _is_plain_1x1(weight: Tensor, stride, padding, dilation, groups: int) -> bool:
     return weight.shape[2:] == (1, 1) and tuple(stride) == (1, 1) and tuple(padding) == (0, 0) and groups == 1
+
+
+def _is_stem(weight: Tensor, stride, padding, dilation, groups: int) -> bool:
+    """Square and undilated, on a few channels; a kernel of its own may take it."""
+    numbers = not isinstance(padding, str) and padding[0] == padding[1] and stride[0] == stride[1]
+    square = weight.shape[2] == weight.shape[3] > 1
+    return numbers and square and weight.shape[1] <= 4 and tuple(dilation) == (1, 1) and groups == 1
 
 
 def on_cpu(x: Tensor) -> bool:

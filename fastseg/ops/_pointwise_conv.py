@@ -31,6 +31,17 @@ class Choice(NamedTuple):
     why: Callable[[], str]
 
 
+def plain_dtypes(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, image_bias: Tensor | None = None
+) -> str:
+    """Why torch's functions see to these dtypes and devices, be it with an error, or ""."""
+    if any(t.device != x.device for t in (weight, bias, residual, image_bias) if t is not None):
+        return "tensors on different devices"
+    cast = torch.is_autocast_enabled(x.device.type)  # then torch casts the parameters, and a kernel as it loads them
+    same = (residual,) if cast else (weight, bias, residual)
+    return "dtypes that differ" if any(t is not None and t.dtype != autocast_dtype(x) for t in same) else ""
+
+
 def choose(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None,
     image_bias: Tensor | None, *, fused_call: bool,
@@ -43,13 +54,8 @@ def choose(
     """
     if not kernels_run(x) or x.numel() == 0:
         return Choice(False, str)
-    dtype = autocast_dtype(x)
-    if any(t.device != x.device for t in (weight, bias, residual, image_bias) if t is not None):
-        return Choice(False, lambda: "tensors on different devices")
-    cast = torch.is_autocast_enabled(x.device.type)  # then torch casts the parameters, and the kernel as it loads them
-    same = (residual,) if cast else (weight, bias, residual)
-    if any(t is not None and t.dtype != dtype for t in same):
-        return Choice(False, lambda: "dtypes that differ")
+    if why := plain_dtypes(x, weight, bias, residual, image_bias):
+        return Choice(False, lambda: why)
     if not x.is_contiguous(memory_format=torch.channels_last):
         return Choice(False, lambda: "not channels_last: the kernel would need copies")
     N, C, H, W = x.shape
@@ -63,7 +69,7 @@ def choose(
     elif act != "relu":
         after = [2]  # a minimum makes a ReLU6 of a ReLU
     tf32 = torch.backends.cudnn.allow_tf32
-    chosen = plan(N * H * W, C, COUT, dtype, tuple(after), residual=residual is not None, tf32=tf32)
+    chosen = plan(N * H * W, C, COUT, autocast_dtype(x), tuple(after), residual=residual is not None, tf32=tf32)
     return Choice(chosen.own, lambda: str(chosen))
 
 
