@@ -18,9 +18,10 @@ import triton
 
 from fastseg.kernels.atrous_plan import Branch, dense, executed, forward_regions
 from fastseg.kernels.config import candidates, heuristic
-from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT
+from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES
 
 OWN_GEMM = 0.85  # of a library's rate: an estimate, to be measured
+OWN_FMA = 0.5  # the same of fp32 without tf32, whose operands go through registers: another
 LAUNCH = 2e-6  # seconds from one kernel to the next in a captured graph: an estimate
 MULTIPROCESSORS = 132  # of an H200, whose ceilings the model takes
 
@@ -41,22 +42,31 @@ class Plan(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    N: int, C: int, H: int, W: int, COUT: int, branches: tuple[Branch, ...], dtype: torch.dtype, passes: int
+    N: int,
+    C: int,
+    H: int,
+    W: int,
+    COUT: int,
+    branches: tuple[Branch, ...],
+    dtype: torch.dtype,
+    passes: int,
+    ieee: bool = False,
 ) -> Plan:
     """Whether the own kernel is faster, by the model in this file's header.
 
     ``passes``: elementwise passes over the output that the library's way takes and the own one does not: activation,
-    residual.
+    residual. ``ieee``: fp32 without tf32, on lanes instead of matrix units.
     """
+    rate, share = (2 * LANES, OWN_FMA) if ieee else (DOT[dtype], OWN_GEMM)
     cfg = _config(N * H * W, C, COUT, dtype)
     regions, e = forward_regions(H, W, branches), dtype.itemsize
     A, Y = e * N * H * W * C, e * N * H * W * COUT
-    seconds = lambda pairs, channels: 2 * pairs * C * channels / DOT[dtype]
+    seconds = lambda pairs, channels: 2 * pairs * C * channels / rate
     done, nominal = executed(regions, N, cfg["BLOCK_M"]), dense(H, W, branches, N)
     weights = sum(e * C * COUT * branch.K**2 for branch in branches)
     longest = MULTIPROCESSORS * seconds(max(r.count for r in regions) * cfg["BLOCK_M"], min(COUT, cfg["BLOCK_N"]))
     moved = (A + weights + (1 + (passes > 1)) * Y * len(branches)) / BANDWIDTH
-    own = max(moved, max(seconds(done, COUT), longest) / OWN_GEMM) + LAUNCH
+    own = max(moved, max(seconds(done, COUT), longest) / share) + LAUNCH
     library = sum(max((A + Y) / BANDWIDTH, seconds(dense(H, W, (branch,), N), COUT)) + LAUNCH for branch in branches)
     after = passes + (len(branches) > 1)  # the concatenation is one more
     library += after * (2 * Y * len(branches) / BANDWIDTH + LAUNCH)

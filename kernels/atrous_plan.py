@@ -132,7 +132,7 @@ def executed_fraction(H: int, W: int, branches: tuple[Branch, ...], N: int, bloc
 
 # --- tables for the kernels: rows of integers
 
-REGION = 8  # integers of a region before its taps: y, x, h - 1, w - 1, first branch, branches, and two unused
+REGION = 6  # integers of a region before its taps: y, x, h - 1, w - 1, first branch, branches
 TAPS = 8  # integers of one branch: shift, row step, column step (pixels), ny, nx, first weight, K, slice of channels
 
 
@@ -144,7 +144,7 @@ def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, 
     sign = -1 if mirrored else 1
     rows = []
     for region in regions:
-        row = [region.y, region.x, region.h - 1, region.w - 1, region.first, len(region.taps), 0, 0]
+        row = [region.y, region.x, region.h - 1, region.w - 1, region.first, len(region.taps)]
         for b, taps in enumerate(region.taps, region.first):
             K, step = branches[b].K, sign * branches[b].dilation
             shift = sign * (distance(branches[b], taps.ky) * W + distance(branches[b], taps.kx))

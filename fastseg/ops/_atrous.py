@@ -176,7 +176,8 @@ def _plan(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Plan
     if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
         return f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address 2^31 of each"
     branches = tuple(Branch(K, d) for K, d in zip(kernels, dilations, strict=True))
-    return plan(N, C, H, W, COUT, branches, dtype, passes)
+    ieee = dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    return plan(N, C, H, W, COUT, branches, dtype, passes, ieee)
 
 
 def _own(*sizes) -> bool:

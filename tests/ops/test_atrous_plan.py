@@ -129,6 +129,8 @@ def test_the_cost_model_decides():
     for C, N in ((320, 1), (320, 16), (2048, 16)):
         assert plan(N, C, 32, 32, 256, ASPP(6, 12, 18), bf16, 1).own, (C, N)
     assert plan(16, 2048, 64, 64, 256, ASPP(12, 24, 36), bf16, 1).own
+    assert plan(16, 2048, 64, 64, 256, ASPP(12, 24, 36), torch.float32, 1).own
+    assert not plan(16, 2048, 64, 64, 256, ASPP(12, 24, 36), torch.float32, 1, ieee=True).own
     assert not plan(1, 2048, 32, 32, 256, ASPP(6, 12, 18), bf16, 1).own  # fewer programs than multiprocessors, and long
     assert not plan(16, 256, 64, 64, 256, (Branch(3, 1),), bf16, 0).own
     assert not plan(16, 64, 9, 9, 64, (Branch(1, 1), Branch(3, 1)), bf16, 1).own
