@@ -65,8 +65,7 @@ def test_who_does_not_run_it(device):
 
 
 def test_opcheck(device):
-    for tensors in (make(device=device), make(H=6, W=6, device=device)):
-        torch.library.opcheck(torch.ops.fastseg.stem_conv2d.default, (*tensors, "relu", 2, 1))
+    torch.library.opcheck(torch.ops.fastseg.stem_conv2d.default, (*make(device=device), "relu", 2, 1))
 
 
 def test_the_cost_model():
