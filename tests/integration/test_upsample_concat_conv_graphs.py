@@ -49,8 +49,8 @@ def test_opcheck():
     args = (taps, None, torch.randn(4), "relu", (3, 5), True)
     torch.library.opcheck(OPS.upsample_taps.default, args, test_utils=fast)
     taps.requires_grad_(), base.requires_grad_()
-    torch.library.opcheck(OPS.upsample_taps.default, (taps, base, None, "none", (3, 5), False))
-    torch.library.opcheck(OPS.upsample_taps_bwd.default, (base, (2, 2), True))
+    torch.library.opcheck(OPS.upsample_taps.default, (taps, base, None, "none", (3, 5), False))  # and its gradients
+    torch.library.opcheck(OPS.upsample_taps_bwd.default, (base, (2, 2), True), test_utils=fast)
 
 
 def test_no_gradient_past_an_activation():
@@ -92,12 +92,11 @@ def test_graphs_hold_the_op_exactly_where_kernels_run():
     assert held(graphs[-1]) == set()
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
-def test_exported(strict):
-    net, example = Net().eval().requires_grad_(False), inputs(3, 4)
+def test_exported():
+    net, example = Net().eval().requires_grad_(False), inputs(3, 2)
     dims = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
-    program = torch.export.export(net, example, strict=strict, dynamic_shapes=(dims, dims))
-    for args in (example, inputs(2, 5)):
+    program = torch.export.export(net, example, strict=True, dynamic_shapes=(dims, dims))
+    for args in (example, inputs(2, 3)):
         torch.testing.assert_close(program.module()(*args), net(*args), atol=1e-5, rtol=1e-5)
     plain = program.run_decompositions(DECOMPOSITIONS)
     assert "upsample_taps" not in held(plain.graph)
