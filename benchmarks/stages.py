@@ -26,6 +26,7 @@ import bench_pooling
 import bench_separable_conv as bench
 import bench_upsample_bilinear
 import bench_upsample_concat
+import bench_upsample_concat_conv
 import bench_upsample_heads
 import harness
 import record
@@ -45,6 +46,7 @@ OPS = (
     bench_upsample_heads,
     bench_upsample_bilinear,
     bench_upsample_concat,
+    bench_upsample_concat_conv,
     bench_bilinear_conv_transpose,
     bench_inverted_residual,
     bench_conv_act,

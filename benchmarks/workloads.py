@@ -135,6 +135,30 @@ class HeadShape:
 
 
 @dataclass(frozen=True)
+class DecoderShape:
+    """C maps of (H, W) upsampled by ``scale`` beside CL maps, and a 3x3 convolution of both to COUT."""
+
+    C: int
+    CL: int
+    COUT: int
+    H: int
+    W: int
+    scale: int
+    N: int
+    origin: str = ""
+
+    @property
+    def pixels(self) -> int:
+        """Of the small maps, all images."""
+        return self.N * self.H * self.W
+
+    @property
+    def large(self) -> int:
+        """Pixels of the large maps, all images."""
+        return self.scale**2 * self.pixels
+
+
+@dataclass(frozen=True)
 class ModelShape:
     """A whole network on N images of (H, W) pixels; ``model`` is a key of ``model_layers.MODELS``."""
 
@@ -261,6 +285,13 @@ SKIPS = (
     HeadShape(64, 256, 256, 2, 16, "U-Net's last skip connection at 512^2"),
     HeadShape(512, 32, 32, 2, 1, "U-Net's first"),
     HeadShape(512, 32, 32, 2, 16, "U-Net's first"),
+)
+
+DECODERS = (
+    DecoderShape(256, 48, 256, 32, 32, 4, 1, "DeepLabV3+ at 512^2, stride 16"),
+    DecoderShape(256, 48, 256, 32, 32, 4, 16, "DeepLabV3+ at 512^2, stride 16"),
+    DecoderShape(256, 48, 256, 64, 128, 4, 1, "DeepLabV3+ at 1024x2048, stride 16"),
+    DecoderShape(256, 48, 256, 64, 64, 2, 16, "DeepLabV3+ at 512^2, stride 8"),
 )
 
 ARGMAX = (

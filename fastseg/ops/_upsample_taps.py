@@ -136,6 +136,8 @@ def _launch(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, si
 
 
 def _plain(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
+    if not _is_plain(taps):
+        return _traced(taps, base, bias, act, size, align_corners)
     y = _fake(taps, base, bias, act, size, align_corners).to(torch.promote_types(taps.dtype, torch.float32))
     y = y.zero_() if base is None else y.copy_(base)
     if bias is not None:
@@ -148,7 +150,35 @@ def _fake(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size
     return torch.empty((N, COUT, *size), dtype=taps.dtype, device=taps.device, memory_format=torch.channels_last)
 
 
+def _is_plain(t: Tensor) -> bool:
+    """Whether values are at hand; an exported program's decomposition has none, and may not know its sizes."""
+    return type(t) in (Tensor, torch.nn.Parameter)
+
+
+def _traced(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
+    """The same without strips, of any size: nine upsampled maps, shifted."""
+    _, N, h, w, _, COUT = taps.shape
+    maps = taps.permute(1, 0, 4, 5, 2, 3).reshape(N, 9 * COUT, h, w)
+    maps = torch.ops.aten.upsample_bilinear2d.default(maps, size, align_corners, None, None)
+    y = torch.zeros((), dtype=taps.dtype, device=taps.device) if base is None else base
+    for tap, part in enumerate(torch.constant_pad_nd(maps, (1, 1, 1, 1)).split(COUT, 1)):
+        y = y + part.narrow(2, tap // 3, size[0]).narrow(3, tap % 3, size[1])
+    y = y if bias is None else y + bias[:, None, None]
+    return channels_last(activate(y, act))
+
+
+def _traced_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
+    (N, COUT, H, W), (h, w) = dy.shape, size
+    wide = torch.constant_pad_nd(dy, (1, 1, 1, 1))
+    shifted = torch.cat([wide.narrow(2, 2 - tap // 3, H).narrow(3, 2 - tap % 3, W) for tap in range(9)], 1)
+    bwd = torch.ops.aten.upsample_bilinear2d_backward.default
+    dmaps = bwd(shifted, [H, W], [N, 9 * COUT, h, w], align_corners, None, None)
+    return dmaps.view(N, 3, 3, COUT, h, w).permute(1, 0, 4, 5, 2, 3).contiguous()
+
+
 def _plain_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
+    if not _is_plain(dy):
+        return _traced_bwd(dy, size, align_corners)
     wide = channels_last(dy).to(torch.promote_types(dy.dtype, torch.float32))
     return _transposed(wide, size, align_corners).to(dy.dtype)
 

@@ -110,6 +110,18 @@ def plain_ops(monkeypatch):
     monkeypatch.setattr(_upsample_taps, "_bwd", _upsample_taps._plain_bwd)
 
 
+@CORNERS
+def test_traced_forms(align_corners):
+    """What an exported program without custom ops gets, there and back, against the strips."""
+    taps, base, bias = torch.randn(3, 2, 3, 4, 3, 5), torch.randn(2, 5, 7, 9).to(memory_format=CL), torch.randn(5)
+    args = (taps, base, bias, "relu", [7, 9], align_corners)
+    torch.testing.assert_close(_upsample_taps._traced(*args), _upsample_taps._plain(*args), atol=2e-5, rtol=1e-5)
+    args = (base, [3, 4], align_corners)
+    torch.testing.assert_close(
+        _upsample_taps._traced_bwd(*args), _upsample_taps._plain_bwd(*args), atol=2e-5, rtol=1e-5
+    )
+
+
 def test_derivatives(monkeypatch):
     """Of second order and forward mode, and of a part of the inputs."""
     plain_ops(monkeypatch)

@@ -1,0 +1,93 @@
+"""A convolution of an upsampled map among torch's tools: opcheck, compile, export."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastseg
+from fastseg.nn.skip import run_upsample_concat_conv
+from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops._register import DECOMPOSITIONS
+
+CL = torch.channels_last
+OPS = torch.ops.fastseg
+
+
+class Net(nn.Module):
+    """The beginning of a decoder."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(5, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, deep: Tensor, low: Tensor) -> Tensor:
+        return run_upsample_concat_conv(deep, low, self.conv, self.norm, "relu", align_corners=True)
+
+
+def inputs(h=2, w=2) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(s).contiguous(memory_format=CL) for s in ((2, 3, h, w), (2, 2, 3 * h - 1, 2 * w)))
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    if INTERPRETED:
+        from fastseg.kernels.config import override
+
+        with override("upsample_conv_fwd", ROWS=8):
+            yield
+    else:
+        yield
+
+
+def held(graph: torch.fx.Graph) -> set[str]:
+    return {str(node.target).split(".")[1] for node in graph.nodes if "fastseg" in str(node.target)}
+
+
+def test_opcheck():
+    taps, base = torch.randn(3, 1, 2, 2, 3, 4), torch.randn(1, 4, 3, 5).to(memory_format=CL)
+    fast = ("test_schema", "test_faketensor")
+    args = (taps, None, torch.randn(4), "relu", (3, 5), True)
+    torch.library.opcheck(OPS.upsample_taps.default, args, test_utils=fast)
+    taps.requires_grad_(), base.requires_grad_()
+    torch.library.opcheck(OPS.upsample_taps.default, (taps, base, None, "none", (3, 5), False))  # and its gradients
+    torch.library.opcheck(OPS.upsample_taps_bwd.default, (base, (2, 2), True), test_utils=fast)
+
+
+def test_no_gradient_past_an_activation():
+    taps = torch.randn(3, 1, 1, 1, 3, 2, requires_grad=True)
+    y = OPS.upsample_taps.default(taps, None, None, "relu", (2, 2), False)
+    with pytest.raises(RuntimeError, match="apply them to its result"):
+        y.sum().backward()
+
+
+def test_compiled():
+    """Evaluation, at two sizes; training upsamples first, by ops that have tests of their own."""
+    net = Net().eval()
+    compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=True)
+    for sizes in ((2, 2), (2, 3)):
+        maps = inputs(*sizes)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*maps), net(*maps), atol=1e-5, rtol=1e-5)
+
+
+def test_graphs_hold_the_op_exactly_where_kernels_run():
+    graphs, net = [], Net().eval()
+    backend = lambda module, _: graphs.append(module.graph) or module.forward
+    for training in (False, True):
+        with torch.set_grad_enabled(training):
+            torch._dynamo.reset()
+            torch.compile(net, fullgraph=True, backend=backend)(*inputs())
+        assert ("upsample_taps" in held(graphs[-1])) == (INTERPRETED and not training)
+    with fastseg.reference(), torch.no_grad():
+        torch.compile(net, fullgraph=True, backend=backend)(*inputs())
+    assert held(graphs[-1]) == set()
+
+
+def test_exported():
+    net, example = Net().eval().requires_grad_(False), inputs(3, 2)
+    dims = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
+    program = torch.export.export(net, example, strict=True, dynamic_shapes=(dims, dims))
+    for args in (example, inputs(2, 3)):
+        torch.testing.assert_close(program.module()(*args), net(*args), atol=1e-5, rtol=1e-5)
+    plain = program.run_decompositions(DECOMPOSITIONS)
+    assert "upsample_taps" not in held(plain.graph)
