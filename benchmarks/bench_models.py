@@ -24,6 +24,13 @@ from fastseg.models import create
 # model of `workloads` -> arguments of `create`; the others have floors already and no network yet.
 CREATED = {
     "deeplabv3plus_mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),
+    "deeplabv3plus_xception65": (
+        "deeplabv3plus",
+        {"backbone": "xception", "preset": "google"},
+    ),  # separable, as its floor
+    "deeplabv3plus_xception65_dense": ("deeplabv3plus", {"backbone": "xception"}),
+    "deeplabv3_resnet50": ("deeplabv3", {"backbone": "resnet50"}),
+    "deeplabv2_resnet101": ("deeplabv2", {"backbone": "resnet101", "scales": ()}),
     "segnet": ("segnet", {}),
     "segnet_basic": ("segnet_basic", {}),
     "fcn8s": ("fcn", {"backbone": "vgg16", "stride": 8}),

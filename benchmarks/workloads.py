@@ -354,6 +354,11 @@ MODELS = (
 MODELS_WITHOUT_FLOOR = (
     *(ModelShape("segnet_basic", 360, 480, N, 12) for N in (1, 16)),
     *(ModelShape("unetplusplus", N=N) for N in (1, 16)),
+    *(
+        ModelShape(model, *size)
+        for model in ("deeplabv3plus_xception65_dense", "deeplabv3_resnet50", "deeplabv2_resnet101")
+        for size in ((512, 512, 1), (512, 512, 16), (1024, 2048, 1, 19))
+    ),
 )
 
 MODELS_TRAINING = tuple(

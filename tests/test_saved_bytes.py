@@ -8,7 +8,10 @@ from fastseg.ops._dispatch import INTERPRETED
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors take the kernels' path under the interpreter")
 
 
-@pytest.mark.parametrize("model", ["deeplabv3plus_mobilenet_v2", "segnet", "unet"])
+@pytest.mark.parametrize(
+    "model",
+    ["deeplabv3plus_mobilenet_v2", "deeplabv3plus_xception65", "deeplabv3plus_xception65_dense", "segnet", "unet"],
+)
 def test_at_most_055_of_eager(model):
     import saved_bytes  # sets the interpreter up
 

@@ -101,7 +101,7 @@ class DeepLabV3Plus(UpsampledNet):
         low = run_conv_norm_act(features[2], conv, norm, "relu")
         deep = self.aspp(features[-1])
         if self.separable:
-            y = self.cat_conv(upsampled_beside(deep, low, align_corners=True))
+            y = self.cat_conv(upsampled_beside(deep, low, self.cat_conv[0].depthwise, align_corners=True))
         else:
             conv, norm, _, dropout, conv2, norm2, _, dropout2 = self.cat_conv
             y = dropout(run_upsample_concat_conv(deep, low, conv, norm, "relu", align_corners=True))

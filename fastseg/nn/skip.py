@@ -52,9 +52,15 @@ def upsample_concat(
     return _remembered(_beside(*parts), parts, _beside)
 
 
-def upsampled_beside(x: Tensor, skip: Tensor, *, align_corners: bool) -> Tensor:
-    """``cat([interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1)`` without a copy of the upsampled map."""
-    join = partial(_upsampled_beside, up_first=True, align_corners=align_corners)
+def upsampled_beside(x: Tensor, skip: Tensor, conv: nn.Conv2d, *, align_corners: bool, up_first: bool = True) -> Tensor:
+    """``cat([interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1)`` without a copy of the upsampled map.
+
+    ``conv`` takes the result; where somebody watches it, torch's functions make it.
+    """
+    if watched(conv, nn.Conv2d):
+        y = F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=align_corners)
+        return torch.cat([y, skip] if up_first else [skip, y], 1)
+    join = partial(_upsampled_beside, up_first=up_first, align_corners=align_corners)
     return _remembered(join(x, skip), (x, skip), join)
 
 
@@ -76,8 +82,8 @@ def run_upsample_concat_conv(
     plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
     fold = plain and norm is not None and can_fold(deep, conv, norm) and can_fold(low, conv, norm)
     if not plain or (norm is not None and not fold and kernels_run(deep)):  # kernels: of gradients, or watched norms
-        join = partial(_upsampled_beside, up_first=up_first, align_corners=align_corners)
-        return run_conv_norm_act(_remembered(join(deep, low), (deep, low), join), conv, norm, act)
+        x = upsampled_beside(deep, low, conv, align_corners=align_corners, up_first=up_first)
+        return run_conv_norm_act(x, conv, norm, act)
     options = {"align_corners": align_corners, "up_first": up_first}
     if norm is None:
         return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=act, **options)
