@@ -12,6 +12,7 @@ VERSION = next(
 
 TEST = ["pytest>=8", "pytest-benchmark>=5", "expecttest"]  # expecttest: torch's sample databases import it
 PLOT = ["matplotlib>=3.8"]
+RAY = ["ray[data]"]
 ONNX = ["onnx", "onnxscript"]
 DEMO = ["scikit-image>=0.25", "pillow>=12.2", "tqdm"]
 
@@ -37,6 +38,7 @@ setup(
         "plot": PLOT,
         "hub": ["safetensors"],
         "onnx": ONNX,
+        "ray": RAY,
         "dev": [*TEST, *DEMO, *PLOT, *ONNX, "onnxruntime", "safetensors", "ruff"],
     },
     entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},

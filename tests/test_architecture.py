@@ -22,8 +22,12 @@ ROOMS = {
     "nn": ({"nn", "ops"}, {"torch"}),
     "models": ({"models", "nn"}, {"torch", "safetensors"}),
     "inference": ({"inference", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "tqdm", "skimage"}),
+    "training": (
+        {"training", "inference", "metrics", "models", "nn", "ops"},
+        {"torch", "numpy", "PIL", "matplotlib"},
+    ),
     "metrics": ({"metrics", "ops"}, {"torch", "numpy"}),
-    "cli": ({"cli", "", "inference", "metrics", "models", "nn", "ops", "kernels", "testing"}, None),
+    "cli": ({"cli", "", "inference", "training", "metrics", "models", "nn", "ops", "kernels", "testing"}, None),
     "testing": ({"testing"}, {"torch"}),
     "__main__": ({"cli"}, set()),
     "": ({"", "inference", "metrics", "models", "nn", "ops"}, {"torch"}),  # fastseg/__init__.py

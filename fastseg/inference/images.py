@@ -8,7 +8,7 @@ import colorsys
 import functools
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
@@ -40,6 +40,26 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     Raises:
         ValueError: the file is missing, unreadable, no PNG or JPEG, truncated, or too large.
     """
+    return _read(path, max_pixels, lambda image: _rgb(ImageOps.exif_transpose(image)))
+
+
+def read_label(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """Read the class indices of a palette or grey PNG, as they are stored.
+
+    Args:
+        path: the file; grey of 2 or 4 bits is no good, as Pillow spreads it over 0 to 255.
+        max_pixels: as ``read_image``.
+
+    Returns:
+        (H, W), uint8.
+
+    Raises:
+        ValueError: as ``read_image``, or the file has colours and no indices.
+    """
+    return _read(path, max_pixels, _indices)
+
+
+def _read(path: str | Path, max_pixels: int, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     path = Path(path)
     if not path.is_file():  # a directory, or a pipe that would block
         raise ValueError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
@@ -49,7 +69,7 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
             with Image.open(path, formats=FORMATS) as image:
                 pixels = image.width * image.height
                 if pixels <= max_pixels:
-                    return _rgb(ImageOps.exif_transpose(image))
+                    return convert(image)
         except Image.UnidentifiedImageError:
             raise ValueError(f"{path}: not a PNG or JPEG image") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
@@ -70,6 +90,12 @@ def _rgb(image: Image.Image) -> np.ndarray:
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     return np.array(image.convert("RGB"))
+
+
+def _indices(image: Image.Image) -> np.ndarray:
+    if image.mode not in ("P", "L", "1"):
+        raise ValueError(f"it has pixels of mode {image.mode}; class indices are a palette or grey PNG of up to 8 bits")
+    return np.array(image).astype(np.uint8)
 
 
 def to_tensor(images: np.ndarray) -> Tensor:

@@ -9,27 +9,28 @@ except ImportError:
     tqdm = None
 
 
-def progress(items: Sequence, title: str, unit: str = "it", leave: bool = True):
+def progress(items: Sequence, title: str, unit: str = "it", leave: bool = True, shown: bool = True):
     """Iterate with a progress bar on stderr: tqdm's, or a line every tenth of the way where tqdm is not installed.
 
-    The result also has ``set_postfix_str(text)`` and ``write(line)``. With ``leave=False`` a bar goes away at its end.
+    The result also has ``set_postfix_str(text)`` and ``write(line)``. With ``leave=False`` a bar goes away at its end;
+    with ``shown=False`` there is none.
     """
     if tqdm is None:
-        return _Lines(items, title)
-    return _Bar(items, desc=title, unit=unit, leave=leave, file=sys.stderr, dynamic_ncols=True)
+        return _Lines(items, title, shown)
+    return _Bar(items, desc=title, unit=unit, leave=leave, disable=not shown, file=sys.stderr, dynamic_ncols=True)
 
 
 class _Lines:
     """As much of tqdm as the commands use."""
 
-    def __init__(self, items: Sequence, title: str):
-        self.items, self.title, self.postfix = items, title, ""
+    def __init__(self, items: Sequence, title: str, shown: bool):
+        self.items, self.title, self.shown, self.postfix = items, title, shown, ""
 
     def __iter__(self) -> Iterator:
         total = len(self.items)
         for done, item in enumerate(self.items, 1):
             yield item
-            if done * 10 // total > (done - 1) * 10 // total:
+            if self.shown and done * 10 // total > (done - 1) * 10 // total:
                 print(f"{self.title}: {done}/{total} {self.postfix}".rstrip(), file=sys.stderr)
 
     def set_postfix_str(self, text: str) -> None:

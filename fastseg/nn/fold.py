@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn.conv import watched
-from fastseg.nn.norm import run_norm_act
+from fastseg.nn.norm import run_norm_act, watched_norm
 from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._dispatch import autocast_dtype
@@ -31,7 +31,7 @@ def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether the norm has fixed statistics, nobody wants a gradient, and nobody watches either module."""
     if norm.training or norm.running_mean is None or _followed():
         return False
-    if watched(conv, nn.Conv2d) or watched(norm, nn.BatchNorm2d):
+    if watched(conv, nn.Conv2d) or watched_norm(norm):
         return False
     return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias)
 

@@ -97,7 +97,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """As ``torch.nn.SyncBatchNorm``; differences: ``convert_sync_batchnorm`` knows ``BatchNormAct2d``.
+    """As ``torch.nn.SyncBatchNorm``; differences: ``convert_sync_batchnorm`` makes norms that stay fused, on CPUs too.
 
     Example:
         >>> net = SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(BatchNormAct2d(8), nn.BatchNorm2d(8)))
@@ -107,21 +107,40 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
-        """As torch's: every batch norm in ``module`` becomes a SyncBatchNorm; a ``BatchNormAct2d`` stays, and syncs."""
+        """As torch's, but a ``BatchNorm2d`` becomes a ``BatchNormAct2d`` without activation, which fused ops
+        know; one that is there stays, and syncs. Other batch norms become torch's SyncBatchNorm."""
+        if type(module) is nn.BatchNorm2d:
+            norm = BatchNormAct2d(
+                module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, "meta",
+                act=None,
+            )  # fmt: skip
+            for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+                setattr(norm, name, tensor)
+            module = norm.train(module.training)
         if isinstance(module, BatchNormAct2d):
             module.sync, module.process_group = True, process_group
             return module
         return super().convert_sync_batchnorm(module, process_group)
 
 
+def watched_norm(norm: nn.BatchNorm2d) -> str:
+    """As ``watched``; a ``BatchNormAct2d`` without activation is as good as a ``BatchNorm2d``."""
+    return watched(norm, BatchNormAct2d if type(norm) is BatchNormAct2d and norm.act is None else nn.BatchNorm2d)
+
+
+def norm_group(norm: nn.BatchNorm2d) -> "dist.ProcessGroup | None":
+    """The processes that ``norm`` shares its statistics with now."""
+    return norm._group() if isinstance(norm, BatchNormAct2d) else None
+
+
 def run_norm_act(x: Tensor, norm: nn.BatchNorm2d, act: Activation | None, residual: Tensor | None = None) -> Tensor:
     """``act(norm(x) + residual)`` over an existing ``norm``, as one op.
 
-    A norm that the op cannot stand for (SyncBatchNorm, one with hooks) is called, and the rest follows.
+    A norm that the op cannot stand for (torch's SyncBatchNorm, one with hooks) is called, and the rest follows.
     """
-    why = watched(norm, nn.BatchNorm2d)
+    why = watched_norm(norm)
     if not why:
-        return batch_norm_act(x, batch_norm_args(norm), act, residual)
+        return batch_norm_act(x, batch_norm_args(norm), act, residual, process_group=norm_group(norm))
     record_reference("batch_norm_act", x, why)
     y = norm(x)
     return activate(y if residual is None else y + residual, act)

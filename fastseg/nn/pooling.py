@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastseg.nn.conv import batch_norm_args, watched
 from fastseg.nn.fold import can_fold, convolve, folded, run_conv, run_conv_norm_act, unfold
+from fastseg.nn.norm import norm_group, watched_norm
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import kernels_run
 from fastseg.ops._recompute import remember
@@ -145,8 +146,10 @@ def run_conv_norm_act_pool(
     Where no kernel runs the indices are int64 whatever the pool says: torch's pooling makes them for nothing, and codes
     would have to be made of them.
     """
-    if watched(conv, nn.Conv2d) or watched(norm, nn.BatchNorm2d) or watched(pool, MaxPool2d) or pool.dilation != 1:
+    if watched(conv, nn.Conv2d) or watched_norm(norm) or watched(pool, MaxPool2d) or pool.dilation != 1:
         return pool(ACTIVATIONS[act or "none"](norm(conv(x))))
+    if norm_group(norm) is not None:  # the op with the pool knows the statistics of one process
+        return pool(run_conv_norm_act(x, conv, norm, act))
     if can_fold(x, conv, norm):
         y, args = run_conv(x, conv, norm), None
     else:

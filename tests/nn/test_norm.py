@@ -103,7 +103,7 @@ def test_conversion_keeps_the_activation():
         nn.SyncBatchNorm.convert_sync_batchnorm(net)
     converted = SyncBatchNorm.convert_sync_batchnorm(net)
     assert converted[1] is net[1] and converted[1].sync and converted[1].act == "relu"
-    assert type(converted[2][0]) is nn.SyncBatchNorm
+    assert type(converted[2][0]) is BatchNormAct2d and converted[2][0].sync and converted[2][0].act is None
     assert converted.state_dict().keys() == nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Sequential(nn.BatchNorm2d(4))
     ).state_dict().keys()  # fmt: skip

@@ -1,0 +1,82 @@
+"""Score weights on a split of a data set: IoU of each class, and a picture of the worst results."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from fastseg.cli.common import add_device, positive_int
+from fastseg.inference.checkpoint import load_checkpoint
+from fastseg.inference.images import atomic_write, class_map, figure, write_png
+from fastseg.inference.processes import processes
+from fastseg.models import names
+from fastseg.training.batches import Shard, collate, scoring_batches
+from fastseg.training.dataset import SPLITS, FolderDataset, read_spec
+from fastseg.training.evaluation import evaluate, pixels, report, window
+
+PANEL = 320  # pixels of a panel's longer side
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add = parser.add_argument
+    add("--data", required=True, type=Path, metavar="DIR", help="with a folder for the split, of images/ and labels/")
+    add("--dataset", type=Path, metavar="FILE", help="classes and ignore index (default: dataset.json in --data)")
+    add("--split", choices=SPLITS, default="test", help="default: %(default)s")
+    add("--weights", required=True, type=Path, metavar="FILE", help="of fastseg train, or others with --model")
+    add("--model", choices=names(), help="needed where the weights do not say which model they are of")
+    add("-o", "--output", required=True, type=Path, metavar="DIR", help="for scores.json and worst.png")
+    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="bring pictures and labels to this size first")
+    add("--batch", type=positive_int, default=1, help="pictures at once, all of one size (default: %(default)s)")
+    add("--worst", type=int, default=4, metavar="N", help="pictures to show (default: %(default)s)")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read pictures (default: %(default)s)")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Score; 0. Bad data or weights raise ``ValueError``."""
+    spec = read_spec(args.dataset or args.data / "dataset.json")
+    dataset = FolderDataset(args.data, args.split, spec)
+    model, _ = load_checkpoint(args.weights, args.model, len(spec.classes))
+    size = None if args.size is None else tuple(args.size)
+    with processes(args.device) as group:
+        model = model.to(group.device)
+        pin = group.device.type == "cuda"
+        loader = scoring_batches(dataset, size, args.batch, group, args.workers, pin)
+        result = evaluate(model, loader, spec, group, worst=args.worst)
+        if not group.first:
+            return 0
+        args.output.mkdir(parents=True, exist_ok=True)
+        about = {"weights": str(args.weights), "split": args.split, "images": len(dataset)}
+        with atomic_write(args.output / "scores.json") as file:
+            file.write(json.dumps(about | report(result, spec, dataset.names), indent=1).encode())
+        print("\n".join(f"{index:>8} {name}" for index, name in enumerate(spec.classes)))
+        print(result.scores)
+        if result.worst:
+            rows = [_panels(model, Shard(dataset, size, group), index, len(spec.classes)) for _, index in result.worst]
+            write_png(args.output / "worst.png", figure(rows, ("picture", "truth", "prediction"), spec.classes))
+            print(f"the worst are in {args.output / 'worst.png'}")
+    return 0
+
+
+def _panels(model: torch.nn.Module, shard: Shard, index: int, classes: int) -> list[Image.Image]:
+    shard.indices = range(index, index + 1)
+    images, labels, _ = collate([shard[0]])
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        predicted = model.predict(pixels(images, device)).cpu().numpy()[0]
+    truth = window(labels, model).numpy()[0]
+    void = truth >= classes
+    picture = Image.fromarray(np.ascontiguousarray(window(images.permute(0, 3, 1, 2), model)[0].permute(1, 2, 0)))
+    true = Image.composite(Image.new("RGB", picture.size), class_map(np.where(void, 0, truth), classes).convert("RGB"),
+                           Image.fromarray(void))  # fmt: skip
+    sheet = []
+    for panel in (picture, true, class_map(predicted, classes).convert("RGB")):
+        panel.thumbnail((PANEL, PANEL))
+        framed = Image.new("RGB", (PANEL, PANEL), (255, 255, 255))
+        framed.paste(panel)
+        sheet.append(framed)
+    return sheet

@@ -1,0 +1,93 @@
+"""Train a model on folders of pictures; under torchrun with several processes."""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from fastseg.cli.common import add_device, positive_float, positive_int
+from fastseg.inference.processes import processes
+from fastseg.models import create, load_encoder_weights, names
+from fastseg.training.dataset import FolderDataset, read_spec
+from fastseg.training.run import Settings, train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    add = parser.add_argument
+    add("--data", required=True, type=Path, metavar="DIR", help="with train/ and val/, of images/ and labels/ each")
+    add("--dataset", type=Path, metavar="FILE", help="classes and ignore index (default: dataset.json in --data)")
+    add("--model", required=True, choices=names())
+    add("--option", action="append", default=[], type=_option, metavar="NAME=VALUE", help="of the model; JSON value")
+    add("--encoder-weights", type=Path, metavar="FILE", help="torchvision's weights to begin with")
+    add("-o", "--output", required=True, type=Path, metavar="DIR", help="for checkpoints and curves")
+    add("--resume", action="store_true", help="go on with the run in the output folder")
+    add("--epochs", type=positive_int, default=100, help="default: %(default)s")
+    add("--batch", type=positive_int, default=8, help="pictures a step, of all processes (default: %(default)s)")
+    add("--optimizer", choices=("sgd", "adamw"), default="sgd", help="default: %(default)s")
+    add("--lr", type=positive_float, default=0.1, help="learning rate (default: %(default)s)")
+    add("--momentum", type=float, default=0.9, help="of sgd (default: %(default)s)")
+    add("--weight-decay", type=float, default=5e-4, help="default: %(default)s")
+    add("--schedule", choices=("poly", "onecycle", "constant"), default="poly", help="default: %(default)s")
+    add("--class-weights", choices=("none", "median-frequency"), default="none", help="default: %(default)s")
+    add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="bring every picture to this size first")
+    add("--crop", type=positive_int, nargs=2, metavar=("H", "W"), help="random window of training pictures")
+    add("--scale", type=positive_float, nargs=2, default=(1.0, 1.0), metavar=("LOW", "HIGH"), help="random factor")
+    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror at random (default: yes)")
+    add("--amp", choices=("auto", "none", "bfloat16", "float16"), default="auto", help="default: on a GPU")
+    add("--workers", type=int, default=0, metavar="N", help="processes that read pictures (default: %(default)s)")
+    add("--seed", type=int, default=0, help="default: %(default)s")
+    add("--save-every", type=positive_int, metavar="STEPS", help="a checkpoint within epochs too")
+    add("--max-seconds", type=positive_float, metavar="S", help="then stop with a checkpoint, to be resumed")
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train; 0, also where --max-seconds ended it. Bad data raises ``ValueError``, a full disk ``OSError``."""
+    spec = read_spec(args.dataset or args.data / "dataset.json")
+    splits = [FolderDataset(args.data, split, spec) for split in ("train", "val")]
+    options = dict(args.option)
+    pair = lambda values: None if values is None else tuple(values)
+    with processes(args.device) as group:
+        for split in splits:
+            split.check(range(group.rank, len(split), group.count), shown=group.first)
+        settings = Settings(
+            args.model, options, spec.classes, args.epochs, args.batch, args.optimizer, args.lr, args.momentum,
+            args.weight_decay, args.schedule, args.class_weights, pair(args.size), pair(args.crop), pair(args.scale),
+            args.flip, _amp(args.amp, group.device), args.seed,
+        )  # fmt: skip
+        torch.manual_seed(args.seed)
+        model = create(args.model, len(spec.classes), **options)
+        if args.encoder_weights is not None:
+            load_encoder_weights(model, args.encoder_weights)
+        args.output.mkdir(parents=True, exist_ok=True)
+        history = train(
+            model, settings, *splits, args.output, group, workers=args.workers, resume=args.resume,
+            save_every=args.save_every, max_seconds=args.max_seconds,
+        )  # fmt: skip
+        if group.first:
+            if history:
+                best = max(history, key=lambda row: row["mean_iou"])
+                print(f"best mIoU on val {best['mean_iou']:.4f}, epoch {best['epoch']}: {args.output / 'best.pt'}")
+            if len(history) < args.epochs:
+                print(f"stopped after {len(history)} of {args.epochs} epochs; go on with --resume")
+    return 0
+
+
+def _option(text: str) -> tuple[str, object]:
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _amp(choice: str, device: torch.device) -> str:
+    if choice != "auto":
+        return choice
+    if device.type != "cuda":
+        return "none"
+    return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float16"

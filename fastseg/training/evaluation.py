@@ -1,0 +1,104 @@
+"""Scores of a model on a split, over all processes, without logits of full resolution."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from fastseg.inference.images import normalised
+from fastseg.inference.processes import Processes
+from fastseg.inference.progress import progress
+from fastseg.metrics import ConfusionMatrix, Scores
+from fastseg.training.batches import plain_errors
+from fastseg.training.dataset import DatasetSpec
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of a split, and (mean IoU, index) of its worst pictures, the worst first."""
+
+    scores: Scores
+    worst: list[tuple[float, int]]
+
+
+class Listed:
+    """Batches with a length, for the progress bar."""
+
+    def __init__(self, loader: DataLoader):
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self):
+        return plain_errors(self.loader)
+
+
+def pixels(images: Tensor, device: torch.device) -> Tensor:
+    """(N, H, W, 3) uint8 to what models take, (N, 3, H, W) float32, channels_last in memory."""
+    return normalised(images.to(device, non_blocking=True).permute(0, 3, 1, 2).float())
+
+
+def window(labels: Tensor, model: nn.Module) -> Tensor:
+    """The labels of the pixels that the model gives logits for: the valid U-Net leaves a margin out."""
+    m = getattr(model, "margin", 0)
+    return labels[..., m:-m, m:-m] if m else labels
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: DataLoader,
+    spec: DatasetSpec,
+    processes: Processes,
+    *,
+    amp: torch.dtype | None = None,
+    worst: int = 0,
+    title: str = "evaluate",
+) -> Evaluation:
+    """Score ``model.predict`` on the batches of ``scoring_batches``; the model's mode is left as it was.
+
+    Args:
+        model: on the device of ``processes``.
+        loader: this process's share.
+        spec: of the labels.
+        processes: whose counts are added up; all of them get the result.
+        amp: dtype of autocast; None: none.
+        worst: pictures to name, those with the lowest mean IoU over the classes in them.
+        title: of the progress bar.
+    """
+    counts = lambda: ConfusionMatrix(len(spec.classes), ignore_index=spec.ignore_index)
+    total, each, training = counts(), [], model.training
+    model.eval()
+    for images, labels, indices in progress(Listed(loader), title, "batch", leave=False, shown=processes.first):
+        labels = window(labels, model).to(processes.device)
+        with torch.autocast(processes.device.type, amp or torch.bfloat16, enabled=amp is not None):
+            predicted = model.predict(pixels(images, processes.device))
+        total.update(predicted, labels)
+        for one, label, index in zip(predicted, labels, indices.tolist(), strict=True) if worst else ():
+            alone = counts()
+            alone.update(one, label)
+            each.append((alone.compute().mean_iou, index))
+    model.train(training)
+    total.reduce()
+    ranked = sorted(pair for pair in processes.gather(each) if not np.isnan(pair[0]))
+    return Evaluation(total.compute(), ranked[:worst])
+
+
+def report(evaluation: Evaluation, spec: DatasetSpec, names: list[str]) -> dict:
+    """The scores as plain data for JSON; what is not defined is None."""
+    scores, number = evaluation.scores, lambda value: None if np.isnan(value) else float(value)
+    columns = (spec.classes, scores.iou.tolist(), scores.precision.tolist(), scores.recall.tolist())
+    return {
+        "pixel_accuracy": number(scores.pixel_accuracy),
+        "mean_pixel_accuracy": number(scores.mean_pixel_accuracy),
+        "mean_iou": number(scores.mean_iou),
+        "frequency_weighted_iou": number(scores.frequency_weighted_iou),
+        "classes": [
+            {"name": name, "iou": number(iou), "precision": number(p), "recall": number(r), "pixels": count}
+            for name, iou, p, r, count in zip(*columns, scores.pixels.tolist(), strict=True)
+        ],
+        "worst": [{"image": names[index], "mean_iou": value} for value, index in evaluation.worst],
+    }

@@ -1,0 +1,231 @@
+"""The training loop: torch's optimisers, schedules, AMP and DistributedDataParallel around ``model.loss``."""
+
+import dataclasses
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, PolynomialLR
+
+from fastseg.inference.checkpoint import save_checkpoint
+from fastseg.inference.processes import Processes
+from fastseg.inference.progress import progress
+from fastseg.metrics import median_frequency_weights
+from fastseg.nn import SyncBatchNorm
+from fastseg.training.batches import scoring_batches, training_batches
+from fastseg.training.checkpoints import read_checkpoint, write_checkpoint
+from fastseg.training.curves import write_curves
+from fastseg.training.dataset import FolderDataset
+from fastseg.training.evaluation import Listed, evaluate, pixels, window
+from fastseg.training.transforms import Augment
+
+LOOK = 10  # steps between looks at the loss, which wait for the device
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides a learning curve; a checkpoint is resumed with the same only."""
+
+    model: str
+    options: dict[str, Any]
+    classes: tuple[str, ...]
+    epochs: int
+    batch: int  # pictures of all processes together
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    schedule: Literal["poly", "onecycle", "constant"] = "poly"
+    class_weights: Literal["none", "median-frequency"] = "none"
+    size: tuple[int, int] | None = None
+    crop: tuple[int, int] | None = None
+    scale: tuple[float, float] = (1.0, 1.0)
+    flip: bool = True
+    amp: str = "none"
+    seed: int = 0
+
+
+class ShareOfLoss(nn.Module):
+    """This process's share in the mean loss of the whole batch; what DistributedDataParallel wraps.
+
+        sum of the losses of its pixels * processes / sum of the class weights of all processes' pixels
+
+    DDP takes the mean of gradients, so they are those of one process with the whole batch, whatever a part leaves out.
+    """
+
+    def __init__(self, model: nn.Module, weight: Tensor | None, void: int):
+        super().__init__()
+        self.model, self.void = model, void
+        self.register_buffer("weight", weight, persistent=False)
+
+    def forward(self, x: Tensor, labels: Tensor, total: Tensor) -> Tensor:
+        loss = self.model.loss(x, labels, weight=self.weight, ignore_index=self.void, reduction="sum")
+        return loss / total
+
+    def weights_in(self, labels: Tensor, processes: Processes) -> Tensor:
+        """The divisor: the class weights of the pixels, the mean over processes."""
+        counted = labels != self.void
+        if self.weight is None:
+            total = counted.sum().float()
+        else:
+            total = self.weight[torch.where(counted, labels, 0).long()].mul(counted).sum()
+        if processes.count > 1:
+            dist.all_reduce(total)
+        return total.clamp(min=1e-12) / processes.count  # a batch of nothing but void has the loss 0
+
+
+def train(
+    model: nn.Module,
+    settings: Settings,
+    train_set: FolderDataset,
+    val_set: FolderDataset,
+    output: Path,
+    processes: Processes,
+    *,
+    workers: int = 0,
+    resume: bool = False,
+    save_every: int | None = None,
+    max_seconds: float | None = None,
+) -> list[dict]:
+    """Train, write ``last.pt`` and ``best.pt`` (by mean IoU on ``val_set``) and the curves into ``output``.
+
+    Returns:
+        The curve: a row for each finished epoch.
+
+    Raises:
+        ValueError: bad data, a loss that is not finite, or a run that is there already and not to be resumed.
+        OSError: a checkpoint cannot be written.
+    """
+    last, start = output / "last.pt", time.perf_counter()
+    described = dataclasses.asdict(settings)
+    if last.exists() != resume:
+        what = "no checkpoint is there to resume" if resume else "a run is there; give --resume, or another -o"
+        raise ValueError(f"{last}: {what}")
+    saved = read_checkpoint(last, described) if resume else None
+    spec, device, pin = train_set.spec, processes.device, processes.device.type == "cuda"
+    weight = None
+    if settings.class_weights == "median-frequency":
+        labels = (torch.from_numpy(label) for label in train_set.labels())
+        weight = median_frequency_weights(labels, len(spec.classes), ignore_index=spec.ignore_index).to(device)
+    if saved is not None:
+        model.load_state_dict(saved["state_dict"])
+    model = model.to(device, memory_format=torch.channels_last)
+    if processes.count > 1:
+        model = SyncBatchNorm.convert_sync_batchnorm(model)
+    share = ShareOfLoss(model.train(), weight, spec.void)
+    step_of = DistributedDataParallel(share, broadcast_buffers=False) if processes.count > 1 else share
+    augment = Augment(settings.size, settings.scale, settings.crop, settings.flip, spec.void)
+    loader, sampler = training_batches(train_set, augment, settings.batch, settings.seed, processes, workers, pin)
+    val_loader = scoring_batches(val_set, settings.size, 1, processes, workers, pin)
+    steps = len(loader)
+    optimizer, schedule = _optimizer(model, settings, steps * settings.epochs)
+    amp = None if settings.amp == "none" else getattr(torch, settings.amp)
+    scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
+    state = {"epoch": 0, "done": 0, "loss": 0.0, "best": -1.0, "history": []}
+    if saved is not None:
+        state = {key: saved["training"][key] for key in state}
+        for part, name in ((optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
+            part.load_state_dict(saved["training"][name])
+
+    def save() -> None:
+        if processes.first:
+            parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
+            training = {name: part.state_dict() for name, part in parts.items()} | state | {"settings": described}
+            weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+            about = {"model": settings.model, "options": settings.options, "classes": list(settings.classes)}
+            write_checkpoint(last, about | {"state_dict": weights, "training": training})
+
+    while state["epoch"] < settings.epochs:
+        epoch, first = state["epoch"], state["done"]
+        sampler.set_epoch(epoch)
+        sampler.skip = first * settings.batch // processes.count
+        running, began = torch.tensor(state["loss"], dtype=torch.float64, device=device), time.perf_counter()
+        bar = progress(Listed(loader), f"epoch {epoch + 1}/{settings.epochs}", "batch", shown=processes.first)
+        try:
+            for images, labels in bar:
+                step = epoch * steps + state["done"]
+                torch.manual_seed((settings.seed << 32) + step * processes.count + processes.rank)  # of dropout
+                labels = window(labels, model).to(device, non_blocking=True)
+                total = share.weights_in(labels, processes)
+                with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
+                    loss = step_of(pixels(images, device), labels, total)
+                optimizer.zero_grad()
+                scaler.scale(loss).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                schedule.step()
+                running += loss.detach()
+                state["done"] += 1
+                end, late = (
+                    state["done"] == steps,
+                    max_seconds is not None and time.perf_counter() - start > max_seconds,
+                )
+                look = end or state["done"] % LOOK == 0
+                if look:
+                    rate = (state["done"] - first) * settings.batch / (time.perf_counter() - began)
+                    bar.set_postfix_str(f"loss {_finite(loss, step):.3f}, {rate:.1f} images/s")
+                stop = (look or processes.count == 1) and processes.sum(late)[0] > 0
+                if (stop or (save_every and state["done"] % save_every == 0)) and not end:
+                    _finite(loss, step)
+                    state["loss"] = running.item()
+                    save()
+                    if stop:
+                        return state["history"]
+        except ValueError as error:
+            if "diverged" not in str(error) and processes.count == 1:  # bad data: nothing is lost
+                state["loss"] = running.item()
+                save()
+            raise
+        (loss_sum,) = processes.sum(running.item())
+        title = f"score {epoch + 1}/{settings.epochs}"
+        scores = evaluate(model, val_loader, spec, processes, amp=amp, title=title).scores
+        row = {
+            "epoch": epoch + 1,
+            "step": (epoch + 1) * steps,
+            "lr": schedule.get_last_lr()[0],
+            "loss": loss_sum / processes.count / steps,
+            "pixel_accuracy": scores.pixel_accuracy,
+            "mean_pixel_accuracy": scores.mean_pixel_accuracy,
+            "mean_iou": scores.mean_iou,
+            "seconds": time.perf_counter() - began,
+        }
+        better = scores.mean_iou > state["best"]
+        state |= {"epoch": epoch + 1, "done": 0, "loss": 0.0, "history": [*state["history"], row]}
+        state["best"] = max(state["best"], scores.mean_iou)
+        save()
+        if processes.first:
+            if better:
+                save_checkpoint(output / "best.pt", model, settings.model, settings.options, settings.classes)
+            write_curves(output, state["history"])
+        if stop:
+            break
+    return state["history"]
+
+
+def _finite(loss: Tensor, step: int) -> float:
+    value = loss.item()
+    if value != value or abs(value) == float("inf"):
+        raise ValueError(f"training diverged: the loss is {value} at step {step}; try a smaller --lr")
+    return value
+
+
+def _optimizer(model: nn.Module, settings: Settings, steps: int) -> tuple[torch.optim.Optimizer, Any]:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if settings.optimizer == "sgd":
+        optimizer: torch.optim.Optimizer = torch.optim.SGD(
+            parameters, settings.lr, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    else:
+        optimizer = torch.optim.AdamW(parameters, settings.lr, weight_decay=settings.weight_decay)
+    match settings.schedule:
+        case "poly":
+            return optimizer, PolynomialLR(optimizer, steps, power=0.9)
+        case "onecycle":
+            return optimizer, OneCycleLR(optimizer, settings.lr, total_steps=steps + 1)
+        case _:
+            return optimizer, ConstantLR(optimizer, 1.0)
