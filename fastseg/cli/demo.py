@@ -22,6 +22,8 @@ from fastseg.models import create, names
 # A quarter of the width learns the four textures in 400 steps, 55 s of one core (FCN: 25 s); the full width takes
 # minutes for 100.
 OPTIONS = {
+    "deeplabv2": {"backbone": "resnet50", "output_stride": 16, "width": 0.125, "scales": ()},
+    "deeplabv3": {"backbone": "resnet18", "output_stride": 16, "width": 0.25, "channels": 32},
     "deeplabv3plus": {"width": 0.25, "decoder_channels": 32},
     "fcn": {"backbone": "resnet18", "stride": 4, "width": 0.25},
     "segnet": {"width": 0.125},
@@ -35,7 +37,8 @@ STEPS, BATCH, SIDE = 400, 6, 160
 LEARNING_RATE = 0.02
 TEST_MOSAICS = 32
 # After the default number of steps; over 0.9 is usual for the first two. SegNet's deep, narrow encoder learns slowest:
-# 0.63, and 0.74 after 1000 steps; its authors start from a VGG16 trained on ImageNet.
+# 0.63, and 0.74 after 1000 steps; its authors start from a VGG16 trained on ImageNet. Nothing is expected of DeepLabV2
+# and V3, which have not been run to the end yet.
 EXPECTED_MIOU = {
     "deeplabv3plus": 0.85,
     "fcn": 0.85,
@@ -86,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"  fastseg predict {args.output / 'mosaic.png'} --weights {args.output / 'weights.pt'} -o {args.output}\n")
     print(latency(args.model, model, args.device))
     print(f"\n{time.perf_counter() - start:.0f} s in all")
-    expected = EXPECTED_MIOU[args.model]
+    expected = EXPECTED_MIOU.get(args.model, 0.0)
     if args.steps >= STEPS and scores.mean_iou < expected:
         raise ValueError(f"mIoU {scores.mean_iou:.3f} is below {expected}: the training did not converge")
     return 0

@@ -14,6 +14,7 @@ from fastseg.nn.skip import run_upsample_concat_conv, upsampled_beside
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")
 ASPP_RATES = (6, 12, 18)  # at output stride 16; twice that at 8
+GOOGLE_MOMENTUM = 3e-4  # of all running statistics: their decay is 0.9997
 
 
 class DeepLabV3Plus(UpsampledNet):
@@ -77,9 +78,13 @@ class DeepLabV3Plus(UpsampledNet):
         rates = [rate * 16 // output_stride for rate in ASPP_RATES]
         self.separable = preset == "google"
         if self.separable:
-            self.aspp = ASPP(deep_channels, wide, rates, separable=True, pool_first=True, dropout=0.1)
-            self.shortcut_conv = nn.Sequential(*_conv_norm_relu(low_channels, reduced, 1, bias=False))
-            form = {"mid_norm": True, "mid_act": "relu"}
+            self.aspp = ASPP(
+                deep_channels, wide, rates, separable=True, pool_first=True, dropout=0.1, momentum=GOOGLE_MOMENTUM
+            )
+            self.shortcut_conv = nn.Sequential(
+                *_conv_norm_relu(low_channels, reduced, 1, bias=False, momentum=GOOGLE_MOMENTUM)
+            )
+            form = {"mid_norm": True, "mid_act": "relu", "momentum": GOOGLE_MOMENTUM}
             self.cat_conv = nn.Sequential(
                 SeparableConv2d(wide + reduced, wide, **form), SeparableConv2d(wide, wide, **form)
             )
@@ -128,11 +133,17 @@ class _ASPP(nn.Module):
 
 
 def _conv_norm_relu(
-    in_channels: int, out_channels: int, kernel_size: int, dilation: int = 1, *, bias: bool = True
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    dilation: int = 1,
+    *,
+    bias: bool = True,
+    momentum: float = 0.1,
 ) -> list[nn.Module]:
     padding = dilation * (kernel_size // 2)
     return [
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=bias),
-        nn.BatchNorm2d(out_channels),
+        nn.BatchNorm2d(out_channels, momentum=momentum),
         nn.ReLU(inplace=True),
     ]

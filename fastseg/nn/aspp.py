@@ -14,7 +14,7 @@ from fastseg.ops import BatchNormArgs, batch_norm_act
 from fastseg.ops._atrous import atrous_branches
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops._recompute import kept_as_recipe
-from fastseg.ops.aspp import pool_share, project, split_projection
+from fastseg.ops.aspp import better_apart, pool_share, project, project_apart, split_projection
 
 CONCAT, SUM = "concat", "sum"
 
@@ -160,8 +160,11 @@ def run_aspp(
     Returns:
         (N, OUT, H, W).
     """
-    maps = _run_branches(x, branches)
+    parts = _run_branches(x, branches)
     conv, norm = projection
+    if len(parts) > 1 and can_fold(parts[0], conv, norm) and better_apart(parts):
+        return _project_apart(x, parts, pool, conv, norm, pool_first)
+    maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if pool is None:
         return run_conv_norm_act(maps, conv, norm, "relu")
     p = run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu")
@@ -182,6 +185,23 @@ def run_aspp(
     return run_norm_act(y, norm, "relu")
 
 
+def _project_apart(x: Tensor, parts: Sequence[Tensor], pool, conv, norm, pool_first: bool) -> Tensor:
+    """The projection with folded norm, of maps that nobody has put side by side."""
+    pooled_channels = 0 if pool is None else conv.in_channels - sum(part.shape[1] for part in parts)
+    place = start = pooled_channels if pool_first else 0
+    weights = []
+    for part in parts:
+        weights.append(folded(part, conv, norm, (place, place + part.shape[1]))[0])
+        place += part.shape[1]
+    pooled_place = (0, start) if pool_first else (place, conv.in_channels)
+    pooled_weight, bias = folded(parts[0], conv, norm, pooled_place)
+    if pool is None:
+        share = bias.expand(x.shape[0], -1)
+    else:
+        share = pool_share(run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu"), pooled_weight, bias)
+    return project_apart(parts, weights, share, "relu")
+
+
 def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
     """The sum of ``conv(x)`` over existing dilated convolutions with padding that keeps H and W."""
     why = next(filter(None, map(_not_plain, convs)), "")
@@ -195,25 +215,24 @@ def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
     )  # fmt: skip
 
 
-def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> Tensor:
-    """The branches' maps side by side: (N, sum of channels, H, W)."""
+def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
+    """The branches' maps side by side, (N, sum of channels, H, W); or each, where they are not one op."""
     parts = [_dense(branch) for branch in branches]
     why = next((part for part in parts if isinstance(part, str)), "") or _different(parts)
     if why:
         record_reference("aspp", x, why)
-        maps = [
+        return [
             run_conv_norm_act(x, *part, "relu") if isinstance(part, _Dense) else branch(x)
             for part, branch in zip(parts, branches, strict=True)
         ]
-        return torch.cat(maps, 1)
     convs, norms = zip(*parts, strict=True)
     dilations = [conv.dilation[0] for conv in convs]
     if all(can_fold(x, *part) for part in parts):
         weights, biases = zip(*(folded(x, *part) for part in parts), strict=True)
-        return atrous_branches(x, weights, biases, dilations, "relu")
+        return [atrous_branches(x, weights, biases, dilations, "relu")]
     biases = None if convs[0].bias is None else [conv.bias for conv in convs]
     z = atrous_branches(x, [conv.weight for conv in convs], biases, dilations, None)
-    return _norm_relu(z, norms)
+    return [_norm_relu(z, norms)]
 
 
 def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:

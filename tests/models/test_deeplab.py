@@ -1,6 +1,8 @@
 """DeepLabV2, V3 and V3+ against their golden numbers and against the same nets in torch.nn.functional alone."""
 
+import copy
 import hashlib
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -12,9 +14,11 @@ from torch.nn import functional as F
 from fastseg import explain, reference
 from fastseg.models import DeepLabV2, DeepLabV3, DeepLabV3Plus, create
 from fastseg.models.encoders import Xception65
+from fastseg.models.encoders.xception import _Block
+from fastseg.ops._dispatch import INTERPRETED
 
 SMALL = {"width": 0.05, "decoder_channels": 16}
-XCEPTION = {**SMALL, "backbone": "xception", "encoder_options": {"middle_blocks": 1}}
+XCEPTION = {**SMALL, "backbone": "xception", "encoder_options": {"middle_blocks": 2}}
 # At width 0.1 neighbouring stages of MobileNetV2 have equal widths: a block that lost its stride must have no residual.
 FORMS = {
     "mobilenet 0.1": ({"width": 0.1, "decoder_channels": 16}, plain_v3plus),
@@ -90,6 +94,22 @@ def test_kernels_equal_plain_pytorch(form, device):
         want = FORMS[form][1](Plain(model.state_dict(), 16, False), x)
     torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
     assert {"separable_conv2d"} <= {d.op for d in report if d.path == "triton"}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="fp64 through the kernels")
+@pytest.mark.parametrize("rectified", [False, True])
+def test_kernels_train_a_block_as_plain_pytorch(rectified):
+    """A block of the middle flow, whose ReLU leaks: gradients and statistics; the whole net is compared above."""
+    block = unsettle(_Block(8, 8, 8, 1, 2, google=False)).train().to(memory_format=torch.channels_last)
+    twin, x = copy.deepcopy(block), torch.randn(2, 8, 6, 5, dtype=torch.float64, requires_grad=True)
+    results = []
+    for net, scope in ((block, nullcontext()), (twin, reference())):
+        with scope:
+            y, before = net(x.relu() if rectified else x, rectified=rectified, rectify=rectified)
+        grads = torch.autograd.grad((y * torch.linspace(-1, 1, y.numel()).view_as(y)).sum(), [x, *net.parameters()])
+        results.append((y, before, *grads, *net.buffers()))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
 def golden(model: nn.Module) -> tuple[int, int, int, str]:
@@ -203,6 +223,7 @@ def test_loss_of_several_heads(name, form):
         ("deeplabv3plus", {"num_classes": 0}, "num_classes is 0"),
         ("deeplabv3plus", {"width": -1.0}, "width is -1.0"),
         ("deeplabv3plus", {"preset": "vainf"}, "no preset 'vainf'; use one of bubbliiiing, google"),
+        ("deeplabv3plus", {"backbone": "xception", "encoder_options": {"middle_blocks": 17}}, "middle_blocks is 17"),
         ("deeplabv3", {"backbone": "vgg16"}, "no backbone 'vgg16'"),
         ("deeplabv3", {"output_stride": 4}, "output_stride is 4"),
         ("deeplabv2", {"backbone": "resnet18"}, "no backbone 'resnet18'"),

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.nn import ASPP
+from fastseg.nn import aspp as aspp_module
 
 FORMS = {
     "torchvision": {},
@@ -65,6 +66,19 @@ def test_equals_its_children(form, training):
         torch.testing.assert_close(module(x), plain(twin, x), rtol=1e-11, atol=1e-11)
     with torch.no_grad(), fastseg.reference():
         torch.testing.assert_close(module(x), plain(twin, x), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("form", ["separable, pool first", "no pool"])
+def test_maps_projected_apart(form, monkeypatch):
+    """Where that moves less: no map of all branches, each sum added by the next projection."""
+    module = build(form, **({"separable": True} if form == "no pool" else {})).eval()
+    x, joined = image(), []
+    with torch.no_grad():
+        want = module(x)
+        monkeypatch.setattr(aspp_module, "better_apart", lambda parts: True)
+        monkeypatch.setattr(aspp_module.torch, "cat", lambda *args: joined.append(args))
+        torch.testing.assert_close(module(x), want, rtol=1e-11, atol=1e-11)
+    assert joined == []
 
 
 def test_names_and_parameters():

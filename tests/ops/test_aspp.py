@@ -1,5 +1,7 @@
 """The functional ASPP against its definition, and its errors."""
 
+import importlib
+
 import pytest
 import torch
 from torch import Tensor
@@ -7,6 +9,8 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg.ops import aspp
+
+aspp_module = importlib.import_module("fastseg.ops.aspp")  # the name in the package is the function
 
 DILATIONS = (5, 1, 4)  # a 1x1 has any
 ACTS = {None: lambda v: v, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu}
@@ -68,6 +72,12 @@ def test_no_pool_and_sum():
     torch.testing.assert_close(got, want)
     for a, b in zip(*(torch.autograd.grad(y.sum(), (x, *weights, *biases)) for y in (got, want)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.skipif(not aspp_module.kernels_run(torch.zeros(1)), reason="plain PyTorch puts them side by side")
+def test_maps_are_projected_apart_where_that_moves_less():
+    maps = lambda N, side: [torch.empty(N, 256, side, side, dtype=torch.bfloat16)] * 4
+    assert aspp_module.better_apart(maps(16, 64)) and not aspp_module.better_apart(maps(1, 32))
 
 
 @pytest.mark.parametrize(

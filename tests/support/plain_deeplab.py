@@ -31,6 +31,8 @@ RATES = {16: (6, 12, 18), 8: (12, 24, 36)}
 class Plain:
     """The layers of one net."""
 
+    momentum = 0.1  # outside Xception
+
     def __init__(self, state: Mapping[str, Tensor], output_stride: int, training: bool):
         self.state, self.output_stride, self.training = state, output_stride, training
 
@@ -39,9 +41,9 @@ class Plain:
         padding = dilation * (weight.shape[-1] // 2)
         return F.conv2d(y, weight, self.state.get(f"{key}.bias"), stride, padding, dilation, groups)
 
-    def norm(self, y, key, momentum=0.1, eps=1e-5):
+    def norm(self, y, key, momentum=None, eps=1e-5):
         mean, var, weight, bias = (self.state[f"{key}.{n}"] for n in ("running_mean", "running_var", "weight", "bias"))
-        return F.batch_norm(y, mean, var, weight, bias, self.training, momentum, eps)
+        return F.batch_norm(y, mean, var, weight, bias, self.training, momentum or self.momentum, eps)
 
     def conv_norm_relu(self, y, conv, norm, stride=1, dilation=1):
         return F.relu(self.norm(self.conv(y, conv, stride, dilation), norm))
@@ -138,6 +140,7 @@ def plain_v3plus(net: Plain, x: Tensor, backbone: str = "mobilenet_v2", preset: 
         low, *_, y = net.resnet(x)
     else:
         low, y = net.mobilenet(x) if backbone == "mobilenet_v2" else net.xception(x, preset)
+    net.momentum = 3e-4 if preset == "google" else 0.1
     rates = RATES[net.output_stride]
     both = zip((2, 3, 4), rates, strict=True)
     if preset == "google":

@@ -30,7 +30,7 @@ class Xception65(nn.Module):
         output_stride: input size / size of the deepest features: 8, 16 or 32.
         width: multiplier of every width; the results are rounded to multiples of 8.
         preset: "bubbliiiing" or "google".
-        middle_blocks: blocks of the middle flow.
+        middle_blocks: blocks of the middle flow, at most 16.
 
     Attributes:
         out_channels: the widths of what ``forward`` returns.
@@ -57,6 +57,8 @@ class Xception65(nn.Module):
             raise ValueError(f"Xception65: output_stride is {output_stride}; use 8, 16 or 32")
         if preset not in ("bubbliiiing", "google"):
             raise ValueError(f'Xception65: preset is {preset!r}; use "bubbliiiing" or "google"')
+        if not 0 <= middle_blocks <= MIDDLE_BLOCKS:
+            raise ValueError(f"Xception65: middle_blocks is {middle_blocks}; use 0 to {MIDDLE_BLOCKS}")
         google = preset == "google"
         stem, stem2, *widths = (scaled(n, width, "Xception65") for n in (32, 64, 128, 256, 728, 1024, 1536, 2048))
         self.conv1 = nn.Conv2d(in_channels, stem, 3, stride=2, padding=1, bias=False)
