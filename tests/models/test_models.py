@@ -117,5 +117,6 @@ def test_mobilenet_features(output_stride):
 def test_create_names_what_exists():
     with pytest.raises(ValueError, match=r"no model 'deeplab'; use one of .*deeplabv3plus"):
         create("deeplab", 3)
-    with pytest.raises(ValueError, match=r"deeplabv3plus has no option widht; it has backbone, output_stride, width"):
+    known = "backbone, output_stride, preset, width"
+    with pytest.raises(ValueError, match=f"deeplabv3plus has no option widht; it has {known}"):
         create("deeplabv3plus", 3, widht=0.5)
