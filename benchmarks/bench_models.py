@@ -54,15 +54,17 @@ def label(shape: ModelShape) -> str:
 class Problem:
     """One model on one device, in one mode, with an input; random weights."""
 
-    def __init__(self, shape: ModelShape, device: torch.device, mode: str = "eval"):
-        self.shape, self.device, self.mode, self.dtype = shape, device, mode, harness.dtype_for(device)
+    def __init__(self, shape: ModelShape, device: torch.device, mode: str = "eval", dtype: torch.dtype | None = None):
+        """``dtype``: float64, where one rounding that moves a ReLU would show; None: what the device is timed in."""
+        self.shape, self.device, self.mode, self.dtype = shape, device, mode, dtype or harness.dtype_for(device)
         name, options = CREATED[shape.model]
         torch.manual_seed(0)
         self.model = create(name, shape.classes, **options).train(mode == "train")
         for module in self.model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0  # it would draw another mask for each provider
-        self.model = self.model.to(device, memory_format=torch.channels_last)
+        weights = torch.float64 if dtype == torch.float64 else torch.float32  # autocast casts them
+        self.model = self.model.to(device, weights, memory_format=torch.channels_last)
         self.plain = eager_form(self.model)
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(shape.N, 3, shape.H, shape.W, generator=generator)
@@ -101,7 +103,7 @@ class Problem:
         torch.backends.cudnn.allow_tf32 = False
         try:
             with torch.autocast(self.device.type, enabled=False):
-                x = self.x.float()
+                x = self.x if self.dtype == torch.float64 else self.x.float()
                 if self.mode == "train":
                     return harness.floats(self._step(self.plain, self._loss, x))
                 with torch.no_grad():
@@ -143,7 +145,7 @@ def bench_model(shape, provider, mode, run, device, size, benchmark):
     pixels = {"full": (shape.H, shape.W), "small": (256, 256), "tiny": (64, 64)}[size]
     shape = replace(shape, H=pixels[0], W=pixels[1], N=shape.N if size == "full" else min(shape.N, 2))
     benchmark.group = f"model {label(shape)} {mode}"
-    problem = Problem(shape, device, mode)
+    problem = Problem(shape, device, mode, torch.float64 if size == "tiny" and device.type == "cpu" else None)
     with problem.context():
         functions = problem.functions()
         chosen = {name: functions[name] for name in dict.fromkeys(["eager", provider])}
