@@ -51,7 +51,7 @@ class Call(NamedTuple):
     mid_eps: float
     post: str
     post_eps: float
-    out_act: str  # of the sum with the residual; then there is no post_act. Of the op without gradients alone
+    out_act: str = "none"  # of the sum with the residual; then there is no post_act. Of the op without gradients alone
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -66,7 +66,8 @@ class Call(NamedTuple):
 
 
 _TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", str: "str", float: "float"}
-_SCHEMA = ", ".join(f"{_TYPES[annotation]} {name}" for name, annotation in Call.__annotations__.items())
+_DEFAULTS = {name: f'="{value}"' for name, value in Call._field_defaults.items()}
+_SCHEMA = ", ".join(f"{_TYPES[kind]} {name}{_DEFAULTS.get(name, '')}" for name, kind in Call.__annotations__.items())
 
 
 # --- with kernels

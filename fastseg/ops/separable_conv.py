@@ -97,7 +97,6 @@ def separable_conv2d(
     call = Call(
         x, *tensors, *norm_tensors(mid_norm), *norm_tensors(post_norm), residual, stride, padding, dilation,
         pre_act or "none", mid_act or "none", post_act or "none", *norm_options(mid_norm), *norm_options(post_norm),
-        "none",
     )  # fmt: skip
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:TENSORS])
     if not wants_grad and "batch" not in (call.mid, call.post):
