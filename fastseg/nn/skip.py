@@ -81,7 +81,8 @@ def run_upsample_concat_conv(
     """
     plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
     fold = plain and norm is not None and can_fold(deep, conv, norm) and can_fold(low, conv, norm)
-    if not plain or (norm is not None and not fold and kernels_run(deep)):  # kernels: of gradients, or watched norms
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (deep, low, conv.weight))
+    if not plain or (wanted and kernels_run(deep)):  # there is no kernel for its gradients; the joined map has a recipe
         x = upsampled_beside(deep, low, conv, align_corners=align_corners, up_first=up_first)
         return run_conv_norm_act(x, conv, norm, act)
     options = {"align_corners": align_corners, "up_first": up_first}
