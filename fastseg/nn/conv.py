@@ -119,7 +119,7 @@ def run_separable(
     """
     why = not_fusible(depthwise, mid_norm, pointwise, post_norm)
     if why:
-        check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
+        check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act, out_act=out_act)
         record_reference("separable_conv2d", x, why)
         act = lambda name, v: v if name is None else ACTIVATIONS[name](v)
         norm = lambda module, v: v if module is None else module(v)

@@ -36,6 +36,7 @@ class _Kept(NamedTuple):
 
     make: Callable[..., Tensor]
     sources: tuple[Any, ...]
+    versions: tuple[int, ...]
 
 
 _recipes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # gone with the map
@@ -83,13 +84,22 @@ def kept_as_recipe(x: Tensor) -> Iterator[None]:
 
     def pack(t: Tensor):
         same = t.untyped_storage()._cdata == storage and (t.shape, t.stride(), t.storage_offset()) == form
-        return _Kept(recipe.make, tuple(map(pack_outer, recipe.sources))) if same else pack_outer(t)
+        if not same:
+            return pack_outer(t)
+        return _Kept(recipe.make, tuple(map(pack_outer, recipe.sources)), recipe.source_versions)
 
     def unpack(kept):
         if not isinstance(kept, _Kept):
             return unpack_outer(kept)
+        sources = [unpack_outer(packed) for packed in kept.sources]
+        for source, packed, version in zip(sources, kept.sources, kept.versions, strict=True):
+            if source is packed and source._version != version:  # autograd counts the writes to the map alone
+                raise RuntimeError(
+                    "a map that fastseg makes again for the backward was made of one that has been modified by an "
+                    "inplace operation since; write to a copy of it"
+                )
         with torch.no_grad():
-            return kept.make(*map(unpack_outer, kept.sources))
+            return kept.make(*sources)
 
     with saved_tensors_hooks(pack, unpack):
         yield

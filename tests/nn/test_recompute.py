@@ -82,6 +82,19 @@ def test_a_map_that_was_written_to_is_kept(chain):
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.skipif(not (INTERPRETED or torch.cuda.is_available()), reason="plain PyTorch keeps the map itself")
+def test_a_source_that_is_written_to_after_the_forward_is_noticed(device):
+    """No other backward keeps the pooled map: nobody but the recipe would see that it is no longer what it was."""
+    x = torch.randn(2, CHANNELS, 8, 6, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    pooled, indices = MaxPool2d(2, 2, return_indices=True, index_format="compact")(x)
+    last = ConvNormAct2d(CHANNELS, CHANNELS).to(device)
+    y = run_unpool_conv_norm_act(pooled, indices, MaxUnpool2d(2, 2), x.shape[-2:], last.conv, last.norm, "relu")
+    with torch.no_grad():
+        pooled.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
 def test_where_hooks_are_disabled(chain):
     """Maps are kept, as everywhere."""
     net, x = chain
