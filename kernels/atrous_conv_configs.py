@@ -18,11 +18,8 @@ import triton
 
 from fastseg.kernels.atrous_plan import Branch, dense, executed, forward_regions
 from fastseg.kernels.config import candidates, heuristic
-from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES
+from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, OWN_LANES
 
-OWN_GEMM = 0.85  # of a library's rate: an estimate, to be measured
-OWN_FMA = 0.5  # the same of fp32 without tf32, whose operands go through registers: another
-LAUNCH = 2e-6  # seconds from one kernel to the next in a captured graph: an estimate
 MULTIPROCESSORS = 132  # of an H200, whose ceilings the model takes
 
 
@@ -57,7 +54,7 @@ def plan(
     ``passes``: elementwise passes over the output that the library's way takes and the own one does not: activation,
     residual. ``ieee``: fp32 without tf32, on lanes instead of matrix units.
     """
-    rate, share = (2 * LANES, OWN_FMA) if ieee else (DOT[dtype], OWN_GEMM)
+    rate, share = (2 * LANES, OWN_LANES) if ieee else (DOT[dtype], OWN_GEMM)
     cfg = _config(N * H * W, C, COUT, dtype)
     regions, e = forward_regions(H, W, branches), dtype.itemsize
     A, Y = e * N * H * W * C, e * N * H * W * COUT

@@ -18,10 +18,7 @@ from torch import Tensor
 # Registers what the launcher asks `select` for.
 from fastseg.kernels import separable_conv_configs  # noqa: F401
 from fastseg.kernels.separable_conv_fwd import Acts, Weights, separable_conv_fwd_pw
-from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, Geometry
-
-# Of fp32 without tf32, which runs on the lanes: the share of their rate that `tl.dot` reaches. An estimate.
-OWN_LANES = 0.5
+from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, OWN_LANES, Geometry
 
 
 def pointwise_conv_fwd(
