@@ -1,5 +1,6 @@
 """Around the models: tiles, files and pictures, mosaics of textures, weights with their options, timing."""
 
+from fastseg.inference.predictor import Predictor
 from fastseg.inference.tiling import overlap_tile
 
-__all__ = ["overlap_tile"]
+__all__ = ["Predictor", "overlap_tile"]
