@@ -11,10 +11,10 @@ from fastseg.nn.conv import SeparableConv2d, batch_norm_args, watched
 from fastseg.nn.fold import can_fold, folded, run_conv_norm_act
 from fastseg.nn.norm import run_norm_act
 from fastseg.ops import BatchNormArgs, batch_norm_act
-from fastseg.ops._atrous import atrous_branches
+from fastseg.ops._atrous import atrous_branches, atrous_maps
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops._recompute import kept_as_recipe
-from fastseg.ops.aspp import better_apart, pool_share, project, project_apart, split_projection
+from fastseg.ops.aspp import pool_share, project, split_projection
 
 CONCAT, SUM = "concat", "sum"
 
@@ -162,44 +162,38 @@ def run_aspp(
     """
     parts = _run_branches(x, branches)
     conv, norm = projection
-    if len(parts) > 1 and can_fold(parts[0], conv, norm) and better_apart(parts):
-        return _project_apart(x, parts, pool, conv, norm, pool_first)
+    if can_fold(parts[0], conv, norm) and (len(parts) > 1 or pool is not None):
+        return _project_folded(x, parts, pool, conv, norm, pool_first)
     maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if pool is None:
         return run_conv_norm_act(maps, conv, norm, "relu")
-    p = run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu")
-    channels = maps.shape[1]
+    p = _pooled(x, pool)
     if watched(conv, nn.Conv2d):  # it wants the concatenated map
         parts = [maps, p.expand(-1, -1, *maps.shape[2:])]
         return run_conv_norm_act(torch.cat(parts[::-1] if pool_first else parts, 1), conv, norm, "relu")
     # The pooled branch is constant over an image, and so is its share of the projection: a bias per image and channel.
-    if can_fold(maps, conv, norm):
-        start = p.shape[1] if pool_first else 0
-        weight, _ = folded(maps, conv, norm, (start, start + channels))
-        pooled_weight, bias = folded(maps, conv, norm, (0, start) if pool_first else (channels, conv.in_channels))
-        return project(maps, weight, pool_share(p, pooled_weight, bias), "relu")
-    weight, pooled_weight = split_projection(conv.weight, channels, pool_first)
+    weight, pooled_weight = split_projection(conv.weight, maps.shape[1], pool_first)
     share = pool_share(p, pooled_weight, conv.bias)
     with kept_as_recipe(maps):
-        y = project(maps, weight, share, None)
+        y = project([maps], [weight], share, None)
     return run_norm_act(y, norm, "relu")
 
 
-def _project_apart(x: Tensor, parts: Sequence[Tensor], pool, conv, norm, pool_first: bool) -> Tensor:
-    """The projection with folded norm, of maps that nobody has put side by side."""
+def _pooled(x: Tensor, pool: tuple[nn.Conv2d, nn.BatchNorm2d]) -> Tensor:
+    return run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu")
+
+
+def _project_folded(x: Tensor, parts: Sequence[Tensor], pool, conv, norm, pool_first: bool) -> Tensor:
+    """The projection with folded norm, each map through its own slice of the weight: nobody puts them side by side."""
     pooled_channels = 0 if pool is None else conv.in_channels - sum(part.shape[1] for part in parts)
     place = start = pooled_channels if pool_first else 0
     weights = []
     for part in parts:
         weights.append(folded(part, conv, norm, (place, place + part.shape[1]))[0])
         place += part.shape[1]
-    pooled_place = (0, start) if pool_first else (place, conv.in_channels)
-    pooled_weight, bias = folded(parts[0], conv, norm, pooled_place)
-    if pool is None:
-        share = bias.expand(x.shape[0], -1)
-    else:
-        share = pool_share(run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu"), pooled_weight, bias)
-    return project_apart(parts, weights, share, "relu")
+    pooled_weight, bias = folded(parts[0], conv, norm, (0, start) if pool_first else (place, conv.in_channels))
+    share = bias.expand(x.shape[0], -1) if pool is None else pool_share(_pooled(x, pool), pooled_weight, bias)
+    return project(parts, weights, share, "relu")
 
 
 def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
@@ -229,7 +223,7 @@ def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
     dilations = [conv.dilation[0] for conv in convs]
     if all(can_fold(x, *part) for part in parts):
         weights, biases = zip(*(folded(x, *part) for part in parts), strict=True)
-        return [atrous_branches(x, weights, biases, dilations, "relu")]
+        return atrous_maps(x, weights, biases, dilations, "relu")
     biases = None if convs[0].bias is None else [conv.bias for conv in convs]
     z = atrous_branches(x, [conv.weight for conv in convs], biases, dilations, None)
     return [_norm_relu(z, norms)]

@@ -62,6 +62,22 @@ def atrous_branches(
 
     Reference: Chen et al., DeepLabV3, arXiv:1706.05587.
     """
+    maps = _run(name, x, weights, biases, dilations, act, residual, as_x)
+    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+def atrous_maps(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    dilations: Sequence[int],
+    act: Activation | None = None,
+) -> list[Tensor]:
+    """The parts of ``atrous_branches`` as they come, nothing copied: the kernel's one map, or the library's of each."""
+    return _run(NAME, x, weights, biases, dilations, act, None, False)
+
+
+def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool) -> list[Tensor]:
     weights, biases, dilations = list(weights), list(biases or ()), list(dilations)
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))
@@ -70,12 +86,12 @@ def atrous_branches(
     if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
         if residual is None and _nothing_follows(x, *weights, *biases):
             return _one_by_one(x, weights, biases, dilations, act)
-        return atrous_branches_ref(x, weights, biases, dilations, act, residual)
+        return [atrous_branches_ref(x, weights, biases, dilations, act, residual)]
     if needs_grad(x, *weights, *biases, residual):
         y = _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
-    return like(x, y) if as_x else y
+    return [like(x, y) if as_x else y]
 
 
 def _nothing_follows(*tensors: Tensor) -> bool:
@@ -85,14 +101,13 @@ def _nothing_follows(*tensors: Tensor) -> bool:
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
-def _one_by_one(x, weights, biases, dilations, act) -> Tensor:
+def _one_by_one(x, weights, biases, dilations, act) -> list[Tensor]:
     """The library's convolutions, each with its bias and activation in its own call where it has one."""
     cast = lambda t: t if t is None or torch.is_autocast_enabled(x.device.type) else t.to(x.dtype)
-    maps = [
+    return [
         conv2d_act(x, cast(w), cast(b), act, (1, 1), (d * (w.shape[-1] // 2),) * 2, (d, d), 1)
         for w, b, d in zip(weights, biases or [None] * len(weights), dilations, strict=True)
     ]
-    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
 
 
 def atrous_branches_ref(

@@ -5,14 +5,10 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._atrous import atrous_branches
+from fastseg.ops._atrous import atrous_maps
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops._dispatch import HAS_TRITON, kernels_run, record
 from fastseg.ops.atrous_conv2d import atrous_conv2d
-
-if HAS_TRITON:
-    from fastseg.kernels.separable_conv_plan import BANDWIDTH, LAUNCH
 
 
 def aspp(
@@ -70,11 +66,16 @@ def aspp(
         for i, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
             y = atrous_conv2d(x, weight, None if biases is None else biases[i], dilation=dilation, residual=y)
         return y
-    maps = atrous_branches(x, weights, biases, dilations, act)
-    if pool_weight is None:
-        return _convolve(maps, project_weight, project_bias, act)
-    map_weight, pooled_weight = split_projection(project_weight, maps.shape[1], pool_first)
-    return project(maps, map_weight, pool_share(pooled(x, *pool, act), pooled_weight, project_bias), act)
+    maps = atrous_maps(x, weights, biases, dilations, act)
+    if pool_weight is None and len(maps) == 1:
+        return _convolve(maps[0], project_weight, project_bias, act)
+    channels = sum(m.shape[1] for m in maps)
+    map_weight, pooled_weight = split_projection(project_weight, channels, pool_first)
+    if pool_weight is not None:
+        share = pool_share(pooled(x, *pool, act), pooled_weight, project_bias)
+    else:
+        share = None if project_bias is None else project_bias.expand(x.shape[0], -1)
+    return project(maps, map_weight.split([m.shape[1] for m in maps], 1), share, act)
 
 
 def split_projection(weight: Tensor, channels: int, pool_first: bool) -> tuple[Tensor, Tensor]:
@@ -95,33 +96,18 @@ def pool_share(p: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(p.flatten(1), weight.flatten(1), bias)
 
 
-def project(maps: Tensor, weight: Tensor, image_bias: Tensor, act: Activation | None) -> Tensor:
-    """``act(conv2d(maps, weight) + image_bias)``, with one bias per image and channel: (N, OUT, H, W)."""
-    return conv2d_act(maps, weight, None, act, (1, 1), (0, 0), (1, 1), 1, image_bias=image_bias)
-
-
-def better_apart(parts: Sequence[Tensor]) -> bool:
-    """Whether to project maps one after the other, each sum taken up by the next one's epilogue, and not side by side.
-
-    To copy B maps beside each other and project them moves 3B + 1 maps in two launches, the chain 3B - 1 in B. On a CPU
-    neither is faster.
-    """
-    if not HAS_TRITON or not kernels_run(parts[0]):
-        return False
-    saved = 2 * parts[0].numel() * parts[0].element_size() / BANDWIDTH
-    return saved > (len(parts) - 2) * LAUNCH
-
-
-def project_apart(
-    parts: Sequence[Tensor], weights: Sequence[Tensor], image_bias: Tensor, act: Activation | None
+def project(
+    maps: Sequence[Tensor], weights: Sequence[Tensor], image_bias: Tensor | None, act: Activation | None
 ) -> Tensor:
-    """``act(sum of conv2d(part, weight) + image_bias)``, wanted without a gradient."""
-    record("aspp", parts[0], "triton", "maps projected one after the other: less traffic than beside each other")
-    y = None
-    for part, weight in zip(parts[:-1], weights[:-1], strict=True):
-        y = conv2d_act(part, weight, None, None, (1, 1), (0, 0), (1, 1), 1, residual=y)
-    args = ((1, 1), (0, 0), (1, 1), 1)
-    return conv2d_act(parts[-1], weights[-1], None, act, *args, residual=y, image_bias=image_bias)
+    """``act(sum of conv2d(map, weight) + image_bias)``, with one bias per image and channel: (N, OUT, H, W).
+
+    Each sum is taken up by the next one's epilogue. To copy B maps beside each other and project them would move 3B + 1
+    maps in two launches, the chain moves 3B - 1 in B.
+    """
+    args, y = ((1, 1), (0, 0), (1, 1), 1), None
+    for part, weight in zip(maps[:-1], weights[:-1], strict=True):
+        y = conv2d_act(part, weight, None, None, *args, residual=y)
+    return conv2d_act(maps[-1], weights[-1], None, act, *args, residual=y, image_bias=image_bias)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation | None) -> Tensor:

@@ -1,16 +1,13 @@
 """The functional ASPP against its definition, and its errors."""
 
-import importlib
-
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 import fastseg
+from fastseg.ops import _atrous as atrous_module
 from fastseg.ops import aspp
-
-aspp_module = importlib.import_module("fastseg.ops.aspp")  # the name in the package is the function
 
 DILATIONS = (5, 1, 4)  # a 1x1 has any
 ACTS = {None: lambda v: v, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu}
@@ -74,10 +71,18 @@ def test_no_pool_and_sum():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.skipif(not aspp_module.kernels_run(torch.zeros(1)), reason="plain PyTorch puts them side by side")
-def test_maps_are_projected_apart_where_that_moves_less():
-    maps = lambda N, side: [torch.empty(N, 256, side, side, dtype=torch.bfloat16)] * 4
-    assert aspp_module.better_apart(maps(16, 64)) and not aspp_module.better_apart(maps(1, 32))
+def test_the_librarys_maps_are_not_copied_beside_each_other(monkeypatch):
+    """Where the kernel does not take the branches: each is projected, its sum taken up by the next one's epilogue."""
+    x, project, pool, bias = (t.detach() for t in tensors((2, 16, 6, 7), (5, 64, 1, 1), (16, 16, 1, 1), (5,)))
+    weights, biases = ([t.detach() for t in ts] for ts in branches(True))
+    want = aspp(x, weights, DILATIONS, biases, project_weight=project, project_bias=bias, pool_weight=pool)
+    plain = aspp(x, weights, DILATIONS, biases, project_weight=project[:, :48], project_bias=bias)
+    monkeypatch.setattr(atrous_module, "use_kernel", lambda *args, **options: False)
+    monkeypatch.setattr(atrous_module.torch, "cat", None)
+    got = aspp(x, weights, DILATIONS, biases, project_weight=project, project_bias=bias, pool_weight=pool)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    got = aspp(x, weights, DILATIONS, biases, project_weight=project[:, :48], project_bias=bias)
+    torch.testing.assert_close(got, plain, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize(
