@@ -275,7 +275,7 @@ def tune(log: Log, device: torch.device, tiny: bool) -> None:
         )  # fmt: skip
 
     seen: set[observe.Row] = set()
-    wanted = cases(tiny, lambda case: case.mode != "train-forward")
+    wanted = cases(tiny, lambda case: case.mode == "eval" if tiny else case.mode != "train-forward")
     for case in wanted[:2] if tiny else wanted:  # interpreted, each takes many seconds
         if log.time_left() < 3 and not tiny:
             log.left_out.append(f"{case.op} {case.shape} {case.mode}")

@@ -172,7 +172,7 @@ def _gpu(*arguments: str) -> subprocess.CompletedProcess:
 @pytest.mark.parametrize("stage", ["env", "ops", "tune"])
 def test_rehearsal(stage, tmp_path):
     path = tmp_path / "cpu.json"
-    done = _gpu("--stage", stage, "--results", str(path), "--budget", "120")
+    done = _gpu("--stage", stage, "--results", str(path), "--budget", "220")
     assert done.returncode == 0, done.stdout + done.stderr
     stages = record.read(path)
     assert list(stages) == [stage]
