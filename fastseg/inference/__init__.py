@@ -1,6 +1,7 @@
 """Around the models: tiles, files and pictures, mosaics of textures, weights with their options, timing."""
 
 from fastseg.inference.predictor import Predictor
+from fastseg.inference.runner import Runner
 from fastseg.inference.tiling import overlap_tile
 
-__all__ = ["Predictor", "overlap_tile"]
+__all__ = ["Predictor", "Runner", "overlap_tile"]

@@ -5,12 +5,12 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastseg.nn.conv import watched
 from fastseg.nn.norm import run_norm_act, watched_norm
 from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
+from fastseg.ops._cpu_conv import conv2d
 from fastseg.ops._dispatch import autocast_dtype
 from fastseg.ops._recompute import kept_as_recipe
 
@@ -99,7 +99,7 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
     weight, bias = folded(x, conv, norm)
     if conv.padding_mode != "zeros":
         return conv._conv_forward(x, weight, bias)
-    return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops._batch_norm import Activation
+from fastseg.ops._cpu_conv import conv2d
 from fastseg.ops._dispatch import IN_REFERENCE, KERNEL_DTYPES, has_tangent, in_reference, record
 from fastseg.ops._pointwise_conv import choose, finish, pointwise_conv2d
 from fastseg.ops._stem_conv import choose_stem, stem_conv2d
@@ -103,7 +104,9 @@ def conv2d_act(
     record("conv2d_act", x, "reference", said or why)
     # On a CPU, 64 channels 256^2, 256 64^2, 512 32^2, one thread: channels_last takes 0.85, 0.93 and 0.95 of NCHW's
     # time; oneDNN's own call on packed weights, a private one whose ReLU drops NaN, 0.85, 0.91 and 0.88.
-    return finish(F.conv2d(x, weight, bias, *args), act, residual, image_bias)
+    if residual is None and image_bias is None:
+        return conv2d(x, weight, bias, *args, act=act)
+    return finish(conv2d(x, weight, bias, *args), act, residual, image_bias)
 
 
 def _is_plain_1x1(weight: Tensor, stride, padding, dilation, groups: int) -> bool:

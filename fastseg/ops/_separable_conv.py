@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastseg.ops._batch_norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, plain_norm_bwd, stats_dtype_of
+from fastseg.ops._cpu_conv import conv2d
 from fastseg.ops._dispatch import HAS_TRITON
 from fastseg.ops._register import channels_last, first_order, like, memory_format_of, new_map, qualified, register
 
@@ -141,8 +142,8 @@ def compose(
     autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
     cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     v = ACTIVATIONS[pre_act](x)
-    u = F.conv2d(v, cast(dw), cast(dw_bias), stride, padding, dilation, groups=dw.shape[0])
-    z = F.conv2d(ACTIVATIONS[mid_act](mid_norm(u)), cast(pw), cast(pw_bias))
+    u = conv2d(v, cast(dw), cast(dw_bias), (stride,) * 2, (padding,) * 2, (dilation,) * 2, dw.shape[0])
+    z = conv2d(ACTIVATIONS[mid_act](mid_norm(u)), cast(pw), cast(pw_bias))
     y = ACTIVATIONS[post_act](post_norm(z))
     return y if residual is None else y + residual, z
 

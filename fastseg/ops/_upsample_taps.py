@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops._batch_norm import activate
+from fastseg.ops._cpu_conv import conv2d, made_once, packing
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad
 from fastseg.ops._register import channels_last, qualified, register
 from fastseg.ops._upsample import neighbours
@@ -33,6 +34,9 @@ if HAS_TRITON:
 def low_resolution_taps(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, C, h, w), weight (COUT, C, 3, 3) -> taps (3, N, h, w, 3, COUT): three GEMMs."""
     (N, C, h, w), COUT = x.shape, weight.shape[0]
+    if packing():
+        each = made_once(weight, ("taps",), lambda: weight.permute(2, 3, 0, 1).reshape(3, 3 * COUT, C, 1, 1).unbind())
+        return torch.stack([conv2d(x, w_row).permute(0, 2, 3, 1) for w_row in each]).view(3, N, h, w, 3, COUT)
     rows = channels_last(x).permute(0, 2, 3, 1).reshape(N * h * w, C)
     filters = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * COUT)
     return torch.bmm(rows.expand(3, -1, -1), filters).view(3, N, h, w, 3, COUT)

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
+from fastseg.ops._batch_norm import ACTIVATIONS, Activation
+from fastseg.ops._cpu_conv import conv2d
 from fastseg.ops._dispatch import HAS_TRITON, use_kernel
 from fastseg.ops._pooling import Geometry
 from fastseg.ops._register import channels_last, register
@@ -64,8 +65,7 @@ def max_unpool_conv2d(
     unsupported, why = _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
     if not use_kernel(name, input, weight, bias, unsupported=unsupported, form=lambda: why):
         unpooled = max_unpool2d(input, indices, kernel_size, stride, 0, output_size)
-        y = F.conv2d(unpooled, weight, bias, padding=weight.shape[-1] // 2)
-        return activate(y, act, inplace=True)
+        return conv2d(unpooled, weight, bias, padding=(weight.shape[-1] // 2,) * 2, act=act)
     indices.check()
     geometry = (indices.input_size, indices.kernel_size, indices.stride)
     return _fwd(input, indices.codes, weight, bias, act or "none", *geometry)

@@ -16,6 +16,7 @@ from fastseg.ops._batch_norm import (
     torch_norm,
     update_running,
 )
+from fastseg.ops._cpu_conv import made_once
 from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
 from fastseg.ops._separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
 
@@ -133,8 +134,8 @@ def separable_conv2d_ref(
     """``separable_conv2d`` in plain PyTorch; without gradients, fixed fp32 norms are folded into the weights (CPUs)."""
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     if not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64):
-        depthwise_weight, depthwise_bias, mid_norm = _fold(depthwise_weight, depthwise_bias, mid_norm)
-        pointwise_weight, pointwise_bias, post_norm = _fold(pointwise_weight, pointwise_bias, post_norm)
+        depthwise_weight, depthwise_bias, mid_norm = _folded(depthwise_weight, depthwise_bias, mid_norm)
+        pointwise_weight, pointwise_bias, post_norm = _folded(pointwise_weight, pointwise_bias, post_norm)
     y, _ = compose(
         x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride, padding, dilation,
         pre_act or "none", mid_act or "none", post_act or "none",
@@ -143,10 +144,15 @@ def separable_conv2d_ref(
     return activate(y, out_act, inplace=not torch.is_grad_enabled())
 
 
-def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
-    """A fixed norm folded into the convolution before it: scale and shift of its output channels."""
+def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
+    """Weight, bias and norm of the pair: folded, where the norm is fixed."""
     if norm is None or norm.training:
         return weight, bias, norm
+    return made_once(weight, ("folded", id(norm.running_mean), norm.eps), lambda: _fold(weight, bias, norm))
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs):
+    """A fixed norm folded into the convolution before it: scale and shift of its output channels."""
     scale = torch.rsqrt(norm.running_var + norm.eps)
     scale = scale if norm.weight is None else scale * norm.weight
     shift = -norm.running_mean * scale if bias is None else (bias - norm.running_mean) * scale

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
 from fastseg.ops._conv_act import conv2d_act
+from fastseg.ops._cpu_conv import conv2d, made_once
 from fastseg.ops._dispatch import (
     HAS_TRITON,
     autocast_dtype,
@@ -149,9 +150,10 @@ def _with_kernel(deep, low, weight, bias, act, align_corners: bool, up_first: bo
 
 
 def _low_resolution(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
-    up, rest = _halves(weight, deep.shape[1], up_first)
+    halves = lambda: _halves(weight, deep.shape[1], up_first)
+    up, rest = made_once(weight, ("halves", deep.shape[1], up_first), halves)
     taps = low_resolution_taps(deep, up)
-    base = channels_last(F.conv2d(channels_last(low), rest, bias, padding=1))
+    base = channels_last(conv2d(channels_last(low), rest, bias, padding=(1, 1)))
     if needs_grad(taps, base) or has_tangent(taps) or has_tangent(base):
         y = upsample_taps(taps, base, low.shape[2:], align_corners)
     else:

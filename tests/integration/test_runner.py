@@ -1,0 +1,302 @@
+"""Runner: equal to the model, never stale, for any caller; graphs with a stand-in for CUDA's."""
+
+import copy
+import threading
+import warnings
+from typing import ClassVar
+
+import pytest
+import torch
+from nets import unsettle
+from torch import nn
+
+from fastseg.inference import Runner
+from fastseg.inference import runner as module
+from fastseg.models import create
+from fastseg.nn import ConvNormAct2d
+from fastseg.ops import _cpu_conv
+from fastseg.ops._dispatch import INTERPRETED
+
+
+class Net(nn.Module):
+    """Convolutions of each kind, without a kernel of ours."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = ConvNormAct2d(3, 64, 3, padding=1)
+        self.wide = ConvNormAct2d(64, 128, 3, padding=1)
+        self.drop = nn.Dropout(0.5)
+        self.head = nn.Conv2d(128, 5, 1)
+        self.register_buffer("shift", torch.zeros(1))
+
+    def forward(self, x):
+        return self.head(self.drop(self.wide(self.stem(x)))) + self.shift
+
+    def predict(self, x):
+        return self(x).argmax(1).byte()
+
+
+def net() -> Net:
+    return unsettle(Net()).float().train()
+
+
+def image(*shape: int) -> torch.Tensor:
+    return torch.randn(*(shape or (2, 3, 24, 24)))
+
+
+def plain(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return copy.deepcopy(model).eval()(x)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * want.abs().max().item())
+
+
+def test_equals_the_model():
+    model, x = net(), image()
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    runner = Runner(model, x)
+    for other in (x, image(1, 3, 24, 24), image(1, 3, 9, 17), x):
+        close(runner(other), plain(model, other))
+        assert torch.equal(runner.predict(other), plain(model, other).argmax(1))
+    assert model.training and all(p.requires_grad for p in model.parameters())
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_shapes_that_return_are_packed(monkeypatch):
+    made, transform = [], _cpu_conv.transform
+    monkeypatch.setattr(_cpu_conv, "transform", lambda *args: made.append(args[3]) or transform(*args))
+    model = net()
+    runner = Runner(model, image(), max_shapes=2)
+    assert made == [24]
+    for width in (28, 28, 24, 28, 32, 32, 24):  # the third shape drops the first
+        runner(image(1 if width != 24 else 2, 3, 24, width))
+    assert made == [24, 28, 32, 24]
+    exact = Runner(model, image(), winograd=False)
+    assert len(made) == 4
+    x = image()
+    torch.testing.assert_close(exact(x), plain(model, x), rtol=0, atol=2e-6 * plain(model, x).abs().max().item())
+
+
+def test_the_budget_is_for_all_shapes():
+    model = net()
+    runner = Runner(model, image(), winograd_bytes=5 * model.wide.conv.weight.nbytes)
+    for _ in range(2):
+        runner(image(1, 3, 32, 32))
+    assert [packs.transformed // model.wide.conv.weight.nbytes for packs in runner._state.packs.values()] == [4, 0]
+
+
+def write(model: Net) -> None:
+    with torch.no_grad():
+        model.head.bias.add_(1)
+
+
+def replace(model: Net) -> None:
+    model.head.weight = nn.Parameter(model.head.weight.detach() * 2)
+
+
+def load(model: Net) -> None:
+    model.load_state_dict({key: value * 1.5 for key, value in model.state_dict().items()}, assign=True)
+
+
+def swap_data(model: Net) -> None:
+    model.head.weight.data = model.head.weight.data * 3
+
+
+def train(model: Net) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    model(image()).square().mean().backward()
+    optimizer.step()
+
+
+def statistics(model: Net) -> None:
+    with torch.no_grad():
+        model(image())
+
+
+def buffer(model: Net) -> None:
+    model.shift += 2
+
+
+@pytest.mark.parametrize("change", [write, replace, load, swap_data, train, statistics, buffer])
+def test_changed_weights_are_noticed(change):
+    model, x = net(), image()
+    runner = Runner(model, x)
+    before = runner(x)
+    change(model)
+    after = runner(x)
+    close(after, plain(model, x))
+    assert (after - before).abs().max() > 1e-3
+    assert runner._state is runner._current()  # once
+
+
+def test_what_torch_does_not_count_needs_a_refresh():
+    model, x = net(), image()
+    runner = Runner(model, x)
+    model.head.bias.data.add_(1)
+    runner.refresh()
+    close(runner(x), plain(model, x))
+
+
+def test_results_are_the_callers():
+    model = net()
+    x, y = image(), image()
+    runner = Runner(model, x)
+    first = runner(x)
+    kept = first.clone()
+    runner(y)
+    assert torch.equal(first, kept) and not first.requires_grad
+    first.requires_grad_().sum().backward()  # an ordinary tensor
+
+
+def test_dtypes():
+    model, x = net(), image()
+    close(Runner(model, x)(x.double()), plain(model, x))  # converted
+    half = Runner(model, x, dtype=torch.bfloat16)
+    got = half(x)
+    assert got.dtype == torch.bfloat16 and half._state.copy.stem.norm.weight.dtype == torch.float32
+    assert (got.float() - plain(model, x)).norm() < 0.02 * plain(model, x).norm()
+    with torch.autocast("cpu", torch.bfloat16):
+        got = Runner(model, x)(x)  # in the dtype that was asked for at its making
+    close(got, plain(model, x))
+    double = model.double()
+    torch.testing.assert_close(Runner(double, x.double())(x.double()), plain(double, x.double()))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps one launch at a time")
+def test_threads():
+    model = net()
+    inputs = [image(1, 3, 24, 24 + 4 * (i % 3)) for i in range(12)]
+    runner, results = Runner(model, inputs[0]), [None] * len(inputs)
+
+    def work(i: int) -> None:
+        results[i] = runner(inputs[i])
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for x, got in zip(inputs, results, strict=True):
+        close(got, plain(model, x))
+
+
+def test_errors():
+    model, x = net(), image()
+    for bad, error, message in (
+        (x.byte(), TypeError, r"Runner: x is torch.uint8; give a floating-point tensor"),
+        ("photo.png", TypeError, "Runner: x is str; give"),
+        (x[0], ValueError, r"Runner: x is \(3, 24, 24\); it must be \(N, C, H, W\)"),
+        (x.to("meta"), ValueError, "Runner: x is on meta, the model on cpu; move one of them"),
+    ):
+        with pytest.raises(error, match=message):
+            Runner(model, bad)
+        with pytest.raises(error, match=message):
+            Runner(model, x)(bad)
+    with pytest.raises(ValueError, match="max_shapes is 0"):
+        Runner(model, x, max_shapes=0)
+    with pytest.raises(TypeError, match="Conv2d has no predict"):
+        Runner(nn.Conv2d(3, 3, 1), x).predict(x)
+
+
+# Graphs: a stand-in captures on the CPU. It holds buffers of its own, as a graph does, and fails as one does.
+
+
+class Graph:
+    captured: ClassVar[list[tuple]] = []
+    errors: ClassVar[list[Exception]] = []
+
+    def __init__(self, function, x):
+        Graph.captured.append(tuple(x.shape))
+        if Graph.errors:
+            raise Graph.errors.pop(0)
+        self.function, self.input, self.output = function, x.clone(), None
+
+    def __call__(self, x):
+        self.input.copy_(x)
+        self.output = self.function(self.input)
+        return self.output.clone()
+
+
+class Event:
+    def record(self, stream):
+        self.stream = stream
+
+
+class Stream:
+    waited = 0
+
+    def wait_event(self, event):
+        assert event.stream is not None
+        Stream.waited += 1
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Runners capture; -> what was captured."""
+    Graph.captured, Graph.errors, Stream.waited = [], [], 0
+    monkeypatch.setattr(module, "_Graph", Graph)
+    monkeypatch.setattr(module, "captures", lambda x: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    return Graph
+
+
+def test_a_graph_for_each_shape_and_method(graphs):
+    model, x, wide = net(), image(), image(1, 3, 24, 32)
+    runner = Runner(model, x, max_shapes=2)
+    for v in (x, x, wide):
+        close(runner(v), plain(model, v))
+    assert graphs.captured == [(2, 3, 24, 24), (1, 3, 24, 32)] and Stream.waited == 3
+    runner(x), runner.predict(x)  # drops the wide one, least recently used
+    assert list(runner._state.graphs) == [("forward", (2, 3, 24, 24)), ("predict", (2, 3, 24, 24))]
+    runner(wide)
+    assert graphs.captured[-1] == (1, 3, 24, 32) and len(graphs.captured) == 4
+    close(runner(x.double()), plain(model, x))
+
+
+def test_a_graph_of_old_weights_is_not_replayed(graphs):
+    model, x = net(), image()
+    runner = Runner(model, x)
+    write(model)
+    close(runner(x), plain(model, x))
+    assert len(graphs.captured) == 2
+
+
+def test_out_of_memory_drops_the_other_graphs(graphs):
+    model, x, wide = net(), image(), image(1, 3, 24, 32)
+    runner = Runner(model, x)
+    graphs.errors = [torch.OutOfMemoryError("CUDA out of memory")]
+    close(runner(wide), plain(model, wide))
+    assert list(runner._state.graphs) == [("forward", (1, 3, 24, 32))]
+
+
+@pytest.mark.parametrize(
+    "errors, message",
+    [
+        ([torch.OutOfMemoryError("CUDA out of memory")] * 2, "out of memory"),
+        ([RuntimeError("operation not permitted when stream is capturing\nand more")], "not permitted when stream"),
+    ],
+)
+def test_what_cannot_be_captured_runs_without(graphs, errors, message):
+    model, x, wide = net(), image(), image(1, 3, 24, 32)
+    runner = Runner(model, x)
+    graphs.errors = list(errors)
+    with pytest.warns(UserWarning, match=rf"no graph for \(1, 3, 24, 32\), calls launch one by one: .*{message}"):
+        close(runner(wide), plain(model, wide))
+    count = len(graphs.captured)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        close(runner(wide), plain(model, wide))  # and is not tried again
+    assert len(graphs.captured) == count
+
+
+@pytest.mark.skipif(_cpu_conv.why_not() != "", reason="nothing is packed")
+def test_a_model_of_the_library():
+    model = unsettle(create("fcn", 5, backbone="resnet18", stride=4, width=0.25)).float().eval()
+    x = image(1, 3, 64, 96)
+    runner = Runner(model, x)
+    close(runner(x), plain(model, x))
+    assert torch.equal(runner.predict(x), plain(model, x).argmax(1).byte())

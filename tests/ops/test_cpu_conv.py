@@ -1,0 +1,130 @@
+"""Packed convolutions: what runs, that it is the convolution, and that nothing stale is read."""
+
+import gc
+import threading
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fastseg.ops import _cpu_conv
+from fastseg.ops._cpu_conv import PackedWeights, conv2d, made_once, packed_weights
+from fastseg.ops._onednn import why_not
+
+pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+CL = torch.channels_last
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[str]:
+    """Which convolutions ran packed."""
+    names = []
+    pack, transform = _cpu_conv.pack, _cpu_conv.transform
+    monkeypatch.setattr(_cpu_conv, "pack", lambda *a: names.append("packed") or pack(*a))
+    monkeypatch.setattr(_cpu_conv, "transform", lambda *a: names.append("winograd") or transform(*a))
+    return names
+
+
+@pytest.mark.parametrize("act", [None, "relu", "relu6", "leaky_relu"])
+@pytest.mark.parametrize(
+    "C, COUT, K, geometry",
+    [
+        (8, 12, 1, ((1, 1), (0, 0), (1, 1), 1)),
+        (8, 12, 3, ((2, 2), (1, 1), (1, 1), 1)),
+        (8, 8, 3, ((1, 1), (4, 4), (4, 4), 8)),  # depthwise, dilated
+        (8, 12, 3, ((1, 1), (1, 1), (1, 1), 2)),
+        (64, 160, 3, ((1, 1), (1, 1), (1, 1), 1)),
+    ],
+)
+def test_equals_torch(C, COUT, K, geometry, act, taken):
+    x = torch.randn(2, C, 24, 25).contiguous(memory_format=CL)
+    weight, bias = torch.randn(COUT, C // geometry[3], K, K), torch.randn(COUT)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
+    scale = want.abs().max().item()
+    want = {None: lambda v: v, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu}[act](want)
+    packed = PackedWeights()
+    for _ in range(2):
+        with packed_weights(packed):
+            y = conv2d(x, weight, bias, *geometry, act=act)
+        torch.testing.assert_close(y.double(), want, rtol=0, atol=4e-6 * scale)
+    assert taken == ["winograd" if C == 64 else "packed"]  # once for both calls
+
+
+def test_nan_stays_nan():
+    """oneDNN's own ReLU would make it 0."""
+    x = torch.randn(1, 8, 4, 4)
+    x[0, 3, 1, 2] = torch.nan
+    with packed_weights(PackedWeights()):
+        y = conv2d(x, torch.randn(5, 8, 1, 1), None, act="relu")
+    assert y[0, :, 1, 2].isnan().all() and y.isnan().sum() == 5
+
+
+def test_what_torch_runs(taken):
+    x, w = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 1, 1)
+    run = lambda *args, **options: conv2d(*args, **options)
+    run(x, w)
+    with packed_weights(PackedWeights()):
+        run(x.double(), w.double())
+        run(x, w, padding="same")
+        run(x[:0], w)
+        with torch.enable_grad():
+            assert run(x, w.clone().requires_grad_()).requires_grad
+        with torch.autocast("cpu", torch.bfloat16):
+            assert run(x, w).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError, match="type"):  # in torch's words
+            run(x, w.double())
+        assert taken == []
+        run(x, w)
+        assert run(x.bfloat16(), w.bfloat16()).dtype == torch.bfloat16
+    assert taken == ["packed", "packed"]
+
+
+def test_bytes_are_bounded(taken):
+    weights = [torch.randn(64, 128, 3, 3) for _ in range(3)]
+    x, packed = torch.randn(1, 128, 24, 24), PackedWeights(most_bytes=8 * weights[0].nbytes)
+    with packed_weights(packed):
+        for weight in weights:
+            conv2d(x, weight, padding=(1, 1))
+    assert taken == ["winograd", "winograd", "packed"] and packed.transformed == 8 * weights[0].nbytes
+
+
+def test_exactness_can_be_asked_for(taken):
+    with packed_weights(PackedWeights(winograd=False)):
+        conv2d(torch.randn(1, 128, 24, 24), torch.randn(64, 128, 3, 3), padding=(1, 1))
+    assert taken == ["packed"]
+
+
+def test_another_bias_is_not_the_first():
+    x, weight, packed = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 1, 1), PackedWeights()
+    with packed_weights(packed):
+        for value in (1.0, 2.0, 3.0):
+            y = conv2d(x, weight, torch.full((4,), value))
+            torch.testing.assert_close(y, F.conv2d(x, weight) + value)
+
+
+def test_nothing_outlives_its_weight():
+    packed, x = PackedWeights(), torch.randn(1, 4, 5, 5)
+    with packed_weights(packed):
+        for _ in range(3):
+            conv2d(x, torch.randn(4, 4, 1, 1))
+    gc.collect()
+    assert len(packed._kept) == 0
+
+
+def test_made_once():
+    weight, calls = torch.randn(2), []
+    make = lambda: calls.append(1) or len(calls)
+    assert [made_once(weight, ("n",), make) for _ in range(2)] == [1, 2]
+    with packed_weights(PackedWeights()):
+        assert [made_once(weight, ("n",), make) for _ in range(2)] == [3, 3]
+        other = []
+        thread = threading.Thread(target=lambda: other.append(_cpu_conv.packing()))
+        thread.start(), thread.join()
+        assert other == [False] and _cpu_conv.packing()  # of this thread alone
+    assert not _cpu_conv.packing()
