@@ -6,10 +6,18 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from fastseg import __version__
-from fastseg.cli import demo, doctor, evaluate, predict, train, tune
+from fastseg.cli import demo, doctor, evaluate, latency, predict, train, tune
 
 # Each has add_arguments(parser) and run(args) -> exit status; the first line of its docstring is its help.
-COMMANDS = {"demo": demo, "doctor": doctor, "evaluate": evaluate, "predict": predict, "train": train, "tune": tune}
+COMMANDS = {
+    "demo": demo,
+    "doctor": doctor,
+    "evaluate": evaluate,
+    "latency": latency,
+    "predict": predict,
+    "train": train,
+    "tune": tune,
+}
 
 
 class _Parser(argparse.ArgumentParser):

@@ -1,0 +1,96 @@
+"""Latency studies: models, sizes, batches and dtypes along several paths, timed side by side."""
+
+import argparse
+import re
+from itertools import product
+from pathlib import Path
+
+import torch
+
+from fastseg.cli.common import add_device, describe, positive_int
+from fastseg.inference.latency import DTYPES, Case, machine, measure, roofs
+from fastseg.inference.latency_paths import PATHS
+from fastseg.inference.latency_report import compare, ratios, read_results, table, write_results
+from fastseg.inference.progress import progress
+from fastseg.models import names
+
+OPTIONS: dict[str, dict[str, object]] = {  # what a study takes by default, where the model's own default is another
+    "unet": {"padding": "same", "norm": True},
+    "fcn": {"backbone": "resnet18", "stride": 4},
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("--models", nargs="+", choices=names(), default=["deeplabv3plus"], metavar="NAME")
+    parser.add_argument(
+        "--sizes", nargs="+", type=_size, default=[(512, 512)], metavar="HxW", help="pixels: 512, 360x480"
+    )
+    parser.add_argument("--batches", nargs="+", type=positive_int, default=[1], metavar="N")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"])
+    parser.add_argument(
+        "--paths", nargs="+", choices=PATHS, default=["eager", "eager-cl", "runner"], metavar="PATH",
+        help=f"of {', '.join(PATHS)}",
+    )  # fmt: skip
+    parser.add_argument("--classes", type=positive_int, default=21)
+    parser.add_argument("--repetitions", type=positive_int, default=20, metavar="N", help="timed calls of each path")
+    parser.add_argument("--threads", type=positive_int, metavar="N", help="of a CPU (default: torch's)")
+    parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="latency.json, latency.csv and plots go there")
+    parser.add_argument(
+        "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="compare two latency.json; measures nothing"
+    )
+    add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure, or compare; 0, or 1 where a comparison found something slower.
+
+    Raises:
+        ValueError: a file to compare is no result.
+        OSError: a file cannot be read, or the folder not be written to.
+    """
+    if args.compare:
+        return _compare(*args.compare)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.device.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+    cases = [
+        Case(model, *size, batch, dtype)
+        for model, size, batch, dtype in product(args.models, args.sizes, args.batches, args.dtypes)
+    ]
+    results = {"machine": machine(args.device), "rows": []}
+    results["roofs"] = {dtype: roofs(args.device, dtype) for dtype in args.dtypes}
+    bar = progress(cases, "latency", unit="case")
+    for case in bar:
+        bar.set_postfix_str(str(case))
+        options = {"classes": args.classes, "options": OPTIONS.get(case.model), "repetitions": args.repetitions}
+        results["rows"] += measure(case, args.paths, args.device, **options)
+        if args.output is not None:  # after each case: an interrupted study keeps what it has
+            write_results(args.output, results)
+    print(f"{describe(args.device)}, torch {results['machine']['torch']}")
+    print(table(results["rows"]))
+    if "eager" in args.paths and len(cases) > 1:
+        print("geometric means over eager: " + ", ".join(f"{p} {r:.2f}" for p, r in ratios(results["rows"]).items()))
+    return 0
+
+
+def _compare(before: Path, after: Path) -> int:
+    old, new = read_results(before), read_results(after)
+    verdicts = compare(old, new)
+    if not verdicts:
+        raise ValueError(f"{before} and {after} have no case and path in common")
+    for name in ("chip", "threads", "torch"):
+        if old.get("machine", {}).get(name) != new.get("machine", {}).get(name):
+            print(f"note: {name} differs: {old['machine'].get(name)}, then {new['machine'].get(name)}")
+    print("\n".join(map(str, verdicts)))
+    return int(any(verdict.word == "slower" for verdict in verdicts))
+
+
+def _size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    if not found or int(found[1]) < 1 or int(found[2] or 1) < 1:
+        raise argparse.ArgumentTypeError(f"no size: {text!r}; write 512 or 360x480")
+    return int(found[1]), int(found[2] or found[1])
