@@ -26,8 +26,15 @@ ROOMS = {
         {"training", "inference", "metrics", "models", "nn", "ops"},
         {"torch", "numpy", "PIL", "matplotlib"},
     ),
+    "latency": (
+        {"latency", "inference", "models", "nn", "ops"},
+        {"torch", "numpy", "matplotlib", "onnxruntime", "openvino"},
+    ),
     "metrics": ({"metrics", "ops"}, {"torch", "numpy"}),
-    "cli": ({"cli", "", "inference", "training", "metrics", "models", "nn", "ops", "kernels", "testing"}, None),
+    "cli": (
+        {"cli", "", "inference", "latency", "training", "metrics", "models", "nn", "ops", "kernels", "testing"},
+        None,
+    ),
     "testing": ({"testing"}, {"torch"}),
     "__main__": ({"cli"}, set()),
     "": ({"", "inference", "metrics", "models", "nn", "ops"}, {"torch"}),  # fastseg/__init__.py

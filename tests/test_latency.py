@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from fastseg.cli import main
-from fastseg.inference import latency
-from fastseg.inference.latency import Case, measure, statistics_of
-from fastseg.inference.latency_paths import PATHS, Unavailable
-from fastseg.inference.latency_report import compare, ratios, read_results, table, write_results
+from fastseg.latency import study
+from fastseg.latency.paths import PATHS, Unavailable
+from fastseg.latency.report import compare, ratios, read_results, table, write_results
+from fastseg.latency.study import Case, measure, statistics_of
 
 CPU = torch.device("cpu")
 
@@ -29,7 +29,7 @@ class Tiny(nn.Module):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    monkeypatch.setattr(latency, "create", lambda name, classes, **options: Tiny(classes, **options))
+    monkeypatch.setattr(study, "create", lambda name, classes, **options: Tiny(classes, **options))
 
 
 def row(**changes) -> dict:
@@ -135,8 +135,8 @@ def test_no_result_is_said_to_be_none(tmp_path, text):
 
 def test_command(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("fastseg.cli.latency.roofs", lambda device, dtype: {"gflops": 1.0, "gbytes": 1.0})
-    study = ["latency", "--sizes", "8", "8x12", "--paths", "eager", "runner-exact", "--repetitions", "3"]
-    assert main([*study, "--threads", "1", "-o", str(tmp_path / "a")]) == 0
+    command = ["latency", "--sizes", "8", "8x12", "--paths", "eager", "runner-exact", "--repetitions", "3"]
+    assert main([*command, "--threads", "1", "-o", str(tmp_path / "a")]) == 0
     out = capsys.readouterr().out
     assert "deeplabv3plus 1x8x12 fp32" in out and "geometric means over eager: eager 1.00, runner-exact" in out
     path = tmp_path / "a" / "latency.json"

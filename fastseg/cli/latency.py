@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 
 from fastseg.cli.common import add_device, describe, positive_int
-from fastseg.inference.latency import DTYPES, Case, machine, measure, roofs
-from fastseg.inference.latency_paths import PATHS
-from fastseg.inference.latency_report import compare, ratios, read_results, table, write_results
 from fastseg.inference.progress import progress
+from fastseg.latency.paths import PATHS
+from fastseg.latency.report import compare, ratios, read_results, table, write_results
+from fastseg.latency.study import DTYPES, Case, machine, measure, roofs
 from fastseg.models import names
 
 OPTIONS: dict[str, dict[str, object]] = {  # what a study takes by default, where the model's own default is another

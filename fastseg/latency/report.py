@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fastseg.inference.images import atomic_write
-from fastseg.inference.latency import Case
+from fastseg.latency.study import Case
 
 KEY = ("model", "height", "width", "batch", "dtype", "path")
 COLOURS = ("#c8553d", "#5b8db8", "#588157", "#8a6fb0", "#e0a458", "#555555", "#3d8c95", "#b0577b")

@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastseg.inference.comparison import eager_form
-from fastseg.inference.latency_paths import CL, PATHS, Built, Unavailable
 from fastseg.inference.timing import interleaved
+from fastseg.latency.paths import CL, PATHS, Built, Unavailable
 from fastseg.models import create
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
