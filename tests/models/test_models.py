@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from nets import NARROW
 from torch import nn
 from torch.nn import functional as F
 
@@ -9,17 +10,6 @@ from fastseg import explain, reference
 from fastseg.models import create, names
 from fastseg.models.encoders import MobileNetV2
 
-# The smallest form of each model that still has all its parts.
-NARROW = {
-    "deeplabv2": {"backbone": "resnet50", "width": 0.05, "scales": (0.5,)},
-    "deeplabv3": {"backbone": "resnet18", "aux": True, "width": 0.05, "channels": 16},
-    "deeplabv3plus": {"width": 0.1, "decoder_channels": 16},
-    "fcn": {"backbone": "resnet18", "stride": 4, "aux": True, "width": 0.05},
-    "segnet": {"width": 0.02},
-    "segnet_basic": {"channels": 8},
-    "unet": {"padding": "same", "norm": True, "widths": (4, 8, 8)},
-    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (4, 8, 8)},
-}
 FUSED = {
     "deeplabv2": {"batch_norm_act"},
     "deeplabv3": {"batch_norm_act"},

@@ -14,3 +14,16 @@ def unsettle(model: nn.Module) -> nn.Module:
         if getattr(module, "bias", None) is not None:
             nn.init.normal_(module.bias, std=0.3)
     return model
+
+
+# The smallest form of each model that still has all its parts: arguments of `create`.
+NARROW = {
+    "deeplabv2": {"backbone": "resnet50", "width": 0.05, "scales": (0.5,)},
+    "deeplabv3": {"backbone": "resnet18", "aux": True, "width": 0.05, "channels": 16},
+    "deeplabv3plus": {"width": 0.1, "decoder_channels": 16},
+    "fcn": {"backbone": "resnet18", "stride": 4, "aux": True, "width": 0.05},
+    "segnet": {"width": 0.02},
+    "segnet_basic": {"channels": 8},
+    "unet": {"padding": "same", "norm": True, "widths": (4, 8, 8)},
+    "unetplusplus": {"norm": True, "up": "bilinear", "widths": (4, 8, 8)},
+}

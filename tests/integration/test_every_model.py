@@ -1,0 +1,59 @@
+"""Every model among torch's tools: one graph under ``torch.compile``, export with other sizes, and ONNX."""
+
+import pytest
+import torch
+from nets import NARROW, unsettle
+from torch import nn
+from torch.export import Dim
+
+from fastseg.models import create, names
+from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops._register import DECOMPOSITIONS
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the ops' graphs are tested one by one; whole models take minutes")
+
+
+@pytest.fixture(params=names())
+def model(request) -> nn.Module:
+    return unsettle(create(request.param, 3, **NARROW[request.param])).float().eval()
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.abs().max().item())
+
+
+def test_compile_in_one_graph(model):
+    x = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
+
+
+@pytest.mark.parametrize("model", ["unet", "unetplusplus"], indirect=True)  # the others pass too, in minutes
+def test_compile_for_any_size(model):
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for x in (torch.randn(1, 3, 64, 96), torch.randn(2, 3, 96, 64)):
+            close(compiled(x), model(x))
+
+
+def test_export_with_other_sizes(model):
+    sides = {0: Dim("n", max=8), 2: 32 * Dim("h", min=1, max=16), 3: 32 * Dim("w", min=1, max=16)}
+    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sides,))
+    x = torch.randn(3, 3, 96, 128)
+    with torch.no_grad():
+        close(program.module()(x), model(x))
+
+
+def test_onnx(model, tmp_path):
+    """In onnxruntime, through the table of decompositions."""
+    for module in ("onnx", "onnxscript"):
+        pytest.importorskip(module)
+    onnxruntime = pytest.importorskip("onnxruntime")
+    x = torch.randn(1, 3, 64, 96)
+    program = torch.export.export(model, (x,)).run_decompositions(DECOMPOSITIONS)
+    path = tmp_path / "model.onnx"
+    torch.onnx.export(program, dynamo=True, verbose=False).save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    with torch.no_grad():
+        close(torch.from_numpy(got), model(x))
