@@ -53,28 +53,30 @@ def run(args: argparse.Namespace) -> int:
         about = {"weights": str(args.weights), "split": args.split, "images": len(dataset)}
         with atomic_write(args.output / "scores.json") as file:
             file.write(json.dumps(about | report(result, spec, dataset.names), indent=1).encode())
-        print("\n".join(f"{index:>8} {name}" for index, name in enumerate(spec.classes)))
-        print(result.scores)
+        print(result.scores.table(spec.classes))
         if result.worst:
-            rows = [_panels(model, Shard(dataset, size, group), index, len(spec.classes)) for _, index in result.worst]
-            write_png(args.output / "worst.png", figure(rows, ("picture", "truth", "prediction"), spec.classes))
+            colours, shard = dataset.colours(), Shard(dataset, size, group)
+            rows = [_panels(model, shard, index, colours) for _, index in result.worst]
+            titles = ("picture", "truth", "prediction")
+            write_png(args.output / "worst.png", figure(rows, titles, spec.classes, colours))
             print(f"the worst are in {args.output / 'worst.png'}")
     return 0
 
 
-def _panels(model: torch.nn.Module, shard: Shard, index: int, classes: int) -> list[Image.Image]:
+def _panels(model: torch.nn.Module, shard: Shard, index: int, colours: np.ndarray) -> list[Image.Image]:
     shard.indices = range(index, index + 1)
     images, labels, _ = collate([shard[0]])
     device = next(model.parameters()).device
     with torch.no_grad():
         predicted = model.predict(pixels(images, device)).cpu().numpy()[0]
     truth = window(labels, model).numpy()[0]
+    classes = len(colours)
     void = truth >= classes
+    coloured = lambda labels: class_map(labels, classes, colours).convert("RGB")
     picture = Image.fromarray(np.ascontiguousarray(window(images.permute(0, 3, 1, 2), model)[0].permute(1, 2, 0)))
-    true = Image.composite(Image.new("RGB", picture.size), class_map(np.where(void, 0, truth), classes).convert("RGB"),
-                           Image.fromarray(void))  # fmt: skip
+    true = Image.composite(Image.new("RGB", picture.size), coloured(np.where(void, 0, truth)), Image.fromarray(void))
     sheet = []
-    for panel in (picture, true, class_map(predicted, classes).convert("RGB")):
+    for panel in (picture, true, coloured(predicted)):
         panel.thumbnail((PANEL, PANEL))
         framed = Image.new("RGB", (PANEL, PANEL), (255, 255, 255))
         framed.paste(panel)
