@@ -58,8 +58,9 @@ def run(args: argparse.Namespace) -> int:
             colours, shard = dataset.colours(), Shard(dataset, size, group)
             rows = [_panels(model, shard, index, colours) for _, index in result.worst]
             titles = ("picture", "truth", "prediction")
-            write_png(args.output / "worst.png", figure(rows, titles, spec.classes, colours))
-            print(f"the worst are in {args.output / 'worst.png'}")
+            write_png(args.output / "worst.png", figure(_framed(rows), titles, spec.classes, colours))
+            worst = ", ".join(f"{dataset.names[index]} {iou:.3f}" for iou, index in result.worst)
+            print(f"the worst are in {args.output / 'worst.png'}, their mIoU: {worst}")
     return 0
 
 
@@ -75,10 +76,17 @@ def _panels(model: torch.nn.Module, shard: Shard, index: int, colours: np.ndarra
     coloured = lambda labels: class_map(labels, classes, colours).convert("RGB")
     picture = Image.fromarray(np.ascontiguousarray(window(images.permute(0, 3, 1, 2), model)[0].permute(1, 2, 0)))
     true = Image.composite(Image.new("RGB", picture.size), coloured(np.where(void, 0, truth)), Image.fromarray(void))
-    sheet = []
-    for panel in (picture, true, coloured(predicted)):
-        panel.thumbnail((PANEL, PANEL))
-        framed = Image.new("RGB", (PANEL, PANEL), (255, 255, 255))
-        framed.paste(panel)
-        sheet.append(framed)
-    return sheet
+    factor = PANEL / max(picture.size)
+    size = tuple(max(1, round(side * factor)) for side in picture.size)
+    smooth, sharp = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
+    return [picture.resize(size, smooth), true.resize(size, sharp), coloured(predicted).resize(size, sharp)]
+
+
+def _framed(rows: list[list[Image.Image]]) -> list[list[Image.Image]]:
+    """The panels on white ones that are all as large as the largest."""
+    size = tuple(max(row[0].size[side] for row in rows) for side in (0, 1))
+    framed = [[Image.new("RGB", size, (255, 255, 255)) for _ in row] for row in rows]
+    for row, sheets in zip(rows, framed, strict=True):
+        for panel, sheet in zip(row, sheets, strict=True):
+            sheet.paste(panel)
+    return framed
