@@ -1,6 +1,6 @@
 """Confusion matrix, and the segmentation scores computed from it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ ABSENT: dict[str, float] = {"nan": float("nan"), "zero": 0.0, "one": 1.0}
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Scores of a confusion matrix, as fractions; ``str()`` gives a table.
+    """Scores of a confusion matrix, as fractions; ``str()`` and ``table(names)`` give a table.
 
     Attributes:
         pixel_accuracy: correct pixels / pixels.
@@ -41,12 +41,16 @@ class Scores:
     pixels: Tensor
 
     def __str__(self) -> str:
-        lines = [f"{'class':>8}{'IoU':>10}{'precision':>12}{'recall':>10}{'pixels':>14}"]
+        return self.table([str(index) for index in range(len(self.iou))])
+
+    def table(self, names: Sequence[str]) -> str:
+        """As ``str()``, with the classes' names in place of their indices."""
+        width = max(8, *map(len, names))
+        lines = [f"{'class':>{width}}{'IoU':>10}{'precision':>12}{'recall':>10}{'pixels':>14}"]
         columns = (self.iou.tolist(), self.precision.tolist(), self.recall.tolist(), self.pixels.tolist())
-        for i, (iou, precision, recall, pixels) in enumerate(zip(*columns, strict=True)):
-            lines.append(f"{i:>8}{iou:>10.4f}{precision:>12.4f}{recall:>10.4f}{pixels:>14}")
-        means = (self.mean_iou, self.mean_precision, self.mean_recall, int(self.pixels.sum()))
-        lines.append("{:>8}{:>10.4f}{:>12.4f}{:>10.4f}{:>14}".format("mean", *means))
+        means = ("mean", self.mean_iou, self.mean_precision, self.mean_recall, int(self.pixels.sum()))
+        for name, iou, precision, recall, pixels in [*zip(names, *columns, strict=True), means]:
+            lines.append(f"{name:>{width}}{iou:>10.4f}{precision:>12.4f}{recall:>10.4f}{pixels:>14}")
         lines.append(
             f"pixel accuracy {self.pixel_accuracy:.4f}, mPA {self.mean_pixel_accuracy:.4f}, "
             f"mIoU {self.mean_iou:.4f}, FWIoU {self.frequency_weighted_iou:.4f}"

@@ -181,6 +181,9 @@ def test_table():
     assert lines[3].split() == ["2", "nan", "nan", "nan", "0"]
     assert lines[4].split() == ["mean", "0.5833", "0.7500", "0.8333", "4"]
     assert lines[5] == "pixel accuracy 0.7500, mPA 0.8333, mIoU 0.5833, FWIoU 0.6250"
+    named = confusion.compute().table(["sky", "a longer name", "car"]).splitlines()
+    assert named[2].split() == ["a", "longer", "name", *lines[2].split()[1:]]
+    assert len({len(line) for line in named[:5]}) == 1
 
 
 def test_median_frequency_weights_by_hand():

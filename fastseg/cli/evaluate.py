@@ -53,30 +53,40 @@ def run(args: argparse.Namespace) -> int:
         about = {"weights": str(args.weights), "split": args.split, "images": len(dataset)}
         with atomic_write(args.output / "scores.json") as file:
             file.write(json.dumps(about | report(result, spec, dataset.names), indent=1).encode())
-        print("\n".join(f"{index:>8} {name}" for index, name in enumerate(spec.classes)))
-        print(result.scores)
+        print(result.scores.table(spec.classes))
         if result.worst:
-            rows = [_panels(model, Shard(dataset, size, group), index, len(spec.classes)) for _, index in result.worst]
-            write_png(args.output / "worst.png", figure(rows, ("picture", "truth", "prediction"), spec.classes))
-            print(f"the worst are in {args.output / 'worst.png'}")
+            colours, shard = dataset.colours(), Shard(dataset, size, group)
+            rows = [_panels(model, shard, index, colours) for _, index in result.worst]
+            titles = ("picture", "truth", "prediction")
+            write_png(args.output / "worst.png", figure(_framed(rows), titles, spec.classes, colours))
+            worst = ", ".join(f"{dataset.names[index]} {iou:.3f}" for iou, index in result.worst)
+            print(f"the worst are in {args.output / 'worst.png'}, their mIoU: {worst}")
     return 0
 
 
-def _panels(model: torch.nn.Module, shard: Shard, index: int, classes: int) -> list[Image.Image]:
+def _panels(model: torch.nn.Module, shard: Shard, index: int, colours: np.ndarray) -> list[Image.Image]:
     shard.indices = range(index, index + 1)
     images, labels, _ = collate([shard[0]])
     device = next(model.parameters()).device
     with torch.no_grad():
         predicted = model.predict(pixels(images, device)).cpu().numpy()[0]
     truth = window(labels, model).numpy()[0]
+    classes = len(colours)
     void = truth >= classes
+    coloured = lambda labels: class_map(labels, classes, colours).convert("RGB")
     picture = Image.fromarray(np.ascontiguousarray(window(images.permute(0, 3, 1, 2), model)[0].permute(1, 2, 0)))
-    true = Image.composite(Image.new("RGB", picture.size), class_map(np.where(void, 0, truth), classes).convert("RGB"),
-                           Image.fromarray(void))  # fmt: skip
-    sheet = []
-    for panel in (picture, true, class_map(predicted, classes).convert("RGB")):
-        panel.thumbnail((PANEL, PANEL))
-        framed = Image.new("RGB", (PANEL, PANEL), (255, 255, 255))
-        framed.paste(panel)
-        sheet.append(framed)
-    return sheet
+    true = Image.composite(Image.new("RGB", picture.size), coloured(np.where(void, 0, truth)), Image.fromarray(void))
+    factor = PANEL / max(picture.size)
+    size = tuple(max(1, round(side * factor)) for side in picture.size)
+    smooth, sharp = Image.Resampling.BILINEAR, Image.Resampling.NEAREST
+    return [picture.resize(size, smooth), true.resize(size, sharp), coloured(predicted).resize(size, sharp)]
+
+
+def _framed(rows: list[list[Image.Image]]) -> list[list[Image.Image]]:
+    """The panels on white ones that are all as large as the largest."""
+    size = tuple(max(row[0].size[side] for row in rows) for side in (0, 1))
+    framed = [[Image.new("RGB", size, (255, 255, 255)) for _ in row] for row in rows]
+    for row, sheets in zip(rows, framed, strict=True):
+        for panel, sheet in zip(row, sheets, strict=True):
+            sheet.paste(panel)
+    return framed

@@ -59,6 +59,11 @@ def read_label(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
     return _read(path, max_pixels, _indices)
 
 
+def read_palette(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
+    """The palette of a PNG, (N, 3) uint8, or None where it has none."""
+    return _read(path, max_pixels, _colours)
+
+
 def _read(path: str | Path, max_pixels: int, convert: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
     path = Path(path)
     if not path.is_file():  # a directory, or a pipe that would block
@@ -96,6 +101,10 @@ def _indices(image: Image.Image) -> np.ndarray:
     if image.mode not in ("P", "L", "1"):
         raise ValueError(f"it has pixels of mode {image.mode}; class indices are a palette or grey PNG of up to 8 bits")
     return np.array(image).astype(np.uint8)
+
+
+def _colours(image: Image.Image) -> np.ndarray | None:
+    return np.array(image.getpalette("RGB"), np.uint8).reshape(-1, 3) if image.mode == "P" else None
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
@@ -149,13 +158,18 @@ def palette(num_classes: int) -> np.ndarray:
     return np.round(np.array(colours) * 255).astype(np.uint8)
 
 
-def class_map(labels: np.ndarray, num_classes: int) -> Image.Image:
+def class_map(labels: np.ndarray, num_classes: int, colours: np.ndarray | None = None) -> Image.Image:
     """A palette image whose pixel values are the class indices of ``labels``, (H, W).
+
+    Args:
+        labels: class indices.
+        num_classes: classes.
+        colours: of the classes, (num_classes, 3) uint8; None: ``palette``.
 
     Raises:
         ValueError: a label is outside ``[0, num_classes)``.
     """
-    colours = palette(num_classes)
+    colours = palette(num_classes) if colours is None else colours
     if labels.size and not 0 <= labels.min() <= labels.max() < num_classes:
         raise ValueError(f"class_map: labels from {labels.min()} to {labels.max()} with num_classes={num_classes}")
     image = Image.fromarray(labels.astype(np.uint8))
@@ -168,22 +182,35 @@ def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int, alpha: floa
     return Image.blend(Image.fromarray(image), class_map(labels, num_classes).convert("RGB"), alpha)
 
 
-def figure(rows: Sequence[Sequence[Image.Image]], titles: Sequence[str], classes: Sequence[str]) -> Image.Image:
-    """Rows of panels of one size under their titles, and below them a legend of the class colours."""
+def figure(
+    rows: Sequence[Sequence[Image.Image]],
+    titles: Sequence[str],
+    classes: Sequence[str],
+    colours: np.ndarray | None = None,
+) -> Image.Image:
+    """Rows of panels of one size under their titles, and below them a legend of the class colours.
+
+    A legend wider than the panels goes on in a further line. ``colours`` are those of ``class_map``.
+    """
     font, gap, line = ImageFont.load_default(), 8, 22
     width, height = rows[0][0].size
-    sheet = Image.new(
-        "RGB", (gap + (width + gap) * len(titles), line + (height + gap) * len(rows) + line), (255, 255, 255)
-    )
+    across, below, x = gap + (width + gap) * len(titles), line + (height + gap) * len(rows), gap
+    places = []
+    for name in classes:
+        entry = 32 + int(font.getlength(name))
+        if x > gap and x + entry > across:
+            x, below = gap, below + line
+        places.append((x, below + 2))
+        x += entry
+    sheet = Image.new("RGB", (across, below + line), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         x = gap + (width + gap) * column
         draw.text((x, 5), title, (0, 0, 0), font)
         for row, panels in enumerate(rows):
             sheet.paste(panels[column].convert("RGB"), (x, line + (height + gap) * row))
-    x, y = gap, sheet.height - line + 2
-    for name, colour in zip(classes, palette(len(classes)).tolist(), strict=True):
+    colours = palette(len(classes)) if colours is None else colours
+    for name, (x, y), colour in zip(classes, places, colours.tolist(), strict=True):
         draw.rectangle((x, y, x + 14, y + 12), tuple(colour))
         draw.text((x + 20, y), name, (0, 0, 0), font)
-        x += 32 + int(draw.textlength(name, font))
     return sheet

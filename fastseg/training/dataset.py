@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastseg.inference.images import MAX_CLASSES, first_line, palette, read_image, read_label
+from fastseg.inference.images import MAX_CLASSES, first_line, palette, read_image, read_label, read_palette
 from fastseg.inference.progress import progress
 
 SPLITS = ("train", "val", "test")
@@ -29,7 +29,7 @@ class DatasetSpec:
     Attributes:
         classes: a name for each class index.
         ignore_index: label value that is no class, such as "void"; None: every pixel has a class.
-        palette: RGB, 0 to 255, of each class; None: ``fastseg.inference.images.palette``.
+        palette: RGB, 0 to 255, of each class; None: as ``FolderDataset.colours`` says.
     """
 
     classes: tuple[str, ...]
@@ -40,11 +40,6 @@ class DatasetSpec:
     def void(self) -> int:
         """The value that loss and metrics leave out: ``ignore_index``, or 255 in what padding adds."""
         return 255 if self.ignore_index is None else self.ignore_index
-
-    @property
-    def colours(self) -> np.ndarray:
-        """(classes, 3), uint8."""
-        return palette(len(self.classes)) if self.palette is None else np.array(self.palette, np.uint8)
 
 
 def read_spec(path: str | Path) -> DatasetSpec:
@@ -143,6 +138,21 @@ class FolderDataset:
                     f"{path}: has the label {wrong[0]}; classes are 0 to {len(classes) - 1}, ignore_index is {ignore}"
                 )
         return label
+
+    def colours(self) -> np.ndarray:
+        """(classes, 3), uint8: the spec's palette, else that of the first label PNG, else the library's own.
+
+        A label's palette counts where it has a colour of its own for each class, and not only greys.
+        """
+        count = len(self.spec.classes)
+        if self.spec.palette is not None:
+            return np.array(self.spec.palette, np.uint8)
+        found = read_palette(self.pairs[0][1])
+        if found is not None and len(found) >= count:
+            found = found[:count]
+            if len(np.unique(found, axis=0)) == count and (found != found[:, :1]).any():
+                return found
+        return palette(count)
 
     def labels(self) -> Iterator[np.ndarray]:
         """The class indices of one picture after another."""

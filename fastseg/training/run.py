@@ -199,6 +199,10 @@ def train(
         state["best"] = max(state["best"], scores.mean_iou)
         save()
         if processes.first:
+            bar.write(
+                f"epoch {row['epoch']}/{settings.epochs}: loss {row['loss']:.4f}, val mIoU {scores.mean_iou:.4f}, "
+                f"pixel accuracy {scores.pixel_accuracy:.4f}, {row['seconds']:.0f} s{', the best so far' * better}"
+            )
             if better:
                 save_checkpoint(output / "best.pt", model, settings.model, settings.options, settings.classes)
             write_curves(output, state["history"])

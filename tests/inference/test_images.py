@@ -174,3 +174,11 @@ def test_figure_places_panels_and_legend():
         assert (windows == np.asarray(panel)).all((2, 3, 4)).sum() == 1
     for colour in images.palette(2):
         assert (sheet[-22:] == colour).all(-1).any()
+
+
+def test_a_long_legend_goes_on_in_a_further_line():
+    names, colours = [f"class {index}" for index in range(12)], np.arange(36, dtype=np.uint8).reshape(12, 3) + 90
+    panels = [[Image.fromarray(_random_image(20, 100))] * 2]
+    sheet = np.asarray(images.figure(panels, ("left", "right"), names, colours))
+    assert sheet.shape[1] == 224 and sheet.shape[0] > 100
+    assert all((sheet == colour).all(-1).sum() == 15 * 13 for colour in colours)

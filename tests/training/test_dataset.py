@@ -8,6 +8,7 @@ import torch
 from folders import CLASSES, VOID, make_folders
 from PIL import Image
 
+from fastseg.inference.images import palette
 from fastseg.inference.processes import Processes
 from fastseg.training.batches import collate, plain_errors, scoring_batches, training_batches
 from fastseg.training.dataset import DatasetSpec, FolderDataset, read_spec
@@ -102,6 +103,20 @@ def test_broken_pair_is_one_line_that_names_the_file(folder, kind, words, worker
         else:
             list(plain_errors(scoring_batches(dataset, None, 1, CPU, workers, pin=False)))
     assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+def test_colours_are_the_specs_then_the_labels_then_ours(folder):
+    dataset = FolderDataset(folder, "test", SPEC)
+    assert dataset.colours().tolist() == palette(2).tolist()  # the labels' palette is a grey ramp
+    colours = [[128, 64, 128], [128, 128, 128]]
+    path = dataset.pairs[0][1]
+    for own, want in (([*colours, [0, 0, 0]], colours), (colours[:1] * 2, palette(2).tolist())):
+        label = Image.open(path)
+        label.putpalette([value for colour in own for value in colour])
+        label.save(path)
+        assert dataset.colours().tolist() == want
+    spec = DatasetSpec(SPEC.classes, VOID, ((1, 2, 3), (4, 5, 6)))
+    assert FolderDataset(folder, "test", spec).colours().tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
 def test_picture_cut_short_is_found_when_it_is_read(folder):

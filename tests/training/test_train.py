@@ -42,13 +42,32 @@ def test_a_resumed_run_is_the_same_run(folder, tmp_path, capsys):
     for _ in range(5):
         assert _train(folder, tmp_path / "parts", *options, *stopped, "--resume") == 0
     assert _curve(tmp_path / "whole") == _curve(tmp_path / "parts") and len(_curve(tmp_path / "whole")) == 3
-    assert "stopped after 0 of 3" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "stopped after 0 of 3" in out
+    assert f"epoch 3/3: loss {_curve(tmp_path / 'whole')[2]['loss']:.4f}, val mIoU" in err
     payloads = [read_payload(tmp_path / name / "last.pt") for name in ("whole", "parts")]
     for key, value in payloads[0]["state_dict"].items():
         assert torch.equal(value, payloads[1]["state_dict"][key]), key
     assert load_checkpoint(tmp_path / "whole" / "best.pt")[1] == ["ground", "sky"]
     for name in ("curves.csv", "curves.png"):
         assert (tmp_path / "whole" / name).stat().st_size > 0
+
+
+def test_evaluate_names_the_classes_and_draws_in_the_labels_colours(folder, tmp_path, capsys):
+    assert _train(folder, tmp_path / "run", epochs=1) == 0
+    colours = [[200, 10, 20], [30, 40, 220]]
+    for path in (folder / "test" / "labels").iterdir():
+        label = Image.open(path)
+        label.putpalette([value for colour in colours for value in colour])
+        label.save(path)
+    capsys.readouterr()
+    scores = ["--data", folder, "--weights", tmp_path / "run" / "best.pt", "-o", tmp_path / "scores"]
+    assert main([str(part) for part in ("evaluate", *scores, "--device", "cpu")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert [row[0] for row in rows[:4]] == ["class", "ground", "sky", "mean"] and len(rows[1]) == 5
+    with Image.open(tmp_path / "scores" / "worst.png") as sheet:
+        found = {colour for _, colour in sheet.getcolors(2**20)}
+    assert {tuple(colour) for colour in colours} <= found
 
 
 def _complaint(capsys):
