@@ -34,8 +34,8 @@ from fastseg.inference.progress import progress
 from fastseg.inference.timing import interleaved
 from fastseg.metrics import ConfusionMatrix
 from fastseg.models import UNetPlusPlus, create
-from fastseg.models.weights import read_payload
 from fastseg.training.batches import scoring_batches
+from fastseg.training.checkpoints import read_checkpoint
 from fastseg.training.curves import write_curves
 from fastseg.training.dataset import FolderDataset, read_spec
 from fastseg.training.evaluation import Listed, pixels
@@ -70,7 +70,7 @@ def fit(args: argparse.Namespace) -> tuple[UNetPlusPlus, dict]:
 
     epochs = args.epochs
     if epochs is None and last.exists():
-        epochs = read_payload(last)["training"]["settings"]["epochs"]
+        epochs = read_checkpoint(last, {})["training"]["settings"]["epochs"]
     if epochs is None:
         with tempfile.TemporaryDirectory() as folder:
             (row,) = run(Path(folder), 1, [_thinned(split) for split in splits])
@@ -121,7 +121,8 @@ def latencies(nets: dict[str, nn.Module], repetitions: int) -> dict[str, list[fl
                                   repetitions=repetitions)  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    return {name: [1e3 * q for q in statistics.quantiles(values, n=4)] for name, values in samples.items()}
+    quartiles = lambda values: [1e3 * q for q in statistics.quantiles(values, n=4, method="inclusive")]
+    return {name: quartiles(values) for name, values in samples.items()}
 
 
 def macs(net: nn.Module) -> int:
@@ -136,7 +137,6 @@ def study(args: argparse.Namespace) -> dict:
     """Train, score and time."""
     dataset = FolderDataset(args.data, "test", read_spec(HERE / "nuclei.json"))
     dataset.check()
-    load = os.getloadavg()[0]
     model, training = fit(args)
     nets = levels_of(model)
     rows = {}
@@ -144,12 +144,12 @@ def study(args: argparse.Namespace) -> dict:
         over_pixels, over_pictures = scores(net, dataset, name)
         parameters = sum(p.numel() for p in net.parameters())
         rows[name] = {"parameters": parameters, "macs": macs(net), "iou": over_pixels, "iou_of_pictures": over_pictures}
-    before = os.getloadavg()[0]
+    load = os.getloadavg()[0]  # this process is 1 of it
     for name, (low, median, high) in latencies(nets, REPETITIONS).items():
         rows[name] |= {"ms": median, "ms_quartiles": [low, high]}
     machine = {
         "cpu": _cpu(), "cores": os.cpu_count(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-        "python": platform.python_version(), "load_before": {"training": load, "latency": before},
+        "python": platform.python_version(), "load_when_timed": load,
     }  # fmt: skip
     return {"date": datetime.date.today().isoformat(), "machine": machine, "training": training,
             "test_pictures": len(dataset), "side": SIDE, "repetitions": REPETITIONS, "nets": rows}  # fmt: skip
@@ -178,7 +178,7 @@ def draw(path: Path, result: dict) -> None:
         values = [row[key] for row in levels.values()]
         axes.plot(values, iou, "o-", color="#c8553d", label="cut to a level")
         for name, x, y in zip(levels, values, iou, strict=True):
-            axes.annotate(name, (x, y), (7, -12), textcoords="offset points")
+            axes.annotate(name, (x, y), (0, 7), textcoords="offset points", ha="center")
         axes.plot(mean[key], 100 * mean["iou"], "s", color="#5b8db8", fillstyle="none", label=MEAN)
         axes.set_xlabel(f"{unit}, 1x3x{SIDE}x{SIDE}, one thread" if key == "ms" else unit)
         axes.margins(0.12)

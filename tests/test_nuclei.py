@@ -115,3 +115,8 @@ def test_bad_folder_is_one_line(tmp_path, capsys):
         assert nuclei.main([str(tmp_path / folder)]) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("nuclei: ") and message in line
+
+
+def test_the_note_has_the_table_of_the_run():
+    result = json.loads((nuclei.HERE / "results" / "nuclei" / "study.json").read_text())
+    assert nuclei.markdown(result) in (nuclei.HERE / "nuclei.md").read_text()
