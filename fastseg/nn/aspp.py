@@ -11,8 +11,8 @@ from fastseg.nn.conv import SeparableConv2d, batch_norm_args, watched
 from fastseg.nn.fold import can_fold, folded, run_conv_norm_act
 from fastseg.nn.norm import run_norm_act
 from fastseg.ops import BatchNormArgs, batch_norm_act
-from fastseg.ops._atrous import atrous_branches, atrous_maps
-from fastseg.ops._dispatch import record_reference
+from fastseg.ops._atrous import are_one_map, atrous_branches, atrous_maps
+from fastseg.ops._dispatch import kernels_run, record_reference
 from fastseg.ops._recompute import kept_as_recipe
 from fastseg.ops.aspp import pool_share, project, split_projection
 
@@ -164,6 +164,8 @@ def run_aspp(
     conv, norm = projection
     if can_fold(parts[0], conv, norm) and (len(parts) > 1 or pool is not None):
         return _project_folded(x, parts, pool, conv, norm, pool_first)
+    if len(parts) > 1 and kernels_run(x) and not watched(conv, nn.Conv2d):
+        return run_norm_act(_project_each(x, parts, pool, conv, pool_first), norm, "relu")
     maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if pool is None:
         return run_conv_norm_act(maps, conv, norm, "relu")
@@ -181,6 +183,21 @@ def run_aspp(
 
 def _pooled(x: Tensor, pool: tuple[nn.Conv2d, nn.BatchNorm2d]) -> Tensor:
     return run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu")
+
+
+def _project_each(x: Tensor, parts: Sequence[Tensor], pool, conv: nn.Conv2d, pool_first: bool) -> Tensor:
+    """The projection, for gradients: one matrix product takes up the sum of the one before, and no map is copied."""
+    channels = [part.shape[1] for part in parts]
+    weight, pooled_weight = split_projection(conv.weight, sum(channels), pool_first)
+    if pool is not None:
+        share = pool_share(_pooled(x, pool), pooled_weight, conv.bias)
+    else:
+        zero = parts[0].new_zeros(conv.out_channels)
+        share = (zero if conv.bias is None else conv.bias.to(zero.dtype)).expand(x.shape[0], -1)
+    y = share[:, None]
+    for part, own in zip(parts, weight.flatten(1).split(channels, 1), strict=True):
+        y = torch.baddbmm(y, part.flatten(2).transpose(1, 2), own.t().expand(x.shape[0], -1, -1))
+    return y.transpose(1, 2).unflatten(2, parts[0].shape[2:])
 
 
 def _project_folded(x: Tensor, parts: Sequence[Tensor], pool, conv, norm, pool_first: bool) -> Tensor:
@@ -224,6 +241,8 @@ def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
     if all(can_fold(x, *part) for part in parts):
         weights, biases = zip(*(folded(x, *part) for part in parts), strict=True)
         return atrous_maps(x, weights, biases, dilations, "relu")
+    if not are_one_map(x, [conv.weight for conv in convs], dilations):
+        return [run_conv_norm_act(x, *part, "relu") for part in parts]
     biases = None if convs[0].bias is None else [conv.bias for conv in convs]
     z = atrous_branches(x, [conv.weight for conv in convs], biases, dilations, None)
     return [_norm_relu(z, norms)]

@@ -13,7 +13,15 @@ from torch.autograd.function import once_differentiable
 
 from fastseg.ops._batch_norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
 from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, has_tangent, in_reference, needs_grad, use_kernel
+from fastseg.ops._dispatch import (
+    HAS_TRITON,
+    autocast_dtype,
+    has_tangent,
+    in_reference,
+    kernels_run,
+    needs_grad,
+    use_kernel,
+)
 from fastseg.ops._register import channels_last, first_order, like, memory_format_of, qualified, register
 
 if HAS_TRITON:
@@ -75,6 +83,16 @@ def atrous_maps(
 ) -> list[Tensor]:
     """The parts of ``atrous_branches`` as they come, nothing copied: the kernel's one map, or the library's of each."""
     return _run(NAME, x, weights, biases, dilations, act, None, False)
+
+
+def are_one_map(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
+    """Whether ``atrous_branches`` writes all branches into one map, or copies what a GPU's library gave there."""
+    if torch.compiler.is_compiling() or not kernels_run(x):
+        return True
+    kernels = [w.shape[-1] for w in weights]
+    if any(K not in (1, 3) for K in kernels) or len(weights) > MOST_BRANCHES:
+        return False
+    return _own(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, list(dilations))
 
 
 def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool) -> list[Tensor]:

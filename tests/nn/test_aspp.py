@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import fastseg
 from fastseg.nn import ASPP
 from fastseg.ops import _atrous
+from fastseg.ops._dispatch import INTERPRETED
 
 FORMS = {
     "torchvision": {},
@@ -68,18 +69,27 @@ def test_equals_its_children(form, training):
         torch.testing.assert_close(module(x), plain(twin, x), rtol=1e-11, atol=1e-11)
 
 
-@pytest.mark.parametrize("form", ["torchvision", "separable, pool first", "no pool"])
+@pytest.mark.parametrize("form", ["torchvision", "biased", "separable, pool first", "no pool"])
 @pytest.mark.parametrize("runner", ["kernel", "library"])
-def test_no_map_is_copied_beside_another(form, runner, monkeypatch):
-    """Without gradients: each sum is added by the next projection where the branches are not one op."""
-    module = build(form, **({"separable": True} if form == "no pool" else {})).eval()
-    x = image()
-    with torch.no_grad():
-        want = plain(module, x)
-        monkeypatch.setattr(torch, "cat", None)
+@pytest.mark.parametrize("training", [False, True] if INTERPRETED else [False])  # a CPU joins maps to train
+def test_no_map_is_copied_beside_another(form, runner, training, monkeypatch):
+    """Each sum is taken up by the next projection where the branches are not one op."""
+    module = build(form, **({"separable": True} if form == "no pool" else {})).train(training)
+    twin, x, joined, cat = copy.deepcopy(module), image().requires_grad_(training), [], torch.cat
+    with torch.set_grad_enabled(training):
+        want = plain(twin, x)
+        monkeypatch.setattr(torch, "cat", lambda ts, *a: joined.extend(t for t in ts if t.dim() > 1) or cat(ts, *a))
         if runner == "library":
-            monkeypatch.setattr(_atrous, "use_kernel", lambda *args, **options: False)
-        torch.testing.assert_close(module(x), want, rtol=1e-11, atol=1e-11)
+            monkeypatch.setattr(_atrous, "_plan", lambda *sizes: "by request")
+        got = module(x)
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    assert not joined
+    if training:
+        upstream = torch.randn_like(want)
+        ours = torch.autograd.grad(got, [x, *module.parameters()], upstream)
+        theirs = torch.autograd.grad(want, [x, *twin.parameters()], upstream)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
 
 
 def test_names_and_parameters():
