@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -22,7 +23,7 @@ def run_two(script: str, folder: Path) -> None:
 
 
 def start_fastseg(*arguments: object, cwd: Path, torchrun: bool = False) -> subprocess.Popen:
-    """``python -m fastseg`` on the CPU without the interpreter; its output is captured, as text.
+    """``python -m fastseg`` on the CPU without the interpreter, as a process group of its own; its output is captured.
 
     Args:
         arguments: of fastseg.
@@ -32,8 +33,22 @@ def start_fastseg(*arguments: object, cwd: Path, torchrun: bool = False) -> subp
     environment = os.environ | {"TRITON_INTERPRET": "0", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", *(TORCHRUN if torchrun else ()), "-m", "fastseg", *map(str, arguments)],
-        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        cwd=cwd, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    """Until a process has written a file; it must not end before."""
+    try:
+        for _ in range(12_000):
+            if path.exists():
+                return
+            assert process.poll() is None, process.communicate()[1]
+            time.sleep(0.01)
+        raise TimeoutError(f"{path} does not come")
+    except BaseException:
+        process.kill()
+        raise
 
 
 def end_of(process: subprocess.Popen) -> tuple[int, str, str]:
