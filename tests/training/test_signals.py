@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -106,6 +107,7 @@ def test_sigterm_to_a_process_group_with_readers(data, tmp_path):
     try:
         wait_for(output / "last.pt", process)
         os.killpg(process.pid, signal.SIGTERM)
+        time.sleep(0.02)  # two that wait together are one
         os.killpg(process.pid, signal.SIGTERM)
         status, _, errors = end_of(process)
         assert status == 143, errors
