@@ -10,7 +10,7 @@ from pathlib import Path
 from fastseg.cli.common import add_device, positive_int
 from fastseg.inference.checkpoint import load_checkpoint
 from fastseg.inference.images import MAX_CLASSES, class_map, first_line, is_image, overlay, read_image, write_png
-from fastseg.inference.processes import processes
+from fastseg.inference.processes import Processes, processes
 from fastseg.inference.progress import progress
 from fastseg.inference.segment import segment
 from fastseg.inference.tiling import plan_tiles
@@ -42,17 +42,18 @@ def run(args: argparse.Namespace) -> int:
 
     Bad weights and folders raise ``ValueError`` or ``OSError``.
     """
-    paths = _images(args.images)
     model, classes = load_checkpoint(args.weights, args.model, args.classes)
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
     if args.overlap is not None and args.tile is None:
         raise ValueError("--overlap is of tiles; give --tile too")
     with processes(args.device, PATIENCE) as group:
+        paths = _images_of_first(args.images, group)
+        if paths is None:
+            return 1
         model = model.to(group.device)
         plan = plan_tiles(model, args.tile, args.overlap) if args.tile else None
         _make_folder(args.output)
-        paths = group.gather([paths])[0]  # listed once: results may already come into a folder of images
         inputs = {path.resolve() for path in paths}
         named = list(zip(paths, _output_stems(paths), strict=True))
         bar = progress(named[group.rank :: group.count], "predict", unit="image", shown=group.first)
@@ -83,6 +84,23 @@ def run(args: argparse.Namespace) -> int:
             done = f"{len(paths) - failed} of {len(paths)} images"
             print(f"{done} segmented into {args.output}; classes: {', '.join(classes)}")
     return 1 if failed else 0
+
+
+def _images_of_first(paths: Sequence[Path], group: Processes) -> list[Path] | None:
+    """What the first process finds, as a folder may already get results when another looks; it alone raises its error,
+    and the others get None.
+    """
+    found: list[Path] | Exception
+    try:
+        found = _images(paths)
+    except (ValueError, OSError) as error:
+        found = error
+    found = group.gather([found])[0]
+    if not isinstance(found, Exception):
+        return found
+    if group.first:
+        raise found
+    return None
 
 
 def _images(paths: Sequence[Path]) -> list[Path]:

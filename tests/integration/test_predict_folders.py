@@ -83,7 +83,9 @@ def test_two_processes_write_the_files_of_one(tmp_path, weights, capsys):
     (tmp_path / "cut.png").write_bytes((photos / "a" / "p.png").read_bytes()[:900])
     good = [photos / "c" / "p.png", photos / "a", photos / "b"]
     bad = [photos / "a" / "p.png", tmp_path / "cut.png"]  # the second process gets the second
-    commands = [_command(weights, tmp_path / "two", *good), _command(weights, tmp_path / "bad", *bad)]
+    (tmp_path / "empty").mkdir()
+    runs = {"two": good, "bad": bad, "none": [tmp_path / "empty"]}
+    commands = [_command(weights, tmp_path / out, *images) for out, images in runs.items()]
     (tmp_path / "commands.json").write_text(json.dumps(commands))
     run_two(WORKER, tmp_path)
     with fastseg.reference():
@@ -96,6 +98,7 @@ def test_two_processes_write_the_files_of_one(tmp_path, weights, capsys):
     first, second = (json.loads((tmp_path / f"said{rank}.json").read_text()) for rank in range(2))
     assert first[0]["out"] == capsys.readouterr().out.replace(f"{tmp_path / 'one'}", f"{tmp_path / 'two'}")
     assert first[0]["out"].startswith("6 of 6 images segmented") and first[1]["out"].startswith("1 of 2 images")
-    assert [said["out"] for said in second] == ["", ""]
-    assert [[said["status"] for said in process] for process in (first, second)] == [[0, 1], [0, 1]]
+    assert [said["out"] for said in second] == ["", "", ""]
+    assert [[said["status"] for said in process] for process in (first, second)] == [[0, 1, 1], [0, 1, 1]]
     assert "cut.png: cannot be read" in second[1]["errors"] and "cut.png" not in first[1]["errors"]
+    assert (first[2]["errors"].count("in this folder"), second[2]["errors"]) == (1, "")
