@@ -87,7 +87,7 @@ def test_predict_does_the_good_images_of_a_bad_batch(tmp_path, weights, capsys):
     text.write_text("no picture")
     Image.new("1", (12_000, 12_000)).save(bomb)
     assert 10_000 < bomb.stat().st_size < 50_000
-    bad = [tmp_path / "missing.png", truncated, text, bomb, tmp_path]
+    bad = [tmp_path / "missing.png", truncated, text, bomb]
     assert _predict(good[0], *bad, good[1], "--weights", weights, "-o", tmp_path / "out") == 1
     complaints = _complaints(capsys)
     assert len(complaints) == len(bad)

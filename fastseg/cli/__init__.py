@@ -33,7 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, or 1 after one line on stderr that says what is wrong. Wrong usage exits with 2.
+        The exit status: 0, or 1 after one line on stderr that says what is wrong; 143 of ``train`` after SIGTERM. Wrong
+        usage exits with 2.
     """
     parser = _Parser(prog="fastseg", description="Semantic segmentation with fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastseg {__version__}")

@@ -1,22 +1,27 @@
-"""Segment photographs: class maps as palette PNGs, and colour overlays."""
+"""Segment photographs: class maps as palette PNGs, and colour overlays; under torchrun with several processes."""
 
 import argparse
 import errno
 import os
+from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 from fastseg.cli.common import add_device, positive_int
 from fastseg.inference.checkpoint import load_checkpoint
-from fastseg.inference.images import MAX_CLASSES, class_map, first_line, overlay, read_image, write_png
+from fastseg.inference.images import MAX_CLASSES, class_map, first_line, is_image, overlay, read_image, write_png
+from fastseg.inference.processes import Processes, processes
 from fastseg.inference.progress import progress
 from fastseg.inference.segment import segment
 from fastseg.inference.tiling import plan_tiles
 from fastseg.models import names
 
+PATIENCE = timedelta(days=7)  # for the process with the largest images; torchrun ends them all where one dies
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or JPEG files")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or JPEG files, or folders of them")
     parser.add_argument("--model", choices=names(), help="needed where the weights do not say which model they are of")
     parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="safetensors, or of torch.save")
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="where the results go")
@@ -33,42 +38,83 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Segment each image; 0, or 1 where one failed. Bad weights or folders raise ``ValueError`` or ``OSError``."""
+    """Segment each image; 0, or 1 in every process where one failed in any.
+
+    Bad weights and folders raise ``ValueError`` or ``OSError``.
+    """
     model, classes = load_checkpoint(args.weights, args.model, args.classes)
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
     if args.overlap is not None and args.tile is None:
         raise ValueError("--overlap is of tiles; give --tile too")
-    model = model.to(args.device)
-    plan = plan_tiles(model, args.tile, args.overlap) if args.tile else None
-    _make_folder(args.output)
-    inputs = {path.resolve() for path in args.images}
-    bar = progress(list(zip(args.images, _output_stems(args.images), strict=True)), "predict", unit="image")
-    failed = 0
-    for path, stem in bar:
-        try:
-            targets = [args.output / f"{stem}_{kind}.png" for kind in ("classes", "overlay")[: 1 + args.overlay]]
-            for target in targets:
-                if target.resolve() in inputs:
-                    raise ValueError(f"{path}: the result would overwrite the input {target}; use another -o")
-            image = read_image(path)
-            labels = segment(model, image[None], plan, batch_size=args.tile_batch, progress=True)[0]
-            if labels.shape != image.shape[:2]:
-                raise ValueError(
-                    f"{path}: the model gives a map of {labels.shape}, the image is {image.shape[:2]}; use --tile"
-                )
-            write_png(targets[0], class_map(labels, len(classes)))
-            if args.overlay:
-                write_png(targets[1], overlay(image, labels, len(classes)))
-        except (ValueError, OSError) as error:
-            failed += 1
-            bar.write(f"fastseg predict: {first_line(error)}")
-        except (RuntimeError, MemoryError) as error:  # out of memory, on this image
-            failed += 1
-            bar.write(f"fastseg predict: {path}: {first_line(error)}")
-    done = f"{len(args.images) - failed} of {len(args.images)} images"
-    print(f"{done} segmented into {args.output}; classes: {', '.join(classes)}")
+    with processes(args.device, PATIENCE) as group:
+        paths = _images_of_first(args.images, group)
+        if paths is None:
+            return 1
+        model = model.to(group.device)
+        plan = plan_tiles(model, args.tile, args.overlap) if args.tile else None
+        _make_folder(args.output)
+        inputs = {path.resolve() for path in paths}
+        named = list(zip(paths, _output_stems(paths), strict=True))
+        bar = progress(named[group.rank :: group.count], "predict", unit="image", shown=group.first)
+        failed = 0
+        for path, stem in bar:
+            try:
+                targets = [args.output / f"{stem}_{kind}.png" for kind in ("classes", "overlay")[: 1 + args.overlay]]
+                for target in targets:
+                    if target.resolve() in inputs:
+                        raise ValueError(f"{path}: the result would overwrite the input {target}; use another -o")
+                image = read_image(path)
+                labels = segment(model, image[None], plan, batch_size=args.tile_batch, progress=group.first)[0]
+                if labels.shape != image.shape[:2]:
+                    raise ValueError(
+                        f"{path}: the model gives a map of {labels.shape}, the image is {image.shape[:2]}; use --tile"
+                    )
+                write_png(targets[0], class_map(labels, len(classes)))
+                if args.overlay:
+                    write_png(targets[1], overlay(image, labels, len(classes)))
+            except (ValueError, OSError) as error:
+                failed += 1
+                bar.write(f"fastseg predict: {first_line(error)}")
+            except (RuntimeError, MemoryError) as error:  # out of memory, on this image
+                failed += 1
+                bar.write(f"fastseg predict: {path}: {first_line(error)}")
+        failed = int(group.sum(failed)[0])
+        if group.first:
+            done = f"{len(paths) - failed} of {len(paths)} images"
+            print(f"{done} segmented into {args.output}; classes: {', '.join(classes)}")
     return 1 if failed else 0
+
+
+def _images_of_first(paths: Sequence[Path], group: Processes) -> list[Path] | None:
+    """What the first process finds, as a folder may already get results when another looks; it alone raises its error,
+    and the others get None.
+    """
+    found: list[Path] | Exception
+    try:
+        found = _images(paths)
+    except (ValueError, OSError) as error:
+        found = error
+    found = group.gather([found])[0]
+    if not isinstance(found, Exception):
+        return found
+    if group.first:
+        raise found
+    return None
+
+
+def _images(paths: Sequence[Path]) -> list[Path]:
+    """The files, and the images of the folders in order of their names."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(filter(is_image, path.iterdir()), key=lambda inner: inner.name)
+            if not inside:
+                raise ValueError(f"{path}: no PNG or JPEG image is in this folder")
+            found += inside
+        else:
+            found.append(path)
+    return found
 
 
 def _make_folder(folder: Path) -> None:

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -11,10 +13,17 @@ from fastseg.inference.processes import processes
 from fastseg.models import create, load_encoder_weights, names
 from fastseg.training.dataset import FolderDataset, read_spec
 from fastseg.training.run import Settings, train
+from fastseg.training.signals import sigterm
+
+PREEMPTED = 128 + signal.SIGTERM  # as a shell reports a process that the signal ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
+    parser.epilog = (
+        f"On SIGTERM it finishes the step, writes the checkpoint, says so in one line and exits with {PREEMPTED}; with "
+        "--resume the curve goes on as if nothing had been. Several GPUs finish up to ten steps."
+    )
     add = parser.add_argument
     add("--data", required=True, type=Path, metavar="DIR", help="with train/ and val/, of images/ and labels/ each")
     add("--dataset", type=Path, metavar="FILE", help="classes and ignore index (default: dataset.json in --data)")
@@ -44,7 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0, also where --max-seconds ended it. Bad data raises ``ValueError``, a full disk ``OSError``."""
+    """Train; 0, also where --max-seconds ended it, or ``PREEMPTED`` where SIGTERM did.
+
+    Bad data raises ``ValueError``, a full disk ``OSError``.
+    """
     spec = read_spec(args.dataset or args.data / "dataset.json")
     splits = [FolderDataset(args.data, split, spec) for split in ("train", "val")]
     options = dict(args.option)
@@ -62,17 +74,22 @@ def run(args: argparse.Namespace) -> int:
         if args.encoder_weights is not None:
             load_encoder_weights(model, args.encoder_weights)
         args.output.mkdir(parents=True, exist_ok=True)
-        history = train(
-            model, settings, *splits, args.output, group, workers=args.workers, resume=args.resume,
-            save_every=args.save_every, max_seconds=args.max_seconds,
-        )  # fmt: skip
+        with sigterm() as came:
+            history = train(
+                model, settings, *splits, args.output, group, workers=args.workers, resume=args.resume,
+                save_every=args.save_every, max_seconds=args.max_seconds, stop_asked=came,
+            )  # fmt: skip
+            preempted = group.sum(came())[0] > 0 and len(history) < args.epochs
         if group.first:
             if history:
                 best = max(history, key=lambda row: row["mean_iou"])
                 print(f"best mIoU on val {best['mean_iou']:.4f}, epoch {best['epoch']}: {args.output / 'best.pt'}")
-            if len(history) < args.epochs:
-                print(f"stopped after {len(history)} of {args.epochs} epochs; go on with --resume")
-    return 0
+            stopped = f"stopped after {len(history)} of {args.epochs} epochs; go on with --resume"
+            if preempted:
+                print(f"fastseg train: SIGTERM: {stopped}", file=sys.stderr)
+            elif len(history) < args.epochs:
+                print(stopped)
+    return PREEMPTED if preempted else 0
 
 
 def _option(text: str) -> tuple[str, object]:

@@ -19,12 +19,18 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 FORMATS = ("PNG", "JPEG")
+SUFFIXES = (".png", ".jpg", ".jpeg")
 MAX_PIXELS = 2**25  # 33.5 million: above what cameras give, and 100 MB of RGB
 MAX_CLASSES = 256  # a class map is a palette PNG of 8 bits
 
 # Mean and deviation of ImageNet's RGB values in [0, 1], which torchvision's and timm's weights were trained with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file of a folder is one of its images, by its name: what a system hides, as "._a.png", is none."""
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and path.is_file()
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import distributed as dist
@@ -49,17 +50,18 @@ class Processes:
 
 
 @contextmanager
-def processes(device: torch.device) -> Iterator[Processes]:
+def processes(device: torch.device, patience: timedelta | None = None) -> Iterator[Processes]:
     """The processes that ``torchrun`` has started, or this one alone; a group that exists already is used.
 
-    On CUDA each process of a machine takes a GPU of its own.
+    On CUDA each process of a machine takes a GPU of its own. ``patience`` is how long one waits for another before it
+    gives up, by default as long as torch does: half an hour, on CUDA ten minutes.
     """
     started = dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched()
     if started:
         if device.type == "cuda":
             device = torch.device("cuda", dist.get_node_local_rank())
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patience)
     try:
         if dist.is_available() and dist.is_initialized():
             yield Processes(device, dist.get_world_size(), dist.get_rank())

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fastseg.inference.processes import Processes
 from fastseg.training.dataset import FolderDataset
+from fastseg.training.signals import obey_parent_alone
 from fastseg.training.transforms import Augment, resized
 
 
@@ -105,6 +106,7 @@ def training_batches(
         drop_last=True,
         pin_memory=pin,
         persistent_workers=workers > 0,
+        worker_init_fn=obey_parent_alone,
     )
     return loader, sampler
 
@@ -114,7 +116,9 @@ def scoring_batches(
 ) -> DataLoader:
     """Loader of this process's share of a split, in order, with indices."""
     shard = Shard(dataset, size, processes)
-    return DataLoader(shard, batch, num_workers=workers, collate_fn=collate, pin_memory=pin)
+    return DataLoader(
+        shard, batch, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=obey_parent_alone
+    )
 
 
 def plain_errors(loader: DataLoader) -> Iterator:

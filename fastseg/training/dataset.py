@@ -15,11 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastseg.inference.images import MAX_CLASSES, first_line, palette, read_image, read_label, read_palette
+from fastseg.inference.images import MAX_CLASSES, SUFFIXES, first_line, palette, read_image, read_label, read_palette
 from fastseg.inference.progress import progress
 
 SPLITS = ("train", "val", "test")
-SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
 @dataclass(frozen=True)

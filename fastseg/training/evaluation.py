@@ -1,5 +1,6 @@
 """Scores of a model on a split, over all processes, without logits of full resolution."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -57,6 +58,7 @@ def evaluate(
     amp: torch.dtype | None = None,
     worst: int = 0,
     title: str = "evaluate",
+    stop: Callable[[], bool] = lambda: False,
 ) -> Evaluation:
     """Score ``model.predict`` on the batches of ``scoring_batches``; the model's mode is left as it was.
 
@@ -68,11 +70,14 @@ def evaluate(
         amp: dtype of autocast; None: none.
         worst: pictures to name, those with the lowest mean IoU over the classes in them.
         title: of the progress bar.
+        stop: asked before each batch; where it is true the rest of this process's share is left out.
     """
     counts = lambda: ConfusionMatrix(len(spec.classes), ignore_index=spec.ignore_index)
     total, each, training = counts(), [], model.training
     model.eval()
     for images, labels, indices in progress(Listed(loader), title, "batch", leave=False, shown=processes.first):
+        if stop():
+            break
         labels = window(labels, model).to(processes.device)
         with torch.autocast(processes.device.type, amp or torch.bfloat16, enabled=amp is not None):
             predicted = model.predict(pixels(images, processes.device))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,8 +92,12 @@ def train(
     resume: bool = False,
     save_every: int | None = None,
     max_seconds: float | None = None,
+    stop_asked: Callable[[], bool] = lambda: False,
 ) -> list[dict]:
     """Train, write ``last.pt`` and ``best.pt`` (by mean IoU on ``val_set``) and the curves into ``output``.
+
+    Where ``stop_asked()`` is true in one process, all stop with a checkpoint: after the step, or in the midst of the
+    scoring, which a resumed run then begins anew. Several GPUs look every ``LOOK`` steps.
 
     Returns:
         The curve: a row for each finished epoch.
@@ -140,6 +145,7 @@ def train(
             about = {"model": settings.model, "options": settings.options, "classes": list(settings.classes)}
             write_checkpoint(last, about | {"state_dict": weights, "training": training})
 
+    stop = False
     while state["epoch"] < settings.epochs:
         epoch, first = state["epoch"], state["done"]
         sampler.set_epoch(epoch)
@@ -161,18 +167,17 @@ def train(
                 schedule.step()
                 running += loss.detach()
                 state["done"] += 1
-                end, late = (
-                    state["done"] == steps,
-                    max_seconds is not None and time.perf_counter() - start > max_seconds,
-                )
+                end = state["done"] == steps
+                late = max_seconds is not None and time.perf_counter() - start > max_seconds
                 look = end or state["done"] % LOOK == 0
                 if look:
                     rate = (state["done"] - first) * settings.batch / (time.perf_counter() - began)
                     bar.set_postfix_str(f"loss {_finite(loss, step):.3f}, {rate:.1f} images/s")
-                stop = (look or processes.count == 1) and processes.sum(late)[0] > 0
+                cheap = processes.count == 1 or device.type == "cpu"  # to ask the others
+                stop = (look or cheap) and processes.sum(late or stop_asked())[0] > 0
                 if (stop or (save_every and state["done"] % save_every == 0)) and not end:
                     _finite(loss, step)
-                    state["loss"] = running.item()
+                    state["loss"] = processes.sum(running.item())[0] / processes.count
                     save()
                     if stop:
                         return state["history"]
@@ -181,14 +186,18 @@ def train(
                 state["loss"] = running.item()
                 save()
             raise
-        (loss_sum,) = processes.sum(running.item())
+        mean = processes.sum(running.item())[0] / processes.count
         title = f"score {epoch + 1}/{settings.epochs}"
-        scores = evaluate(model, val_loader, spec, processes, amp=amp, title=title).scores
+        scores = evaluate(model, val_loader, spec, processes, amp=amp, title=title, stop=stop_asked).scores
+        if processes.sum(stop_asked())[0] > 0:  # in all processes, as one of them may have left pictures out
+            state["loss"] = mean
+            save()
+            return state["history"]
         row = {
             "epoch": epoch + 1,
             "step": (epoch + 1) * steps,
             "lr": schedule.get_last_lr()[0],
-            "loss": loss_sum / processes.count / steps,
+            "loss": mean / steps,
             "pixel_accuracy": scores.pixel_accuracy,
             "mean_pixel_accuracy": scores.mean_pixel_accuracy,
             "mean_iou": scores.mean_iou,

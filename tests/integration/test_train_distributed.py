@@ -1,4 +1,4 @@
-"""Two processes train and score as one does: shared batches, shared statistics, one reduced confusion matrix."""
+"""Two processes train, resume and score as one does: shared batches and statistics, one reduced confusion matrix."""
 
 import json
 
@@ -36,7 +36,9 @@ def _commands(data, out):
 
 def test_two_processes_equal_one(tmp_path):
     data = str(make_folders(tmp_path / "data"))
-    (tmp_path / "commands.json").write_text(json.dumps(_commands(data, str(tmp_path / "two"))))
+    train, score = _commands(data, str(tmp_path / "two"))
+    commands = [[*train, "--max-seconds", "1e-9"], [*train, "--resume"], score]  # stopped after the first step
+    (tmp_path / "commands.json").write_text(json.dumps(commands))
     run_two(WORKER, tmp_path)
     with fastseg.reference():
         for command in _commands(data, str(tmp_path / "one")):
