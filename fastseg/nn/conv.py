@@ -180,3 +180,11 @@ def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
     if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
         return "a child's forward was replaced"
     return ""
+
+
+def rewritten(module: nn.Module) -> bool:
+    """Whether versions may miss writes to its parameters: FSDP gathers new values into the same tensors, uncounted.
+
+    Its ``fully_shard`` can be told by the hook that it puts on every module whose parameters it shards.
+    """
+    return bool(module._load_state_dict_post_hooks)

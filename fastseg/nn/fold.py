@@ -6,7 +6,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.conv import watched
+from fastseg.nn.conv import rewritten, watched
 from fastseg.nn.norm import run_norm_act, watched_norm
 from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
@@ -55,7 +55,8 @@ def folded(
         weight' = weight s,   bias' = (bias - mean) s + shift,   s = norm.weight / sqrt(var + eps)
 
     Computed once and kept as long as the convolution lives, until a parameter or statistic is replaced or written to,
-    or the norm is trained. Writes through ``p.data`` are not counted by torch: assign, or write to ``p`` in place.
+    or the norm is trained; not kept at all where FSDP gathers either. Writes through ``p.data`` are not counted by
+    torch: assign, or write to ``p`` in place.
     """
     dtype = autocast_dtype(x)
     last = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
@@ -84,7 +85,7 @@ def folded(
         weight = conv.weight if inputs is None else conv.weight[:, slice(*inputs)]
         weight = (weight.to(wide) * scale[:, None, None, None]).to(dtype).contiguous(memory_format=last)
         new = _Folded(weight, shift.to(dtype), sources, versions)
-    if versions is not None:
+    if versions is not None and not (rewritten(conv) or rewritten(norm)):
         kept[key] = new
     return new.weight, new.bias
 

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastseg.nn.conv import rewritten
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops.bilinear_conv_transpose import (
     bilinear_conv_transpose2d,
@@ -148,7 +149,9 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
 
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._look()
+        self._looked = False
+        if not rewritten(self):
+            self._look()
 
     def __getstate__(self) -> dict:
         return {
@@ -171,6 +174,8 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             return self._seen[2] if known and self._seen[1] == _stamp(self._seen[0]()) else "dense"
         if not isinstance(weight, nn.Parameter):
             return "dense"  # computed anew in each call: looking would cost more than it brings
+        if weight.requires_grad and rewritten(self):
+            return "dense"  # trained, and nothing tells when
         if not self._looked or self._seen[0]() is not weight or self._seen[1] != stamp:
             self._seen = (weakref.ref(weight), stamp, _kind_of(weight))
             self._looked = True

@@ -84,7 +84,9 @@ def batch_norm_act(
     y = _BatchNormAct.apply(*args, group)
     if not kernel or residual is not None:  # with a residual the result itself is kept
         return y
-    vectors = tuple(None if t is None else t.detach() for t in (mean, var, weight, bias))
+    if weight is not None:  # copies: FSDP frees parameters between a forward and its backward
+        weight, bias = torch.stack((weight.detach(), bias.detach())).unbind()
+    vectors = (mean.detach(), var.detach(), weight, bias)
     return remember(y, (x,), lambda source: fwd_op(source, *vectors, *args[5:]))
 
 
