@@ -4,7 +4,7 @@
 
 Each model's paths are timed in an order drawn anew each round; a time is a median, shown as its ratio to eager NCHW.
 Results go to ``benchmarks/results/peers/``. The allocator's settings spare every path the page faults of large maps.
-``onnxruntime`` and ``openvino`` take part where they are installed. ``--table`` writes the README's table from the file.
+``onnxruntime`` and ``openvino`` take part where they are installed. ``--table`` writes the table anew from the file.
 """
 
 import argparse
