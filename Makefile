@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -q --durations=5
 COMPILED := TRITON_INTERPRET=0 $(BIN)/pytest -q
 
-.PHONY: setup demo doctor test test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu tune figures
+.PHONY: setup demo doctor test test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu tune figures docs
 
 $(VENV)/.ready: setup.py constraints-ci.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fastseg needs Python 3.11 or later, this is %s; set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -87,6 +87,10 @@ gpu:
 
 tune:
 	$(PYTHON) benchmarks/gpu.py --stage tune --budget $(BUDGET)
+
+# Compiles every kernel for one chip: minutes.
+docs: setup
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/pages.py
 
 figures: setup
 	$(BIN)/python benchmarks/plot.py
