@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from fastseg.inference.graphs import captured
 from fastseg.ops._dispatch import HAS_TRITON
 
 GRAPH_BELOW = 100e-6  # seconds; under this the host's time to launch shows in a time taken between events
@@ -57,25 +58,6 @@ def device_times(fn: Function, *, graph: bool = True, milliseconds: float = 60) 
     except RuntimeError:  # it synchronises or copies from the host: timed as it is
         return Timing(seconds, "events")
     return Timing(do_bench(replay, milliseconds), "graph")
-
-
-def captured(fn: Function) -> Function:
-    """``fn`` as a CUDA graph; the returned function replays it and returns the same output tensors each time."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            fn()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = fn()
-
-    def replay() -> object:
-        graph.replay()
-        return output
-
-    return replay
 
 
 def summary(timing: Timing, *, bytes_moved: float | None = None, floor_s: float | None = None) -> dict:

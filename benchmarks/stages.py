@@ -35,6 +35,7 @@ import workloads
 from problem import Case, Problem
 from record import Log
 
+from fastseg.inference.graphs import captured
 from fastseg.inference.timing import interleaved
 from fastseg.ops._dispatch import explain
 
@@ -121,7 +122,7 @@ def _overheads(device: torch.device, calls: int = 200) -> dict[str, float]:
         with torch.no_grad():
             out["BatchNorm2d, host"] = host_us(lambda: module(image))
             out["fastseg separable_conv2d, host"] = host_us(lambda: fused(image))
-        replay = harness.captured(many(lambda: x.add_(1)))
+        replay = captured(many(lambda: x.add_(1)))
         out["CUDA graph node, device"] = harness.summary(timed(replay, device, graph=False))["median_us"] / calls
     return out
 
@@ -314,7 +315,7 @@ def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) 
         for name in providers:
             ways[name, False] = functions[name]
             if device.type == "cuda" and problem.mode == "eval":
-                ways[name, True] = harness.captured(functions[name])
+                ways[name, True] = captured(functions[name])
         samples = interleaved(ways, repetitions=3 if device.type == "cpu" else 50)
         for (name, graph), seconds in samples.items():
             row = {"shape": bench_models.label(problem.shape), "N": images, "mode": problem.mode, "provider": name}

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fastseg.inference.graphs import captured
 from fastseg.inference.images import first_line
 from fastseg.ops._cpu_conv import PackedWeights, packed_weights
 
 FORWARD, PREDICT = "forward", "predict"
-WARMUP = 3  # calls before a capture: autotuning, folding and packing must not be captured
 
 
 class Runner:
@@ -219,21 +219,12 @@ class _Graph:
 
     def __init__(self, function: Callable[[Tensor], Any], x: Tensor):
         self.input = x.clone(memory_format=torch.channels_last)
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP):
-                function(self.input)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):
-            self.output = function(self.input)
+        self.replay = captured(lambda: function(self.input))
 
     def __call__(self, x: Tensor) -> Any:
         """The result for ``x``, in memory of its own."""
         self.input.copy_(x)
-        self.graph.replay()
-        return tree_map_only(Tensor, torch.clone, self.output)
+        return tree_map_only(Tensor, torch.clone, self.replay())
 
 
 def _trim(kept: OrderedDict, most: int) -> None:

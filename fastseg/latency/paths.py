@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.inference.comparison import eager_form
+from fastseg.inference.graphs import captured
 from fastseg.inference.images import first_line
 from fastseg.inference.runner import Runner
 
@@ -57,16 +58,7 @@ def _graph(build: Callable[..., Built]) -> Callable[..., Built]:
     def built(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
         if x.device.type != "cuda":
             raise Unavailable("graphs are of CUDA")
-        call, side = build(model, x, dtype).call, torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            call()
-        return Built(graph.replay, counts=False)
+        return Built(captured(build(model, x, dtype).call), counts=False)
 
     return built
 
