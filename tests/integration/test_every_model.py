@@ -1,4 +1,4 @@
-"""Every model among torch's tools: one graph under ``torch.compile``, export with other sizes, and ONNX."""
+"""Every model among torch's tools: one graph under ``torch.compile``, export with other sizes, ONNX; as a Runner."""
 
 import pytest
 import torch
@@ -6,6 +6,7 @@ from nets import NARROW, unsettle
 from torch import nn
 from torch.export import Dim
 
+from fastseg.inference import Runner
 from fastseg.models import create, names
 from fastseg.ops._dispatch import INTERPRETED
 from fastseg.ops._register import DECOMPOSITIONS
@@ -57,3 +58,14 @@ def test_onnx(model, tmp_path):
     (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     with torch.no_grad():
         close(torch.from_numpy(got), model(x))
+
+
+def test_runner(model):
+    """At a size that returns and at others; on wide layers: tests/ops/test_cpu_conv.py, test_runner.py."""
+    x = torch.randn(1, 3, 64, 96)
+    runner = Runner(model, x)
+    for image in (x, torch.randn(2, 3, 65, 47)):
+        with torch.no_grad():
+            close(runner(image), model(image))
+            agree = runner.predict(image) == model.predict(image)
+        assert agree.float().mean() > 0.999  # ties of rounded logits
