@@ -1,6 +1,7 @@
 """The command line: ``fastseg COMMAND``, also ``python -m fastseg COMMAND``."""
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -44,7 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         module.add_arguments(subparsers.add_parser(name, help=summary, description=summary))
     args = parser.parse_args(argv)
     try:
-        return COMMANDS[args.command].run(args)
+        status = COMMANDS[args.command].run(args)
+        if status == train.PREEMPTED and argv is None:  # the process ends: a launcher's second one comes too late
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return status
     except (ValueError, OSError, ImportError) as error:  # bad input; anything else is our fault and keeps its traceback
         print(f"fastseg {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
     except KeyboardInterrupt:

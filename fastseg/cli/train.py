@@ -4,6 +4,7 @@ import argparse
 import json
 import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -61,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     splits = [FolderDataset(args.data, split, spec) for split in ("train", "val")]
     options = dict(args.option)
     pair = lambda values: None if values is None else tuple(values)
-    with processes(args.device) as group:
+    with ExitStack() as to_the_end, processes(args.device) as group:
         for split in splits:
             split.check(range(group.rank, len(split), group.count), shown=group.first)
         settings = Settings(
@@ -74,12 +75,12 @@ def run(args: argparse.Namespace) -> int:
         if args.encoder_weights is not None:
             load_encoder_weights(model, args.encoder_weights)
         args.output.mkdir(parents=True, exist_ok=True)
-        with sigterm() as came:
-            history = train(
-                model, settings, *splits, args.output, group, workers=args.workers, resume=args.resume,
-                save_every=args.save_every, max_seconds=args.max_seconds, stop_asked=came,
-            )  # fmt: skip
-            preempted = group.sum(came())[0] > 0 and len(history) < args.epochs
+        came = to_the_end.enter_context(sigterm())  # while the processes part, too
+        history = train(
+            model, settings, *splits, args.output, group, workers=args.workers, resume=args.resume,
+            save_every=args.save_every, max_seconds=args.max_seconds, stop_asked=came,
+        )  # fmt: skip
+        preempted = group.sum(came())[0] > 0 and len(history) < args.epochs
         if group.first:
             if history:
                 best = max(history, key=lambda row: row["mean_iou"])
