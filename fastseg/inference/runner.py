@@ -67,8 +67,9 @@ class Runner:
         self.winograd, self.winograd_bytes = winograd, winograd_bytes
         self._lock = threading.RLock()
         self._state: _State | None = None
+        self._done: torch.cuda.Event | None = None  # of the last replay, on whatever stream
         self._check(example)
-        self._current().expect(tuple(example.shape))
+        self._current().seen[tuple(example.shape)] = None
         self(example)
 
     def __call__(self, x: Tensor) -> Any:
@@ -89,11 +90,16 @@ class Runner:
     def _run(self, method: str, x: Tensor) -> Any:
         self._check(x)
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            state = self._current()
             if not captures(x):  # nothing is shared but what is made once: calls may overlap
-                return state.call(method, x)
+                return self._current().call(method, x)
             with self._lock, torch.cuda.device_of(x):
-                return state.replay(method, x)
+                stream = torch.cuda.current_stream()
+                if self._done is not None:
+                    stream.wait_event(self._done)  # its stream may still read what is written or dropped now
+                result = self._current().replay(method, x)
+                self._done = torch.cuda.Event()
+                self._done.record(stream)
+                return result
 
     def _current(self) -> "_State":
         """The copy of the model as it is now."""
@@ -131,11 +137,11 @@ class _State:
         self.copy = _converted(model, dtype)
         self.dtype = next((p.dtype for p in self.copy.parameters() if p.is_floating_point()), None)
         self.max_shapes = max_shapes
-        self.seen: OrderedDict[tuple, bool] = OrderedDict() if seen is None else seen  # shape -> whether it is packed
-        self.graphs: OrderedDict[tuple, _Graph | None] = OrderedDict()  # None: it could not be captured
-        self.done: torch.cuda.Event | None = None  # of the last replay, on whatever stream
-        self.winograd, self.winograd_bytes = winograd, winograd_bytes
+        self.lock = threading.Lock()  # of the next two
+        self.seen: OrderedDict[tuple, None] = OrderedDict() if seen is None else seen  # shapes, the last used last
         self.packs: OrderedDict[tuple, PackedWeights] = OrderedDict()
+        self.graphs: OrderedDict[tuple, _Graph | None] = OrderedDict()  # None: it could not be captured
+        self.winograd, self.winograd_bytes = winograd, winograd_bytes
 
     def is_current(self) -> bool:
         """Whether nobody wrote to the model since."""
@@ -146,51 +152,36 @@ class _State:
                 return False
         return True
 
-    def expect(self, shape: tuple) -> None:
-        """Make what is made once for ``shape`` at its first call."""
-        self.seen[shape] = True
-
     def call(self, method: str, x: Tensor) -> Any:
         """The method's result, its convolutions with packed weights where ``x`` has a shape that returns."""
-        shape = tuple(x.shape)
+        packs = self._packs(tuple(x.shape)) if x.device.type == "cpu" else None
         x = x.to(dtype=self.dtype or x.dtype, memory_format=torch.channels_last)
         run = self.copy if method == FORWARD else self.copy.predict
-        if x.device.type != "cpu" or not self._returns(shape):
-            return run(x)
-        with packed_weights(self._packs(shape)):
-            return run(x)
-
-    def _packs(self, shape: tuple) -> PackedWeights:
-        packs = self.packs.pop(shape, None)
         if packs is None:
-            left = self.winograd_bytes - sum(other.transformed for other in tuple(self.packs.values()))
-            packs = PackedWeights(winograd=self.winograd, most_bytes=left)
-        self.packs[shape] = packs  # the last used comes last
-        _trim(self.packs, self.max_shapes)
-        return packs
+            return run(x)
+        with packed_weights(packs):
+            return run(x)
 
-    def _returns(self, shape: tuple) -> bool:
-        known = shape in self.seen
-        self.seen[shape] = known
-        self.seen.move_to_end(shape)
-        _trim(self.seen, 8 * self.max_shapes)
-        return known
+    def _packs(self, shape: tuple) -> PackedWeights | None:
+        """The packed weights for a shape; None at its first call."""
+        with self.lock:
+            returns = shape in self.seen
+            _use(self.seen, shape, None, 8 * self.max_shapes)
+            if not returns:
+                return None
+            packs = self.packs.get(shape)
+            if packs is None:
+                left = self.winograd_bytes - sum(other.transformed for other in self.packs.values())
+                packs = PackedWeights(winograd=self.winograd, most_bytes=left)
+            _use(self.packs, shape, packs, self.max_shapes)
+            return packs
 
     def replay(self, method: str, x: Tensor) -> Any:
         """The method's result as a graph, captured at the first call of a shape."""
-        stream = torch.cuda.current_stream()
-        if self.done is not None:
-            stream.wait_event(self.done)  # the last call's stream may still read the buffers
         key = (method, tuple(x.shape))
-        if key not in self.graphs:
-            self.graphs[key] = self.capture(method, x)
-            _trim(self.graphs, self.max_shapes)
-        self.graphs.move_to_end(key)
-        graph = self.graphs[key]
-        result = self.call(method, x) if graph is None else graph(x)
-        self.done = torch.cuda.Event()
-        self.done.record(stream)
-        return result
+        graph = self.graphs[key] if key in self.graphs else self.capture(method, x)
+        _use(self.graphs, key, graph, self.max_shapes)
+        return self.call(method, x) if graph is None else graph(x)
 
     def capture(self, method: str, x: Tensor) -> "_Graph | None":
         """A graph for inputs like ``x``, or None, with a warning: calls then launch one by one."""
@@ -227,13 +218,12 @@ class _Graph:
         return tree_map_only(Tensor, torch.clone, self.replay())
 
 
-def _trim(kept: OrderedDict, most: int) -> None:
-    """Drop the least recently used."""
+def _use(kept: OrderedDict, key: tuple, value: Any, most: int) -> None:
+    """Keep ``value`` as the last used; drop the least recently used past ``most``."""
+    kept[key] = value
+    kept.move_to_end(key)
     while len(kept) > most:
-        try:
-            kept.popitem(last=False)
-        except KeyError:  # another thread was faster
-            return
+        kept.popitem(last=False)
 
 
 class _Mark(NamedTuple):

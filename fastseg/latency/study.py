@@ -58,7 +58,7 @@ def measure(
         warmup: calls before.
 
     Returns:
-        One row for each path: the case, ``path``, and seconds ``median_ms``, ``p95_ms``, ``p99_ms``, ``spread`` (the
+        One row for each path: the case, ``path``, milliseconds ``median_ms``, ``p95_ms``, ``p99_ms``, ``spread`` (the
         range of the middle half over the median), ``images_per_s``, ``peak_mib`` above weights and input, ``launches``
         (kernels on CUDA, else ops that write a tensor; None where that cannot be seen), ``gflop`` and ``mbytes`` of the
         eager forward; or ``unavailable`` and why.

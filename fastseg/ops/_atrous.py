@@ -89,10 +89,7 @@ def are_one_map(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) 
     """Whether ``atrous_branches`` writes all branches into one map, or copies what a GPU's library gave there."""
     if torch.compiler.is_compiling() or not kernels_run(x):
         return True
-    kernels = [w.shape[-1] for w in weights]
-    if any(K not in (1, 3) for K in kernels) or len(weights) > MOST_BRANCHES:
-        return False
-    return _own(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, list(dilations))
+    return not _unsupported(x, weights, (), dilations, None, None)[0]
 
 
 def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool) -> list[Tensor]:
@@ -196,7 +193,7 @@ def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str
     if torch._C._are_functorch_transforms_active() or any(has_tangent(t) for t in (x, *weights, *biases)):
         return "a transform of functions, or forward-mode AD", ""
     passes = (act is not None) + (residual is not None)
-    chosen = _plan(x.shape, x.dtype, weights[0].shape[0], kernels, dilations, passes)
+    chosen = _plan(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations, passes)
     return chosen if isinstance(chosen, str) else "" if chosen.own else str(chosen), str(chosen)
 
 
