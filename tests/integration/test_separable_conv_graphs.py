@@ -5,7 +5,6 @@ a CPU tensor takes the reference, in captured graphs too.
 """
 
 import io
-import os
 import shutil
 import subprocess
 import sys
@@ -13,6 +12,7 @@ import threading
 
 import pytest
 import torch
+from processes import run_two
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -266,17 +266,10 @@ assert kernels <= {"fastseg.kernels.geometry"}, kernels  # numbers, no Triton
 """
 
 
-def python(script: str, *args: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-P", "-c", script, *args], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-
-
 def test_runs_without_triton():
-    process = python(WITHOUT_TRITON)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
+    command = [sys.executable, "-P", "-c", WITHOUT_TRITON]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 DISTRIBUTED = """
@@ -286,8 +279,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from fastseg.nn import SeparableConv2d
 
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+rank, store, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 block = SeparableConv2d(3, 4, mid_norm=True, mid_act="relu")
 block.load_state_dict(torch.load(f"{folder}/block.pt", weights_only=True))
 block.post_norm.eval()
@@ -305,9 +298,7 @@ def test_distributed_data_parallel(tmp_path):
     block, x = SeparableConv2d(3, 4, mid_norm=True, mid_act="relu"), image(4)
     torch.save(block.state_dict(), tmp_path / "block.pt")
     torch.save(x, tmp_path / "x.pt")
-    processes = [python(DISTRIBUTED, str(rank), str(tmp_path)) for rank in range(2)]
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
-    assert not any(process.returncode for process in processes), outputs
+    run_two(DISTRIBUTED, tmp_path)
     block.eval()(x).square().mean().backward()  # fixed statistics: a batch split in two is the same batch
     for rank in range(2):
         grads = torch.load(tmp_path / f"grads{rank}.pt", weights_only=True)
