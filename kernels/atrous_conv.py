@@ -23,7 +23,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Registers what the launcher asks `select` for.
 from fastseg.kernels import atrous_conv_configs  # noqa: F401
 from fastseg.kernels.atrous_plan import (
     REGION,
@@ -38,6 +37,9 @@ from fastseg.kernels.atrous_plan import (
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import activate, clamp_index
 from fastseg.kernels.config import launch, select
+
+# Registers what the launcher asks `select` for.
+from fastseg.kernels.geometry import cdiv
 from fastseg.kernels.separable_conv_fwd import precision
 
 
@@ -156,7 +158,7 @@ def _launch(x, weights, biases, residual, y, branches, act, *, C, COUT, mirrored
     cfg = select("atrous_conv_fwd", size=N * H * W, device=x.device, C=C, COUT=COUT, dtype=x.dtype)
     items, regions = tables(H, W, branches, N, cfg.BLOCK_M, mirrored, x.device)
     launch(
-        _atrous_conv_fwd_kernel, (items.shape[0] * triton.cdiv(COUT, cfg.BLOCK_N),),
+        _atrous_conv_fwd_kernel, (items.shape[0] * cdiv(COUT, cfg.BLOCK_N),),
         x, tuple(weights), tuple(biases) or (x,), x if residual is None else residual, items, regions, y, N, H, W,
         C=C, CX=CX, COUT=COUT, CY=y.shape[1], WIDTH=regions.shape[1], BRANCHES=len(branches),
         MIRRORED=mirrored, HAS_BIAS=bool(biases), HAS_RESIDUAL=residual is not None, ACT=act, ACC=acc_dtype(x),

@@ -18,6 +18,7 @@ from fastseg.kernels.atrous_plan import Branch, weight_rows
 from fastseg.kernels.batch_norm_act import acc_dtype, stats_dtype
 from fastseg.kernels.common import clamp_index
 from fastseg.kernels.config import launch, select
+from fastseg.kernels.geometry import cdiv
 from fastseg.kernels.separable_conv_fwd import precision
 
 PROGRAMS = 264  # two for each multiprocessor of an H200: fewer, and the sums are split
@@ -82,8 +83,8 @@ def atrous_conv_bwd_weight(dy: Tensor, x: Tensor, kernels: list[int], dilations:
     (N, C, H, W), COUT = x.shape, dy.shape[1] // len(kernels)
     cfg = select("atrous_conv_bwd_weight", size=N * H * W, device=x.device, C=C, COUT=COUT, dtype=x.dtype)
     taps = table(H, W, branches, COUT, C, x.device)
-    blocks = triton.cdiv(COUT, cfg.BLOCK_N) * triton.cdiv(C, cfg.BLOCK_K)
-    parts = min(triton.cdiv(PROGRAMS, taps.shape[0] * blocks), triton.cdiv(N * H * W, cfg.BLOCK_M))
+    blocks = cdiv(COUT, cfg.BLOCK_N) * cdiv(C, cfg.BLOCK_K)
+    parts = min(cdiv(PROGRAMS, taps.shape[0] * blocks), cdiv(N * H * W, cfg.BLOCK_M))
     total = sum(COUT * C * K * K for K in kernels)
     dw = x.new_empty(parts, total, dtype=stats_dtype(x))
     launch(

@@ -14,10 +14,10 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
 from fastseg.kernels.atrous_plan import Branch, dense, executed, forward_regions
 from fastseg.kernels.config import candidates, heuristic
+from fastseg.kernels.geometry import next_power_of_2
 from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, OWN_LANES
 
 MULTIPROCESSORS = 132  # of an H200, whose ceilings the model takes
@@ -78,7 +78,7 @@ def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
     With few rows, 64: rectangles of one image are small, and what a tile has too many is multiplied for nothing (at
     32x32 and N = 1 an ASPP executes 0.72 with 64 rows, 0.85 with 128). fp32 operands would fill the registers.
     """
-    block_n = min(128, max(16, triton.next_power_of_2(COUT)))
+    block_n = min(128, max(16, next_power_of_2(COUT)))
     if dtype.itemsize > 2:
         return {"BLOCK_M": 64, "BLOCK_N": min(64, block_n), "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     block_m = 64 if size < 8192 else 128
@@ -92,7 +92,7 @@ def _weight_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str
 
     fp32 goes through registers (one stage): wgmma wants both operands turned, and a copy that turns has 32 bits.
     """
-    block_n, block_k = (min(128, max(16, triton.next_power_of_2(channels))) for channels in (COUT, C))
+    block_n, block_k = (min(128, max(16, next_power_of_2(channels))) for channels in (COUT, C))
     if dtype.itemsize > 2:
         return {"BLOCK_M": 32, "BLOCK_N": min(64, block_n), "BLOCK_K": min(64, block_k), "num_warps": 4,
                 "num_stages": 1}  # fmt: skip

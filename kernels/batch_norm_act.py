@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastseg.kernels.common import activate, norm_act
 from fastseg.kernels.config import Config, candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 
 
 class Norm(NamedTuple):
@@ -70,20 +71,20 @@ class Walk(NamedTuple):
 
     def key(self, z: Tensor) -> dict:
         """What ``select`` is asked with: ``inner`` is the length of what is contiguous, in planes by powers of two."""
-        inner = self.C if self.last else min(triton.next_power_of_2(self.pixels), LONGEST)
+        inner = self.C if self.last else min(next_power_of_2(self.pixels), LONGEST)
         size = self.images * self.pixels
         return {"size": size, "device": z.device, "dtype": z.dtype, "inner": inner, "last": self.last}
 
     def blocks(self, cfg: Config) -> tuple[int, int]:
         """Blocks of pixels in an image, and in the batch."""
-        blocks = triton.cdiv(self.pixels, cfg.BLOCK_M)
+        blocks = cdiv(self.pixels, cfg.BLOCK_M)
         return blocks, self.images * blocks
 
     def reduction(self, cfg: Config) -> tuple[int, int, int, int]:
         """The same, blocks that each program of a reduction walks, and programs along that axis."""
         blocks, total = self.blocks(cfg)
-        steps = max(rows_per_program(total, 1, triton.cdiv(self.C, cfg.BLOCK_C)), 1)
-        return blocks, total, steps, triton.cdiv(total, steps)
+        steps = max(rows_per_program(total, 1, cdiv(self.C, cfg.BLOCK_C)), 1)
+        return blocks, total, steps, cdiv(total, steps)
 
 
 @triton.jit
@@ -138,7 +139,7 @@ def batch_norm_act_fwd(
     cfg = select("batch_norm_act_fwd", **walk.key(z))
     blocks, total = walk.blocks(cfg)
     launch(
-        _batch_norm_act_fwd_kernel, (total, triton.cdiv(walk.C, cfg.BLOCK_C)),
+        _batch_norm_act_fwd_kernel, (total, cdiv(walk.C, cfg.BLOCK_C)),
         z, *vectors, z if residual is None else residual, y, walk.pixels, blocks, eps,
         C=walk.C, LAST=walk.last, AFFINE=affine, ACT=act, RESIDUAL="none" if residual is None else where,
         ACC=acc_dtype(z), **cfg.launch,
@@ -151,7 +152,7 @@ PROGRAMS = 1024  # of a reduction: about 8 for each SM of an H200, and few enoug
 
 def rows_per_program(M: int, block: int, others: int) -> int:
     """Rows that each program of a reduction walks, a multiple of ``block``; ``others``: programs on the other axes."""
-    return triton.cdiv(triton.cdiv(M, max(PROGRAMS // others, 1)), block) * block
+    return cdiv(cdiv(M, max(PROGRAMS // others, 1)), block) * block
 
 
 LONGEST = 2048  # pixels of a plane in one block: then it has one channel, whose vectors are scalars
@@ -169,7 +170,7 @@ def _config(size: int, inner: int, last: bool, dtype: torch.dtype) -> dict[str, 
     reduction of 32x32 planes spills on sm_100.
     """
     if last:
-        block_c = min(64, max(16, triton.next_power_of_2(inner)))
+        block_c = min(64, max(16, next_power_of_2(inner)))
         return {"BLOCK_M": 4096 // block_c, "BLOCK_C": block_c, "num_warps": 4}
     block_m = min(512, max(16, inner))
     return {"BLOCK_M": block_m, "BLOCK_C": 2048 // block_m, "num_warps": 4}

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import Norm, Walk, acc_dtype, norm_args, stats_dtype, tile_of
 from fastseg.kernels.common import activate_grad, load_mean_grads, load_norm, norm_grad, store_tile_sums
 from fastseg.kernels.config import launch, select
+from fastseg.kernels.geometry import cdiv
 
 
 @triton.jit
@@ -95,7 +96,7 @@ def batch_norm_act_bwd_reduce(
     if tiles == 0:
         return sums.sum(0), g, dz
     launch(
-        _batch_norm_act_bwd_reduce_kernel, (tiles, triton.cdiv(walk.C, cfg.BLOCK_C)),
+        _batch_norm_act_bwd_reduce_kernel, (tiles, cdiv(walk.C, cfg.BLOCK_C)),
         dy, z, z if y is None else y, *vectors, sums, sums if g is None else g, sums if dz is None else dz,
         walk.pixels, blocks, total, steps, eps,
         C=walk.C, LAST=walk.last, NORM=has_norm, AFFINE=affine, ACT=act, FROM_Y=y is not None, FIXED=with_dz,
@@ -116,7 +117,7 @@ def batch_norm_act_bwd_input(g: Tensor, z: Tensor, norm: Norm, act: str, sums: T
     cfg = select("batch_norm_act_bwd_input", **walk.key(z))
     blocks, total = walk.blocks(cfg)
     launch(
-        _batch_norm_act_bwd_input_kernel, (total, triton.cdiv(walk.C, cfg.BLOCK_C)),
+        _batch_norm_act_bwd_input_kernel, (total, cdiv(walk.C, cfg.BLOCK_C)),
         g, z, *vectors, sums, dz, walk.pixels, blocks, eps, inv_count,
         C=walk.C, LAST=walk.last, AFFINE=affine, ACT=act, ACC=acc_dtype(z), **cfg.launch,
     )  # fmt: skip

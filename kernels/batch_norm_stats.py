@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Walk, acc_dtype, stats_dtype, tile_of
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv
 
 
 @triton.jit
@@ -109,7 +110,7 @@ def batch_stats(tile_stats: Tensor, counts: Tensor, origin: Tensor | None = None
     acc = acc_dtype(stats)
     launch(
         _batch_stats_kernel,
-        (triton.cdiv(C, cfg.BLOCK_C),),
+        (cdiv(C, cfg.BLOCK_C),),
         tile_stats,
         counts,
         tile_stats if origin is None else origin,
@@ -134,7 +135,7 @@ def batch_norm_stats(z: Tensor) -> Tensor:
     tile_stats = torch.empty(tiles, 2, C, dtype=stats_dtype(z), device=z.device)
     counts = tile_stats.new_empty(tiles)
     launch(
-        _batch_norm_tile_stats_kernel, (tiles, triton.cdiv(C, cfg.BLOCK_C)),
+        _batch_norm_tile_stats_kernel, (tiles, cdiv(C, cfg.BLOCK_C)),
         z, tile_stats, counts, walk.pixels, blocks, total, steps,
         C=C, LAST=walk.last, ACC=acc_dtype(z), **cfg.launch,
     )  # fmt: skip

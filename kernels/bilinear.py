@@ -28,7 +28,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import source_taps
 from fastseg.kernels.config import candidates, heuristic, launch, select
-from fastseg.kernels.geometry import source_scale
+from fastseg.kernels.geometry import cdiv, layout_of, memoized, next_power_of_2, source_scale
 
 LARGEST_SIDE = 2**22  # positions are fp32: a quarter of a pixel is left there
 
@@ -182,12 +182,14 @@ class Taps(NamedTuple):
         return max(1, min(out, round(exact) if abs(exact - round(exact)) < 1e-9 * exact else int(exact) + 1))
 
 
+@memoized
 def interpolation(size: tuple[int, int], out: tuple[int, int], align_corners: bool, factors: tuple) -> Taps:
     """``interpolate``'s: (IH, IW) -> (OH, OW); ``factors`` are the caller's scale factors, or None each."""
     scale = tuple(source_scale(i, o, align_corners, f) for i, o, f in zip(size, out, factors, strict=True))
     return Taps("corners" if align_corners else "centres", scale)
 
 
+@memoized
 def unsupported(C: int, size: tuple[int, int], out: tuple[int, int]) -> str:
     """Why the kernels cannot take these sizes, or "". A graph of any size is taken: its ops look at each size again."""
     if any(isinstance(n, torch.SymInt) for n in (C, *size, *out)):
@@ -243,10 +245,7 @@ def held_channels(x: Tensor, channels_last: bool) -> int:
     return held if fits and held >= C else 0
 
 
-def layout_of(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
+@memoized
 def scale_args(taps: Taps) -> tuple[float, ...]:
     """Each scale as fp32, which is what a kernel's float argument is, and the rest of it."""
     parts = []
@@ -264,7 +263,7 @@ def is_flat(C: int, dtype: torch.dtype) -> bool:
 def select_for(kernel: str, owned: Tensor, channels_last: bool):
     """``owned``: the map whose elements the programs own."""
     C, W = owned.shape[1], owned.shape[3]
-    width = min(1024, triton.next_power_of_2(W * C if channels_last and is_flat(C, owned.dtype) else W))
+    width = min(1024, next_power_of_2(W * C if channels_last and is_flat(C, owned.dtype) else W))
     C = C if channels_last else 0
     return select(kernel, size=owned.numel(), device=owned.device, C=C, W=width, dtype=owned.dtype)
 
@@ -275,12 +274,12 @@ def grid_of(owned: Tensor, channels_last: bool, cfg) -> tuple[tuple[int], int, b
     flat = channels_last and is_flat(C, owned.dtype)
     planes = N if channels_last else N * C
     if flat:
-        tiles = planes * triton.cdiv(W * C, cfg.BLOCK_W * cfg.BLOCK_C)
+        tiles = planes * cdiv(W * C, cfg.BLOCK_W * cfg.BLOCK_C)
     elif channels_last:
-        tiles = planes * triton.cdiv(W, cfg.BLOCK_W) * triton.cdiv(C, cfg.BLOCK_C)
+        tiles = planes * cdiv(W, cfg.BLOCK_W) * cdiv(C, cfg.BLOCK_C)
     else:
-        tiles = triton.cdiv(planes, cfg.BLOCK_C) * triton.cdiv(W, cfg.BLOCK_W)
-    return (tiles * triton.cdiv(H, cfg.ROWS),), planes, flat
+        tiles = cdiv(planes, cfg.BLOCK_C) * cdiv(W, cfg.BLOCK_W)
+    return (tiles * cdiv(H, cfg.ROWS),), planes, flat
 
 
 def _tile(elements: int, C: int, W: int, dtype: torch.dtype) -> tuple[int, int]:
@@ -288,7 +287,7 @@ def _tile(elements: int, C: int, W: int, dtype: torch.dtype) -> tuple[int, int]:
     if C == 0 or is_flat(C, dtype):
         block_w = min(elements, max(W, 16))
         return block_w, 1 if C else elements // block_w
-    block_c = min(64, triton.next_power_of_2(C))
+    block_c = min(64, next_power_of_2(C))
     return min(elements // block_c, max(W, 4)), block_c
 
 

@@ -111,9 +111,8 @@ def select(kernel: str, *, size: int, device: torch.device, **key) -> Config:
         _select_observer(kernel, size, key)
     if kernel in _overrides:
         return Config({**_heuristics[kernel](size, **key), **_overrides[kernel]}, "override")
-    if device.type == "cuda":
-        return _lookup(kernel, max(size, 1), tuple(key.items()), table_names(device.index))
-    return Config(_heuristics[kernel](size, **key), "heuristic")
+    names = table_names(device.index) if device.type == "cuda" else ()
+    return _lookup(kernel, max(size, 1), tuple(key.items()), names)
 
 
 @contextmanager
@@ -206,12 +205,8 @@ def launch(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
     Triton launches on the *current* device and stream; this enters the device of the arguments first. Also the one
     place where launches are counted, compiled ahead of time, or watched (``intercept``).
     """
-    device = None
-    for arg in args:
-        if isinstance(arg, Tensor):
-            if device is None:
-                device = arg.device
-            assert arg.device == device, f"{kernel}: tensors on {device} and {arg.device}"
+    devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+    assert len(devices) == 1, f"{kernel}: tensors on {' and '.join(sorted(map(str, devices)))}"
     assert math.prod(grid) < 2**31 and max(grid[1:], default=1) <= 65535, f"{kernel}: grid {grid} is past CUDA's limits"
     if torch.version.hip:
         kwargs.pop("maxnreg", None)  # an option of NVIDIA's backend alone

@@ -25,6 +25,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import clamp_keeping_nan, tile_pixels
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.inverted_residual_plan import group_of
 from fastseg.kernels.separable_conv_fwd import empty_nhwc, precision
 from fastseg.kernels.separable_conv_plan import Geometry
@@ -147,15 +148,15 @@ LIMITS = {"relu6": 6.0, "relu": float("inf")}  # upper ends of the activations
 def inverted_residual_fwd(x: Tensor, w: Weights, act: str, stride: int, dilation: int, residual: bool) -> Tensor:
     """x (N, C, H, W) in NHWC memory -> y (N, COUT, ceil(H / stride), ceil(W / stride)), NHWC."""
     N, C, H, W = x.shape
-    OH, OW = triton.cdiv(H, stride), triton.cdiv(W, stride)
+    OH, OW = cdiv(H, stride), cdiv(W, stride)
     HIDDEN, COUT = w.expand.shape[0], w.project.shape[0]
     g = Geometry(N, C, H, W, COUT, OH, OW, 3, stride, dilation, dilation)
     cfg = select("inverted_residual_fwd", size=g.pixels, device=x.device, C=C, COUT=COUT, stride=stride,
                  dilation=dilation, dtype=x.dtype)  # fmt: skip
     assert cfg.GROUP == 1 or dilation == 1, "neighbouring outputs share positions only without dilation"
     y = empty_nhwc(x, g, COUT)
-    tiles = N * triton.cdiv(OH, cfg.BLOCK_H) * triton.cdiv(triton.cdiv(OW, cfg.GROUP), cfg.BLOCK_W)
-    power = lambda n: max(16, triton.next_power_of_2(n))
+    tiles = N * cdiv(OH, cfg.BLOCK_H) * cdiv(cdiv(OW, cfg.GROUP), cfg.BLOCK_W)
+    power = lambda n: max(16, next_power_of_2(n))
     launch(
         _inverted_residual_fwd_kernel, (tiles,), x, *w, y, H, W, OH, OW, dilation, dilation, LIMITS[act],
         C=C, HIDDEN=HIDDEN, COUT=COUT, STRIDE=stride, RESIDUAL=residual, ACC=acc_dtype(x), PRECISION=precision(x),

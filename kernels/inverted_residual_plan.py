@@ -19,8 +19,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
 
+from fastseg.kernels.geometry import next_power_of_2
 from fastseg.kernels.pointwise_conv import plan as plan_pointwise
 from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, Geometry
 from fastseg.kernels.separable_conv_plan import plan as plan_pair
@@ -46,7 +46,7 @@ def spread(tiles: float) -> float:
 
 
 def _power(n: int) -> int:
-    return max(16, triton.next_power_of_2(n))
+    return max(16, next_power_of_2(n))
 
 
 def _work(group: int, C: int, COUT: int, stride: int, rate: float) -> float:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args
 from fastseg.kernels.common import activate, load_norm
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.pooling import INT64, NO_INDEX, UNROLLED, Pooling, grid_rows, new_index, new_map, pack_codes
 
 
@@ -112,7 +113,7 @@ def max_pool_fwd(
         "max_pool_fwd", size=y.numel(), device=x.device, dtype=x.dtype, inner=inner, last=pool.channels_last, bits=bits
     )
     launch(
-        _max_pool_fwd_kernel, (triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(inner, cfg.BLOCK_L)),
+        _max_pool_fwd_kernel, (cdiv(rows, cfg.BLOCK_M), cdiv(inner, cfg.BLOCK_L)),
         x, *vectors, y, y if bits == NO_INDEX else index, rows, inner, pool.C, *pool.size, *pool.out, eps,
         **pool.constants, BITS=bits, NORM=has_norm, AFFINE=affine, ACT=act, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
@@ -128,7 +129,7 @@ def _rows_config(size: int, dtype: torch.dtype, inner: int, last: bool, bits: in
 
     In planes a block is as wide as a line of windows, so that lanes of a warp are neighbours in memory.
     """
-    block_l = min(64 if last else 256, max(16, triton.next_power_of_2(inner)))
+    block_l = min(64 if last else 256, max(16, next_power_of_2(inner)))
     elements = 2048 if last or bits <= 4 else 1024 if dtype.itemsize == 2 else 512
     return {"BLOCK_M": max(elements // block_l, 1), "BLOCK_L": block_l, "num_warps": 4}
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.config import heuristic, launch, select
+from fastseg.kernels.geometry import cdiv
 from fastseg.kernels.pooling import INT64, UNROLLED, Pooling, grid_rows, load_index, new_map
 
 LOCAL, FOREIGN, INVALID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a program reports of its indices
@@ -240,7 +241,7 @@ def max_unpool_fwd(
         last=pool.channels_last,
         bits=bits,
     )
-    grid = triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(inner, cfg.BLOCK_L)
+    grid = cdiv(rows, cfg.BLOCK_M), cdiv(inner, cfg.BLOCK_L)
     checked = bits == INT64.value and not add
     report = v.new_empty(grid if checked else 0, dtype=torch.int32)
     launch(
@@ -254,7 +255,7 @@ def max_unpool_fwd(
     planes = pool.N * pool.C
     cfg = select("max_unpool_fwd_foreign", size=planes, device=v.device)
     launch(
-        _max_unpool_fwd_foreign_kernel, (triton.cdiv(planes, cfg.BLOCK_L),),
+        _max_unpool_fwd_foreign_kernel, (cdiv(planes, cfg.BLOCK_L),),
         v, index, report, y, valid, report.numel(), planes, pool.C, math.prod(pool.size), math.prod(pool.out),
         CHANNELS_LAST=pool.channels_last, **cfg.launch,
     )  # fmt: skip
@@ -275,7 +276,7 @@ def max_unpool_bwd(dy: Tensor, index: Tensor, pool: Pooling, bits: int) -> Tenso
         bits=bits,
     )
     launch(
-        _max_unpool_bwd_kernel, (triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(inner, cfg.BLOCK_L)),
+        _max_unpool_bwd_kernel, (cdiv(rows, cfg.BLOCK_M), cdiv(inner, cfg.BLOCK_L)),
         dy, index, dx, rows, inner, pool.C, *pool.size, *pool.out,
         **pool.constants, BITS=bits, **cfg.launch,
     )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import activate, tile_pixels
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.pooling import Pooling, unpack_codes
 from fastseg.kernels.separable_conv_fwd import precision
 from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, OWN_GEMM
@@ -85,9 +86,9 @@ def max_unpool_conv_fwd(
     (N, C), (_, H, W), (_, OH, OW), COUT, K = v.shape[:2], pool.size, pool.out, weight.shape[0], weight.shape[-1]
     y = torch.empty((N, COUT, H, W), dtype=v.dtype, device=v.device, memory_format=torch.channels_last)
     cfg = select("max_unpool_conv_fwd", size=N * H * W, device=v.device, C=C, COUT=COUT, dtype=v.dtype)
-    tiles = N * triton.cdiv(H, cfg.BLOCK_H) * triton.cdiv(W, cfg.BLOCK_W)
+    tiles = N * cdiv(H, cfg.BLOCK_H) * cdiv(W, cfg.BLOCK_W)
     launch(
-        _max_unpool_conv_fwd_kernel, (tiles, triton.cdiv(COUT, cfg.BLOCK_N)),
+        _max_unpool_conv_fwd_kernel, (tiles, cdiv(COUT, cfg.BLOCK_N)),
         v, codes, weight, v if bias is None else bias, y, C, H, W, OH, OW, COUT,
         KH=pool.kernel[1], KW=pool.kernel[2], SH=pool.stride[1], SW=pool.stride[2], K=K, PAD=K // 2, BITS=bits,
         HAS_BIAS=bias is not None, ACT=act, ACC=acc_dtype(v), PRECISION=precision(v), **cfg.launch,
@@ -115,7 +116,7 @@ def plan(pixels: int, windows: int, C: int, COUT: int, K: int, dtype: torch.dtyp
     e, hi, lo, Y = dtype.itemsize, pixels * C, windows * C, pixels * COUT
     small = lo * (e + bits / 8)
     products = 2 * K * K * hi * COUT / DOT[dtype]
-    blocks_n = triton.cdiv(COUT, block_n(COUT))
+    blocks_n = cdiv(COUT, block_n(COUT))
     build = (BUILD + BUILD_ROW / C) * K * K * hi * blocks_n / LANES
     folded = max((small + e * Y) / BANDWIDTH, build, products / OWN_GEMM)
     plain = (small + e * hi) / BANDWIDTH + max(e * (hi + Y) / BANDWIDTH, products)
@@ -124,7 +125,7 @@ def plan(pixels: int, windows: int, C: int, COUT: int, K: int, dtype: torch.dtyp
 
 def block_n(COUT: int) -> int:
     """Output channels of one program: as many as leave room for a second block."""
-    return min(128, max(16, triton.next_power_of_2(COUT)))
+    return min(128, max(16, next_power_of_2(COUT)))
 
 
 @heuristic("max_unpool_conv_fwd")

@@ -16,6 +16,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args, rows_per_program, stats_dtype
 from fastseg.kernels.common import activate_grad, load_mean_grads, load_norm, norm_grad, store_tile_sums
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.pooling import INT64, UNROLLED, Pooling, grid_rows, load_index, new_map
 
 
@@ -107,9 +108,9 @@ def norm_max_pool_bwd(
 
     total, _ = pool.rows(pool.out)
     cfg = select("norm_max_pool_bwd_reduce", size=total, **key)
-    blocks_c = triton.cdiv(pool.C, cfg.BLOCK_L)
+    blocks_c = cdiv(pool.C, cfg.BLOCK_L)
     rows = rows_per_program(total, cfg.BLOCK_M, blocks_c)
-    tiles = triton.cdiv(total, rows)
+    tiles = cdiv(total, rows)
     sums = torch.empty(tiles, 2, pool.C, dtype=stats_dtype(z), device=z.device)
     launch(
         _norm_max_pool_bwd_reduce_kernel, (tiles, blocks_c),
@@ -121,7 +122,7 @@ def norm_max_pool_bwd(
     rows, _ = pool.rows(pool.windows)
     cfg = select("norm_max_pool_bwd_input", size=rows, **key)
     launch(
-        _norm_max_pool_bwd_input_kernel, (triton.cdiv(rows, cfg.BLOCK_M), triton.cdiv(pool.C, cfg.BLOCK_L)),
+        _norm_max_pool_bwd_input_kernel, (cdiv(rows, cfg.BLOCK_M), cdiv(pool.C, cfg.BLOCK_L)),
         dy, index, z, *vectors, sums, dz, rows, pool.C, H, W, OH, OW, QH, QW, eps, 1.0 / (pool.N * H * W),
         **constants, BATCH_STATS=norm.batch_stats, **cfg.launch,
     )  # fmt: skip
@@ -132,7 +133,7 @@ def norm_max_pool_bwd(
 @heuristic("norm_max_pool_bwd_input")
 def _config(size: int, C: int, dtype: torch.dtype, bits: int) -> dict[str, int]:
     """8 windows a thread: with four cells each, and the norm's vectors, that fills the registers."""
-    block_l = min(64, max(16, triton.next_power_of_2(C)))
+    block_l = min(64, max(16, next_power_of_2(C)))
     return {"BLOCK_M": 1024 // block_l, "BLOCK_L": block_l, "num_warps": 4}
 
 

@@ -14,14 +14,15 @@ Codes of 2 and 4 bits are packed along the inner axis, 4 or 2 to a byte, the fir
 with a byte of its own, so that no two programs write one byte.
 """
 
-from typing import NamedTuple
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.geometry import MOST_TAPS
+from fastseg.kernels.geometry import MOST_TAPS, layout_of
 
 INT64 = tl.constexpr(64)  # bits of an index; codes have 2, 4 or 8
 NO_INDEX = 0
@@ -30,8 +31,12 @@ UNROLLED = tl.constexpr(16)  # loops of up to so many steps are unrolled; longer
 Size = tuple[int, int, int]
 
 
-class Pooling(NamedTuple):
-    """One pooling, or the unpooling that undoes it: (N, C, *size) -> (N, C, *out) windows."""
+@dataclass(frozen=True)
+class Pooling:
+    """One pooling, or the unpooling that undoes it: (N, C, *size) -> (N, C, *out) windows.
+
+    ``dims``: how many spatial axes the caller's maps have, the last ones of three.
+    """
 
     N: int
     C: int
@@ -42,6 +47,7 @@ class Pooling(NamedTuple):
     padding: Size
     dilation: Size
     channels_last: bool
+    dims: int = 3
 
     @property
     def taps(self) -> int:
@@ -63,7 +69,7 @@ class Pooling(NamedTuple):
         d, h, w = grid
         return (self.N * d * h * w, self.C) if self.channels_last else (self.N * self.C * d * h, w)
 
-    @property
+    @functools.cached_property
     def constants(self) -> dict[str, int | bool]:
         """The geometry as compile-time arguments."""
         groups = {"K": self.kernel, "S": self.stride, "P": self.padding, "L": self.dilation}
@@ -81,9 +87,9 @@ class Pooling(NamedTuple):
 
 
 def new_map(like: Tensor, pool: Pooling, grid: Size, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised map of ``grid`` cells or windows in pool's layout: (N, C, *grid)."""
-    layout = torch.channels_last_3d if pool.channels_last else torch.contiguous_format
-    shape = (pool.N, pool.C, *grid)
+    """An uninitialised map of ``grid`` cells or windows in pool's layout: (N, C, *grid), ``pool.dims`` of them."""
+    layout = layout_of(pool.channels_last, pool.dims)
+    shape = (pool.N, pool.C, *grid[3 - pool.dims :])
     return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
 
 

@@ -21,6 +21,7 @@ from fastseg.kernels.common import (
     store_tile_sums,
 )
 from fastseg.kernels.config import launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.separable_conv_fwd import Acts, Weights, precision
 from fastseg.kernels.separable_conv_plan import Geometry
 
@@ -217,12 +218,12 @@ def separable_conv_bwd_pw_input(
     """dy, z (N, COUT, OH, OW), u (N, C, OH, OW) in NHWC memory -> g1 like u; mid sums (2, C), if asked for."""
     g1 = torch.empty_like(u)
     cfg = select("separable_conv_bwd_pw_input", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
-    tiles = triton.cdiv(g.pixels, cfg.BLOCK_M)
+    tiles = cdiv(g.pixels, cfg.BLOCK_M)
     mid_sums = u.new_empty(tiles, 2, g.C, dtype=stats_dtype(u)) if sums else g1
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
     launch(
-        _separable_conv_bwd_pw_input_kernel, (tiles, triton.cdiv(g.C, cfg.BLOCK_N)),
+        _separable_conv_bwd_pw_input_kernel, (tiles, cdiv(g.C, cfg.BLOCK_N)),
         dy, z, u, *post_vectors, post_sums, w.pw, *mid_vectors, g1, mid_sums,
         g.pixels, post_eps, mid_eps, 1 / g.pixels,
         C=g.C, COUT=g.COUT, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_BATCH=post_norm and post.batch_stats,
@@ -237,9 +238,9 @@ def separable_conv_bwd_pw_weight(
 ) -> Tensor:
     """dy, z (N, COUT, OH, OW), u (N, C, OH, OW) in NHWC memory -> (COUT, C, 1, 1) in the dtype of sums."""
     cfg = select("separable_conv_bwd_pw_weight", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
-    blocks = triton.cdiv(g.COUT, cfg.BLOCK_N) * triton.cdiv(g.C, cfg.BLOCK_K)
+    blocks = cdiv(g.COUT, cfg.BLOCK_N) * cdiv(g.C, cfg.BLOCK_K)
     rows = rows_per_program(g.pixels, cfg.BLOCK_M, blocks)
-    splits = triton.cdiv(g.pixels, rows)
+    splits = cdiv(g.pixels, rows)
     dpw = u.new_empty(splits, g.COUT, g.C, 1, 1, dtype=stats_dtype(u))
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
@@ -260,10 +261,10 @@ def separable_conv_bwd_dw_input(
     """g1, u (N, C, OH, OW), x (N, C, H, W) in NHWC memory -> dx like x."""
     dx = torch.empty_like(x)
     cfg = select("separable_conv_bwd_dw_input", size=g.N * g.H * g.W, device=x.device, C=g.C, K=g.K, dtype=x.dtype)
-    tiles = g.N * triton.cdiv(g.H, cfg.BLOCK_H) * triton.cdiv(g.W, cfg.BLOCK_W)
+    tiles = g.N * cdiv(g.H, cfg.BLOCK_H) * cdiv(g.W, cfg.BLOCK_W)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     launch(
-        _separable_conv_bwd_dw_input_kernel, (tiles, triton.cdiv(g.C, cfg.BLOCK_C)),
+        _separable_conv_bwd_dw_input_kernel, (tiles, cdiv(g.C, cfg.BLOCK_C)),
         g1, u, x, w.dw, *mid_vectors, mid_sums, dx,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act, ACC=acc_dtype(x),
@@ -278,16 +279,16 @@ def separable_conv_bwd_dw_weight(
 ) -> Tensor:
     """g1, u (N, C, OH, OW), x (N, C, H, W) in NHWC memory -> (C, 1, K, K) in the dtype of sums."""
     cfg = select("separable_conv_bwd_dw_weight", size=g.pixels, device=x.device, C=g.C, K=g.K, dtype=x.dtype)
-    blocks = triton.cdiv(g.C, cfg.BLOCK_C)
+    blocks = cdiv(g.C, cfg.BLOCK_C)
     rows = rows_per_program(g.pixels, cfg.BLOCK_M, blocks)
-    splits = triton.cdiv(g.pixels, rows)
+    splits = cdiv(g.pixels, rows)
     ddw = x.new_empty(splits, g.C, 1, g.K, g.K, dtype=stats_dtype(x))
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     launch(
         _separable_conv_bwd_dw_weight_kernel, (splits, blocks),
         g1, u, x, *mid_vectors, mid_sums, ddw,
         g.pixels, rows, g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
-        C=g.C, K=g.K, TAPS=triton.next_power_of_2(g.K * g.K), PRE_ACT=pre_act, ACC=acc_dtype(x),
+        C=g.C, K=g.K, TAPS=next_power_of_2(g.K * g.K), PRE_ACT=pre_act, ACC=acc_dtype(x),
         MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_BATCH=mid_norm and mid.batch_stats, **cfg.launch,
     )  # fmt: skip
     return ddw.sum(0)

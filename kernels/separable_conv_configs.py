@@ -5,9 +5,9 @@ until a table in ``tuned/`` replaces it.
 """
 
 import torch
-import triton
 
 from fastseg.kernels.config import candidates, heuristic
+from fastseg.kernels.geometry import next_power_of_2
 from fastseg.kernels.separable_conv_plan import fused_block_n
 
 # Of the kernels that hold taps: all there are. Left to itself, ptxas takes 80 or 128 and spills a few (3 to 7 on sm_80
@@ -61,7 +61,7 @@ def _pw_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, in
 
     fp32 takes a quarter of that: its operands fill the registers (spills on sm_100).
     """
-    block_n = min(128, max(16, triton.next_power_of_2(COUT)))
+    block_n = min(128, max(16, next_power_of_2(COUT)))
     if dtype.itemsize > 2:
         return {"BLOCK_M": 64, "BLOCK_N": min(64, block_n), "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
     block_k = 32 if C <= 32 else 64
@@ -83,7 +83,7 @@ def _pw_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dic
 @heuristic("separable_conv_bwd_pw_input")
 def _pw_input_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
     """64 x 64: dy, z and the accumulator are alive at once, and 128 channels spill on Triton 3.6 (105 on sm_90)."""
-    block_n = min(64, max(16, triton.next_power_of_2(C)))
+    block_n = min(64, max(16, next_power_of_2(C)))
     return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}
 
 

@@ -11,6 +11,7 @@ from fastseg.kernels.batch_norm_act import Norm, acc_dtype, norm_args, stats_dty
 from fastseg.kernels.batch_norm_stats import batch_stats
 from fastseg.kernels.common import activate, dilated_tile_pixels, norm_act, store_tile_stats
 from fastseg.kernels.config import launch, select
+from fastseg.kernels.geometry import cdiv
 from fastseg.kernels.separable_conv_plan import Geometry
 
 
@@ -252,12 +253,12 @@ def separable_conv_fwd_dw(
 ) -> tuple[Tensor | None, Tensor | None]:
     """x (N, C, H, W) in NHWC memory -> (u (N, C, OH, OW) the same, or None; stats (3, C) of the raw u, or None)."""
     cfg = select("separable_conv_fwd_dw", size=g.pixels, device=x.device, C=g.C, K=g.K, dtype=x.dtype)
-    tiles = g.N * triton.cdiv(g.OH, cfg.BLOCK_H) * triton.cdiv(g.OW, cfg.BLOCK_W)
+    tiles = g.N * cdiv(g.OH, cfg.BLOCK_H) * cdiv(g.OW, cfg.BLOCK_W)
     u = empty_nhwc(x, g, g.C) if store else None
     tile_stats, counts = _stats_buffers(x, tiles, g.C) if stats else (x, x)
     (*vectors, eps), norm, affine = norm_args(mid, x)
     launch(
-        _separable_conv_fwd_dw_kernel, (tiles, triton.cdiv(g.C, cfg.BLOCK_C)),
+        _separable_conv_fwd_dw_kernel, (tiles, cdiv(g.C, cfg.BLOCK_C)),
         x, w.dw, _or(w.dw_bias, x), *vectors, u if store else x, tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
@@ -275,12 +276,12 @@ def separable_conv_fwd_fused(
     side, act = acts.ending(residual)
     cfg = select("separable_conv_fwd_fused", size=g.pixels, device=x.device, C=g.C, COUT=g.COUT, K=g.K, dtype=x.dtype,
                  stats=stats)  # fmt: skip
-    tiles = g.N * triton.cdiv(g.OH, cfg.BLOCK_H) * triton.cdiv(g.OW, cfg.BLOCK_W)
+    tiles = g.N * cdiv(g.OH, cfg.BLOCK_H) * cdiv(g.OW, cfg.BLOCK_W)
     y, z, tile_stats, counts = _outputs(x, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, x)
     launch(
-        _separable_conv_fwd_fused_kernel, (tiles, triton.cdiv(g.COUT, cfg.BLOCK_N)),
+        _separable_conv_fwd_fused_kernel, (tiles, cdiv(g.COUT, cfg.BLOCK_N)),
         x, w.dw, _or(w.dw_bias, x), *mid_vectors, w.pw, _or(w.pw_bias, x), *post_vectors, _or(residual, x),
         _or(z, y), _or(y, z), tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
@@ -303,12 +304,12 @@ def separable_conv_fwd_pw(
     """
     side, act = acts.ending(residual)
     cfg = select("separable_conv_fwd_pw", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
-    tiles = triton.cdiv(g.pixels, cfg.BLOCK_M)
+    tiles = cdiv(g.pixels, cfg.BLOCK_M)
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
     launch(
-        _separable_conv_fwd_pw_kernel, (tiles, triton.cdiv(g.COUT, cfg.BLOCK_N)),
+        _separable_conv_fwd_pw_kernel, (tiles, cdiv(g.COUT, cfg.BLOCK_N)),
         u, *mid_vectors, w.pw, _or(w.pw_bias, u), _or(image_bias, u), *post_vectors, _or(residual, u),
         _or(z, y), _or(y, z), tile_stats, counts,
         g.pixels, g.OH * g.OW, mid_eps, post_eps,

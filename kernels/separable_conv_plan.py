@@ -16,7 +16,8 @@ import functools
 from typing import NamedTuple
 
 import torch
-import triton
+
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 
 # An H200's ceilings in operations or bytes per second, for every GPU: only their ratios decide.
 BANDWIDTH = 4.3e12
@@ -70,7 +71,7 @@ class Plan(NamedTuple):
 
 def fused_block_n(COUT: int, dtype: torch.dtype) -> int:
     """Output channels of one fused program: all of them where the accumulator still fits into registers."""
-    return min(256 if dtype.itemsize == 2 else 128, max(16, triton.next_power_of_2(COUT)))
+    return min(256 if dtype.itemsize == 2 else 128, max(16, next_power_of_2(COUT)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -80,7 +81,7 @@ def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool) -> Plan:
     U, A, Y = g.pixels * g.C, g.N * g.H * g.W * g.C, g.pixels * g.COUT
     depthwise = (2 * g.K * g.K + 1) * U / LANES
     dot = 2 * U * g.COUT / DOT[dtype]
-    recomputed = triton.cdiv(g.COUT, fused_block_n(g.COUT, dtype)) * depthwise
+    recomputed = cdiv(g.COUT, fused_block_n(g.COUT, dtype)) * depthwise
     fused = max(e * (A + Y) / BANDWIDTH, recomputed + dot)
     split = max(e * (A + U) / BANDWIDTH, depthwise) + max(e * (U + Y) / BANDWIDTH, dot) + LAUNCH
     if mid_batch_stats:

@@ -21,6 +21,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import activate, tile_pixels
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.separable_conv_fwd import empty_nhwc, precision
 from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, Geometry
 
@@ -63,12 +64,12 @@ def stem_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stri
     g = Geometry(N, C, H, W, COUT, OH, OW, K, stride, padding, 1)
     y = empty_nhwc(x, g, COUT)
     cfg = select("stem_conv_fwd", size=g.pixels, device=x.device, C=C, COUT=COUT, K=K, dtype=x.dtype)
-    tiles = N * triton.cdiv(OH, cfg.BLOCK_H) * triton.cdiv(OW, cfg.BLOCK_W)
+    tiles = N * cdiv(OH, cfg.BLOCK_H) * cdiv(OW, cfg.BLOCK_W)
     launch(
-        _stem_conv_fwd_kernel, (tiles, triton.cdiv(COUT, cfg.BLOCK_N)),
+        _stem_conv_fwd_kernel, (tiles, cdiv(COUT, cfg.BLOCK_N)),
         x, weight, x if bias is None else bias, y, H, W, OH, OW, stride, padding,
         C=C, COUT=COUT, K=K, HAS_BIAS=bias is not None, ACT=act, ACC=acc_dtype(x), PRECISION=precision(x),
-        BLOCK_K=max(16, triton.next_power_of_2(K * K * C)), **cfg.launch,
+        BLOCK_K=max(16, next_power_of_2(K * K * C)), **cfg.launch,
     )  # fmt: skip
     return y
 
@@ -90,9 +91,9 @@ def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool) -> Plan:
     A scalar load takes four lane operations' time: there is a quarter as many load lanes as multiply-add lanes.
     """
     e, A, Y = dtype.itemsize, g.N * g.C * g.H * g.W, g.pixels * g.COUT
-    taps = max(16, triton.next_power_of_2(g.K * g.K * g.C))
+    taps = max(16, next_power_of_2(g.K * g.K * g.C))
     moved = e * (A + Y) / BANDWIDTH
-    products = 2 * g.pixels * taps * max(16, triton.next_power_of_2(g.COUT))
+    products = 2 * g.pixels * taps * max(16, next_power_of_2(g.COUT))
     rate = DOT[dtype] * OWN_GEMM if tf32 or dtype != torch.float32 else LANES
     own = max(moved, 8 * g.pixels * taps / LANES + products / rate) + LAUNCH
     library = moved + passes * 2 * e * Y / BANDWIDTH + LAUNCH * (1 + passes)
@@ -102,13 +103,13 @@ def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool) -> Plan:
 @heuristic("stem_conv_fwd")
 def _config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype) -> dict[str, int]:
     """64 pixels are what wgmma takes: a thread loads 16 elements of 27 taps and writes 16 bytes at a time."""
-    return {"BLOCK_H": 4, "BLOCK_W": 16, "BLOCK_N": min(64, max(16, triton.next_power_of_2(COUT))),
+    return {"BLOCK_H": 4, "BLOCK_W": 16, "BLOCK_N": min(64, max(16, next_power_of_2(COUT))),
             "num_warps": 4, "num_stages": 1}  # fmt: skip
 
 
 @candidates("stem_conv_fwd")
 def _candidates(size: int, C: int, COUT: int, K: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    block_n = max(16, triton.next_power_of_2(COUT))
+    block_n = max(16, next_power_of_2(COUT))
     return [
         {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_N": min(n, block_n), "num_warps": warps, "num_stages": 1}
         for h, w, warps in ((4, 16, 4), (2, 32, 4), (8, 8, 4), (1, 64, 4), (4, 32, 4), (4, 32, 8))

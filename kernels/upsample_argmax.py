@@ -28,6 +28,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, upsample_tile
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.upsample_plan import Upsampling, row_block, row_splits
 
 PRUNED_OUTPUTS = 12  # of a cell
@@ -136,10 +137,10 @@ def upsample_argmax_fwd(x: Tensor, up: Upsampling, dtype: torch.dtype) -> Tensor
     splits = row_splits(up)
     *sizes, _ = up.arguments()
     launch(
-        _upsample_argmax_fwd_kernel, (N * h * splits * triton.cdiv(up.x.full, cfg.BLOCK_W),),
+        _upsample_argmax_fwd_kernel, (N * h * splits * cdiv(up.x.full, cfg.BLOCK_W),),
         x, y, *sizes, splits, *x.stride(),
         C=C, ALIGN_CORNERS=up.align_corners, PRUNE=prune, ACC=acc_dtype(x),
-        BLOCK_C=triton.next_power_of_2(C) if prune else 1, **cfg.launch,
+        BLOCK_C=next_power_of_2(C) if prune else 1, **cfg.launch,
     )  # fmt: skip
     return y
 
@@ -147,7 +148,7 @@ def upsample_argmax_fwd(x: Tensor, up: Upsampling, dtype: torch.dtype) -> Tensor
 @heuristic("upsample_argmax_fwd")
 def _argmax_config(size: int, C: int, dtype: torch.dtype, factor: int) -> dict[str, int]:
     """One column a thread, the rows of a cell in its registers; about 1024 corners at a time to prune by."""
-    block_x = min(16, max(4, 1024 // triton.next_power_of_2(C)))
+    block_x = min(16, max(4, 1024 // next_power_of_2(C)))
     return {"BLOCK_H": row_block(factor), "BLOCK_W": 128, "BLOCK_X": block_x, "num_warps": 4, "maxnreg": 128}
 
 

@@ -27,6 +27,7 @@ from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.bilinear import LARGEST_SIDE, interpolation, owned_tile, rows_of, scale_args
 from fastseg.kernels.common import activate, source_taps
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES
 
 
@@ -127,7 +128,7 @@ def upsample_conv_fwd(
         return y
     size = y.numel()
     cfg = select("upsample_conv_fwd", size=size, device=y.device, C=C, W=min(OW, 1024), dtype=y.dtype)
-    tiles = N * triton.cdiv(OH, cfg.ROWS) * triton.cdiv(OW, cfg.BLOCK_W) * triton.cdiv(C, cfg.BLOCK_C)
+    tiles = N * cdiv(OH, cfg.ROWS) * cdiv(OW, cfg.BLOCK_W) * cdiv(C, cfg.BLOCK_C)
     launch(
         _upsample_conv_fwd_kernel, (tiles,),
         taps, taps if base is None else base, taps if bias is None else bias, y, N, IH, IW, OH, OW,
@@ -177,8 +178,8 @@ def plan(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int, dty
 
 def _tile(elements: int, thread_bytes: int, rows: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
     """A tile of about ``elements``; up to 64 channels: pixels side by side share taps."""
-    block_c = min(64, triton.next_power_of_2(C))
-    block_w = min(elements // block_c, max(4, triton.next_power_of_2(W)))
+    block_c = min(64, next_power_of_2(C))
+    block_w = min(elements // block_c, max(4, next_power_of_2(W)))
     warps = max(1, min(8, block_w * block_c * dtype.itemsize // (32 * thread_bytes)))
     return {"ROWS": rows, "BLOCK_W": block_w, "BLOCK_C": block_c, "num_warps": warps}
 

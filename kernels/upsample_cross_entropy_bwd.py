@@ -8,6 +8,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.common import first_output, mix, nan_blind_maximum, source_coordinate
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.upsample_cross_entropy_fwd import _LOG2E, load_target
 from fastseg.kernels.upsample_plan import Loss, Upsampling, row_block
 
@@ -136,11 +137,11 @@ def upsample_cross_entropy_bwd(
         return dx.zero_()
     cfg = select("upsample_cross_entropy_bwd", size=target.numel(), device=x.device, C=C, dtype=x.dtype,
                  factor=up.factor)  # fmt: skip
-    tiles_x = triton.cdiv(w, cfg.BLOCK_X - 1)
-    blocks_c = triton.cdiv(C, cfg.BLOCK_C)
+    tiles_x = cdiv(w, cfg.BLOCK_X - 1)
+    blocks_c = cdiv(C, cfg.BLOCK_C)
     # every segment of low-resolution rows computes one cell row more than it has
     segment = min(32, max(2, h * N * blocks_c * tiles_x // PROGRAMS), h)
-    segments = triton.cdiv(h, segment)
+    segments = cdiv(h, segment)
     *sizes, inverse_w = up.arguments()
     launch(
         _upsample_cross_entropy_bwd_kernel, (N * segments * blocks_c * tiles_x,),
@@ -159,9 +160,9 @@ def _bwd_config(size: int, C: int, dtype: torch.dtype, factor: int) -> dict[str,
     Wide cells are shared by lanes, so that neighbouring lanes read neighbouring pixels; up to about 4 columns apart
     they share cache lines without.
     """
-    lanes = min(8, max(1, triton.next_power_of_2(factor) // 4))
+    lanes = min(8, max(1, next_power_of_2(factor) // 4))
     return {"BLOCK_H": min(4, row_block(factor)), "BLOCK_X": 32, "LANES": lanes,
-            "BLOCK_C": min(8, triton.next_power_of_2(C)), "num_warps": lanes, "maxnreg": 255}  # fmt: skip
+            "BLOCK_C": min(8, next_power_of_2(C)), "num_warps": lanes, "maxnreg": 255}  # fmt: skip
 
 
 @candidates("upsample_cross_entropy_bwd")

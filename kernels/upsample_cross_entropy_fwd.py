@@ -8,6 +8,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm_act import acc_dtype, stats_dtype
 from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, upsample_tile
 from fastseg.kernels.config import candidates, heuristic, launch, select
+from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.upsample_plan import Loss, Upsampling, row_block, row_splits
 
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -136,7 +137,7 @@ def upsample_cross_entropy_fwd(
     cfg = select("upsample_cross_entropy_fwd", size=target.numel(), device=x.device, C=C, dtype=x.dtype,
                  factor=up.factor)  # fmt: skip
     splits = row_splits(up)
-    programs = N * h * splits * triton.cdiv(up.x.full, cfg.BLOCK_W)
+    programs = N * h * splits * cdiv(up.x.full, cfg.BLOCK_W)
     sums = x.new_empty(programs, 3, dtype=kind)
     *sizes, _ = up.arguments()
     launch(
@@ -153,7 +154,7 @@ def upsample_cross_entropy_fwd(
 def _fwd_config(size: int, C: int, dtype: torch.dtype, factor: int) -> dict[str, int]:
     """One column a thread; 32 values of it at once hide the exponentials' latency."""
     rows = row_block(factor)
-    block_c = min(triton.next_power_of_2(C), max(4, 32 // rows))
+    block_c = min(next_power_of_2(C), max(4, 32 // rows))
     return {"BLOCK_H": rows, "BLOCK_W": 128, "BLOCK_C": block_c, "num_warps": 4}
 
 

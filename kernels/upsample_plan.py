@@ -6,7 +6,7 @@ cells between two rows of low-resolution pixels; the one below the last row has 
 
 from typing import NamedTuple
 
-import triton
+from fastseg.kernels.geometry import next_power_of_2
 
 
 class Axis(NamedTuple):
@@ -59,7 +59,7 @@ def row_splits(up: Upsampling) -> int:
 
 def row_block(factor: int) -> int:
     """Output rows of one tile: those of a cell row, up to 8 (the registers of a thread hold a tile's column)."""
-    return min(8, triton.next_power_of_2(factor))
+    return min(8, next_power_of_2(factor))
 
 
 class Loss(NamedTuple):

@@ -144,9 +144,11 @@ def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
-    training = norm.training or norm.running_mean is None
-    running = (norm.running_mean, norm.running_var) if not norm.training or norm.track_running_stats else (None, None)
-    return BatchNormArgs(*running, norm.weight, norm.bias, training, 0.0 if momentum is None else momentum, norm.eps)
+    mean, var = norm.running_mean, norm.running_var
+    training = norm.training or mean is None
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    return BatchNormArgs(mean, var, norm.weight, norm.bias, training, 0.0 if momentum is None else momentum, norm.eps)
 
 
 def check_activations(name: str, **acts: str | None) -> None:

@@ -105,7 +105,7 @@ def use_kernel(
             raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
     if torch.compiler.is_compiling():
         return not (_reference_depth or unsupported or _no_kernel(x))
-    why = IN_REFERENCE if in_reference() else unsupported or _no_kernel(x)
+    why = IN_REFERENCE if _in_reference.get() else unsupported or _no_kernel(x)
     if _report.get() is not None:
         record(op, x, *(("reference", why) if why else ("triton", form())))
     return not why
@@ -159,7 +159,7 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def has_tangent(x: Tensor) -> bool:
     """Whether forward-mode AD follows ``x``: it knows Functions, not registered ops; a captured graph holds none."""
-    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+    if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
     return forward_ad.unpack_dual(x).tangent is not None
 

@@ -10,13 +10,14 @@ of pooling is a spread that adds, that of a spread is a pick, that of a pick aga
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseg.kernels.geometry import layout_of, memoized
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad
 from fastseg.ops._register import memory_format_of, new_map, qualified, register
 from fastseg.ops.pool_indices import PoolIndices, encode, pack
@@ -35,23 +36,34 @@ _CONTIGUOUS = torch.contiguous_format
 class Geometry(NamedTuple):
     """One pooling's sizes, one number each spatial axis; the arguments that the ops have in common."""
 
-    size: list[int]  # of the larger map
-    out: list[int]  # windows
-    kernel: list[int]
-    stride: list[int]
-    padding: list[int]
-    dilation: list[int]
+    size: tuple[int, ...]  # of the larger map
+    out: tuple[int, ...]  # windows
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, *sizes: Sequence[int]) -> "Geometry":
+        """From what a registered op is called with: lists or tuples."""
+        return cls(*map(tuple, sizes))
 
     @property
-    def window(self) -> tuple[list[int], ...]:
+    def window(self) -> tuple[tuple[int, ...], ...]:
         """What ``encode`` and ``decode`` take."""
         return self.size, self.kernel, self.stride, self.padding, self.dilation
 
     def pooling(self, N: int, C: int, channels_last: bool) -> "Pooling":
         """As the kernels have it, in three dimensions."""
-        lift = lambda size, fill: (*[fill] * (3 - len(size)), *size)
-        fills = (1, 1, 1, 1, 0, 1)
-        return Pooling(N, C, *(lift(v, fill) for v, fill in zip(self, fills, strict=True)), channels_last)
+        return _lifted(self, N, C, channels_last)
+
+
+@memoized
+def _lifted(geometry: Geometry, N: int, C: int, channels_last: bool) -> "Pooling":
+    dims = len(geometry.size)
+    ones, zeros = (1,) * (3 - dims), (0,) * (3 - dims)
+    fills = (ones, ones, ones, ones, zeros, ones)
+    return Pooling(N, C, *(fill + v for fill, v in zip(fills, geometry, strict=True)), channels_last, dims)
 
 
 def is_last(x: Tensor) -> bool:
@@ -59,47 +71,34 @@ def is_last(x: Tensor) -> bool:
     return memory_format_of(x) != _CONTIGUOUS
 
 
-def layout(dims: int, last: bool) -> torch.memory_format:
-    """The memory format of maps with ``dims`` spatial axes."""
-    return {2: torch.channels_last, 3: torch.channels_last_3d}[dims] if last else _CONTIGUOUS
-
-
-def narrow(y: Tensor, dims: int) -> Tensor:
-    """(N, C, D, H, W) from a kernel -> ``dims`` spatial axes."""
-    for _ in range(3 - dims):
-        y = y.select(2, 0)
-    return y
-
-
 # --- with kernels
 
 
 def _launch_pool(x, size, out, kernel, stride, padding, dilation, bits):
-    g, last = Geometry(size, out, kernel, stride, padding, dilation), is_last(x)
+    g, last = Geometry.of(size, out, kernel, stride, padding, dilation), is_last(x)
     x = x.contiguous(memory_format=memory_format_of(x))
-    y, index = max_pool_fwd(x, g.pooling(*x.shape[:2], last), bits)
-    return narrow(y, len(size)), narrow(index, len(size)) if bits == INT64 else index
+    return max_pool_fwd(x, g.pooling(*x.shape[:2], last), bits)
 
 
 def _launch_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
-    g = Geometry(size, out, kernel, stride, padding, dilation)
+    g = Geometry.of(size, out, kernel, stride, padding, dilation)
     last = is_last(v) if bits == INT64 else last
-    fmt = layout(len(size), last)
+    fmt = layout_of(last, len(size))
     index = index.contiguous(memory_format=fmt) if bits == INT64 else index.contiguous()
     pool = g.pooling(*v.shape[:2], last)
     y, valid = max_unpool_fwd(v.contiguous(memory_format=fmt), index, pool, bits, add=add)
     if valid is not None:
         _check_indices(valid, index, size, sync)
-    return narrow(y, len(size)).contiguous(memory_format=memory_format_of(v))
+    return y.contiguous(memory_format=memory_format_of(v))
 
 
 def _launch_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
-    g = Geometry(size, out, kernel, stride, padding, dilation)
+    g = Geometry.of(size, out, kernel, stride, padding, dilation)
     last = is_last(dy) if bits == INT64 else last
-    fmt = layout(len(size), last)
+    fmt = layout_of(last, len(size))
     index = index.contiguous(memory_format=fmt) if bits == INT64 else index.contiguous()
     dx = max_unpool_bwd(dy.contiguous(memory_format=fmt), index, g.pooling(*dy.shape[:2], last), bits)
-    return narrow(dx, len(size)).contiguous(memory_format=memory_format_of(dy))
+    return dx.contiguous(memory_format=memory_format_of(dy))
 
 
 def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) -> None:
@@ -148,7 +147,7 @@ def _as_int64(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:
 
 
 def plain_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
-    index = _as_int64(index, v.shape, Geometry(size, out, kernel, stride, padding, dilation), bits, last)
+    index = _as_int64(index, v.shape, Geometry.of(size, out, kernel, stride, padding, dilation), bits, last)
     return spread_ref(v, index, size, add=add, checked=bits == INT64 and not add, sync=sync)
 
 
@@ -172,7 +171,7 @@ def spread_ref(v: Tensor, index: Tensor, size: list[int], *, add: bool, checked:
 
 
 def _plain_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
-    g = Geometry(size, out, kernel, stride, padding, dilation)
+    g = Geometry.of(size, out, kernel, stride, padding, dilation)
     flat = _as_int64(index, (*dy.shape[:2], *out), g, bits, last).flatten(2)
     ok = (flat >= 0) & (flat < math.prod(size))
     picked = torch.where(ok, dy.flatten(2).gather(2, torch.where(ok, flat, 0)), 0)
@@ -186,7 +185,7 @@ def fake_index(x, last: bool, size, out, kernel, stride, padding, dilation, bits
     """The index of a pooling of ``x``, without values."""
     N, C = x.shape[:2]
     if bits == INT64:
-        fmt = layout(len(size), last)
+        fmt = layout_of(last, len(size))
         return torch.empty((N, C, *out), dtype=torch.int64, device=x.device, memory_format=fmt)
     if bits == 0:
         return x.new_empty(0, dtype=torch.uint8)

@@ -1,9 +1,12 @@
 """Registering ops with ``torch.library``, and the layout rules that launcher, plain implementation and fake share."""
 
-from collections.abc import Callable
+import functools
+import operator
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED
 
@@ -26,7 +29,7 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
         fake: shapes, dtypes and strides only.
 
     Returns:
-        The op's default overload.
+        The op, to be called. ``.op`` is its default overload, ``.direct`` its implementation by type of device.
     """
     name = schema.partition("(")[0]
     torch.library.define(qualified(name), schema.removeprefix(name))
@@ -35,7 +38,53 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
     torch.library.register_fake(qualified(name), fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     DECOMPOSITIONS[op] = plain
-    return op
+    direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
+
+    @functools.wraps(launch)
+    def call(*args):
+        if torch.compiler.is_dynamo_compiling() or not _is_bare(args):
+            return op(*args)
+        return direct[args[0].device.type](*args)
+
+    call.op, call.direct = op, direct
+    return call
+
+
+def _keys(*names: str) -> int:
+    sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
+    return functools.reduce(operator.or_, sets).raw_repr()
+
+
+# What the dispatcher sees of an ordinary call, outside and inside inference mode: of the thread, and of a tensor.
+_THREAD = {_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")}
+_TENSOR = {
+    _keys(device, f"Autocast{device}", *more)
+    for device in ("CPU", "CUDA")
+    for more in ((), ("ADInplaceOrView", f"Autograd{device}"))
+}
+
+
+def _is_bare(args: Iterable) -> bool:
+    """Whether the dispatcher would pass a call on to the implementation as it is, which takes it 4 to 10 us.
+
+    It would not where something stands between them: a mode, a tracer, a function transform, a subclass, a view that is
+    to be negated first, a profiler that asks for names; nor where a gradient is recorded.
+    """
+    if (
+        torch._C._dispatch_tls_local_include_set().raw_repr() not in _THREAD
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._autograd._profiler_enabled()
+    ):
+        return False
+    grad, keys_of = torch.is_grad_enabled(), torch._C._dispatch_keys
+    for arg in args:
+        kind = type(arg)
+        if kind is Tensor or kind is Parameter:
+            if (grad and arg.requires_grad) or keys_of(arg).raw_repr() not in _TENSOR:
+                return False
+        elif isinstance(arg, Tensor) or (kind in (list, tuple) and arg and not _is_bare(arg)):
+            return False
+    return True
 
 
 class _FirstOrder(torch.autograd.Function):
@@ -68,6 +117,7 @@ def first_order(name: str) -> Callable:
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_OUTWARDS = {4: (1, 3, 2, 0), 5: (1, 4, 3, 2, 0)}
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
@@ -79,12 +129,16 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     last = _CHANNELS_LAST.get(x.dim())
     if last is None:
         return torch.contiguous_format
+    shape, strides = x.shape, x.stride()
+    channel = strides[1]
+    if channel == 0:
+        return torch.contiguous_format
     least = 0  # strides ascend from the channels outwards, in a slice of a channels_last map too
-    for d in (1, *range(x.dim() - 1, 1, -1), 0):
-        size, stride = x.shape[d], x.stride(d)
-        if size == 0 or stride < least or (d == 1 and stride == 0) or (d == 0 and least == x.stride(1)):
+    for d in _OUTWARDS[len(shape)]:
+        size, stride = shape[d], strides[d]
+        if size == 0 or stride < least or (d == 0 and least == channel):
             return torch.contiguous_format
-        least = stride * max(size, 1)
+        least = stride * size
     return last
 
 

@@ -72,7 +72,7 @@ def batch_norm_act(
     (kind, eps), (mean, var, weight, bias) = norm_options(norm), tensors
     group = None
     if kind == "batch":
-        stats = (stats_op if kernel else DECOMPOSITIONS[stats_op])(x.detach())
+        stats = (stats_op if kernel else DECOMPOSITIONS[stats_op.op])(x.detach())
         if process_group is not None:
             group = _Group(process_group, plain=not kernel)
             stats = group.merge(stats, x.numel() // x.shape[1])
@@ -201,7 +201,7 @@ class _BatchNormAct(torch.autograd.Function):
 
 def _pick(op, group: _Group | None):
     """The op, or inside ``fastseg.reference()`` its plain form: only a group comes here then."""
-    return DECOMPOSITIONS[op] if group is not None and group.plain else op
+    return DECOMPOSITIONS[op.op] if group is not None and group.plain else op
 
 
 torch.library.register_autograd(

@@ -19,7 +19,7 @@ from fastseg.ops._batch_norm import (
     update_running,
 )
 from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
-from fastseg.ops._pooling import Geometry, fake_index, narrow, plain_pool, plain_unpool
+from fastseg.ops._pooling import Geometry, fake_index, plain_pool, plain_unpool
 from fastseg.ops._register import channels_last, first_order, like, new_map, qualified, register
 from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
 from fastseg.ops.pool_indices import PoolIndices, bits_of
@@ -143,22 +143,22 @@ def _kernel_norm(x, mean, var, weight, bias, kind, eps):
 
 
 def _launch_fwd(x, mean, var, weight, bias, kind, eps, act, size, out, kernel, stride, padding, dilation, bits):
-    g, x = Geometry(size, out, kernel, stride, padding, dilation), channels_last(x)
+    g, x = Geometry.of(size, out, kernel, stride, padding, dilation), channels_last(x)
     norm, stats = _kernel_norm(x, mean, var, weight, bias, kind, eps)
     y, index = max_pool_fwd(x, g.pooling(*x.shape[:2], True), bits, norm, act)
-    return narrow(y, 2), narrow(index, 2) if bits == 64 else index, stats
+    return y, index, stats
 
 
 def _launch_bwd(
     dy, index, stats, x, mean, var, weight, bias, kind, eps, act, size, out, kernel, stride, padding, dilation, bits
 ):
-    g, x = Geometry(size, out, kernel, stride, padding, dilation), channels_last(x)
+    g, x = Geometry.of(size, out, kernel, stride, padding, dilation), channels_last(x)
     mean, var = (stats[0], stats[1]) if kind == "batch" else (mean.contiguous(), var.contiguous())
     affine = (None if t is None else t.contiguous() for t in (weight, bias))
     norm = Norm(mean, var, *affine, eps, kind == "batch")
     dx, sums = norm_max_pool_bwd(channels_last(dy), index, x, norm, act, g.pooling(*x.shape[:2], True), bits)
     dtype = x.dtype if weight is None else weight.dtype
-    return narrow(dx, 2), sums[1].to(dtype, copy=True), sums[0].to(dtype, copy=True)
+    return dx, sums[1].to(dtype, copy=True), sums[0].to(dtype, copy=True)
 
 
 def _plain_fwd(x, mean, var, weight, bias, kind, eps, act, *sizes):

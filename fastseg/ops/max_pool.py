@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from fastseg.kernels.geometry import memoized
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, use_kernel
 from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
@@ -131,11 +132,11 @@ def max_pool_ref(
     return y, PoolIndices(codes, y.shape, *(tuple(v) for v in geometry.window), last)
 
 
-def spatial(value: Sizes, dims: int) -> list[int] | None:
+def spatial(value: Sizes, dims: int) -> tuple[int, ...] | None:
     """One number for each spatial axis; None where ``value`` is neither one number nor that many."""
     if isinstance(value, int):
-        return [value] * dims
-    value = list(value)
+        return (value,) * dims
+    value = tuple(value)
     return value * dims if len(value) == 1 else value if len(value) == dims else None
 
 
@@ -143,10 +144,15 @@ def pool_geometry(
     input: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool, dims: int
 ) -> tuple[Geometry | None, str]:
     """The sizes of a pooling, and why the kernels cannot take it, or "". No sizes: torch is to say what is wrong."""
+    return _pool_geometry(input.shape, kernel_size, stride, padding, dilation, ceil_mode, dims)
+
+
+@memoized
+def _pool_geometry(shape: torch.Size, kernel_size, stride, padding, dilation, ceil_mode: bool, dims: int):
     values = [spatial(v, dims) for v in (kernel_size, stride, padding, dilation)]
-    size = list(input.shape[-dims:])
+    size = tuple(shape[-dims:])
     bad = "torch's own checks"
-    if None in values or input.dim() not in (dims + 1, dims + 2) or 0 in input.shape[-dims - 1 :]:
+    if None in values or len(shape) not in (dims + 1, dims + 2) or 0 in shape[-dims - 1 :]:
         return None, bad
     kernel, stride, padding, dilation = values
     out = []
@@ -161,10 +167,10 @@ def pool_geometry(
         if o < 1:
             return None, bad
         out.append(o)
-    geometry = Geometry(size, out, kernel, stride, padding, dilation)
-    if input.numel() == 0:
+    geometry = Geometry(size, tuple(out), kernel, stride, padding, dilation)
+    if 0 in shape:
         return geometry, "empty input"
     if not HAS_TRITON:
         return geometry, ""
-    N, C = input.shape[:2] if input.dim() == dims + 2 else (1, input.shape[0])
+    N, C = shape[:2] if len(shape) == dims + 2 else (1, shape[0])
     return geometry, geometry.pooling(N, C, False).unsupported()

@@ -109,7 +109,7 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
         indices.check()
     batched = input.dim() == dims + 2
     v = input if batched else input[None]
-    geometry = Geometry(size, list(v.shape[2:]), kernel, stride, padding, [1] * dims)
+    geometry = Geometry.of(size, v.shape[2:], kernel, stride, padding, (1,) * dims)
     if isinstance(indices, PoolIndices):
         if indices.codes.numel() and [list(s) for s in indices_window(indices)] == [list(s) for s in geometry.window]:
             index, bits, last = indices.codes, indices.bits, indices.channels_last

@@ -88,7 +88,7 @@ def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
     if not HAS_TRITON:
         return "", ""
     N, C, OH, OW = input.shape
-    pool = Geometry(*(list(v) for v in (size, (OH, OW), *windows))).pooling(N, C, True)
+    pool = Geometry.of(size, (OH, OW), *windows).pooling(N, C, True)
     why = pool.unsupported() or ("" if pool.disjoint else "overlapping windows: unpooling, then convolution")
     if why:
         return why, ""
@@ -98,7 +98,7 @@ def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
 
 
 def _launch_fwd(input, codes, weight, bias, act, size, kernel, stride):
-    pool = Geometry(size, list(input.shape[2:]), kernel, stride, [0, 0], [1, 1]).pooling(*input.shape[:2], True)
+    pool = Geometry.of(size, input.shape[2:], kernel, stride, (0, 0), (1, 1)).pooling(*input.shape[:2], True)
     bits = bits_of(kernel)
     bias = None if bias is None else bias.contiguous()
     weight = channels_last(weight).to(input.dtype)

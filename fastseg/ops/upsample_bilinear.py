@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastseg.kernels.geometry import memoized
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad, use_kernel
 from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
 
@@ -41,7 +42,7 @@ def upsample_bilinear(
 
     Reference: ``torch.nn.functional.interpolate``.
     """
-    target = _target(x, size, scale_factor, recompute_scale_factor)
+    target = _target(x.shape, size, scale_factor, recompute_scale_factor) if x.is_floating_point() else None
     if target is None:  # torch takes it, or says why not
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
@@ -65,9 +66,10 @@ def upsample_bilinear_ref(
     return F.interpolate(x, size, scale_factor, "bilinear", align_corners, recompute_scale_factor)
 
 
-def _target(x, size, scale_factor, recompute_scale_factor):
+@memoized
+def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
     """-> output (height, width), factors that positions follow or None each; None for what torch shall judge."""
-    if x.dim() != 4 or not x.is_floating_point() or (size is None) == (scale_factor is None):
+    if len(shape) != 4 or (size is None) == (scale_factor is None):
         return None
     given = size if scale_factor is None else scale_factor
     pair = tuple(given) if isinstance(given, (tuple, list, torch.Size)) else (given, given)
@@ -81,10 +83,10 @@ def _target(x, size, scale_factor, recompute_scale_factor):
         factors = tuple(float(f) for f in pair)
         if not all(0 < f < float("inf") for f in factors):
             return None
-        out = tuple(torch.sym_int(n * f) for n, f in zip(x.shape[2:], factors, strict=True))
+        out = tuple(torch.sym_int(n * f) for n, f in zip(shape[2:], factors, strict=True))
         if recompute_scale_factor:
             factors = (None, None)
-    if any(n < 1 for n in (*x.shape[1:], *out)):  # one by one: a minimum would order the sizes of an exported graph
+    if any(n < 1 for n in (*shape[1:], *out)):  # one by one: a minimum would order the sizes of an exported graph
         return None
     return out, factors
 

@@ -78,13 +78,13 @@ def arguments(layout=NCHW, dtype=torch.float32, residual=False) -> tuple:
 @pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"layout": CL, "residual": True}], ids=str)
 def test_opcheck(options):
     x, weights, biases, residual, dilations = arguments(**options)
-    torch.library.opcheck(fwd_op, (x, weights, biases, residual, dilations, "relu"))
+    torch.library.opcheck(fwd_op.op, (x, weights, biases, residual, dilations, "relu"))
 
 
 def test_opcheck_of_the_gradients():
     x, weights, _, dy, dilations = arguments(residual=True)
-    torch.library.opcheck(input_op, (dy, [w.detach() for w in weights], dilations))
-    torch.library.opcheck(weight_op, (dy, x.detach(), [1, 3], dilations))
+    torch.library.opcheck(input_op.op, (dy, [w.detach() for w in weights], dilations))
+    torch.library.opcheck(weight_op.op, (dy, x.detach(), [1, 3], dilations))
 
 
 @pytest.mark.parametrize("residual", [False, True])

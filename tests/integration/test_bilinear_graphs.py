@@ -169,7 +169,7 @@ def test_exported_without_bounds(strict):
         torch.testing.assert_close(program.module()(x), net(x), atol=1e-5, rtol=1e-5)
 
 
-def test_ops_look_at_sizes_again(monkeypatch):
+def test_ops_look_at_sizes_again(monkeypatch, request):
     """A graph of any size meets one that no kernel takes: the registered ops, forward and backward, run torch's."""
     if not INTERPRETED:
         pytest.skip("a CPU tensor: no kernel runs")
@@ -185,6 +185,8 @@ def test_ops_look_at_sizes_again(monkeypatch):
     want = {op: op(*args) for op, args in calls.items()}
     launched = []
     monkeypatch.setattr(bilinear, "LARGEST_SIDE", 9)
+    bilinear.unsupported.cache_clear()
+    request.addfinalizer(bilinear.unsupported.cache_clear)
     with config.intercept(lambda *arguments: launched.append(arguments)):
         for op, args in calls.items():
             torch.testing.assert_close(op(*args), want[op])

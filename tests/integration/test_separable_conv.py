@@ -12,10 +12,14 @@ from torch import Tensor
 from fastseg.ops import BatchNormArgs
 from fastseg.ops._dispatch import INTERPRETED
 from fastseg.ops._register import DECOMPOSITIONS
-from fastseg.ops._separable_conv import Call, bwd_op, eval_op, train_op
+from fastseg.ops._separable_conv import Call
 from fastseg.ops.separable_conv import separable_conv2d_ref
 from fastseg.testing import Tolerance, compare
 
+eval_op, train_op, bwd_op = (
+    getattr(torch.ops.fastseg, name).default
+    for name in ("separable_conv2d", "separable_conv2d_train", "separable_conv2d_bwd")
+)
 LAYOUTS = {  # of x and of the residual or upstream gradient
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),

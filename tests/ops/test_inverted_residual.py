@@ -103,7 +103,7 @@ def test_opcheck(device):
     torch.library.opcheck(
         torch.ops.fastseg.inverted_residual.default, (*make(H=5, W=5, device=device), "relu", 2, 1, False)
     )
-    fake = torch.library.opcheck(_fwd, (*make(COUT=5, H=5, W=4, device=device), "relu", 1, 2, True))
+    fake = torch.library.opcheck(_fwd.op, (*make(COUT=5, H=5, W=4, device=device), "relu", 1, 2, True))
     assert set(fake.values()) == {"SUCCESS"}
 
 
