@@ -3,10 +3,13 @@
     OMP_NUM_THREADS=1 python benchmarks/host_cost.py
 
 Tiny CPU tensors take the kernels' path up to the launch, which is intercepted; eager's modules run whole, which on 1 K
-elements is host time as well. A graph, ``Runner``'s or the caller's, pays none of it.
+elements is host time as well. A graph, ``Runner``'s or the caller's, pays none of it. Calls of Python functions are
+counted beside: they do not depend on the machine, and ``tests/test_host_cost.py`` holds them down.
 """
 
 import os
+import sys
+from collections.abc import Callable
 
 os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: CPU tensors then take the kernels' path
 
@@ -36,15 +39,42 @@ def pairs() -> dict[str, tuple]:
     return out
 
 
+def sample() -> torch.Tensor:
+    """What each of them is called with."""
+    return torch.randn(1, 16, 8, 8).to(memory_format=torch.channels_last)
+
+
+def python_calls(f: Callable[[], object]) -> int:
+    """Python functions that one call of ``f`` calls, itself included, after two that may remember things."""
+    calls = 0
+
+    def count(frame, event, argument) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    f(), f()
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        f()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
 def main() -> None:
     """Print a line for each module."""
     torch.set_num_threads(1)
-    x = torch.randn(1, 16, 8, 8).to(memory_format=torch.channels_last)
+    x = sample()
     with config.intercept(lambda *launch: None), torch.no_grad():
         for name, (ours, eager) in pairs().items():
             functions = {"ours": lambda f=ours: f(x), "eager": lambda f=eager: f(x)}
             us = {key: 1e6 * t for key, t in medians(interleaved(functions, repetitions=400, warmup=20)).items()}
-            print(f"{name:22} {us['ours']:7.1f} us, eager {us['eager']:7.1f} us: {us['ours'] / us['eager']:.2f}")
+            ratio, calls = us["ours"] / us["eager"], [python_calls(f) for f in functions.values()]
+            print(
+                f"{name:22} {us['ours']:6.1f} us, eager {us['eager']:6.1f}: {ratio:.2f}; "
+                f"{calls[0]:3} calls in Python, eager {calls[1]:3}"
+            )
 
 
 if __name__ == "__main__":

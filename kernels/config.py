@@ -31,17 +31,13 @@ _select_observer: Callable[[str, int, dict], None] | None = None
 class Config:
     """Block sizes by name (``cfg.BLOCK_M``), and ``.launch``: all keywords of the launch."""
 
-    __slots__ = ("launch", "source")
+    launch: dict[str, int]
+    source: str
 
     def __init__(self, values: Mapping[str, int], source: str):
+        self.__dict__.update(values)
         self.launch = {**values, "enable_fp_fusion": True}  # named: Triton's default changes in 3.10
         self.source = source
-
-    def __getattr__(self, name: str) -> int:
-        try:
-            return self.launch[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
     def __repr__(self) -> str:
         return f"Config({self.launch}, source={self.source!r})"

@@ -190,7 +190,7 @@ def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str
         return f"{len(weights)} branches: the kernel takes {MOST_BRANCHES}", ""
     if not HAS_TRITON or torch.compiler.is_compiling():
         return "", ""
-    if torch._C._are_functorch_transforms_active() or any(has_tangent(t) for t in (x, *weights, *biases)):
+    if torch._C._are_functorch_transforms_active() or has_tangent(x, *weights, *biases):
         return "a transform of functions, or forward-mode AD", ""
     passes = (act is not None) + (residual is not None)
     chosen = _plan(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations, passes)

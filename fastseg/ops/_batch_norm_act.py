@@ -26,7 +26,8 @@ if HAS_TRITON:
 
 
 def _norm(mean, var, weight, bias, eps: float, batch: bool):
-    return Norm(*(None if t is None else t.contiguous() for t in (mean, var, weight, bias)), eps, batch)
+    affine = (None, None) if weight is None else (weight.contiguous(), bias.contiguous())
+    return Norm(mean.contiguous(), var.contiguous(), *affine, eps, batch)
 
 
 def _launch_stats(x):

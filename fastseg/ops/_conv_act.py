@@ -155,7 +155,7 @@ def _request(x, weight, bias, act, stride, padding, dilation, groups, residual=N
     maps = [t for t in (x, weight, residual) if t is not None]
     tensors = [*maps, *(t for t in (bias, image_bias) if t is not None)]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    followed = any(map(has_tangent, maps)) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
+    followed = has_tangent(*maps) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
     plain = x.dim() == 4 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     plain = plain and not (wanted or followed)
     return Request(

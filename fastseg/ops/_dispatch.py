@@ -157,11 +157,11 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     )
 
 
-def has_tangent(x: Tensor) -> bool:
-    """Whether forward-mode AD follows ``x``: it knows Functions, not registered ops; a captured graph holds none."""
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD follows one: it knows Functions, not registered ops; a captured graph holds none."""
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
-    return forward_ad.unpack_dual(x).tangent is not None
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

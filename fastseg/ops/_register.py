@@ -82,7 +82,10 @@ def _is_bare(args: Iterable) -> bool:
         if kind is Tensor or kind is Parameter:
             if (grad and arg.requires_grad) or keys_of(arg).raw_repr() not in _TENSOR:
                 return False
-        elif isinstance(arg, Tensor) or (kind in (list, tuple) and arg and not _is_bare(arg)):
+        elif kind is list or kind is tuple:
+            if arg and type(arg[0]) is not int and not _is_bare(arg):
+                return False
+        elif isinstance(arg, Tensor):
             return False
     return True
 

@@ -211,7 +211,7 @@ def fused_taps(
 def upsample_taps(taps: Tensor, base: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """``base`` (N, COUT, H, W) and the taps' interpolation, added; differentiable, linear in both."""
     args = (taps, base, tuple(size), align_corners)
-    if needs_grad(taps, base) or has_tangent(taps) or has_tangent(base):
+    if needs_grad(taps, base) or has_tangent(taps, base):
         return _UpsampleTaps.apply(*args)
     return _fwd(taps, base, None, "none", *args[2:])
 

@@ -129,7 +129,7 @@ def _unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual
         return f"a residual of {residual.dtype} beside x of {x.dtype}"
     if x.shape[1] > MOST_CHANNELS:
         return f"{x.shape[1]} channels > {MOST_CHANNELS}"
-    if any(t is not None and has_tangent(t) for t in (x, weight, bias, residual)):
+    if has_tangent(x, weight, bias, residual):
         return "forward-mode AD"
     return ""
 

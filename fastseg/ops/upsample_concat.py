@@ -50,7 +50,7 @@ def upsample_concat(
     why = unsupported(channels, tuple(x.shape[2:]), size) if HAS_TRITON else ""
     if not use_kernel(NAME, x, *skips, unsupported=why):
         return upsample_concat_ref(x, skips, align_corners=align_corners, up_first=up_first)
-    if needs_grad(x, *skips) or any(has_tangent(t) for t in (x, *skips)):
+    if needs_grad(x, *skips) or has_tangent(x, *skips):
         return _UpsampleConcat.apply(align_corners, up_first, x, *skips)
     return _fwd(x, skips, align_corners, up_first)
 

@@ -154,7 +154,7 @@ def _low_resolution(deep, low, weight, bias, act, align_corners: bool, up_first:
     up, rest = made_once(weight, ("halves", deep.shape[1], up_first), halves)
     taps = low_resolution_taps(deep, up)
     base = channels_last(conv2d(channels_last(low), rest, bias, padding=(1, 1)))
-    if needs_grad(taps, base) or has_tangent(taps) or has_tangent(base):
+    if needs_grad(taps, base) or has_tangent(taps, base):
         y = upsample_taps(taps, base, low.shape[2:], align_corners)
     else:
         y = add_upsampled(base, taps, align_corners)  # into the convolution's own result
@@ -168,7 +168,7 @@ def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -
     """Why the kernel does not run, or ""; and what the cost model says."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (deep, low, weight, bias)):
         return "gradients are wanted: upsampling, then convolution", ""
-    if has_tangent(deep) or has_tangent(low) or has_tangent(weight):
+    if has_tangent(deep, low, weight):
         return "forward-mode AD: upsampling, then convolution", ""
     N, C, h, w = deep.shape
     sizes = (N, C, low.shape[1], weight.shape[0], h, w, *low.shape[2:])

@@ -108,4 +108,4 @@ def test_lists_of_maps_are_looked_at():
     with torch.enable_grad():
         assert _is_bare((x, [x, None, 3], "name", 2.0))
         assert not _is_bare((x, [x, torch.randn(3, requires_grad=True)]))
-        assert not _is_bare((x, [torch._neg_view(x)]))
+        assert not _is_bare((x, [torch._neg_view(x)])) and not _is_bare((x, (None, torch._neg_view(x))))

@@ -1,0 +1,30 @@
+"""What a call costs the host, in calls of Python functions: a number that no load of the machine changes."""
+
+import host_cost
+import pytest
+import torch
+
+from fastseg.kernels import config
+
+# As counted, and a few to spare; 0.2 to 0.4 us each with what stands between them (`python benchmarks/host_cost.py`).
+MOST = {
+    "SeparableConv2d": 150,
+    "ConvNormAct2d": 92,
+    "ASPP": 670,
+    "BatchNormAct2d": 50,
+    "MaxPool2d, indices": 47,
+    "UpsamplingBilinear2d": 47,
+    "UpsampleArgmax": 90,
+}
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_calls_up_to_the_launch(name):
+    ours, _ = host_cost.pairs()[name]
+    x = host_cost.sample()
+    with config.intercept(lambda *launch: None), torch.no_grad():
+        assert host_cost.python_calls(lambda: ours(x)) <= MOST[name]
+
+
+def test_every_module_is_counted():
+    assert MOST.keys() == host_cost.pairs().keys()
