@@ -151,10 +151,12 @@ def inverted_residual_fwd(x: Tensor, w: Weights, act: str, stride: int, dilation
     OH, OW = cdiv(H, stride), cdiv(W, stride)
     HIDDEN, COUT = w.expand.shape[0], w.project.shape[0]
     g = Geometry(N, C, H, W, COUT, OH, OW, 3, stride, dilation, dilation)
+    y = empty_nhwc(x, g, COUT)
+    if y.numel() == 0:
+        return y
     cfg = select("inverted_residual_fwd", size=g.pixels, device=x.device, C=C, COUT=COUT, stride=stride,
                  dilation=dilation, dtype=x.dtype)  # fmt: skip
     assert cfg.GROUP == 1 or dilation == 1, "neighbouring outputs share positions only without dilation"
-    y = empty_nhwc(x, g, COUT)
     tiles = N * cdiv(OH, cfg.BLOCK_H) * cdiv(cdiv(OW, cfg.GROUP), cfg.BLOCK_W)
     power = lambda n: max(16, next_power_of_2(n))
     launch(

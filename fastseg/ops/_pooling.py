@@ -125,7 +125,8 @@ def _by(size: list[int]) -> str:
 # --- in plain PyTorch
 
 
-def plain_pool(x, size, out, kernel, stride, padding, dilation, bits):
+def plain_pool(x, size, out, kernel, stride, padding, dilation, bits, last=None):
+    """``last`` says how codes are packed; None: as ``x`` is laid out."""
     ceil = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
@@ -136,7 +137,7 @@ def plain_pool(x, size, out, kernel, stride, padding, dilation, bits):
         return y, index.contiguous(memory_format=memory_format_of(x))
     if bits == 0:
         return y, x.new_empty(0, dtype=torch.uint8)
-    return y, pack(encode(index, size, kernel, stride, padding, dilation), bits, is_last(x))
+    return y, pack(encode(index, size, kernel, stride, padding, dilation), bits, is_last(x) if last is None else last)
 
 
 def _as_int64(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:

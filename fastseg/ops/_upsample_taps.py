@@ -83,7 +83,7 @@ def strips_of(size: Sequence[int], out: Sequence[int], align_corners: bool, like
 
 def _rows_of(y: Tensor) -> Tensor:
     """A view of ``y`` (N, C, H, W), dense in channels_last, as (N, H, W C)."""
-    return y.permute(0, 2, 3, 1).view(y.shape[0], y.shape[2], -1)
+    return y.permute(0, 2, 3, 1).view(y.shape[0], y.shape[2], y.shape[3] * y.shape[1])
 
 
 def _along_x(columns: Strip) -> Tensor:

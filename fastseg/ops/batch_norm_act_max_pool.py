@@ -164,7 +164,7 @@ def _launch_bwd(
 def _plain_fwd(x, mean, var, weight, bias, kind, eps, act, *sizes):
     x = channels_last(x)
     norm = PlainNorm(kind, mean, var, weight, bias, eps, x)
-    y, index = plain_pool(ACTIVATIONS[act](norm(x)).to(x.dtype), *sizes)
+    y, index = plain_pool(ACTIVATIONS[act](norm(x)).to(x.dtype), *sizes, last=True)  # with one channel x is both
     return y, index, norm.stats
 
 

@@ -68,7 +68,7 @@ class PoolIndices:
         windows = self.shape[len(batch) :]
         N, C = batch if len(batch) == 2 else (1, *batch)
         grid = (N, *windows, C) if self.channels_last else (N, C, *windows)
-        codes = _unpack(self.codes.view(*grid[:-1], -1), self.bits, grid[-1])
+        codes = _unpack(self.codes.view(*grid[:-1], self.codes.shape[1]), self.bits, grid[-1])
         codes = codes.movedim(-1, 1) if self.channels_last else codes
         flat = decode(codes, self.input_size, self.kernel_size, self.stride, self.padding, self.dilation)
         flat = flat.contiguous(memory_format=_FORMATS[flat.dim()]) if self.channels_last else flat.contiguous()

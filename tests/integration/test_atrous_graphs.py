@@ -1,4 +1,4 @@
-"""Atrous convolutions among torch's tools: opcheck, compile, export, the switch.
+"""Atrous convolutions among torch's tools: compile, export, the switch.
 
 Runs in two processes. With the interpreter captured graphs hold the registered ops, and these the kernels; without it a
 CPU tensor takes the reference, in captured graphs too.
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.ops import atrous_conv2d
-from fastseg.ops._atrous import atrous_branches, fwd_op, input_op, weight_op
+from fastseg.ops._atrous import atrous_branches, fwd_op
 from fastseg.ops._dispatch import INTERPRETED
 from fastseg.ops._register import DECOMPOSITIONS
 from fastseg.testing import check_op
@@ -67,24 +67,12 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
         torch.testing.assert_close(g, w, atol=2e-5, rtol=2e-5)
 
 
-def arguments(layout=NCHW, dtype=torch.float32, residual=False) -> tuple:
-    x = torch.randn(2, 3, 2, 3, dtype=dtype).to(memory_format=layout)
-    weights = [torch.randn(4, 3, K, K, dtype=dtype).requires_grad_() for K in (1, 3)]
+def arguments(layout=NCHW, residual=False) -> tuple:
+    x = torch.randn(2, 3, 2, 3).to(memory_format=layout)
+    weights = [torch.randn(4, 3, K, K).requires_grad_() for K in (1, 3)]
     biases = [torch.randn(4).requires_grad_() for _ in weights]
-    y = torch.randn(2, 8, 2, 3, dtype=dtype).to(memory_format=layout)
+    y = torch.randn(2, 8, 2, 3).to(memory_format=layout)
     return x.requires_grad_(), weights, biases, y if residual else None, [1, 2]
-
-
-@pytest.mark.parametrize("options", [{"dtype": torch.bfloat16}, {"layout": CL, "residual": True}], ids=str)
-def test_opcheck(options):
-    x, weights, biases, residual, dilations = arguments(**options)
-    torch.library.opcheck(fwd_op.op, (x, weights, biases, residual, dilations, "relu"))
-
-
-def test_opcheck_of_the_gradients():
-    x, weights, _, dy, dilations = arguments(residual=True)
-    torch.library.opcheck(input_op.op, (dy, [w.detach() for w in weights], dilations))
-    torch.library.opcheck(weight_op.op, (dy, x.detach(), [1, 3], dilations))
 
 
 @pytest.mark.parametrize("residual", [False, True])

@@ -1,4 +1,4 @@
-"""Batch norm + residual + activation among torch's tools: opcheck, compile, export, autocast.
+"""Batch norm + residual + activation among torch's tools: compile, export, autocast.
 
 Runs in two processes, as the other files here: with the interpreter captured graphs hold the registered ops.
 """
@@ -67,19 +67,6 @@ def views() -> list[Tensor]:
 def vectors(grad: bool = False) -> tuple[Tensor, ...]:
     mean, var, weight, bias = (torch.rand(5) + 0.5 for _ in range(4))
     return mean, var, weight.requires_grad_(grad), bias.requires_grad_(grad)
-
-
-def test_opcheck():
-    for x, batch, with_residual in zip(views(), (True, False, True, True), (True, False, True, False), strict=True):
-        dy, residual = torch.randn(x.shape, dtype=x.dtype), None
-        if with_residual:
-            residual = torch.randn(x.shape, dtype=x.dtype, requires_grad=True)  # in another layout than some
-        args = (x.detach().requires_grad_(), *vectors(True), residual, batch, 1e-5, "relu")
-        torch.library.opcheck(fwd_op.op, args)
-        y = fwd_op(*args).detach() if with_residual else None
-        torch.library.opcheck(stats_op.op, (x,))
-        torch.library.opcheck(bwd_reduce_op.op, (dy, x, *vectors(), y, 1e-5, "relu", not batch))
-        torch.library.opcheck(bwd_input_op.op, (dy, x, *vectors(), torch.randn(2, 5), batch, 1e-5, "relu"))
 
 
 def test_plain_implementations_equal_the_ops():

@@ -1,4 +1,4 @@
-"""Bilinear upsampling and its transposed convolution among torch's tools: opcheck, compile, export, decompositions."""
+"""Bilinear upsampling and its transposed convolution among torch's tools: compile, export, decompositions."""
 
 import pytest
 import torch
@@ -56,35 +56,6 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
 
 def held(graph: torch.fx.Graph) -> set[str]:
     return {str(node.target).split(".")[1] for node in graph.nodes if "fastseg" in str(node.target)}
-
-
-def maps(shape: tuple[int, ...]) -> list[Tensor]:
-    """contiguous; channels_last; a slice of it, dense in neither."""
-    x = torch.randn(shape)
-    wide = torch.randn(shape[0], shape[1] + 2, *shape[2:]).to(memory_format=CL)
-    return [x, x.to(memory_format=CL), wide[:, : shape[1]]]
-
-
-@pytest.mark.parametrize("number", range(3), ids=["nchw", "nhwc", "sliced"])
-def test_opcheck(number):
-    x, dy = maps((2, 3, 2, 3))[number], maps((2, 3, 3, 5))[number]
-    for t in (x, dy):
-        t.requires_grad_()
-    torch.library.opcheck(OPS.upsample_bilinear.default, (x, (3, 5), False, None, None))
-    torch.library.opcheck(OPS.upsample_bilinear_bwd.default, (dy, (2, 3), True, None, None))
-    torch.library.opcheck(OPS.upsample_concat.default, (x, [dy, dy.detach()], True, False))
-    skip, bias = maps((2, 3, 6, 8))[number], torch.randn(3, requires_grad=True)
-    torch.library.opcheck(OPS.bilinear_conv_transpose2d.default, (x, skip, bias, (4, 6), 2, 4, 1, 1))
-    torch.library.opcheck(OPS.bilinear_conv_transpose2d_bwd.default, (dy, (2, 3), 2, 3, 1))
-
-
-def test_opcheck_of_half_and_empty():
-    half = torch.randn(1, 8, 2, 2).bfloat16().to(memory_format=CL).requires_grad_()
-    torch.library.opcheck(OPS.upsample_bilinear.default, (half, (3, 3), False, 1.7, 1.7))
-    torch.library.opcheck(OPS.bilinear_conv_transpose2d.default, (half, None, torch.randn(8), (3, 3), 2, 3, 1, 0))
-    empty = torch.randn(0, 3, 2, 2, requires_grad=True)
-    torch.library.opcheck(OPS.upsample_bilinear.default, (empty, (3, 3), False, None, None))
-    torch.library.opcheck(OPS.bilinear_conv_transpose2d.default, (empty, None, None, (3, 3), 2, 3, 1, 0))
 
 
 @pytest.mark.parametrize("layout", [NCHW, CL], ids=["nchw", "nhwc"])

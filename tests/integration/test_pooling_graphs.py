@@ -1,4 +1,4 @@
-"""Pooling, unpooling and SegNet among torch's tools: opcheck, compile, export, ONNX, autocast, forward-mode AD.
+"""Pooling, unpooling and SegNet among torch's tools: compile, export, ONNX, autocast, forward-mode AD.
 
 Runs in two processes, as the other files here: with the interpreter captured graphs hold the registered ops.
 """
@@ -18,7 +18,6 @@ from fastseg.ops._pooling import Geometry, pick_op, pool_op, unpool_op
 from fastseg.ops._register import DECOMPOSITIONS
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
-OPS = torch.ops.fastseg
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")
 
 GEOMETRY = Geometry([5, 6], [3, 3], [2, 2], [2, 2], [0, 0], [1, 1])  # ceil mode
@@ -66,49 +65,6 @@ def views(shape=(2, 5, 5, 6)) -> list[Tensor]:
     x = torch.randn(shape)
     wide = torch.randn(2, 8, *shape[2:]).contiguous(memory_format=CL)
     return [x, x.contiguous(memory_format=CL), wide[:, :5], x.bfloat16()]
-
-
-@pytest.mark.parametrize("geometry", [GEOMETRY, OVERLAP], ids=["disjoint", "overlapping"])
-def test_opcheck(geometry):
-    for bits in (0, 2 if geometry is GEOMETRY else 4, 64):
-        for x in views() if geometry is GEOMETRY else views()[2:3]:
-            torch.library.opcheck(OPS.max_pool.default, (x.requires_grad_(bits > 0), *geometry, bits))
-            if bits == 0:
-                continue
-            y, index = pool_op(x.detach(), *geometry, bits)
-            last = x.stride(1) == 1
-            for add in (False, True):
-                args = (torch.randn_like(y).requires_grad_(), index, *geometry, bits, last, add, False)
-                torch.library.opcheck(OPS.max_unpool.default, args)
-            dy = torch.randn_like(x.detach()).requires_grad_()
-            torch.library.opcheck(OPS.max_unpool_bwd.default, (dy, index, *geometry, bits, last))
-
-
-@pytest.mark.parametrize("kind", ["batch", "running", "none"])
-def test_opcheck_fused(kind):
-    vector = lambda: torch.rand(5) + 0.5
-    stats = (vector(), vector()) if kind == "running" else (None, None)
-    affine = (None, None) if kind == "none" else (vector().requires_grad_(), vector().requires_grad_())
-    for x in views()[:3]:
-        x.requires_grad_(kind != "none")
-        args = (x, *stats, *affine, kind, 1e-5, "relu", *GEOMETRY, 2)
-        torch.library.opcheck(OPS.batch_norm_act_max_pool.default, args)
-        y, index, batch = (t.detach() for t in OPS.batch_norm_act_max_pool(*args))
-        if kind != "none":
-            args = (
-                torch.randn_like(y),
-                index,
-                batch,
-                *(None if t is None else t.detach() for t in args[:5]),
-                *args[5:],
-            )
-            torch.library.opcheck(OPS.batch_norm_act_max_pool_bwd.default, args)
-
-
-def test_opcheck_unpool_conv():
-    values, indices = max_pool2d(views()[1], 2, ceil_mode=True, return_indices=True, index_format="compact")
-    args = (values, indices.codes, torch.randn(3, 5, 3, 3), torch.randn(3), "relu", [5, 6], [2, 2], [2, 2])
-    torch.library.opcheck(OPS.max_unpool_conv2d.default, args)
 
 
 def test_plain_implementations_equal_the_kernels():

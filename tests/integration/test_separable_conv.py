@@ -1,4 +1,4 @@
-"""The separable convolution's registered ops: opcheck, plain implementations, layouts, and that nothing aliases.
+"""The separable convolution's registered ops: plain implementations, partial gradients, and that nothing aliases.
 
 Runs in two processes: with the interpreter the ops hold the kernels, without it their plain implementations.
 """
@@ -102,20 +102,6 @@ def backward_args(call: Call, layout: str, needs: list[bool] | None = None) -> t
     present = [True, True, True, call.dw_bias is not None, call.pw_bias is not None, call.mid_weight is not None,
                call.post_weight is not None]  # fmt: skip
     return LAYOUTS[layout](torch.randn_like(y)), *saved, present if needs is None else needs, *call
-
-
-# opcheck runs an op a dozen times: under the interpreter, what differs in layout, dtype or outputs.
-CHECKED = ["biases", "running, channels_last", "batch and running", "sliced", "mixed layouts, other way",
-           "bf16 with fp32 norms"]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", CHECKED if INTERPRETED else SAMPLES)
-def test_opcheck(name):
-    call = sample(**SAMPLES[name])
-    if "batch" not in (call.mid, call.post):
-        torch.library.opcheck(eval_op, call)
-    torch.library.opcheck(train_op, requiring_grad(call))
-    torch.library.opcheck(bwd_op, backward_args(call, "expanded" if "batch" in name else "contiguous"))
 
 
 def test_opcheck_of_partial_gradients():

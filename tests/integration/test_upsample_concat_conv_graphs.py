@@ -1,4 +1,4 @@
-"""A convolution of an upsampled map among torch's tools: opcheck, compile, export."""
+"""A convolution of an upsampled map among torch's tools: compile, export."""
 
 import pytest
 import torch
@@ -41,16 +41,6 @@ def _few_programs():
 
 def held(graph: torch.fx.Graph) -> set[str]:
     return {str(node.target).split(".")[1] for node in graph.nodes if "fastseg" in str(node.target)}
-
-
-def test_opcheck():
-    taps, base = torch.randn(3, 1, 2, 2, 3, 4), torch.randn(1, 4, 3, 5).to(memory_format=CL)
-    fast = ("test_schema", "test_faketensor")
-    args = (taps, None, torch.randn(4), "relu", (3, 5), True)
-    torch.library.opcheck(OPS.upsample_taps.default, args, test_utils=fast)
-    taps.requires_grad_(), base.requires_grad_()
-    torch.library.opcheck(OPS.upsample_taps.default, (taps, base, None, "none", (3, 5), False))  # and its gradients
-    torch.library.opcheck(OPS.upsample_taps_bwd.default, (base, (2, 2), True), test_utils=fast)
 
 
 def test_no_gradient_past_an_activation():

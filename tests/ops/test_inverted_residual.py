@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._inverted_residual import _fwd, inverted_residual
+from fastseg.ops._inverted_residual import inverted_residual
 from fastseg.testing import compare
 
 pytest.importorskip("triton")
@@ -99,12 +99,8 @@ def test_nan_reaches_its_neighbours_alone(device):
         assert torch.equal(y.isnan().all(1)[0].cpu(), want) and torch.equal(y.isnan().any(1)[0].cpu(), want)
 
 
-def test_opcheck(device):
-    torch.library.opcheck(
-        torch.ops.fastseg.inverted_residual.default, (*make(H=5, W=5, device=device), "relu", 2, 1, False)
-    )
-    fake = torch.library.opcheck(_fwd.op, (*make(COUT=5, H=5, W=4, device=device), "relu", 1, 2, True))
-    assert set(fake.values()) == {"SUCCESS"}
+def test_empty_batch(device):
+    assert inverted_residual(*make(N=0, device=device), stride=2).shape == (0, 7, 5, 6)
 
 
 def test_bad_arguments():

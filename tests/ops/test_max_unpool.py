@@ -258,6 +258,8 @@ def test_the_articles_examples(device):
 
 def test_empty_batch(device):
     v = torch.zeros(0, 3, 2, 2, device=device, requires_grad=True)
+    compact = max_pool2d(v.new_zeros(0, 3, 4, 4), 2, return_indices=True, index_format="compact")[1]
+    assert max_unpool2d(v, compact, 2).shape == (0, 3, 4, 4)
     y = max_unpool2d(v, torch.zeros(0, 3, 2, 2, dtype=torch.int64, device=device), 2)
     assert y.shape == (0, 3, 4, 4)
     y.sum().backward()

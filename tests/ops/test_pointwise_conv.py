@@ -118,14 +118,6 @@ def test_gradients_reach_everything(device):
         torch.testing.assert_close(a, b.to(a), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", [CL, torch.contiguous_format], ids=str)
-def test_opcheck(layout, device):
-    t = make(device=device)
-    x = t["x"].contiguous(memory_format=layout)
-    args = (x, t["weight"], t["bias"], "relu6", t["residual"], t["image_bias"])
-    torch.library.opcheck(torch.ops.fastseg.pointwise_conv2d.default, args)
-
-
 def test_shapes_are_checked(device):
     t = make(device=device)
     with pytest.raises(ValueError, match=r"image_bias \(2, 36\); it must be \(2, 37\)"):

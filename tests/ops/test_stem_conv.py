@@ -64,10 +64,6 @@ def test_who_does_not_run_it(device):
     assert path(*make(C=5, device=device)) == path(*make(K=5, device=device)) == "reference"  # too many taps
 
 
-def test_opcheck(device):
-    torch.library.opcheck(torch.ops.fastseg.stem_conv2d.default, (*make(device=device), "relu", 2, 1))
-
-
 def test_the_cost_model():
     """Passes over the largest map of the network are what a library's way costs."""
     for N in (1, 16):

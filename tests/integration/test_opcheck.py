@@ -1,0 +1,123 @@
+"""opcheck of every registered op, on the arguments that it is called with in every layout and mix of dtypes.
+
+Runs in two processes: with the interpreter the ops hold the kernels, without it their plain implementations.
+"""
+
+import importlib
+import pkgutil
+
+import pytest
+import torch
+from op_calls import LAYOUTS, ROWS, Draw
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import fastseg.ops
+from fastseg.ops import _atrous, _dispatch, batch_norm_act_max_pool, max_unpool_conv, upsample_concat_conv
+from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED
+from fastseg.ops._register import DECOMPOSITIONS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:max_unpool"),
+    pytest.mark.skipif(not HAS_TRITON, reason="the public functions ask what kernels take, and the cost models"),
+]
+
+
+class Recorder(TorchDispatchMode):
+    """The calls of registered ops, forward and backward, while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls: list[tuple[torch._ops.OpOverload, tuple]] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op.namespace == "fastseg":
+            assert not kwargs
+            self.calls.append((op, args))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def _every_op_is_reached(monkeypatch):
+    """On a CPU tensor in any layout, whatever the cost models say of maps so small."""
+    monkeypatch.setattr(_dispatch, "_no_kernel", lambda x: "")
+    monkeypatch.setattr(batch_norm_act_max_pool, "_unsupported", lambda *_: "")
+    for module, field in ((_atrous, "own"), (max_unpool_conv, "fold"), (upsample_concat_conv, "low_resolution")):
+        chosen = lambda *sizes, plan=module.plan, field=field: plan(*sizes)._replace(**{field: True})
+        monkeypatch.setattr(module, "plan", chosen)
+    if INTERPRETED:
+        from fastseg.kernels.config import override
+
+        with override("upsample_conv_fwd", ROWS=8):
+            yield
+    else:
+        yield
+
+
+def recorded(name: str, layout: str, device: str) -> list[tuple[torch._ops.OpOverload, tuple]]:
+    """The registered calls of a row; tensors are leaves, and require grad where the op has a gradient for them."""
+    row = ROWS[name]
+    draw = Draw(LAYOUTS[layout], row.grad, device=device)
+    run, tensors = row.draw(draw)
+    with Recorder() as recorder, torch.set_grad_enabled(row.grad):
+        with draw.autocast():
+            y = run(*tensors)
+        if row.grad:
+            y.backward(draw.gradient(y))
+    return [(op, _leaves(op, args, row.grad)) for op, args in recorder.calls]
+
+
+def _leaves(op: torch._ops.OpOverload, args: tuple, grad: bool) -> tuple:
+    has_formula = grad and op.has_kernel_for_dispatch_key(torch._C.DispatchKey.Autograd)
+    made = []
+    for argument, value in zip(op._schema.arguments, args, strict=False):
+        wanted = lambda t, n=argument.name: has_formula and t.is_floating_point() and (t.requires_grad or n == "dy")
+        made.append(tree_map_only(Tensor, lambda t, w=wanted: t.detach().requires_grad_(w(t)), value))
+    return tuple(made)
+
+
+def described(op: torch._ops.OpOverload, args: tuple) -> tuple:
+    """What a check depends on: calls that agree in it are one."""
+    known = lambda t: (t.shape, t.stride(), t.dtype, t.device, t.requires_grad)
+    return op, *(known(value) if isinstance(value, Tensor) else value for value in tree_leaves(args))
+
+
+CASES = [(name, layout) for name, row in ROWS.items() for layout in row.layouts]
+UNTRACED = ("test_schema", "test_autograd_registration", "test_faketensor")
+_passed: set[tuple] = set()  # calls, as described
+_traced: set[torch._ops.OpOverload] = set()
+
+
+def utils_for(op: torch._ops.OpOverload, layout: str) -> str | tuple[str, ...]:
+    """All. Interpreted, tracing once an op: it sees the fakes, the same in both processes, and runs an op ten times."""
+    if not INTERPRETED:
+        return "ALL"
+    if layout != "channels_last" or op in _traced:
+        return UNTRACED
+    _traced.add(op)
+    return *UNTRACED, "test_aot_dispatch_dynamic"
+
+
+@pytest.mark.parametrize("name, layout", CASES)
+def test_opcheck(name, layout, device="cpu"):
+    calls = recorded(name, layout, device)
+    assert {op.name() for op, _ in calls} == {f"fastseg::{op}" for op in ROWS[name].reaches.split()}
+    for op, args in calls:
+        call = described(op, args)
+        if call not in _passed:
+            torch.library.opcheck(op, args, test_utils=utils_for(op, layout))
+            _passed.add(call)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name, layout", [case for case in CASES if case[1] in ("channels_last", "half beside float")])
+def test_opcheck_on_a_gpu(name, layout):
+    test_opcheck(name, layout, "cuda")
+
+
+def test_every_registered_op_has_samples():
+    for module in pkgutil.iter_modules(fastseg.ops.__path__, "fastseg.ops."):
+        importlib.import_module(module.name)
+    reached = {op for row in ROWS.values() for op in row.reaches.split()}
+    assert reached == {op.name().removeprefix("fastseg::") for op in DECOMPOSITIONS}
