@@ -28,7 +28,7 @@ def output_size(
         H, W = _pair(name, "size", size)
     else:
         factors = tuple(float(f) for f in _pair(name, "scale_factor", scale_factor))
-        if not all(math.isfinite(f) and f > 0 for f in factors):
+        if not all(0 < f < math.inf for f in factors):
             raise ValueError(f"{name}: scale_factor is {scale_factor}; it must be positive and finite")
         H, W = (math.floor(low * f) for low, f in zip(x.shape[2:], factors, strict=True))
     known = [n for n in (H, W) if isinstance(n, int)]

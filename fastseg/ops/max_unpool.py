@@ -134,8 +134,11 @@ def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] 
 
     A graph takes it as it is: a check would be a guard, which sizes that hold for all inputs cannot always prove.
     """
-    if output_size is not None and torch.compiler.is_compiling():
-        return output_size[-len(kernel) :]
+    if torch.compiler.is_compiling():
+        if output_size is not None:
+            return output_size[-len(kernel) :]
+        windows = input.shape[-len(kernel) :]
+        return [(n - 1) * s + k - 2 * p for n, k, s, p in zip(windows, kernel, stride, padding, strict=True)]
     return list(F._unpool_output_size(input, kernel, stride, padding, output_size))
 
 

@@ -148,6 +148,8 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
     """Weight, bias and norm of the pair: folded, where the norm is fixed."""
     if norm is None or norm.training:
         return weight, bias, norm
+    if torch.compiler.is_compiling():  # an id would bind a graph to this very tensor
+        return _fold(weight, bias, norm)
     return made_once(weight, ("folded", id(norm.running_mean), norm.eps), lambda: _fold(weight, bias, norm))
 
 

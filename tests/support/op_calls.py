@@ -58,16 +58,19 @@ LAYOUTS = {
 
 
 class Draw:
-    """Random tensors in one layout; ``times`` the spatial sizes that are asked for, and ``times - 1`` more images."""
+    """Random tensors in one layout; ``times`` the spatial sizes that are asked for, of two images or more one more."""
 
     def __init__(self, layout: Layout, grad: bool = True, times: int = 1, device: str = "cpu"):
         self.layout, self.grad, self.times, self.device = layout, grad, times, device
+
+    def images(self, N: int) -> int:
+        return N + self.times - 1 if N > 1 else N
 
     def map(self, N: int, C: int, *size: int, other: bool = False, grad: bool = True) -> Tensor:
         """(N, C, *size); ``other`` makes it contiguous among channels_last ones, and the other way round."""
         last, cut, dtype, _ = self.layout
         wide = [n * self.times * (1 + (cut == "pixels")) for n in size]
-        x = torch.randn(N + self.times - 1, C + 2 * (cut == "channels"), *wide, dtype=dtype, device=self.device)
+        x = torch.randn(self.images(N), C + 2 * (cut == "channels"), *wide, dtype=dtype, device=self.device)
         if last != other and x.dim() in FORMATS:
             x = x.contiguous(memory_format=FORMATS[x.dim()])
         x = x[:, :C]
@@ -97,7 +100,7 @@ class Draw:
         return [self.vector(C, grad=i > 1) for i in range(4)]
 
     def classes(self, count: int, N: int, *size: int) -> Tensor:
-        return torch.randint(count, (N + self.times - 1, *(n * self.times for n in size)), device=self.device)
+        return torch.randint(count, (self.images(N), *(n * self.times for n in size)), device=self.device)
 
     def gradient(self, y: Tensor) -> Tensor:
         """Of ``y``: a slice of a larger one, as ``cat`` gives it, expanded, as ``sum`` does, or dense."""
@@ -244,7 +247,7 @@ def _taps(d: Draw) -> Drawn:
     def run(taps, base):
         return upsample_taps(taps, base, base.shape[2:], False)
 
-    return run, [d.rows(3, d.times, 2, 3, 3, 4), d.map(1, 4, 3, 5)]
+    return run, [d.rows(3, 1, 2, 3, 3, 4), d.map(1, 4, 3, 5)]
 
 
 def _no_images(d: Draw) -> Drawn:
@@ -252,7 +255,7 @@ def _no_images(d: Draw) -> Drawn:
         y = upsample_taps(taps, upsample_bilinear(x, 5), (5, 5), True)
         return bilinear_conv_transpose2d(y, 2) + upsample_argmax(y, scale_factor=2)[:, None]
 
-    return run, [d.map(0, 4, 2, 3), d.rows(3, d.times - 1, 2, 3, 3, 4)]
+    return run, [d.map(0, 4, 2, 3), d.rows(3, 0, 2, 3, 3, 4)]
 
 
 def _cross_entropy(reduction: str) -> Callable[[Draw], Drawn]:
@@ -282,7 +285,7 @@ ROWS: dict[str, Row] = {
     "max_pool1d, max_unpool1d": Row(UNPOOL, _unpool_of(max_pool1d, max_unpool1d, 6), layouts=DENSE[:1]),
     "max_pool2d": Row("max_pool", _of(max_pool2d, 2, 5, 5, 6, kernel_size=2, ceil_mode=True), False, SINGLE),
     "max_pool2d, training": Row(POOL, _of(max_pool2d, 2, 5, 4, 6, kernel_size=3, stride=2, padding=1), layouts=SINGLE),
-    "max_pool3d, max_unpool3d": Row(UNPOOL, _unpool_of(max_pool3d, max_unpool3d, 2, 2, 4), layouts=DENSE),
+    "max_pool3d, max_unpool3d": Row(UNPOOL, _unpool_of(max_pool3d, max_unpool3d, 4, 4, 4), layouts=DENSE),
     "max_unpool2d, int64": Row(UNPOOL, _unpool2d("int64"), layouts=SINGLE),
     "max_unpool2d, compact": Row(UNPOOL, _unpool2d("compact"), layouts=SINGLE),
     "max_unpool_conv2d": Row("max_pool max_unpool_conv2d", _max_unpool_conv, False),

@@ -1,0 +1,83 @@
+"""torch.compile of every public op, without graph breaks, of one size and of any, forward and backward.
+
+Runs in two processes: with the interpreter graphs hold the registered ops, and these the kernels; without it they hold
+the references.
+"""
+
+import pytest
+import torch
+from op_calls import LAYOUTS, ROWS, Draw, Drawn, Row
+from torch import Tensor
+
+import fastseg.ops
+from fastseg.ops import aspp, atrous_conv2d, bilinear_kernel
+
+pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")
+CLASSES = {"BatchNormArgs", "PoolIndices"}
+
+
+def _aspp(d: Draw) -> Drawn:
+    def run(x, one, three, project, pool):
+        return aspp(x, [one, three], [1, 2], project_weight=project, pool_weight=pool)
+
+    return run, [d.map(2, 4, 3, 4), d.weight(4, 4, 1, 1), d.weight(4, 4, 3, 3), d.weight(5, 12, 1, 1),
+                 d.weight(4, 4, 1, 1)]  # fmt: skip
+
+
+def _atrous_conv(d: Draw) -> Drawn:
+    def run(x, weight, bias, residual):
+        return atrous_conv2d(x, weight, bias, 2, act="relu", residual=residual)
+
+    return run, [d.map(2, 3, 3, 2), d.weight(4, 3, 3, 3), d.vector(4), d.map(2, 4, 3, 2)]
+
+
+PUBLIC = {
+    name: ROWS[name]
+    for name in (
+        "max_pool1d, max_unpool1d", "max_pool2d, training", "max_pool3d, max_unpool3d", "max_unpool2d, int64",
+        "max_unpool2d, compact", "max_unpool_conv2d", "batch_norm_act, batch", "batch_norm_act, running",
+        "batch_norm_act_max_pool2d, batch", "separable_conv2d", "separable_conv2d, batch", "upsample_bilinear",
+        "bilinear_conv_transpose2d", "upsample_concat", "upsample_concat_conv2d", "upsample_argmax",
+        "upsample_cross_entropy, mean",
+    )
+} | {
+    "aspp": Row("", _aspp),
+    "atrous_conv2d": Row("", _atrous_conv),
+    "bilinear_kernel": Row("", lambda d: (lambda x: x * bilinear_kernel(3, 3, 4).sum(), [d.map(2, 3, 2, 2)]), False),
+}  # fmt: skip
+
+
+def outcome(run, row: Row, layout: str, times: int, grad: bool) -> list[Tensor]:
+    """Results, gradients, and what became of the arguments, running statistics among them."""
+    torch.manual_seed(0)
+    draw = Draw(LAYOUTS[layout], grad, times)
+    _, tensors = row.draw(draw)
+    with torch.set_grad_enabled(grad):
+        y = run(*tensors)
+        if grad:
+            y.backward(draw.gradient(y))
+    results = list(y) if isinstance(y, tuple) else [y]
+    return [t.detach() for t in (*results, *(t.grad for t in tensors if t.grad is not None), *tensors)]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("name", PUBLIC)
+@torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that are equal here need not be elsewhere
+def test_compiled(name, dynamic):
+    """Of any size: the second one runs what the first one compiled."""
+    row = PUBLIC[name]
+    layout = "slice of channels" if dynamic and "slice of channels" in row.layouts else row.layouts[0]
+    for grad in (False, True)[: 1 + row.grad]:
+        run, _ = row.draw(Draw(LAYOUTS[layout]))
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        for times in (1, 2)[: 1 + dynamic]:
+            with torch.compiler.set_stance("fail_on_recompile" if times == 2 else "default"):
+                got = outcome(compiled, row, layout, times, grad)
+            for g, w in zip(got, outcome(run, row, layout, times, grad), strict=True):
+                torch.testing.assert_close(g, w, atol=1e-5, rtol=1e-5)
+                assert g.stride() == w.stride()
+
+
+def test_every_public_function_is_compiled():
+    names = {name for key in PUBLIC for name in key.split(", ")}
+    assert set(fastseg.ops.__all__) - CLASSES <= names
