@@ -73,10 +73,15 @@ def test_layers_of_one_size_share_their_transforms():
 @pytest.mark.parametrize(
     "sizes, rows",
     [
-        ((256, 256, 128, 128), 8),
-        ((128, 64, 512, 512), 2),
-        ((64, 64, 360, 480), 3),
-        ((48, 256, 128, 128), None),
+        ((256, 256, 128, 128), 4),
+        ((128, 64, 512, 512), 1),
+        ((64, 64, 80, 120), 4),
+        ((64, 64, 40, 60), 5),  # strips of one size: 5 and 5, not 8 and 2
+        ((48, 256, 128, 2048), 1),
+        ((512, 512, 10, 15), 3),
+        ((32, 64, 256, 256), 2),
+        ((32, 32, 256, 256), None),
+        ((512, 512, 8, 8), None),
         ((512, 512, 4, 64), None),
     ],
 )
@@ -87,6 +92,7 @@ def test_the_rule(sizes, rows):
 def test_more_threads_want_more_work():
     assert plan(64, 64, 80, 240, threads=1) is not None and plan(64, 64, 80, 240, threads=2) is None
     assert plan(64, 64, 360, 480, threads=2) is not None
+    assert plan(512, 512, 20, 20, threads=1) is not None and plan(512, 512, 20, 20, threads=2) is None
 
 
 def test_bytes():
