@@ -9,7 +9,7 @@ outputs takes 36 products, written out 144. ``G g`` is made once. The products o
 the 36, are a matrix product: one grouped 1x1 convolution of oneDNN does all of them. A bias rides on the product of the
 point 1 and 1, whose columns in A are all ones.
 
-A strip of the map goes through all steps while it is in the cache. Each transform adds up a few pixels with fixed
+A block of the map goes through all steps while it is in the cache. Each transform adds up a few pixels with fixed
 weights, all channels at once: torch's ``embedding_bag``, which FBGEMM compiles for the processor. In the cache it moves
 60 GB/s, where batches of small matrix products move 16 to 30. Nothing is padded or cropped: pixels outside are not in
 the sums.
@@ -68,22 +68,27 @@ def _with_roots(roots) -> list[Fraction]:
 
 # By times of 35 layers on one thread of an AVX-512 machine where oneDNN's own convolution makes 250 GFLOP/s: 0.33 to
 # 0.4 of its time from 256 channels on, 0.45 at 128, 0.65 at 64, 0.8 at 48 or from 32 to 64, 1.1 at 32; 0.8 with 12
-# tiles. Strips of 128 tiles were best or within 2 % of it for all, and of 512 slower by up to a half.
-STRIP = 128  # tiles, or one row of them
+# tiles. Blocks of 128 tiles were best or within 2 % of it for all, and of 512 slower by up to a half; two rows of 64
+# tiles, which read fewer pixels twice, were 5 to 10 % faster than one of 128.
+MOST_TILES, MOST_ACROSS = 128, 64
 
 
-def plan(C: int, COUT: int, H: int, W: int, threads: int) -> int | None:
-    """Rows of tiles in a strip of x (*, C, H, W), or None where the library's convolution is faster.
+def plan(C: int, COUT: int, H: int, W: int, threads: int) -> tuple[int, int] | None:
+    """Tiles down and across in a block of x (*, C, H, W), or None where the library's convolution is faster.
 
     A fixed rule: trials are noise.
     """
     down, across = -(-H // OUT), -(-W // OUT)
-    tiles = down * across
-    few = threads > 1 and tiles < (4096 if min(C, COUT) < 128 else 36)  # for several threads
+    few = threads > 1 and down * across < (4096 if min(C, COUT) < 128 else 36)  # for several threads
     if min(C, COUT) < 32 or C * COUT < 2048 or min(H, W) < 8 or H * W < 144 or few:
         return None
-    strips = -(-down // max(1, STRIP // across))
-    return -(-down // strips)
+    across = _even(across, MOST_ACROSS)
+    return _even(down, MOST_TILES // across), across
+
+
+def _even(count: int, most: int) -> int:
+    """The size of the fewest parts of ``count``, none larger than ``most``."""
+    return -(-count // -(-count // most))
 
 
 class Sums(NamedTuple):
@@ -96,9 +101,7 @@ class Sums(NamedTuple):
     def __call__(self, table: Tensor) -> Tensor:
         """(rows, C) -> (sums, C)."""
         rows, starts, weights = self
-        return F.embedding_bag(
-            rows, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True
-        )  # fmt: skip
+        return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
 
 
 def _sums(rows: Tensor, weights: Tensor, inside: Tensor | None = None) -> Sums:
@@ -109,56 +112,69 @@ def _sums(rows: Tensor, weights: Tensor, inside: Tensor | None = None) -> Sums:
     return Sums(rows[kept].int(), starts.int(), weights[kept])
 
 
-class Strip(NamedTuple):
-    """Some rows of tiles: the rows of pixels under them and of their outputs, and the three transforms."""
+class Span(NamedTuple):
+    """Part of one axis: the inputs under its tiles, which begin at ``start - 1``, and their outputs."""
 
-    above: int
-    below: int
-    top: int
-    bottom: int
-    down: Sums  # B along y: pixels -> (S, 6, W)
-    across: Sums  # B along x: -> (S, W / 4, 6, 6)
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+class Block(NamedTuple):
+    """Some tiles of a map, and their transforms."""
+
+    y: Span
+    x: Span
+    down: Sums  # B along y: pixels -> (tiles down, 6, pixels across)
+    across: Sums  # B along x: -> (tiles down, tiles across, 6, 6)
     back: Sums  # A along both: -> pixels
 
 
+def _spans(length: int, tiles: int) -> list[Span]:
+    """An axis cut into parts of so many tiles; the last may begin inside the one before it."""
+    final = -(-length // OUT) - tiles
+    edges = [(OUT * first, OUT * (first + tiles)) for first in (*range(0, final, tiles), final)]
+    return [Span(max(a - 1, 0), min(b + 1, length), a, min(b, length)) for a, b in edges]
+
+
 @functools.lru_cache(maxsize=32)  # layers of one size share them
-def strips(H: int, W: int, S: int) -> tuple[Strip, ...]:
-    """A map cut into strips of ``S`` rows of tiles; the last may begin inside the one before it."""
+def blocks(H: int, W: int, tiles: tuple[int, int]) -> tuple[Block, ...]:
+    """A map cut into blocks of so many tiles down and across."""
+    (rows, columns), six, m = tiles, torch.arange(IN), matrices(torch.float32)
+    window = lambda count, lead: lead + OUT * torch.arange(count).view(-1, 1, 1, 1) + six
+
+    @functools.cache
+    def down(lead: int, height: int, width: int) -> Sums:
+        y = window(rows, lead)
+        return _sums(y * W + torch.arange(width).unsqueeze(1), m.b.unsqueeze(1), (y >= 0) & (y < height))
+
+    @functools.cache
+    def across(lead: int, width: int) -> Sums:
+        x, lines = window(columns, lead), torch.arange(rows * IN).view(rows, 1, IN, 1, 1)
+        return _sums(lines * width + x, m.b, (x >= 0) & (x < width))
+
+    @functools.cache
+    def back(height: int, width: int) -> Sums:
+        y, x = torch.arange(height), torch.arange(width)
+        tile = (y // OUT * columns).view(-1, 1, 1) + (x // OUT).unsqueeze(1)
+        weights = torch.einsum("yi,xj->yxij", m.a[y % OUT], m.a[x % OUT]).flatten(2)
+        return _sums(tile * IN**2 + torch.arange(IN**2), weights)
+
+    def block(y: Span, x: Span) -> Block:
+        height, width = y.last - y.first, x.last - x.first
+        along_y, along_x = down(y.start - 1 - y.first, height, width), across(x.start - 1 - x.first, width)
+        return Block(y, x, along_y, along_x, back(y.stop - y.start, x.stop - x.start))
+
     with torch.inference_mode(False), torch.device("cpu"):
-        return tuple(_strips(H, W, S))
-
-
-def _strips(H: int, W: int, S: int):
-    tiles, columns, six = -(-H // OUT), -(-W // OUT), torch.arange(IN)
-    m, x = matrices(torch.float32), torch.arange(W)
-    window = lambda count, first: first + OUT * torch.arange(count).unsqueeze(1) + six
-
-    @functools.cache
-    def down(first: int, height: int) -> Sums:
-        y = window(S, first).view(S, 1, 1, IN)
-        return _sums(y * W + x.view(W, 1), m.b.unsqueeze(1), (y >= 0) & (y < height))
-
-    @functools.cache
-    def back(height: int) -> Sums:
-        y = torch.arange(height).unsqueeze(1)
-        tile = (y // OUT * columns + x // OUT).view(height, W, 1)
-        weights = torch.einsum("yi,xj->yxij", m.a[torch.arange(height) % OUT], m.a[x % OUT])
-        return _sums(tile * IN**2 + torch.arange(IN**2), weights.flatten(2))
-
-    at = window(columns, -1).view(columns, 1, 1, IN)
-    lines = (torch.arange(S).view(S, 1, 1, 1, 1) * IN + six.view(IN, 1, 1)) * W
-    across = _sums(lines + at, m.b, (at >= 0) & (at < W))
-    for tile in (*range(0, tiles - S, S), tiles - S):
-        top, bottom = OUT * tile, min(OUT * (tile + S), H)
-        above, below = max(top - 1, 0), min(OUT * (tile + S) + 1, H)
-        yield Strip(above, below, top, bottom, down(top - 1 - above, below - above), across, back(bottom - top))
+        return tuple(block(y, x) for y in _spans(H, rows) for x in _spans(W, columns))
 
 
 class Filters(NamedTuple):
-    """``G g``, packed for strips of one shape."""
+    """``G g``, packed for blocks of one shape."""
 
     packed: Packed
-    strips: tuple[Strip, ...]
+    blocks: tuple[Block, ...]
     channels: int
 
 
@@ -167,8 +183,8 @@ def transformed_bytes(weight: Tensor) -> int:
     return weight.numel() // TAPS**2 * weight.element_size() * IN**2
 
 
-def transform(weight: Tensor, bias: Tensor | None, S: int, H: int, W: int) -> Filters:
-    """weight (COUT, C, 3, 3), for maps of (H, W) in strips of ``S`` rows of tiles."""
+def transform(weight: Tensor, bias: Tensor | None, tiles: tuple[int, int], H: int, W: int) -> Filters:
+    """weight (COUT, C, 3, 3), for maps of (H, W) in blocks of so many tiles down and across."""
     COUT, C = weight.shape[:2]
     g = matrices(torch.float64).g
     filters = torch.einsum("ia,jb,kcab->ijkc", g, g, weight.detach().double()).reshape(-1, C, 1, 1).to(weight.dtype)
@@ -176,22 +192,22 @@ def transform(weight: Tensor, bias: Tensor | None, S: int, H: int, W: int) -> Fi
         wide = bias.new_zeros(IN, IN, COUT)
         wide[ONES, ONES] = bias.detach()
         bias = wide.view(-1)
-    shape = (1, IN**2 * C, 1, S * -(-W // OUT))
-    return Filters(pack(filters, bias, (1, 1), (0, 0), (1, 1), IN**2, shape), strips(H, W, S), COUT)
+    shape = (1, IN**2 * C, 1, tiles[0] * tiles[1])
+    return Filters(pack(filters, bias, (1, 1), (0, 0), (1, 1), IN**2, shape), blocks(H, W, tiles), COUT)
 
 
 def winograd_conv2d(x: Tensor, filters: Filters, relu: bool) -> Tensor:
     """conv2d(x, weight, bias, padding=1), and a ReLU: (N, C, H, W) -> (N, COUT, H, W), dense in channels_last."""
     (N, C, H, W), COUT = x.shape, filters.channels
-    pixels, y = _nhwc(x).contiguous(), x.new_empty(N, H, W, COUT)
+    pixels, result = _nhwc(x).contiguous(), x.new_empty(N, H, W, COUT)
     for n in range(N):
-        for strip in filters.strips:
-            v = strip.across(strip.down(pixels[n, strip.above : strip.below].view(-1, C)))
+        for rows, columns, down, across, back in filters.blocks:
+            v = across(down(pixels[n, rows.first : rows.last].view(-1, C)[columns.first :]))
             products = filters.packed(v.view(1, 1, -1, IN**2 * C).permute(0, 3, 1, 2))
-            result = strip.back(_nhwc(products).view(-1, COUT))
-            out = y[n, strip.top : strip.bottom].view(-1, COUT)
-            torch.clamp_min(result, 0, out=out) if relu else out.copy_(result)
-    return y.permute(0, 3, 1, 2)
+            out = result[n, rows.start : rows.stop, columns.start : columns.stop]
+            values = back(_nhwc(products).view(-1, COUT)).view(out.shape)
+            torch.clamp_min(values, 0, out=out) if relu else out.copy_(values)
+    return result.permute(0, 3, 1, 2)
 
 
 def _nhwc(x: Tensor) -> Tensor:
