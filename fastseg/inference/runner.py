@@ -39,7 +39,7 @@ class Runner:
         example: an input, on the model's device; run once.
         dtype: of the copy: None keeps the model's; ``torch.bfloat16`` and ``torch.float16`` convert all but norms.
         winograd: whether a CPU may take Winograd's form.
-        winograd_bytes: of transformed filters at most, for all shapes; for one they are 2 to 4 times the weights.
+        winograd_bytes: of transformed filters at most, for all shapes; for one they are 4 times the weights.
         max_shapes: whose graphs or packed weights are kept; the least recently used are dropped.
 
     Raises:

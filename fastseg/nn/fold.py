@@ -10,7 +10,7 @@ from fastseg.nn.conv import rewritten, watched
 from fastseg.nn.norm import run_norm_act, watched_norm
 from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops._cpu_conv import conv2d
+from fastseg.ops._cpu_conv import conv2d, packing
 from fastseg.ops._dispatch import autocast_dtype
 from fastseg.ops._recompute import kept_as_recipe
 
@@ -104,7 +104,9 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """``conv(x)``, which keeps the recipe of ``x`` if there is one."""
+    """``conv(x)``, which keeps the recipe of ``x`` if there is one; within ``packed_weights``, packed."""
+    if packing() and not watched(conv, nn.Conv2d) and conv.padding_mode == "zeros":
+        return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     with kept_as_recipe(x):
         return conv(x)
 

@@ -52,11 +52,13 @@ class PackedWeights:
 
     def _convolution(self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple) -> Packed | Filters:
         if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and geometry == _SAME_3X3:
-            chosen = plan(shape[1], weight.shape[0], *shape[2:], torch.get_num_threads())
-            size = 0 if chosen is None else transformed_bytes(weight, chosen.form)
-            if chosen is not None and self.transformed + size <= self.most_bytes:
+            tiles, size = (
+                plan(shape[1], weight.shape[0], *shape[2:], torch.get_num_threads()),
+                transformed_bytes(weight),
+            )
+            if tiles is not None and self.transformed + size <= self.most_bytes:
                 self.transformed += size
-                return transform(weight, bias, chosen, shape[3])
+                return transform(weight, bias, tiles, *shape[2:])
         return pack(weight.detach(), None if bias is None else bias.detach(), *geometry, shape)
 
 

@@ -1,20 +1,20 @@
-"""3x3 convolutions with fewer multiplications, out of a library's matrix products, on a CPU: Winograd's F(4, 3).
+"""3x3 convolutions with a quarter of the multiplications, out of a library's matrix products, on a CPU: F(4x4, 3x3).
 
 Along one axis, four neighbouring outputs of a three-tap filter take six products, where written out they take twelve:
 
     y = A [(G g) * (B d)]        y: 4 outputs, g: 3 taps, d: the 6 inputs under them
 
-with A, G and B by Toom and Cook from the points 0, 1, -1, 1/2, -2 and infinity. ``G g`` is made once. The products of
-all pixels and channels, for each of the six, are a matrix product: one grouped convolution of oneDNN does all six.
+with A, G and B by Winograd, Toom and Cook from the points 0, 1, -1, 1/2, -2 and infinity; along both axes a tile of 4x4
+outputs takes 36 products, written out 144. ``G g`` is made once. The products of all pixels and channels, for each of
+the 36, are a matrix product: one grouped 1x1 convolution of oneDNN does all of them. A bias rides on the product of the
+point 1 and 1, whose columns in A are all ones.
 
-    lines   F(4, 3) along x; the three filter rows stay a 3 x 1 convolution. 1/2 of the multiplications.
-    tiles   F(4x4, 3x3) along both. 1/4 of them, of which the transforms take a larger part back.
+A block of the map goes through all steps while it is in the cache. Each transform adds up a few pixels with fixed
+weights, all channels at once: torch's ``embedding_bag``, which FBGEMM compiles for the processor. In the cache it moves
+60 GB/s, where batches of small matrix products move 16 to 30. Nothing is padded or cropped: pixels outside are not in
+the sums.
 
-A strip of the map goes through all three steps while it is in the cache. Transforms are batches of small matrix
-products straight from the map and straight into the result: nothing is padded, an outermost tile takes the columns of
-B that lie inside. A bias rides on the product of point 1, whose column in A is all ones.
-
-Rounding: differences to the exact result are about 1e-5 of outputs of size 4 in fp32, a few times those of the
+Rounding: differences to the exact result are about 2e-5 of outputs of size 4 in fp32, a few times those of the
 convolution written out. NaN and infinity reach the outputs of their tiles, not only those under the filter.
 
 Reference: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
@@ -34,15 +34,12 @@ OUT, TAPS = 4, 3
 IN = OUT + TAPS - 1
 POINTS = (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2))  # and infinity
 ONES = 1  # the point whose column in A is all ones
-LINES, TILES = "lines", "tiles"
 
 
 class Matrices(NamedTuple):
     a: Tensor  # (4, 6)
     g: Tensor  # (6, 3)
     b: Tensor  # (6, 6)
-    b_first: Tensor  # (6, 5): of a tile whose first input lies in the padding
-    b_last: Tensor  # (6, 5)
 
 
 @functools.cache
@@ -53,8 +50,8 @@ def matrices(dtype: torch.dtype) -> Matrices:
     g.append([Fraction(k == TAPS - 1) for k in range(TAPS)])
     b = [[*_with_roots([q for q in POINTS if q != p]), Fraction(0)] for p in POINTS] + [_with_roots(POINTS)]
     with torch.inference_mode(False), torch.device("cpu"):
-        a, g, b = (torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64) for rows in (a, g, b))
-        return Matrices(*(t.to(dtype).contiguous() for t in (a, g, b, b[:, 1:], b[:, :-1])))
+        exact = (torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64) for rows in (a, g, b))
+        return Matrices(*(t.to(dtype) for t in exact))
 
 
 def _product(factors) -> Fraction:
@@ -69,151 +66,148 @@ def _with_roots(roots) -> list[Fraction]:
     return out
 
 
-class Plan(NamedTuple):
-    """How a map is convolved: along which axes, and in strips of how many rows of pixels, or of tiles."""
-
-    form: str
-    strip: int
-
-
-# By times of 15 layers on one thread of an AVX-512 machine where oneDNN's own convolution makes 250 GFLOP/s: tiles took
-# 0.32 to 0.45 of its time from 256 channels on, 0.6 at 128, 0.73 from 128 to 64, and 1.0 at 64, where lines took 0.86.
-STRIP_LINES, STRIP_TILES = 16, 256  # rows; tiles
+# By times of 35 layers on one thread of an AVX-512 machine where oneDNN's own convolution makes 250 GFLOP/s: 0.33 to
+# 0.4 of its time from 256 channels on, 0.45 at 128, 0.65 at 64, 0.8 at 48 or from 32 to 64, 1.1 at 32; 0.8 with 12
+# tiles. Blocks of 128 tiles were best or within 2 % of it for all, and of 512 slower by up to a half; two rows of 64
+# tiles, which read fewer pixels twice, were 5 to 10 % faster than one of 128.
+MOST_TILES, MOST_ACROSS = 128, 64
 
 
-def plan(C: int, COUT: int, H: int, W: int, threads: int) -> Plan | None:
-    """The form that is fast for x (*, C, H, W), or None: the library's convolution. A fixed rule: trials are noise."""
+def plan(C: int, COUT: int, H: int, W: int, threads: int) -> tuple[int, int] | None:
+    """Tiles down and across in a block of x (*, C, H, W), or None where the library's convolution is faster.
+
+    A fixed rule: trials are noise.
+    """
     down, across = -(-H // OUT), -(-W // OUT)
-    few = threads > 1 and min(C, COUT) < 128 and down * across < 4096  # for several threads
-    if min(C, COUT) < 64 or min(H, W) < 8 or few:
+    few = threads > 1 and down * across < (4096 if min(C, COUT) < 128 else 36)  # for several threads
+    if min(C, COUT) < 32 or C * COUT < 2048 or min(H, W) < 8 or H * W < 144 or few:
         return None
-    if C * COUT >= 128 * 64:
-        if down * across < 36:
-            return None
-        strips = min(down, -(-down * across // STRIP_TILES))
-        return Plan(TILES, -(-down // strips))
-    return None if H * W < 16384 else Plan(LINES, -(-H // -(-H // STRIP_LINES)))
+    across = _even(across, MOST_ACROSS)
+    return _even(down, MOST_TILES // across), across
+
+
+def _even(count: int, most: int) -> int:
+    """The size of the fewest parts of ``count``, none larger than ``most``."""
+    return -(-count // -(-count // most))
+
+
+class Sums(NamedTuple):
+    """Weighted sums of rows of a table, one after the other: which rows, where each sum begins, and the weights."""
+
+    rows: Tensor
+    starts: Tensor
+    weights: Tensor
+
+    def __call__(self, table: Tensor) -> Tensor:
+        """(rows, C) -> (sums, C)."""
+        rows, starts, weights = self
+        return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights, include_last_offset=True)
+
+
+def _sums(rows: Tensor, weights: Tensor, inside: Tensor | None = None) -> Sums:
+    """``sum_k weights[..., k] table[rows[..., k]]``, of those ``inside``."""
+    kept = weights != 0 if inside is None else inside & (weights != 0)
+    rows, weights, kept = (t.flatten(0, -2) for t in torch.broadcast_tensors(rows, weights, kept))
+    starts = F.pad(kept.sum(1).cumsum(0), (1, 0))
+    return Sums(rows[kept].int(), starts.int(), weights[kept])
+
+
+class Span(NamedTuple):
+    """Part of one axis: the inputs under its tiles, which begin at ``start - 1``, and their outputs."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+
+
+class Block(NamedTuple):
+    """Some tiles of a map, and their transforms."""
+
+    y: Span
+    x: Span
+    down: Sums  # B along y: pixels -> (tiles down, 6, pixels across)
+    across: Sums  # B along x: -> (tiles down, tiles across, 6, 6)
+    back: Sums  # A along both: -> pixels
+
+
+def _spans(length: int, tiles: int) -> list[Span]:
+    """An axis cut into parts of so many tiles; the last may begin inside the one before it."""
+    final = -(-length // OUT) - tiles
+    edges = [(OUT * first, OUT * (first + tiles)) for first in (*range(0, final, tiles), final)]
+    return [Span(max(a - 1, 0), min(b + 1, length), a, min(b, length)) for a, b in edges]
+
+
+@functools.lru_cache(maxsize=32)  # layers of one size share them
+def blocks(H: int, W: int, tiles: tuple[int, int]) -> tuple[Block, ...]:
+    """A map cut into blocks of so many tiles down and across."""
+    (rows, columns), six, m = tiles, torch.arange(IN), matrices(torch.float32)
+    window = lambda count, lead: lead + OUT * torch.arange(count).view(-1, 1, 1, 1) + six
+
+    @functools.cache
+    def down(lead: int, height: int, width: int) -> Sums:
+        y = window(rows, lead)
+        return _sums(y * W + torch.arange(width).unsqueeze(1), m.b.unsqueeze(1), (y >= 0) & (y < height))
+
+    @functools.cache
+    def across(lead: int, width: int) -> Sums:
+        x, lines = window(columns, lead), torch.arange(rows * IN).view(rows, 1, IN, 1, 1)
+        return _sums(lines * width + x, m.b, (x >= 0) & (x < width))
+
+    @functools.cache
+    def back(height: int, width: int) -> Sums:
+        y, x = torch.arange(height), torch.arange(width)
+        tile = (y // OUT * columns).view(-1, 1, 1) + (x // OUT).unsqueeze(1)
+        weights = torch.einsum("yi,xj->yxij", m.a[y % OUT], m.a[x % OUT]).flatten(2)
+        return _sums(tile * IN**2 + torch.arange(IN**2), weights)
+
+    def block(y: Span, x: Span) -> Block:
+        height, width = y.last - y.first, x.last - x.first
+        along_y, along_x = down(y.start - 1 - y.first, height, width), across(x.start - 1 - x.first, width)
+        return Block(y, x, along_y, along_x, back(y.stop - y.start, x.stop - x.start))
+
+    with torch.inference_mode(False), torch.device("cpu"):
+        return tuple(block(y, x) for y in _spans(H, rows) for x in _spans(W, columns))
 
 
 class Filters(NamedTuple):
-    """``G g``, packed for strips of one shape: one convolution, or with tiles one for each of the six along y."""
+    """``G g``, packed for blocks of one shape."""
 
-    plan: Plan
-    packed: tuple[Packed, ...]
+    packed: Packed
+    blocks: tuple[Block, ...]
     channels: int
 
 
-def transformed_bytes(weight: Tensor, form: str) -> int:
+def transformed_bytes(weight: Tensor) -> int:
     """Bytes of the transformed filters."""
-    return weight.numel() // TAPS**2 * weight.element_size() * IN * (IN if form == TILES else TAPS)
+    return weight.numel() // TAPS**2 * weight.element_size() * IN**2
 
 
-def transform(weight: Tensor, bias: Tensor | None, plan: Plan, W: int) -> Filters:
-    """weight (COUT, C, 3, 3), for maps of width ``W``."""
+def transform(weight: Tensor, bias: Tensor | None, tiles: tuple[int, int], H: int, W: int) -> Filters:
+    """weight (COUT, C, 3, 3), for maps of (H, W) in blocks of so many tiles down and across."""
     COUT, C = weight.shape[:2]
-    g, across, wide = matrices(torch.float64).g, -(-W // OUT), weight.detach().double()
-    along_x = torch.einsum("jb,kcab->ajkc", g, wide)  # (3, 6, COUT, C)
-    biases = None
+    g = matrices(torch.float64).g
+    filters = torch.einsum("ia,jb,kcab->ijkc", g, g, weight.detach().double()).reshape(-1, C, 1, 1).to(weight.dtype)
     if bias is not None:
-        biases = bias.new_zeros(IN, COUT)
-        biases[ONES] = bias.detach()
-    geometry = ((1, 1), (0, 0), (1, 1), IN)
-    if plan.form == LINES:
-        filters = along_x.permute(1, 2, 3, 0).reshape(IN * COUT, C, TAPS, 1).to(weight.dtype)
-        shape = (1, IN * C, plan.strip + TAPS - 1, across)
-        return Filters(plan, (pack(filters, None if biases is None else biases.view(-1), *geometry, shape),), COUT)
-    shape = (1, IN * C, 1, plan.strip * across)
-    packed = []
-    for i in range(IN):
-        filters = torch.einsum("a,ajkc->jkc", g[i], along_x).reshape(IN * COUT, C, 1, 1).to(weight.dtype)
-        packed.append(pack(filters, biases.view(-1) if biases is not None and i == ONES else None, *geometry, shape))
-    return Filters(plan, tuple(packed), COUT)
+        wide = bias.new_zeros(IN, IN, COUT)
+        wide[ONES, ONES] = bias.detach()
+        bias = wide.view(-1)
+    shape = (1, IN**2 * C, 1, tiles[0] * tiles[1])
+    return Filters(pack(filters, bias, (1, 1), (0, 0), (1, 1), IN**2, shape), blocks(H, W, tiles), COUT)
 
 
 def winograd_conv2d(x: Tensor, filters: Filters, relu: bool) -> Tensor:
     """conv2d(x, weight, bias, padding=1), and a ReLU: (N, C, H, W) -> (N, COUT, H, W), dense in channels_last."""
-    H, W = x.shape[2:]
-    tiles = filters.plan.form == TILES
-    down, right = -H % OUT if tiles else 0, -W % OUT
-    if down or right:
-        x = F.pad(x, (0, right, 0, down))
-    x = x.contiguous(memory_format=torch.channels_last)
-    y = (_tiles if tiles else _lines)(x, filters, relu)
-    return y[:, :, :H, :W].contiguous(memory_format=torch.channels_last)
-
-
-def _apply(matrix: Tensor, maps: Tensor, out: Tensor) -> None:
-    """out[i] = matrix @ maps[i]."""
-    torch.bmm(matrix.expand(maps.shape[0], -1, -1), maps, out=out)
-
-
-def _along_x(m: Matrices, lines: Tensor, at: int, rows: int, W: int, C: int, out: Tensor) -> None:
-    """B over the tiles of ``rows`` dense lines of W pixels from offset ``at``, into out (rows * W / 4, 6, C)."""
-    tiles, line = rows * W // OUT, W * C
-    if tiles > 2:  # all but the very first and last; at the ends of lines they read a neighbouring line: see below
-        inner = lines.as_strided((tiles - 2, IN, C), (OUT * C, C, 1), at + (OUT - 1) * C)
-        _apply(m.b, inner, out[1:-1])
-    ends = out.unflatten(0, (rows, W // OUT))
-    _apply(m.b_first, lines.as_strided((rows, IN - 1, C), (line, C, 1), at), ends[:, 0])
-    _apply(m.b_last, lines.as_strided((rows, IN - 1, C), (line, C, 1), at + (W - IN + 1) * C), ends[:, -1])
-
-
-def _strips(length: int, strip: int) -> tuple[int, ...]:
-    """Starts of strips of one length: the last may begin inside the one before it."""
-    return (*range(0, length - strip, strip), length - strip)
-
-
-def _lines(x: Tensor, filters: Filters, relu: bool) -> Tensor:
-    N, C, H, W = x.shape
-    m, rows, COUT, across = matrices(x.dtype), filters.plan.strip, filters.channels, W // OUT
-    y, pixels = x.new_empty(N, H, W, COUT), x.permute(0, 2, 3, 1)
-    v = x.new_empty(rows + 2, across, IN, C)
+    (N, C, H, W), COUT = x.shape, filters.channels
+    pixels, result = _nhwc(x).contiguous(), x.new_empty(N, H, W, COUT)
     for n in range(N):
-        for top in _strips(H, rows):
-            first, last = max(top - 1, 0), min(top + rows + 1, H)
-            above, inside = first - top + 1, last - first
-            source = pixels[n, first:last]
-            out = v[above : above + inside].view(inside * across, IN, C)
-            _along_x(m, source, source.storage_offset(), inside, W, C, out)
-            v[:above].zero_()
-            v[above + inside :].zero_()
-            products = filters.packed[0](v.view(1, rows + 2, across, IN * C).permute(0, 3, 1, 2))
-            strip = y[n, top : top + rows]
-            _apply(m.a, _nhwc(products).view(-1, IN, COUT), strip.view(-1, OUT, COUT))
-            if relu:
-                strip.clamp_min_(0)
-    return y.permute(0, 3, 1, 2)
-
-
-def _tiles(x: Tensor, filters: Filters, relu: bool) -> Tensor:
-    N, C, H, W = x.shape
-    m, S, COUT = matrices(x.dtype), filters.plan.strip, filters.channels
-    across, down, line = W // OUT, H // OUT, W * C
-    y, pixels = x.new_empty(N, H, W, COUT), x.permute(0, 2, 3, 1)
-    r, v, z = x.new_empty(IN, S, line), x.new_empty(S * across, IN, C), x.new_empty(IN, S, W * COUT)
-    along_y = r.transpose(0, 1)
-    for n in range(N):
-        at = pixels[n].storage_offset()
-        for top in _strips(down, S):
-            first, last = int(top == 0), S - int(top + S == down)
-            if first:
-                _apply(m.b_first, x.as_strided((1, IN - 1, line), (0, line, 1), at), along_y[:1])
-            if last < S:
-                _apply(m.b_last, x.as_strided((1, IN - 1, line), (0, line, 1), at + (H - IN + 1) * line), along_y[-1:])
-            if last > first:
-                start = at + (OUT * (top + first) - 1) * line
-                inner = x.as_strided((last - first, IN, line), (OUT * line, line, 1), start)
-                _apply(m.b, inner, along_y[first:last])
-            for i in range(IN):
-                _along_x(m, r, i * S * line, S, W, C, v)
-                products = filters.packed[i](v.view(1, 1, S * across, IN * C).permute(0, 3, 1, 2))
-                _apply(m.a, _nhwc(products).view(-1, IN, COUT), z[i].view(-1, OUT, COUT))
-            strip = y[n, OUT * top : OUT * (top + S)]
-            for s in range(S):
-                torch.mm(m.a, z[:, s], out=strip[OUT * s : OUT * (s + 1)].view(OUT, -1))
-            if relu:
-                strip.clamp_min_(0)
-    return y.permute(0, 3, 1, 2)
+        for rows, columns, down, across, back in filters.blocks:
+            v = across(down(pixels[n, rows.first : rows.last].view(-1, C)[columns.first :]))
+            products = filters.packed(v.view(1, 1, -1, IN**2 * C).permute(0, 3, 1, 2))
+            out = result[n, rows.start : rows.stop, columns.start : columns.stop]
+            values = back(_nhwc(products).view(-1, COUT)).view(out.shape)
+            torch.clamp_min(values, 0, out=out) if relu else out.copy_(values)
+    return result.permute(0, 3, 1, 2)
 
 
 def _nhwc(x: Tensor) -> Tensor:

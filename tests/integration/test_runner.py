@@ -14,7 +14,9 @@ from fastseg.inference import Runner
 from fastseg.inference import runner as module
 from fastseg.models import create
 from fastseg.nn import ConvNormAct2d
+from fastseg.nn.fold import convolve
 from fastseg.ops import _cpu_conv
+from fastseg.ops._cpu_conv import PackedWeights, packed_weights
 from fastseg.ops._dispatch import INTERPRETED
 
 
@@ -66,7 +68,7 @@ def test_equals_the_model():
 
 def test_shapes_that_return_are_packed(monkeypatch):
     made, transform = [], _cpu_conv.transform
-    monkeypatch.setattr(_cpu_conv, "transform", lambda *args: made.append(args[3]) or transform(*args))
+    monkeypatch.setattr(_cpu_conv, "transform", lambda *args: made.append(args[4]) or transform(*args))
     model = net()
     runner = Runner(model, image(), max_shapes=2)
     assert made == [24]
@@ -77,6 +79,26 @@ def test_shapes_that_return_are_packed(monkeypatch):
     assert len(made) == 4
     x = image()
     torch.testing.assert_close(exact(x), plain(model, x), rtol=0, atol=2e-6 * plain(model, x).abs().max().item())
+
+
+@pytest.mark.parametrize("name, head", [("unet", "outc.conv"), ("segnet", "classifier"), ("deeplabv3plus", "cls_conv")])
+def test_classifiers_are_packed(name, head, monkeypatch):
+    made, pack = [], _cpu_conv.pack
+    monkeypatch.setattr(_cpu_conv, "pack", lambda weight, *args: made.append(weight.shape[0]) or pack(weight, *args))
+    model, x = create(name, 7).eval(), image(1, 3, 188, 188)
+    Runner(model, x)
+    assert made.count(7) == 1
+    made.clear()
+    model.get_submodule(head).register_forward_hook(lambda *_: None)  # who watches it sees it called
+    Runner(model, x)
+    assert made.count(7) == 0
+
+
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_a_convolution_of_any_geometry_is_packed(mode):
+    conv, x = nn.Conv2d(6, 4, 3, 2, 2, 2, groups=2, padding_mode=mode), image(2, 6, 11, 12)
+    with torch.no_grad(), packed_weights(PackedWeights()):
+        torch.testing.assert_close(convolve(conv, x), conv(x))
 
 
 def test_the_budget_is_for_all_shapes():
