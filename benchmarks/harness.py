@@ -18,8 +18,9 @@ from fastseg.ops._dispatch import HAS_TRITON
 
 GRAPH_BELOW = 100e-6  # seconds; under this the host's time to launch shows in a time taken between events
 
-# Relative L2 distance from an fp32 run that rounding in the dtype explains; see `disagreement`.
-AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# Relative L2 distance from an fp32 run that rounding in the dtype explains; see `disagreement`. For fp32 that run is
+# the baseline's own: flips of signs and near ties, which move the gradient of a pooled map by 5e-4, are in the number.
+AGREEMENT = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 Function = Callable[[], object]
 

@@ -29,7 +29,8 @@ CASES = {  # -> options of `create`
     Case("fcn", 320, 480, 1, "fp32"): {"backbone": "resnet18", "stride": 4},
 }
 DEFAULT = (
-    "eager", "eager-cl", "fastseg", "runner-exact", "runner", "compile", "compile-freeze", "onnxruntime", "openvino",
+    "eager", "eager-cl", "fastseg", "runner-exact", "runner", "compile", "compile-max", "compile-freeze", "onnxruntime",
+    "openvino",
 )  # fmt: skip
 START, END = "<!-- peers -->", "<!-- end peers -->"
 

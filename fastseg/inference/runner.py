@@ -23,7 +23,7 @@ class Runner:
     """Runs ``model.eval()(x)`` and ``model.predict(x)`` as fast as the device does them, without gradients.
 
     It works on a copy of the model in channels_last, whose norms are folded. On CUDA the launches of a call become one
-    graph per shape. On a CPU convolutions take weights packed once, and 3x3 convolutions with 64 channels and more
+    graph per shape. On a CPU convolutions take weights packed once, and 3x3 convolutions of 32 to 64 channels and more
     Winograd's form (differences to the model of about 1e-5 of the largest output); that is done for ``example``'s shape
     and for those that come a second time.
 
