@@ -24,8 +24,8 @@ class Runner:
 
     It works on a copy of the model in channels_last, whose norms are folded. On CUDA the launches of a call become one
     graph per shape. On a CPU convolutions take weights packed once, and 3x3 convolutions of 32 to 64 channels and more
-    Winograd's form (differences to the model of about 1e-5 of the largest output); that is done for ``example``'s shape
-    and for those that come a second time.
+    Winograd's form (differences to the model of about 1e-5 of the largest output, more at pixels where a SegNet's
+    pooling nearly ties); that is done for ``example``'s shape and for those that come a second time.
 
     The model stays the caller's: it may be trained on. A call compares versions and addresses of its parameters and
     buffers with those of the copy, and copies again if one differs. Only writes through ``p.data`` in place, which
