@@ -33,12 +33,12 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
     """
     name = schema.partition("(")[0]
     torch.library.define(qualified(name), schema.removeprefix(name))
-    torch.library.impl(qualified(name), "CUDA", launch if HAS_TRITON else plain)
-    torch.library.impl(qualified(name), "CPU", launch if INTERPRETED else plain)
+    direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
+    for device, implementation in direct.items():
+        torch.library.impl(qualified(name), device.upper(), implementation)
     torch.library.register_fake(qualified(name), fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     DECOMPOSITIONS[op] = plain
-    direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
 
     @functools.wraps(launch)
     def call(*args):
