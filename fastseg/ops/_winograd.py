@@ -71,7 +71,9 @@ def _with_roots(roots) -> list[Fraction]:
 # tiles. Blocks of 128 tiles were best or within 2 % of it for all, and of 512 slower by up to a half; two rows of 64
 # tiles, which read fewer pixels twice, were 5 to 10 % faster than one of 128. On two threads 256 took 0.82 of the time
 # of 128 in a U-Net: each has its own cache. More than 4 shares are not measured, and of 512 channels already 38 MB.
+# Under LEAST_PRODUCTS, a tap's, a block's calls cost more than they save: 64 channels on 16x16.
 MOST_TILES, MOST_ACROSS, MOST_SHARES = 128, 64, 4
+LEAST_PRODUCTS = 2**21
 
 
 def plan(C: int, COUT: int, H: int, W: int, threads: int) -> tuple[int, int] | None:
@@ -82,6 +84,8 @@ def plan(C: int, COUT: int, H: int, W: int, threads: int) -> tuple[int, int] | N
     down, across = -(-H // OUT), -(-W // OUT)
     few = threads > 1 and down * across < (4096 if min(C, COUT) < 128 else 36)  # for several threads
     if min(C, COUT) < 32 or C * COUT < 2048 or min(H, W) < 8 or H * W < 144 or few:
+        return None
+    if C * COUT * H * W < LEAST_PRODUCTS:
         return None
     across = _even(across, MOST_ACROSS)
     return _even(down, MOST_TILES * min(threads, MOST_SHARES) // across), across
