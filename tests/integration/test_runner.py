@@ -81,6 +81,7 @@ def test_shapes_that_return_are_packed(monkeypatch):
     torch.testing.assert_close(exact(x), plain(model, x), rtol=0, atol=2e-6 * plain(model, x).abs().max().item())
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a CPU's own path, in minutes")
 @pytest.mark.parametrize("name, head", [("unet", "outc.conv"), ("segnet", "classifier"), ("deeplabv3plus", "cls_conv")])
 def test_classifiers_are_packed(name, head, monkeypatch):
     made, pack = [], _cpu_conv.pack
