@@ -49,7 +49,7 @@ COLOURS = {"eager": "#9a9a9a", "compile": "#5b8db8", "fastseg": "#c8553d"}
 def main(argv: Sequence[str] | None = None) -> int:
     """Write the pages; 0."""
     parser = argparse.ArgumentParser(description="One page for each op.")
-    parser.add_argument("-o", "--output", type=Path, default=record.ROOT / "docs")
+    parser.add_argument("-o", "--output", type=Path, default=record.ROOT / "docs" / "ops")
     parser.add_argument("--op", action="append", choices=KERNELS, help="may be repeated; all without it")
     parser.add_argument("--target", default="sm_90", help="what the kernels are compiled for")
     parser.add_argument("--without-report", action="store_true", help="compile nothing: seconds in place of minutes")
@@ -74,16 +74,17 @@ def page(module: ModuleType, results: dict, folder: Path, target: str | None) ->
     files, topic = KERNELS[module.OP]
     parts = [f"# {module.OP}\n"]
     for name in files:
-        parts.append(f"## [kernels/{name}.py](../kernels/{name}.py)\n\n{header(name)}\n")
+        parts.append(f"## [kernels/{name}.py](../../kernels/{name}.py)\n\n{header(name)}\n")
     if picture(module, folder / f"{module.OP}.png"):
         parts.append(f"## On the roofline of an {CHIP.name}\n\n![roofline]({module.OP}.png)\n")
     parts.append("## Floors and times\n")
     make = tables.op_table(module, *baselines(module))
     for gpu, found in results.items():
-        parts.append(f"{gpu.replace('_', ' ')}:\n\n{make(gpu, found)}\n")
+        if measured := make(gpu, found):
+            parts.append(f"{gpu.replace('_', ' ')}:\n\n{measured}\n")
     if not results:
         parts.append(
-            f"Not measured yet: no GPU has been at hand. Floors are those of an {CHIP.name}.\n\n{make('', {})}\n"
+            f"Floors of an {CHIP.name}; [results.md](../results.md) says what has been measured.\n\n{make('', {})}\n"
         )
     if target is not None:
         parts.append(f"## Compiled for {target}, bf16\n\n{compiled(topic, files, target)}\n")

@@ -1,4 +1,4 @@
-"""Whole models on a CPU against the peers, side by side in one run, and the README's table of it.
+"""Whole models on a CPU against the peers, side by side in one run, and the table of docs/results.md.
 
     MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=2147483647 OMP_NUM_THREADS=1 python benchmarks/peers.py [--paths ...]
 
@@ -55,11 +55,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             write_results(options.output, results)
     text = table(read_results(options.output / "latency.json"))
     print(text)
-    readme = record.ROOT / "README.md"
-    before = readme.read_text()
+    page = record.ROOT / "docs" / "results.md"
+    before = page.read_text()
     if options.output == FOLDER and START in before:
         head, rest = before.split(START, 1)
-        readme.write_text(f"{head}{START}\n{text}\n{END}{rest.split(END, 1)[1]}")
+        page.write_text(f"{head}{START}\n{text}\n{END}{rest.split(END, 1)[1]}")
     return 0
 
 

@@ -1,8 +1,8 @@
-"""What ``make figures`` runs: results into the README's tables, and what was measured into plots under them.
+"""What ``make figures`` runs: floors into ``docs/roofline.md``, what was measured into ``docs/results.md``, with plots.
 
-    python benchmarks/plot.py [--readme README.md] [--results benchmarks/results]
+    python benchmarks/plot.py [--docs docs] [--results benchmarks/results]
 
-The README marks where a table and its plot go; what stands between the marks is replaced:
+A page marks where a table and its plot go; what stands between the marks is replaced:
 
     <!-- table:separable-eval -->
     <!-- end -->
@@ -10,7 +10,6 @@ The README marks where a table and its plot go; what stands between the marks is
 
 import argparse
 import importlib.util
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,13 +26,13 @@ MARKED = re.compile(r"(<!-- table:([\w-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 COLOURS = {"eager": "#9a9a9a", "compile": "#5b8db8", "fastseg": "#c8553d"}
 
 
-def fill(text: str, results: dict[str, dict[str, dict]], figures: Mapping[tuple[str, str], str]) -> str:
-    """``text`` with every marked table written anew: one per GPU, or the floors alone.
+def fill(text: str, results: dict[str, dict[str, dict]] | None, figures: Mapping[tuple[str, str], str]) -> str:
+    """``text`` with every marked table written anew.
 
     Args:
-        text: of the README.
-        results: GPU -> stages.
-        figures: (table, GPU) -> path of the plot that goes under it, relative to the README.
+        text: of the page.
+        results: GPU -> stages: a table for each GPU that measured one of its cases. None: the floors alone.
+        figures: (table, GPU) -> path of the plot that goes under it, relative to the page.
 
     Raises:
         ValueError: a mark names a table that does not exist, or has no end.
@@ -49,12 +48,14 @@ def fill(text: str, results: dict[str, dict[str, dict]], figures: Mapping[tuple[
     def written(match: re.Match) -> str:
         table = match.group(2)
         make = tables.TABLES[table]
-        if not results:
+        if results is None:
             return f"{match.group(1)}{make('', {})}\n{match.group(3)}"
         parts = []
         for gpu, stages in results.items():
-            name = gpu.replace("_", " ")
-            parts.append(f"**{name}**\n\n{make(gpu, stages)}\n")
+            name, measured = gpu.replace("_", " "), make(gpu, stages)
+            if not measured:
+                continue
+            parts.append(f"**{name}**\n\n{measured}\n")
             if (table, gpu) in figures:
                 parts.append(f"![{table}, {name}]({figures[table, gpu]})\n")
         return f"{match.group(1)}{chr(10).join(parts)}{match.group(3)}"
@@ -133,25 +134,29 @@ def draw(results: dict[str, dict[str, dict]], folder: Path) -> dict[tuple[str, s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Write tables and plots; 0, or 2 with one line on what is wrong."""
-    parser = argparse.ArgumentParser(description="Turn benchmark results into tables and plots.")
-    parser.add_argument("--readme", type=Path, default=record.ROOT / "README.md")
+    parser = argparse.ArgumentParser(description="Turn floors and benchmark results into tables and plots.")
+    parser.add_argument("--docs", type=Path, default=record.ROOT / "docs", help="folder of roofline.md and results.md")
     parser.add_argument("--results", type=Path, default=record.RESULTS, help="folder of <gpu>.json files")
     options = parser.parse_args(argv)
     drawing = importlib.util.find_spec("matplotlib") is not None
+    page = options.docs
     try:
         results = tables.all_results(options.results)
-        before = options.readme.read_text()
-        paths = draw(results, options.results / "figures") if drawing else {}
-        links = {key: Path(os.path.relpath(path, options.readme.parent)).as_posix() for key, path in paths.items()}
-        after = fill(before, results, links)
+        paths = draw(results, options.docs / "figures") if drawing else {}
+        links = {key: path.relative_to(options.docs).as_posix() for key, path in paths.items()}
+        written = {}
+        for name, shown in (("roofline.md", None), ("results.md", results)):
+            page = options.docs / name
+            written[page] = fill(page.read_text(), shown, {} if shown is None else links)
     except (ValueError, OSError) as error:
-        print(f"figures: {options.readme}: {error}", file=sys.stderr)
+        print(f"figures: {page}: {error}", file=sys.stderr)
         return 2
-    if after != before:
-        part = options.readme.with_suffix(".part")
-        part.write_text(after)
-        part.replace(options.readme)
-    print(f"{options.readme}: {len(MARKED.findall(after))} tables")
+    for page, text in written.items():
+        if text != page.read_text():
+            part = page.with_suffix(".part")
+            part.write_text(text)
+            part.replace(page)
+        print(f"{page}: {len(MARKED.findall(text))} tables")
     for path in paths.values():
         print(path)
     if not drawing:

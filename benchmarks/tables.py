@@ -1,8 +1,13 @@
-"""Measured times beside their floors, as markdown tables. What no file in ``results/`` holds is "not measured yet"."""
+"""Floors, and measured times beside them, as markdown tables.
+
+Without results a table shows every case and its floors (``docs/roofline.md``); with results it shows what was
+measured and nothing else (``docs/results.md``), and is empty if nothing was.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import bench_batch_norm_act
 import bench_bilinear_conv_transpose
@@ -19,7 +24,6 @@ from op_tables import STRATEGIES
 from problem import Case
 from workloads import MODELS_WITHOUT_FLOOR, SEPARABLE, SEPARABLE_TRAINING, ModelShape, SeparableShape
 
-MISSING = "not measured yet"
 PROVIDERS = ("eager", "compile", "fastseg")  # in the order of floors.STRATEGIES, whose "fused" is ours
 DEFAULT = DEVICES["H200"]  # whose floors are shown where nothing was measured
 
@@ -56,8 +60,24 @@ def chip_of(gpu: str) -> Device:
     return find_device(gpu.replace("_", " ")) or DEFAULT
 
 
+class Row(NamedTuple):
+    """A line of a table."""
+
+    floors: list[str]  # names the case and gives its floors
+    times: list[str]  # what was measured, and its ratios
+    measured: bool
+
+
+def _table(floors: list[str], times: list[str], rows: list[Row], stages: dict[str, dict]) -> str:
+    """Headers and rows as markdown: floors alone without ``stages``, else what was measured, or ""."""
+    if not stages:
+        return _markdown(floors, [row.floors for row in rows])
+    measured = [row.floors + row.times for row in rows if row.measured]
+    return _markdown([*floors, *times], measured) if measured else ""
+
+
 def _us(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return "-" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _ratio(slow: float | None, fast: float | None) -> str:
@@ -74,8 +94,8 @@ def _markdown(header: list[str], rows: list[list[str]]) -> str:
 
 def _separable(gpu: str, stages: dict[str, dict], shapes: tuple[SeparableShape, ...], training: bool) -> str:
     times, chip = op_times(stages, bench_separable_conv.OP), chip_of(gpu)
-    header = ["shape", "floor us: eager / compile / fused", "eager us", "compile us", "fastseg us", "vs eager",
-              "vs compile", "% of roofline"]  # fmt: skip
+    names = ["shape", "floor us: eager / compile / fused"]
+    measured = ["eager us", "compile us", "fastseg us", "vs eager", "vs compile", "% of roofline"]
     rows = []
     for s in shapes:
         floors = [floor_us(s, chip, training=training, strategy=strategy).us for strategy in STRATEGIES]
@@ -84,10 +104,11 @@ def _separable(gpu: str, stages: dict[str, dict], shapes: tuple[SeparableShape, 
         eager, compiled, ours = (
             step_time(times, s.name, name) if training else times.get((s.name, "eval", name)) for name in PROVIDERS
         )
-        rows.append([f"{s.name} ({s.N}x{s.C}x{s.H}x{s.W} -> {s.COUT})", " / ".join(f"{us:.1f}" for us in floors),
-                     _us(eager), _us(compiled), _us(ours), _ratio(eager, ours), _ratio(compiled, ours),
-                     _share(floors[2], ours)])  # fmt: skip
-    return _markdown(header, rows)
+        label = f"{s.name} ({s.N}x{s.C}x{s.H}x{s.W} -> {s.COUT})"
+        ratios = [_ratio(eager, ours), _ratio(compiled, ours), _share(floors[2], ours)]
+        times_of = [_us(eager), _us(compiled), _us(ours), *ratios]
+        rows.append(Row([label, " / ".join(f"{us:.1f}" for us in floors)], times_of, ours is not None))
+    return _table(names, measured, rows, stages)
 
 
 def separable_eval(gpu: str, stages: dict[str, dict]) -> str:
@@ -107,15 +128,16 @@ def op_table(
 
     def table(gpu: str, stages: dict[str, dict]) -> str:
         times, chip = op_times(stages, module.OP), chip_of(gpu)
-        header = ["shape", "mode", "floor us", *(f"{b} us" for b in baselines), "fastseg us",
-                  *(f"vs {b}" for b in baselines), "% of roofline"]  # fmt: skip
+        header = [*(f"{b} us" for b in baselines), "fastseg us", *(f"vs {b}" for b in baselines), "% of roofline"]
         rows = []
         for case in filter(shown, module.cases("full")):
             floor, ours = case.floor_us("fastseg", chip), times.get((case.shape, case.mode, "fastseg"))
             slow = [times.get((case.shape, case.mode, b)) for b in baselines]
-            rows.append([case.shape, case.mode, "" if floor is None else f"{floor:.1f}", *map(_us, slow), _us(ours),
-                         *(_ratio(us, ours) for us in slow), "" if floor is None else _share(floor, ours)])  # fmt: skip
-        return _markdown(header, rows)
+            share = "" if floor is None else _share(floor, ours)
+            measured = [*map(_us, slow), _us(ours), *(_ratio(us, ours) for us in slow), share]
+            names = [case.shape, case.mode, "" if floor is None else f"{floor:.1f}"]
+            rows.append(Row(names, measured, ours is not None))
+        return _table(["shape", "mode", "floor us"], header, rows, stages)
 
     return table
 
@@ -129,41 +151,43 @@ def model_rows(stages: dict[str, dict], mode: str = "eval") -> dict[tuple[str, s
 def models(gpu: str, stages: dict[str, dict]) -> str:
     """Whole models: the best of each provider's two ways (called, and as a CUDA graph)."""
     found, chip = model_rows(stages), chip_of(gpu)
-    header = ["model", "floor us: eager / compile / fused", *(f"{p} us: called / graph" for p in PROVIDERS),
-              "images/s", "peak MiB: eager / fastseg", "kernels: eager / fastseg"]  # fmt: skip
+    header = [*(f"{p} us: called / graph" for p in PROVIDERS), "images/s", "peak MiB: eager / fastseg",
+              "kernels: eager / fastseg"]  # fmt: skip
     rows = []
     for shape in bench_models.SHAPES:
         name = bench_models.label(shape)
         get = lambda provider, graph=False, name=name: found.get((name, provider, graph), {})
         ours = [get("fastseg", graph)["images_per_s"] for graph in (False, True) if get("fastseg", graph)]
-        rows.append([name, " / ".join(f"{us:.0f}" for us in model_floors(shape, chip) or ()),
-                     *(_pair(get(p).get("median_us"), get(p, True).get("median_us")) for p in PROVIDERS),
-                     f"{max(ours):.0f}" if ours else MISSING,
-                     _pair(get("eager").get("peak_mib"), get("fastseg").get("peak_mib")),
-                     _pair(get("eager").get("kernels"), get("fastseg").get("kernels"))])  # fmt: skip
-    return _markdown(header, rows)
+        floors = [name, " / ".join(f"{us:.0f}" for us in model_floors(shape, chip) or ())]
+        times = [*(_pair(get(p).get("median_us"), get(p, True).get("median_us")) for p in PROVIDERS),
+                 f"{max(ours):.0f}" if ours else "-",
+                 _pair(get("eager").get("peak_mib"), get("fastseg").get("peak_mib")),
+                 _pair(get("eager").get("kernels"), get("fastseg").get("kernels"))]  # fmt: skip
+        rows.append(Row(floors, times, bool(ours)))
+    return _table(["model", "floor us: eager / compile / fused"], header, rows, stages)
 
 
 def models_train(gpu: str, stages: dict[str, dict]) -> str:
     """Training steps of whole models: loss and backward, without an optimizer."""
     found, chip = model_rows(stages, "train"), chip_of(gpu)
-    header = ["model", "floor ms: eager / compile / fused", *(f"{p} ms" for p in PROVIDERS), "vs eager", "vs compile",
-              "peak MiB: eager / fastseg", "MB kept: eager / fastseg"]  # fmt: skip
+    header = [*(f"{p} ms" for p in PROVIDERS), "vs eager", "vs compile", "peak MiB: eager / fastseg",
+              "MB kept: eager / fastseg"]  # fmt: skip
     rows = []
     for shape in bench_models.TRAINING:
         name = bench_models.label(shape)
         get = lambda provider, field, name=name: found.get((name, provider, False), {}).get(field)
         times = [get(p, "median_us") for p in PROVIDERS]
         kept = [None if get(p, "kept_bytes") is None else get(p, "kept_bytes") / 1e6 for p in ("eager", "fastseg")]
-        rows.append([name, " / ".join(f"{us / 1e3:.1f}" for us in model_floors(shape, chip, training=True) or ()),
-                     *(_us(None if us is None else us / 1e3) for us in times), _ratio(times[0], times[2]),
-                     _ratio(times[1], times[2]), _pair(get("eager", "peak_mib"), get("fastseg", "peak_mib")),
-                     _pair(*kept)])  # fmt: skip
-    return _markdown(header, rows)
+        floors = [name, " / ".join(f"{us / 1e3:.1f}" for us in model_floors(shape, chip, training=True) or ())]
+        measured = [*(_us(None if us is None else us / 1e3) for us in times), _ratio(times[0], times[2]),
+                    _ratio(times[1], times[2]), _pair(get("eager", "peak_mib"), get("fastseg", "peak_mib")),
+                    _pair(*kept)]  # fmt: skip
+        rows.append(Row(floors, measured, times[2] is not None))
+    return _table(["model", "floor ms: eager / compile / fused"], header, rows, stages)
 
 
 def _pair(a: float | None, b: float | None) -> str:
-    return MISSING if a is None and b is None else " / ".join("-" if v is None else f"{v:.0f}" for v in (a, b))
+    return "-" if a is None and b is None else " / ".join("-" if v is None else f"{v:.0f}" for v in (a, b))
 
 
 def model_floors(shape: ModelShape, chip: Device, *, training: bool = False) -> list[float] | None:
@@ -177,7 +201,7 @@ def machine(gpu: str, stages: dict[str, dict]) -> str:
     """What was measured on, and what that machine can do."""
     env = stages.get("env", {})
     if not env.get("machine"):
-        return f"No GPU has been at hand: {MISSING}. Floors are those of an {DEFAULT.name}."
+        return "" if stages else f"Floors are those of an {DEFAULT.name}."
     m = env["machine"]
     lines = [f"{m['chip']}, driver {m['driver']}, torch {m['torch']}, Triton {m['triton']}, {m['date'][:10]}."]
     for row in env.get("rows", []):

@@ -289,15 +289,18 @@ def _cells(text: str, shape: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")][2:]
 
 
-def test_a_table_shows_what_counts():
+def test_a_table_shows_what_was_measured():
     text = tables.separable_eval("NVIDIA_H200", _stages())
-    assert _cells(text, "decoder") == ["600", tables.MISSING, "80.0", "7.50x", "", "85%"]
-    assert _cells(text, "xception_middle") == [tables.MISSING] * 3 + [""] * 3
+    assert _cells(text, "decoder") == ["600", "-", "80.0", "7.50x", "", "85%"]
+    assert "xception_middle" not in text
+    floors = tables.separable_eval("", {})
+    assert "xception_middle" in floors
+    assert "vs eager" not in floors
 
 
 @pytest.mark.parametrize("tests", ["failed", "not run"])
 def test_a_time_on_red_tests_is_no_time(tests):
-    assert _cells(tables.separable_eval("NVIDIA_H200", _stages(tests)), "decoder")[:3] == [tables.MISSING] * 3
+    assert tables.separable_eval("NVIDIA_H200", _stages(tests)) == ""
 
 
 def test_a_training_step_is_forward_and_backward():
@@ -306,43 +309,56 @@ def test_a_training_step_is_forward_and_backward():
     assert tables.step_time({("s", "train-forward", "eager"): 1.0}, "s", "eager") is None
 
 
-def test_figures_fill_the_readme_and_say_what_is_not_measured(tmp_path, capsys):
-    readme = tmp_path / "README.md"
+def test_figures_fill_the_pages(tmp_path, capsys):
     first, second = "<!-- table:separable-eval -->\nold\n<!-- end -->", "<!-- table:models -->\n<!-- end -->"
-    readme.write_text(f"# Title\n{first}\nbetween\n{second}\nlast\n")
-    arguments = ["--readme", str(readme), "--results", str(tmp_path)]
+    floors, measured = tmp_path / "roofline.md", tmp_path / "results.md"
+    for page in (floors, measured):
+        page.write_text(f"# Title\n{first}\nbetween\n{second}\nlast\n")
+    arguments = ["--docs", str(tmp_path), "--results", str(tmp_path)]
     assert plot.main(arguments) == 0
-    once = readme.read_text()
+    once = floors.read_text()
     assert once.startswith("# Title\n<!-- table:separable-eval -->\n| shape |")
     assert "old" not in once
     assert "\n<!-- end -->\nbetween\n" in once
     assert once.endswith("<!-- end -->\nlast\n")
-    assert once.count(tables.MISSING) > 30
+    empty = f"# Title\n{first}\nbetween\n{second}\nlast\n".replace("old\n", "")
+    assert measured.read_text() == empty
     assert plot.main(arguments) == 0
-    assert readme.read_text() == once
-    assert "![" not in once
+    assert floors.read_text() == once
     assert not (tmp_path / "figures").exists()
 
     record.write(tmp_path / "NVIDIA_H200.json", "ops", _stages()["ops"])
     assert plot.main(arguments) == 0
-    assert "**NVIDIA H200**" in readme.read_text()
-    assert _cells(readme.read_text(), "decoder")[0] == "600"
-    (link,) = re.findall(r"\n\n!\[.*\]\((.*)\)\n<!-- end -->\nbetween", readme.read_text())
-    assert readme.read_text().count("![") == 1  # no model was measured
+    assert floors.read_text() == once
+    text = measured.read_text()
+    assert "**NVIDIA H200**" in text
+    assert _cells(text, "decoder")[0] == "600"
+    assert "xception_middle" not in text
+    (link,) = re.findall(r"\n\n!\[.*\]\((.*)\)\n<!-- end -->\nbetween", text)
+    assert text.count("![") == 1  # no model was measured
     assert [file.name for file in (tmp_path / "figures").iterdir()] == ["separable-eval-NVIDIA_H200.png"]
     assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
 
     record.write(tmp_path / "NVIDIA_H200.json", "ops", _stages("failed")["ops"])
     assert plot.main(arguments) == 0
-    assert "![" not in readme.read_text()
+    assert measured.read_text() == empty
 
 
 @pytest.mark.parametrize(
     "text", ["<!-- table:nothing -->\n<!-- end -->", "<!-- table:models -->\n<!-- table:machine -->\n<!-- end -->"]
 )
-def test_a_bad_mark_leaves_the_readme_alone(tmp_path, text, capsys):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    assert plot.main(["--readme", str(readme), "--results", str(tmp_path)]) == 2
-    assert readme.read_text() == text
+def test_a_bad_mark_leaves_the_pages_alone(tmp_path, text, capsys):
+    for name in ("roofline.md", "results.md"):
+        (tmp_path / name).write_text(text)
+    assert plot.main(["--docs", str(tmp_path), "--results", str(tmp_path)]) == 2
+    assert (tmp_path / "roofline.md").read_text() == text
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_the_pages_are_fresh():
+    """docs/roofline.md and docs/results.md hold what ``make figures`` writes."""
+    results = tables.all_results()
+    for name, shown in (("roofline.md", None), ("results.md", results)):
+        text = (record.ROOT / "docs" / name).read_text()
+        if shown is None or not shown:  # plots' links depend on what was drawn
+            assert plot.fill(text, shown, {}) == text, f"docs/{name}: run `make figures`"

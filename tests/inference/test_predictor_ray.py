@@ -1,4 +1,4 @@
-"""The README's lines for Ray and a DataLoader, run as they stand on a local Ray. Last run with Ray 2.60.0."""
+"""The lines of docs/inference.md for Ray and a DataLoader, run as they stand on a local Ray. Last run: Ray 2.60.0."""
 
 import importlib.util
 import os
@@ -15,17 +15,17 @@ from fastseg.inference.checkpoint import save_checkpoint
 from fastseg.inference.segment import segment
 from fastseg.models import create
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "inference.md"
 
 
-def readme_block() -> str:
-    blocks = [block.split("```")[0] for block in README.read_text().split("```python\n")[1:]]
+def page_block() -> str:
+    blocks = [block.split("```")[0] for block in PAGE.read_text().split("```python\n")[1:]]
     (block,) = (block for block in blocks if "import ray\n" in block)
     return block
 
 
 def test_block_compiles():
-    compile(readme_block(), "README.md", "exec")
+    compile(page_block(), "inference.md", "exec")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")
@@ -36,7 +36,7 @@ def test_block_runs(tmp_path):
         Image.fromarray(picture).save(tmp_path / "images" / f"{i}.png")
     model = create("segnet_basic", 3, channels=8).eval()
     save_checkpoint(tmp_path / "best.pt", model, "segnet_basic", {"channels": 8}, list("abc"))
-    (tmp_path / "block.py").write_text(readme_block())
+    (tmp_path / "block.py").write_text(page_block())
     quiet = {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0", "RAY_USAGE_STATS_ENABLED": "0"}
     subprocess.run([sys.executable, "block.py"], cwd=tmp_path, env=os.environ | quiet, check=True, timeout=240)
     with fastseg.reference():
