@@ -9,7 +9,6 @@ VERSION = next(
     for line in Path(__file__).with_name("fastseg").joinpath("__init__.py").read_text().splitlines()
     if line.startswith("__version__")
 )
-
 TEST = ["pytest>=8", "pytest-benchmark>=5", "expecttest"]  # expecttest: torch's sample databases import it
 PLOT = ["matplotlib>=3.8"]
 RAY = ["ray[data]"]
@@ -22,6 +21,21 @@ setup(
     description="Fused Triton kernels, drop-in modules and models for semantic segmentation in PyTorch",
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    keywords=["semantic segmentation", "pytorch", "triton", "cuda", "deeplab", "unet", "segnet", "fcn", "aspp"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Developers",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: Scientific/Engineering :: Image Recognition",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11",
     package_dir={"fastseg.kernels": "kernels"},
     packages=[
