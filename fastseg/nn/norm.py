@@ -7,9 +7,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import has_torch_function_unary
 
-from fastseg.nn.conv import batch_norm_args, check_activations, watched
+from fastseg.nn.conv import Act, batch_norm_args, check_activations
+from fastseg.nn.watch import apply_act, split_act, watched
 from fastseg.ops import batch_norm_act
-from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._batch_norm import Activation
 from fastseg.ops._dispatch import record_reference
 
 
@@ -133,14 +134,17 @@ def norm_group(norm: nn.BatchNorm2d) -> "dist.ProcessGroup | None":
     return norm._group() if isinstance(norm, BatchNormAct2d) else None
 
 
-def run_norm_act(x: Tensor, norm: nn.BatchNorm2d, act: Activation | None, residual: Tensor | None = None) -> Tensor:
+def run_norm_act(x: Tensor, norm: nn.Module, act: Act, residual: Tensor | None = None) -> Tensor:
     """``act(norm(x) + residual)`` over an existing ``norm``, as one op.
 
-    A norm that the op cannot stand for (torch's SyncBatchNorm, one with hooks) is called, and the rest follows.
+    A norm that the op cannot stand for (torch's SyncBatchNorm, another norm, one with hooks) is called, and the rest
+    follows; an activation that is not one of the op's is called on its result.
     """
     why = watched_norm(norm)
     if not why:
-        return batch_norm_act(x, batch_norm_args(norm), act, residual, process_group=norm_group(norm))
+        name, module = split_act(act) if isinstance(act, nn.Module) else (act, None)
+        y = batch_norm_act(x, batch_norm_args(norm), name, residual, process_group=norm_group(norm))
+        return y if module is None else module(y)
     record_reference("batch_norm_act", x, why)
     y = norm(x)
-    return activate(y if residual is None else y + residual, act)
+    return apply_act(act, y if residual is None else y + residual)
