@@ -45,14 +45,12 @@ def residual_block(block: nn.Module, x: Tensor) -> Tensor:
 
 def mobilenet(net: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     """-> the maps of stride 4 and the deepest."""
-    for i, block in enumerate(net.features):
-        if i == 0:
-            x = call(block, x)
-        else:
-            y = call(block.conv, x)
-            x = x + y if block.residual else y
-        low = x if i == 3 else None if i < 3 else low
-    return low, x
+    stem, *blocks = net.features
+    maps = [call(stem, x)]
+    for block in blocks:
+        y = call(block.conv, maps[-1])
+        maps.append(maps[-1] + y if block.residual else y)
+    return maps[3], maps[-1]
 
 
 def xception(net: nn.Module, x: Tensor, leaks: bool) -> tuple[Tensor, Tensor]:
