@@ -123,7 +123,7 @@ def run_separable(
     """
     acts = (pre_act, mid_act, post_act)
     other = None
-    if any(isinstance(act, nn.Module) for act in acts):
+    if isinstance(pre_act, nn.Module) or isinstance(mid_act, nn.Module) or isinstance(post_act, nn.Module):
         (pre_act, mid_act, post_act), modules = zip(*map(split_act, acts), strict=True)
         other = next(filter(None, modules), None)
     why = not_fusible(depthwise, mid_norm, pointwise, post_norm)

@@ -1,7 +1,5 @@
 """Batch norm + residual + activation as a module, over one process or many, and over existing BatchNorm2d children."""
 
-import sys
-
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
@@ -79,19 +77,21 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return group if dist.get_world_size(group) > 1 else None
 
     @property
-    def num_features(self) -> int:
-        """C. The first thing that torch's SyncBatchNorm converter reads, which would drop the activation."""
-        caller = sys._getframe(1).f_code
-        if caller is nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__:
+    def qconfig(self):
+        """What torch's SyncBatchNorm converter carries over, and its quantisation looks for; both know no activation."""
+        if "qconfig" not in vars(self) and self.act is not None:
             raise TypeError(
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a BatchNormAct2d; "
-                "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm"
+                "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm. For torch's quantisation, which leaves the module "
+                "as it is, set its qconfig to None"
             )
-        return self.__dict__["num_features"]
+        if "qconfig" not in vars(self):
+            raise AttributeError("BatchNormAct2d has no qconfig")
+        return vars(self)["qconfig"]
 
-    @num_features.setter
-    def num_features(self, value: int) -> None:
-        self.__dict__["num_features"] = value
+    @qconfig.setter
+    def qconfig(self, value) -> None:
+        vars(self)["qconfig"] = value
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}" + (", sync=True" if self.sync else "")
