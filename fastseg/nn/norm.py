@@ -78,12 +78,12 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @property
     def qconfig(self):
-        """What torch's SyncBatchNorm converter carries over, and its quantisation looks for; both know no activation."""
+        """What torch's SyncBatchNorm converter carries over, and its quantisation looks for."""
         if "qconfig" not in vars(self) and self.act is not None:
             raise TypeError(
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a BatchNormAct2d; "
-                "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm. For torch's quantisation, which leaves the module "
-                "as it is, set its qconfig to None"
+                "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm. For torch's quantisation, which leaves it, "
+                "set qconfig to None"
             )
         if "qconfig" not in vars(self):
             raise AttributeError("BatchNormAct2d has no qconfig")

@@ -81,7 +81,7 @@ def test_another_norm(name, norm):
     build, plain, places, _ = MODULES[name]
     for path in places:
         module = unsettle(build())
-        module.set_submodule(path, unsettle(NORMS[norm]()))
+        module.set_submodule(path, NORMS[norm]().double())
         compare(module, plain)
 
 
