@@ -6,28 +6,45 @@ at full resolution; the results are equal to rounding. Where the weight is learn
 the bilinear kernel, the full scores are built.
 """
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
+from fastseg.nn.watch import watched
 
 
-def class_map(upsample: BilinearConvTranspose2d, scores: Tensor, size: tuple[int, int]) -> Tensor:
+def upsampled(
+    upsample: nn.Module, scores: Tensor, size: tuple[int, int] | None, *, skip: Tensor | None = None, offset: int = 0
+) -> Tensor:
+    """``upsample(scores)`` cut to ``size`` at the bottom and right, plus the window of ``skip`` that begins at
+    ``offset``: one kernel, or, where somebody watches ``upsample`` or it is another module, one after another."""
+    if not watched(upsample, BilinearConvTranspose2d):
+        return upsample(scores, size, skip=skip, skip_offset=offset)
+    y = upsample(scores)
+    if size is not None:
+        y = y[..., : size[0], : size[1]]
+    if skip is None:
+        return y
+    height, width = y.shape[-2:]
+    return y + skip[..., offset : offset + height, offset : offset + width]
+
+
+def class_map(upsample: nn.Module, scores: Tensor, size: tuple[int, int]) -> Tensor:
     """``upsample(scores, size).argmax(1)``: (N, C, h, w) -> (N, *size), uint8 up to 256 classes."""
-    if upsample._kind() != "bilinear":
-        return UpsampleArgmax(scale_factor=1)(upsample(scores, size))
+    if watched(upsample, BilinearConvTranspose2d) or upsample._kind() != "bilinear":
+        return UpsampleArgmax(scale_factor=1)(upsampled(upsample, scores, size))
     framed, (top, left) = _framed(upsample, scores, size)
     classes = UpsampleArgmax(scale_factor=upsample.stride[0])(framed)
     return classes[:, top : top + size[0], left : left + size[1]].contiguous()
 
 
-def cross_entropy(upsample: BilinearConvTranspose2d, scores: Tensor, target: Tensor, **options) -> Tensor:
+def cross_entropy(upsample: nn.Module, scores: Tensor, target: Tensor, **options) -> Tensor:
     """``cross_entropy(upsample(scores, target.shape[1:]), target)``; options of ``UpsampleCrossEntropyLoss``."""
     criterion = UpsampleCrossEntropyLoss(**options)
     height, width = size = target.shape[-2:]
-    if target.dim() != 3 or upsample._kind() != "bilinear":
-        return criterion(upsample(scores, size), target)
+    if target.dim() != 3 or watched(upsample, BilinearConvTranspose2d) or upsample._kind() != "bilinear":
+        return criterion(upsampled(upsample, scores, size), target)
     framed, (top, left) = _framed(upsample, scores, size)
     bottom, right = (
         n * upsample.stride[0] - begin - side

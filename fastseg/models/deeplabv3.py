@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
-from fastseg.nn.fold import convolve, run_conv_norm_act
+from fastseg.nn.sequential import Sequential
 
 BACKBONES = ("resnet50", "resnet101", "resnet18", "resnet34")
 RATES = (12, 24, 36)  # at output stride 8; half of that at 16
@@ -60,11 +60,11 @@ class DeepLabV3(UpsampledNet):
             raise ValueError(f"DeepLabV3: channels is {channels}; use a positive number")
         self.backbone = ENCODERS[backbone](in_channels, output_stride, width)
         middle, deep = self.backbone.out_channels[-2:]
-        self.classifier = nn.Sequential(
+        self.classifier = Sequential(
             ASPP(deep, channels, [rate * 8 // output_stride for rate in RATES], dropout=0.5),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
-            nn.ReLU(inplace=True),
+            nn.ReLU(),
             nn.Conv2d(channels, num_classes, 1),
         )
         self.aux_classifier = _aux_head(middle, num_classes) if aux else None
@@ -77,7 +77,7 @@ class DeepLabV3(UpsampledNet):
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits at the output stride."""
-        return self._main(self.backbone(x)[-1])
+        return self.classifier(self.backbone(x)[-1])
 
     def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
@@ -89,22 +89,16 @@ class DeepLabV3(UpsampledNet):
         main, auxiliary = (self._cross_entropy(logits, target, **options) for logits in self._both(self.backbone(x)))
         return main + AUX_WEIGHT * auxiliary
 
-    def _main(self, deep: Tensor) -> Tensor:
-        aspp, conv, norm, _, last = self.classifier
-        return convolve(last, run_conv_norm_act(aspp(deep), conv, norm, "relu"))
-
     def _both(self, features: list[Tensor]) -> list[Tensor]:
-        main = self._main(features[-1])
-        conv, norm, _, dropout, last = self.aux_classifier
-        return [main, convolve(last, dropout(run_conv_norm_act(features[-2], conv, norm, "relu")))]
+        return [self.classifier(features[-1]), self.aux_classifier(features[-2])]
 
 
-def _aux_head(in_channels: int, num_classes: int) -> nn.Sequential:
+def _aux_head(in_channels: int, num_classes: int) -> Sequential:
     channels = max(1, in_channels // 4)
-    return nn.Sequential(
+    return Sequential(
         nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
         nn.Dropout(0.1),
         nn.Conv2d(channels, num_classes, 1),
     )

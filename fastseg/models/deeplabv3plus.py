@@ -8,8 +8,9 @@ from fastseg.models.encoders import ENCODERS
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP, run_aspp
 from fastseg.nn.conv import SeparableConv2d
-from fastseg.nn.fold import convolve, run_conv_norm_act
-from fastseg.nn.skip import run_upsample_concat_conv, upsampled_beside
+from fastseg.nn.fold import convolve
+from fastseg.nn.sequential import Sequential, run_layers
+from fastseg.nn.skip import run_upsample_concat
 
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")
@@ -76,22 +77,21 @@ class DeepLabV3Plus(UpsampledNet):
         low_channels, deep_channels = self.backbone.out_channels[2], self.backbone.out_channels[-1]
         reduced, wide = decoder_channels * 3 // 16, decoder_channels
         rates = [rate * 16 // output_stride for rate in ASPP_RATES]
-        self.separable = preset == "google"
-        if self.separable:
+        if preset == "google":
             self.aspp = ASPP(
                 deep_channels, wide, rates, separable=True, pool_first=True, dropout=0.1, momentum=GOOGLE_MOMENTUM
             )
-            self.shortcut_conv = nn.Sequential(
+            self.shortcut_conv = Sequential(
                 *_conv_norm_relu(low_channels, reduced, 1, bias=False, momentum=GOOGLE_MOMENTUM)
             )
             form = {"mid_norm": True, "mid_act": "relu", "momentum": GOOGLE_MOMENTUM}
-            self.cat_conv = nn.Sequential(
+            self.cat_conv = Sequential(
                 SeparableConv2d(wide + reduced, wide, **form), SeparableConv2d(wide, wide, **form)
             )
         else:
             self.aspp = _ASPP(deep_channels, wide, rates)
-            self.shortcut_conv = nn.Sequential(*_conv_norm_relu(low_channels, reduced, 1))
-            self.cat_conv = nn.Sequential(
+            self.shortcut_conv = Sequential(*_conv_norm_relu(low_channels, reduced, 1))
+            self.cat_conv = Sequential(
                 *_conv_norm_relu(wide + reduced, wide, 3),
                 nn.Dropout(0.5),
                 *_conv_norm_relu(wide, wide, 3),
@@ -102,15 +102,9 @@ class DeepLabV3Plus(UpsampledNet):
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits at stride 4, (N, num_classes, ceil(H / 4), ceil(W / 4))."""
         features = self.backbone(x)
-        conv, norm, _ = self.shortcut_conv
-        low = run_conv_norm_act(features[2], conv, norm, "relu")
+        low = self.shortcut_conv(features[2])
         deep = self.aspp(features[-1])
-        if self.separable:
-            y = self.cat_conv(upsampled_beside(deep, low, self.cat_conv[0].depthwise, align_corners=True))
-        else:
-            conv, norm, _, dropout, conv2, norm2, _, dropout2 = self.cat_conv
-            y = dropout(run_upsample_concat_conv(deep, low, conv, norm, "relu", align_corners=True))
-            y = dropout2(run_conv_norm_act(y, conv2, norm2, "relu"))
+        y = run_upsample_concat(deep, low, self.cat_conv, align_corners=True)
         return convolve(self.cls_conv, y)
 
 
@@ -119,17 +113,20 @@ class _ASPP(nn.Module):
 
     def __init__(self, in_channels: int, channels: int, rates: Iterable[int]):
         super().__init__()
-        self.branch1 = nn.Sequential(*_conv_norm_relu(in_channels, channels, 1))
+        self.branch1 = Sequential(*_conv_norm_relu(in_channels, channels, 1))
         self.branch2, self.branch3, self.branch4 = (
-            nn.Sequential(*_conv_norm_relu(in_channels, channels, 3, rate)) for rate in rates
+            Sequential(*_conv_norm_relu(in_channels, channels, 3, rate)) for rate in rates
         )
         self.branch5_conv, self.branch5_bn, self.branch5_relu = _conv_norm_relu(in_channels, channels, 1)
-        self.conv_cat = nn.Sequential(*_conv_norm_relu(5 * channels, channels, 1))
+        self.conv_cat = Sequential(*_conv_norm_relu(5 * channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         branches = (self.branch1, self.branch2, self.branch3, self.branch4)
-        conv, norm, _ = self.conv_cat
-        return run_aspp(x, branches, (self.branch5_conv, self.branch5_bn), (conv, norm))
+        return run_aspp(x, branches, self._image_vector, self.conv_cat)
+
+    def _image_vector(self, x: Tensor) -> Tensor:
+        layers = (self.branch5_conv, self.branch5_bn, self.branch5_relu)
+        return run_layers(x.mean((2, 3), keepdim=True), layers)
 
 
 def _conv_norm_relu(
@@ -145,5 +142,5 @@ def _conv_norm_relu(
     return [
         nn.Conv2d(in_channels, out_channels, kernel_size, padding=padding, dilation=dilation, bias=bias),
         nn.BatchNorm2d(out_channels, momentum=momentum),
-        nn.ReLU(inplace=True),
+        nn.ReLU(),
     ]

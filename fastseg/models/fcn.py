@@ -12,6 +12,7 @@ from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.sequential import Sequential, run_layers
 from fastseg.nn.upsampling import BilinearConvTranspose2d
 
 # The strides of the finest scores that each backbone has.
@@ -103,8 +104,10 @@ class FCN(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
         scores, deepest = self._scores(x)
-        logits = getattr(self, self._last)(scores, x.shape[2:])
-        return [logits, getattr(self, self._deepest)(deepest, x.shape[2:])] if self.aux and self.training else logits
+        logits = bilinear_score.upsampled(getattr(self, self._last), scores, x.shape[2:])
+        if not (self.aux and self.training):
+            return logits
+        return [logits, bilinear_score.upsampled(getattr(self, self._deepest), deepest, x.shape[2:])]
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits before the last transposed convolution, one for ``stride`` pixels.
@@ -157,7 +160,7 @@ class FCN(nn.Module):
         for (name, offset), skip in zip(self._steps, skips, strict=True):
             # VGG16's skip is larger than what is upsampled, by its padding; a ResNet's may be smaller, by a pixel.
             size = None if self._form == "vgg16" else skip.shape[2:]
-            scores = getattr(self, name)(scores, size, skip=skip, skip_offset=offset)
+            scores = bilinear_score.upsampled(getattr(self, name), scores, size, skip=skip, offset=offset)
         return scores, deepest
 
     # The three forms: their layers, and their score maps from the deepest stage on.
@@ -215,14 +218,7 @@ class FCN(nn.Module):
     def _resnet_maps(self, x: Tensor) -> list[Tensor]:
         strides = {5 - i: 32 >> i for i in range(len(self._steps) + 1)}
         features = self.backbone(x)
-        maps = []
-        for i, stride in strides.items():
-            conv, norm, _, *rest = getattr(self, f"score{stride}")
-            y = run_conv_norm_act(features[i], conv, norm, "leaky_relu")
-            for layer in rest:
-                y = layer(y)
-            maps.append(y)
-        return maps
+        return [getattr(self, f"score{stride}")(features[i]) for i, stride in strides.items()]
 
     def _build_d2l(self, num_classes: int, encoder: nn.Module, up: Callable[..., nn.Module]) -> None:
         for i, layer in enumerate(encoder.children()):
@@ -233,19 +229,15 @@ class FCN(nn.Module):
         self._last = "transpose_conv"
 
     def _d2l_maps(self, x: Tensor) -> list[Tensor]:
-        conv, norm, _, *layers = (getattr(self, str(i)) for i in range(8))
-        x = run_conv_norm_act(x, conv, norm, "relu")
-        for layer in layers:
-            x = layer(x)
-        return [self.final_conv(x)]
+        return [self.final_conv(run_layers(x, [getattr(self, str(i)) for i in range(8)]))]
 
 
-def _resnet_head(in_channels: int, num_classes: int) -> nn.Sequential:
+def _resnet_head(in_channels: int, num_classes: int) -> Sequential:
     channels = max(1, in_channels // 4)
-    head = nn.Sequential(
+    head = Sequential(
         nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels),
-        nn.LeakyReLU(inplace=True),
+        nn.LeakyReLU(),
         nn.Dropout(0.1),
         nn.Conv2d(channels, num_classes, 1),
     )

@@ -1,24 +1,20 @@
 """SegNet: an encoder-decoder that unpools with the encoder's own pooling indices."""
 
-from collections.abc import Sequence
-
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastseg.models.encoders.vgg import VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.full_size import FullSizeNet, he_
-from fastseg.nn.fold import convolve, run_conv_norm_act
-from fastseg.nn.pooling import (
-    IndexFormat,
-    MaxPool2d,
-    MaxUnpool2d,
-    run_conv_norm_act_pool,
-    run_unpool_conv_norm_act,
-)
+from fastseg.nn.fold import convolve
+from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d, PoolIndices, run_conv_norm_act_pool, run_unpool
+from fastseg.nn.sequential import Sequential, opened, run_layers
+from fastseg.nn.watch import watched
 
 # Widths of the decoder's convolutions, deepest stage first; the last of each is the next stage's input.
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
 BASIC_CHANNELS, BASIC_STAGES = 64, 4
+Pooled = tuple[Tensor | PoolIndices, tuple[int, int]]
 NORM_SHIFT = 0.001  # the reference's initial batch norm bias
 
 
@@ -73,24 +69,42 @@ class SegNet(_SegNet):
                 out_channels = scaled(nominal, width, "SegNet")
                 layers += [nn.Conv2d(channels, out_channels, 3, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()]
                 channels = out_channels
-            self.decoder.append(nn.Sequential(*layers))
+            self.decoder.append(Sequential(*layers))
         self.classifier = nn.Conv2d(channels, num_classes, 3, padding=1)
         self._initialise()
 
     def logits(self, x: Tensor) -> Tensor:
-        pooled = []
-        for *convs, last in self.encoder.stages():
-            for conv, norm in convs:
-                x = run_conv_norm_act(x, conv, norm, "relu")
-            size = x.shape[-2:]
-            x, indices = run_conv_norm_act_pool(x, *last, "relu", self.pool)
-            pooled.append((indices, size))
+        x, pooled = self._encode(x)
         for stage, (indices, size) in zip(self.decoder, reversed(pooled), strict=True):
-            conv, norm, _, *rest = stage
-            x = run_unpool_conv_norm_act(x, indices, self.unpool, size, conv, norm, "relu")
-            for conv, norm in _pairs(rest):
-                x = run_conv_norm_act(x, conv, norm, "relu")
+            x = run_unpool(x, indices, self.unpool, size, stage)
         return convolve(self.classifier, x)
+
+    def _encode(self, x: Tensor) -> tuple[Tensor, list[Pooled]]:
+        """The deepest map, and each pooling's indices and the size before it.
+
+        The encoder's own poolings give no indices: ``pool`` stands in their place, where they are alike and nobody
+        watches. Else they run, and ``pool`` gives the indices.
+        """
+        encoder, pooled = self.encoder, []
+        layers = None if watched(encoder, VGG16) else opened(encoder.features)
+        if layers is None or not all(self._alike(layers[place]) for place in encoder.pools):
+            *maps, y = encoder(x)
+            return y, [(self.pool(m)[1], m.shape[-2:]) for m in maps]
+        start = 0
+        for place in encoder.pools:
+            x = run_layers(x, layers[start : place - 3])
+            *_, rows, columns = x.shape
+            x, indices = run_conv_norm_act_pool(x, *layers[place - 3 : place], self.pool)
+            pooled.append((indices, (rows, columns)))
+            start = place + 1
+        return x, pooled
+
+    def _alike(self, pool: nn.Module) -> bool:
+        """Whether ``pool``, of the encoder, is unwatched and has the windows of this net's."""
+        if watched(pool, nn.MaxPool2d) or not isinstance(self.pool, nn.MaxPool2d):
+            return False
+        windows = lambda pool: (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
+        return windows(pool) == windows(self.pool)
 
 
 class SegNetBasic(_SegNet):
@@ -125,7 +139,7 @@ class SegNetBasic(_SegNet):
         if channels < 1:
             raise ValueError(f"SegNetBasic: channels is {channels}; use a positive number")
         self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
-        stage = lambda inputs: nn.Sequential(nn.Conv2d(inputs, channels, 7, padding=3), nn.BatchNorm2d(channels))
+        stage = lambda inputs: Sequential(nn.Conv2d(inputs, channels, 7, padding=3), nn.BatchNorm2d(channels))
         self.encoder = nn.ModuleList(stage(in_channels if i == 0 else channels) for i in range(BASIC_STAGES))
         self.decoder = nn.ModuleList(stage(channels) for _ in range(BASIC_STAGES))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
@@ -134,15 +148,16 @@ class SegNetBasic(_SegNet):
     def logits(self, x: Tensor) -> Tensor:
         x = self.norm(x)
         pooled = []
-        for conv, norm in self.encoder:
-            size = x.shape[-2:]
-            x, indices = run_conv_norm_act_pool(x, conv, norm, "relu", self.pool)
+        for stage in self.encoder:
+            layers = opened(stage)
+            if layers is None or len(layers) != 2:
+                x = F.relu(stage(x))
+                size = x.shape[-2:]
+                x, indices = self.pool(x)
+            else:
+                size = x.shape[-2:]
+                x, indices = run_conv_norm_act_pool(x, *layers, "relu", self.pool)
             pooled.append((indices, size))
-        for (conv, norm), (indices, size) in zip(self.decoder, reversed(pooled), strict=True):
-            x = run_unpool_conv_norm_act(x, indices, self.unpool, size, conv, norm, None)
+        for stage, (indices, size) in zip(self.decoder, reversed(pooled), strict=True):
+            x = run_unpool(x, indices, self.unpool, size, stage)
         return convolve(self.classifier, x)
-
-
-def _pairs(layers: Sequence[nn.Module]) -> list[tuple[nn.Conv2d, nn.BatchNorm2d]]:
-    """(convolution, norm) of layers that come in threes, with a ReLU."""
-    return list(zip(layers[0::3], layers[1::3], strict=True))

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.models.full_size import FullSizeNet, he_
-from fastseg.nn.fold import convolve, run_conv_norm_act
+from fastseg.nn.fold import convolve
 from fastseg.nn.pooling import MaxPool2d
+from fastseg.nn.sequential import Sequential
 from fastseg.nn.skip import upsample_concat
 from fastseg.nn.upsampling import UpsamplingBilinear2d
 
@@ -144,14 +145,11 @@ class DoubleConv(nn.Module):
         layers: list[nn.Module] = []
         for inputs, outputs in ((in_channels, mid or out_channels), (mid or out_channels, out_channels)):
             layers.append(nn.Conv2d(inputs, outputs, 3, padding=padding, bias=not norm))
-            layers += [nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)] if norm else [nn.ReLU(inplace=True)]
-        self.double_conv = nn.Sequential(*layers)
+            layers += [nn.BatchNorm2d(outputs), nn.ReLU()] if norm else [nn.ReLU()]
+        self.double_conv = Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        layers = list(self.double_conv)
-        for conv, *norm in (layers[:2], layers[3:5]) if len(layers) == 6 else (layers[:1], layers[2:3]):
-            x = run_conv_norm_act(x, conv, norm[0] if norm else None, "relu")
-        return x
+        return self.double_conv(x)
 
 
 class _Down(nn.Module):

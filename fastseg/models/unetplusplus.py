@@ -188,11 +188,12 @@ class _Node(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels) if norm else None
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.bn2 = nn.BatchNorm2d(channels) if norm else None
+        self.relu = nn.ReLU()
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.dropout(run_conv_norm_act(x, self.conv1, self.bn1, "relu"))
-        return self.dropout(run_conv_norm_act(x, self.conv2, self.bn2, "relu"))
+        x = self.dropout(run_conv_norm_act(x, self.conv1, self.bn1, self.relu))
+        return self.dropout(run_conv_norm_act(x, self.conv2, self.bn2, self.relu))
 
 
 def fading_weights(heads: int, progress: float, auxiliary: float = 1.0) -> list[float]:

@@ -1,15 +1,17 @@
 """Atrous spatial pyramid pooling as a module, and the function that runs it over existing children."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastseg import ops
-from fastseg.nn.conv import SeparableConv2d, batch_norm_args, watched
+from fastseg.nn.conv import SeparableConv2d, batch_norm_args
 from fastseg.nn.fold import can_fold, folded, run_conv_norm_act
-from fastseg.nn.norm import run_norm_act
+from fastseg.nn.sequential import Sequential, next_group, opened, run_layers
+from fastseg.nn.watch import split_act, watched
 from fastseg.ops import BatchNormArgs, batch_norm_act
 from fastseg.ops._atrous import are_one_map, atrous_branches, atrous_maps
 from fastseg.ops._dispatch import kernels_run, record_reference
@@ -95,11 +97,11 @@ class ASPP(nn.Module):
             return nn.Conv2d(inputs, out_channels, kernel_size, padding=padding, dilation=rate, bias=bias, **where)
 
         def norm_relu() -> list[nn.Module]:
-            return [nn.BatchNorm2d(out_channels, eps, momentum, **where), nn.ReLU(inplace=True)]
+            return [nn.BatchNorm2d(out_channels, eps, momentum, **where), nn.ReLU()]
 
         def branch(rate: int) -> nn.Module:
             if not separable:
-                return nn.Sequential(conv(in_channels, 3, rate), *norm_relu())
+                return Sequential(conv(in_channels, 3, rate), *norm_relu())
             return SeparableConv2d(
                 in_channels, out_channels, dilation=rate, bias=bias, mid_norm=True, mid_act="relu", eps=eps,
                 momentum=momentum, **where,
@@ -111,22 +113,18 @@ class ASPP(nn.Module):
             self.convs = nn.ModuleList(conv(in_channels, 3, rate) for rate in rates)
             self.project = nn.Sequential(nn.Dropout(dropout))
             return
-        self.convs = nn.ModuleList([nn.Sequential(conv(in_channels), *norm_relu()), *map(branch, rates)])
+        self.convs = nn.ModuleList([Sequential(conv(in_channels), *norm_relu()), *map(branch, rates)])
         if self.image_pool:
-            self.convs.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(in_channels), *norm_relu()))
-        self.project = nn.Sequential(conv(out_channels * len(self.convs)), *norm_relu(), nn.Dropout(dropout))
+            self.convs.append(Sequential(nn.AdaptiveAvgPool2d(1), conv(in_channels), *norm_relu()))
+        self.project = Sequential(conv(out_channels * len(self.convs)), *norm_relu(), nn.Dropout(dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
         if self.fusion == SUM:
-            return self.project[0](run_aspp_sum(x, list(self.convs)))
+            return self.project(run_aspp_sum(x, list(self.convs)))
         branches = list(self.convs)
         pool = branches.pop() if self.image_pool else None
-        y = run_aspp(
-            x, branches, None if pool is None else (pool[1], pool[2]), tuple(self.project[:2]),
-            pool_first=self.pool_first,
-        )  # fmt: skip
-        return self.project[3](y)
+        return run_aspp(x, branches, pool, self.project, pool_first=self.pool_first)
 
     def extra_repr(self) -> str:
         return f"fusion={self.fusion!r}" + (", pool_first=True" if self.pool_first else "")
@@ -142,55 +140,63 @@ class _Dense(NamedTuple):
 def run_aspp(
     x: Tensor,
     branches: Sequence[nn.Module],
-    pool: tuple[nn.Conv2d, nn.BatchNorm2d] | None,
-    projection: tuple[nn.Conv2d, nn.BatchNorm2d],
+    pool: Callable[[Tensor], Tensor] | None,
+    projection: nn.Module,
     *,
     pool_first: bool = False,
 ) -> Tensor:
-    """``relu(norm(conv(cat([*branches(x), pool(mean(x))]))))`` over existing modules, whatever they are called.
+    """``projection(cat([*branches(x), pool(x)], 1))`` over existing modules, whatever they are called.
 
     Args:
         x: (N, C, H, W).
         branches: each a ``nn.Sequential`` of convolution, norm and ReLU, or any module that gives (N, *, H, W). Where
             all are the former, and undisturbed by hooks and the like, they run as one op; else one after the other.
-        pool: convolution and norm of the image pool, or None.
-        projection: convolution and norm.
+        pool: gives the image's vector, (N, *, 1, 1), which is spread over the map; or None.
+        projection: a ``nn.Sequential`` that begins with a 1x1 convolution takes the maps one by one, and the vector as
+            a bias of each image; any other module gets them side by side.
         pool_first: whether the pool's channels come first in the projection's weight, not last.
 
     Returns:
         (N, OUT, H, W).
     """
     parts = _run_branches(x, branches)
-    conv, norm = projection
-    if can_fold(parts[0], conv, norm) and (len(parts) > 1 or pool is not None):
-        return _project_folded(x, parts, pool, conv, norm, pool_first)
-    if len(parts) > 1 and kernels_run(x) and not watched(conv, nn.Conv2d):
-        return run_norm_act(_project_each(x, parts, pool, conv, pool_first), norm, "relu")
+    vector = None if pool is None else pool(x)
+    if vector is not None and vector.shape[2:] != (1, 1):  # another pooling: its map is interpolated
+        resized = F.interpolate(vector, parts[0].shape[2:], mode="bilinear", align_corners=False)
+        parts, vector = [resized, *parts] if pool_first else [*parts, resized], None
+    layers = opened(projection)
+    conv, norm, act, stop = next_group(layers or ())
+    if conv is None or watched(conv, nn.Conv2d) or not _pointwise(conv):
+        maps = parts if vector is None else [*parts, vector.expand(-1, -1, *parts[0].shape[2:])]
+        maps = [*maps[-1:], *maps[:-1]] if pool_first and vector is not None else maps
+        return projection(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
+    name, module = split_act(act)
+    if norm is not None and can_fold(parts[0], conv, norm) and (len(parts) > 1 or vector is not None):
+        y = _project_folded(x, parts, vector, conv, norm, name, pool_first)
+        return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
+    if len(parts) > 1 and kernels_run(x):
+        return run_layers(_project_each(x, parts, vector, conv, pool_first), layers[1:])
     maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
-    if pool is None:
-        return run_conv_norm_act(maps, conv, norm, "relu")
-    p = _pooled(x, pool)
-    if watched(conv, nn.Conv2d):  # it wants the concatenated map
-        parts = [maps, p.expand(-1, -1, *maps.shape[2:])]
-        return run_conv_norm_act(torch.cat(parts[::-1] if pool_first else parts, 1), conv, norm, "relu")
+    if vector is None:
+        return projection(maps)
     # The pooled branch is constant over an image, and so is its share of the projection: a bias per image and channel.
     weight, pooled_weight = split_projection(conv.weight, maps.shape[1], pool_first)
-    share = pool_share(p, pooled_weight, conv.bias)
+    share = pool_share(vector, pooled_weight, conv.bias)
     with kept_as_recipe(maps):
         y = project([maps], [weight], share, None)
-    return run_norm_act(y, norm, "relu")
+    return run_layers(y, layers[1:])
 
 
-def _pooled(x: Tensor, pool: tuple[nn.Conv2d, nn.BatchNorm2d]) -> Tensor:
-    return run_conv_norm_act(x.mean((2, 3), keepdim=True), *pool, "relu")
+def _pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
 
 
-def _project_each(x: Tensor, parts: Sequence[Tensor], pool, conv: nn.Conv2d, pool_first: bool) -> Tensor:
+def _project_each(x: Tensor, parts: Sequence[Tensor], vector, conv: nn.Conv2d, pool_first: bool) -> Tensor:
     """The projection, for gradients: one matrix product takes up the sum of the one before, and no map is copied."""
     channels = [part.shape[1] for part in parts]
     weight, pooled_weight = split_projection(conv.weight, sum(channels), pool_first)
-    if pool is not None:
-        share = pool_share(_pooled(x, pool), pooled_weight, conv.bias)
+    if vector is not None:
+        share = pool_share(vector, pooled_weight, conv.bias)
     else:
         zero = parts[0].new_zeros(conv.out_channels)
         share = (zero if conv.bias is None else conv.bias.to(zero.dtype)).expand(x.shape[0], -1)
@@ -200,17 +206,17 @@ def _project_each(x: Tensor, parts: Sequence[Tensor], pool, conv: nn.Conv2d, poo
     return y.transpose(1, 2).unflatten(2, parts[0].shape[2:])
 
 
-def _project_folded(x: Tensor, parts: Sequence[Tensor], pool, conv, norm, pool_first: bool) -> Tensor:
+def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, conv, norm, act, pool_first: bool) -> Tensor:
     """The projection with folded norm, each map through its own slice of the weight: nobody puts them side by side."""
-    pooled_channels = 0 if pool is None else conv.in_channels - sum(part.shape[1] for part in parts)
+    pooled_channels = 0 if vector is None else conv.in_channels - sum(part.shape[1] for part in parts)
     place = start = pooled_channels if pool_first else 0
     weights = []
     for part in parts:
         weights.append(folded(part, conv, norm, (place, place + part.shape[1]))[0])
         place += part.shape[1]
     pooled_weight, bias = folded(parts[0], conv, norm, (0, start) if pool_first else (place, conv.in_channels))
-    share = bias.expand(x.shape[0], -1) if pool is None else pool_share(_pooled(x, pool), pooled_weight, bias)
-    return project(parts, weights, share, "relu")
+    share = bias.expand(x.shape[0], -1) if vector is None else pool_share(vector, pooled_weight, bias)
+    return project(parts, weights, share, act)
 
 
 def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
@@ -271,10 +277,11 @@ def _dense(branch: nn.Module) -> _Dense | str:
     """Convolution and norm of a branch that ends with a ReLU, or why it must be called."""
     if isinstance(branch, SeparableConv2d):
         return "a separable branch"
-    if not isinstance(branch, nn.Sequential) or [type(child) for child in branch][2:] != [nn.ReLU]:
-        return f"a branch is {type(branch).__name__}, not convolution, norm and ReLU"
-    conv, norm, relu = branch
-    why = watched(branch, type(branch)) or watched(norm, nn.BatchNorm2d) or watched(relu, nn.ReLU) or _not_plain(conv)
+    layers = opened(branch)
+    if layers is None or [type(child) for child in layers][2:] != [nn.ReLU]:
+        return f"a branch is {type(branch).__name__}, not convolution, norm and ReLU, or watched"
+    conv, norm, relu = layers
+    why = watched(norm, nn.BatchNorm2d) or watched(relu, nn.ReLU) or _not_plain(conv)
     return why or _Dense(conv, norm)
 
 

@@ -3,10 +3,13 @@
 import torch
 from torch import Tensor, nn
 
+from fastseg.nn.watch import apply_act, split_act, watched
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops._recompute import kept_as_recipe
+
+Act = Activation | nn.Module | None  # by its name, or the module that a model has for it
 
 
 class SeparableConv2d(nn.Module):
@@ -103,28 +106,35 @@ def run_separable(
     x: Tensor,
     depthwise: nn.Conv2d,
     mid_norm: nn.BatchNorm2d | None,
-    mid_act: Activation | None,
+    mid_act: Act,
     pointwise: nn.Conv2d,
     post_norm: nn.BatchNorm2d | None,
-    post_act: Activation | None,
+    post_act: Act,
     *,
-    pre_act: Activation | None = None,
+    pre_act: Act = None,
     residual: Tensor | None = None,
     out_act: Activation | None = None,
 ) -> Tensor:
     """Run torch modules, wherever they live and whatever they are called, as one separable convolution.
 
-    Modules that the op cannot stand for (SyncBatchNorm, a quantised or parametrised child, one with hooks, string
-    padding) are called one after the other instead, with the same result; ``fastseg.explain()`` says why.
+    Activations are names or modules. Modules that the op cannot stand for (SyncBatchNorm, a quantised or parametrised
+    child, one with hooks, string padding, another activation) are called one after the other instead, with the same
+    result; ``fastseg.explain()`` says why.
     """
+    acts = (pre_act, mid_act, post_act)
+    other = None
+    if isinstance(pre_act, nn.Module) or isinstance(mid_act, nn.Module) or isinstance(post_act, nn.Module):
+        (pre_act, mid_act, post_act), modules = zip(*map(split_act, acts), strict=True)
+        other = next(filter(None, modules), None)
     why = not_fusible(depthwise, mid_norm, pointwise, post_norm)
+    why = why or ("" if other is None else f"an activation is {type(other).__name__}, or watched")
     if why:
         check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act, out_act=out_act)
         record_reference("separable_conv2d", x, why)
-        act = lambda name, v: v if name is None else ACTIVATIONS[name](v)
+        before, between, after = acts
         norm = lambda module, v: v if module is None else module(v)
-        u = act(mid_act, norm(mid_norm, depthwise(act(pre_act, x))))
-        y = act(post_act, norm(post_norm, pointwise(u)))
+        u = apply_act(between, norm(mid_norm, depthwise(apply_act(before, x))))
+        y = apply_act(after, norm(post_norm, pointwise(u)))
         return ACTIVATIONS[out_act or "none"](y if residual is None else y + residual)
     with kept_as_recipe(x):
         return separable_conv2d(
@@ -169,24 +179,3 @@ def not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.
     if p.kernel_size != (1, 1) or p.stride != (1, 1) or p.padding != (0, 0) or p.groups != 1:
         return "the pointwise convolution is not a plain 1x1"
     return ""
-
-
-def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
-    """Why ``module`` must be called, and not only its parameters be read, or ""."""
-    if module is None:
-        return ""
-    if type(module) is not plain:
-        return f"a child is {type(module).__name__}, not {plain.__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "a child has hooks"
-    if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
-        return "a child's forward was replaced"
-    return ""
-
-
-def rewritten(module: nn.Module) -> bool:
-    """Whether versions may miss writes to its parameters: FSDP gathers new values into the same tensors, uncounted.
-
-    Its ``fully_shard`` can be told by the hook that it puts on every module whose parameters it shards.
-    """
-    return bool(module._load_state_dict_post_hooks)

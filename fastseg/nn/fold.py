@@ -6,9 +6,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.conv import rewritten, watched
+from fastseg.nn.conv import Act
 from fastseg.nn.norm import run_norm_act, watched_norm
-from fastseg.ops._batch_norm import Activation, activate, add_residual
+from fastseg.nn.watch import apply_act, rewritten, split_act, watched
+from fastseg.ops._batch_norm import activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._cpu_conv import conv2d, packing
 from fastseg.ops._dispatch import autocast_dtype
@@ -29,9 +30,9 @@ _kept: WeakKeyDictionary[nn.Conv2d, dict[tuple, _Folded]] = WeakKeyDictionary() 
 
 def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether the norm has fixed statistics, nobody wants a gradient, and nobody watches either module."""
-    if norm.training or norm.running_mean is None or _followed():
+    if norm.training or _followed():
         return False
-    if watched(conv, nn.Conv2d) or watched_norm(norm):
+    if watched(conv, nn.Conv2d) or watched_norm(norm) or norm.running_mean is None:
         return False
     return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias)
 
@@ -112,23 +113,24 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_conv_norm_act(
-    x: Tensor,
-    conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | None,
-    act: Activation | None,
-    residual: Tensor | None = None,
+    x: Tensor, conv: nn.Module, norm: nn.Module | None, act: Act, residual: Tensor | None = None
 ) -> Tensor:
     """``act(norm(conv(x)) + residual)``; the norm is folded into the convolution where it can be, else the convolution
-    is followed by norm, residual and activation as one op."""
+    is followed by norm, residual and activation as one op. Modules that somebody watches, and other kinds, are called.
+    """
+    if isinstance(act, nn.Module):
+        act, module = split_act(act)
+        if module is not None:
+            return module(run_conv_norm_act(x, conv, norm, None, residual))
     if norm is not None and not can_fold(x, conv, norm):
         if norm.training:
             unfold(conv)
         return run_norm_act(convolve(conv, x), norm, act, residual)
-    plain = conv.padding_mode == "zeros"
-    as_it_is = norm is None and (
-        _followed() or bool(watched(conv, nn.Conv2d)) or _differentiated(x, conv.weight, conv.bias)
-    )
-    if plain and not as_it_is:
+    if norm is None and watched(conv, nn.Conv2d):
+        y = convolve(conv, x)
+        return apply_act(act, y if residual is None else y + residual)
+    as_it_is = norm is None and (_followed() or _differentiated(x, conv.weight, conv.bias))
+    if conv.padding_mode == "zeros" and not as_it_is:
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)
         options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)
         return conv2d_act(x, weight, bias, *options, residual=residual)

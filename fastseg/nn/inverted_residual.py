@@ -2,8 +2,9 @@
 
 from torch import Tensor, nn
 
-from fastseg.nn.conv import not_fusible, run_separable
+from fastseg.nn.conv import Act, not_fusible, run_separable
 from fastseg.nn.fold import can_fold, folded, run_conv_norm_act
+from fastseg.nn.watch import split_act
 from fastseg.ops._inverted_residual import inverted_residual, takes_whole
 
 
@@ -17,21 +18,23 @@ def run_inverted_residual(
     post_norm: nn.BatchNorm2d,
     *,
     residual: bool,
+    acts: tuple[Act, Act] = ("relu6", "relu6"),
 ) -> Tensor:
-    """``post_norm(pointwise(relu6(mid_norm(depthwise(relu6(expand_norm(expand(x))))))))``, and ``x`` if ``residual``.
+    """``post_norm(pointwise(act(mid_norm(depthwise(act(expand_norm(expand(x))))))))``, and ``x`` if ``residual``.
 
     In evaluation one kernel where a cost model finds that faster (``fastseg.explain()`` shows it: early, thin blocks);
     else the expansion as a convolution with folded norm, and depthwise and pointwise convolution as one fused op.
     """
     pairs = ((expand, expand_norm), (depthwise, mid_norm), (pointwise, post_norm))
-    if all(can_fold(x, *pair) for pair in pairs) and _regular(expand, depthwise, mid_norm, pointwise, post_norm):
+    fold = all(can_fold(x, *pair) for pair in pairs) and all(split_act(act) == ("relu6", None) for act in acts)
+    if fold and _regular(expand, depthwise, mid_norm, pointwise, post_norm):
         stride, dilation = depthwise.stride[0], depthwise.dilation[0]
         if takes_whole(x, expand.out_channels, pointwise.out_channels, stride, dilation):
             weights = (t for pair in pairs for t in folded(x, *pair))
             return inverted_residual(x, *weights, act="relu6", stride=stride, dilation=dilation, residual=residual)
-    y = run_conv_norm_act(x, expand, expand_norm, "relu6")
+    y = run_conv_norm_act(x, expand, expand_norm, acts[0])
     skip = x if residual else None
-    return run_separable(y, depthwise, mid_norm, "relu6", pointwise, post_norm, None, residual=skip)
+    return run_separable(y, depthwise, mid_norm, acts[1], pointwise, post_norm, None, residual=skip)
 
 
 def _regular(expand: nn.Conv2d, depthwise: nn.Conv2d, mid_norm, pointwise: nn.Conv2d, post_norm) -> bool:

@@ -1,15 +1,14 @@
 """Batch norm + residual + activation as a module, over one process or many, and over existing BatchNorm2d children."""
 
-import sys
-
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import has_torch_function_unary
 
-from fastseg.nn.conv import batch_norm_args, check_activations, watched
+from fastseg.nn.conv import Act, batch_norm_args, check_activations
+from fastseg.nn.watch import apply_act, split_act, watched
 from fastseg.ops import batch_norm_act
-from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._batch_norm import Activation
 from fastseg.ops._dispatch import record_reference
 
 
@@ -78,19 +77,21 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return group if dist.get_world_size(group) > 1 else None
 
     @property
-    def num_features(self) -> int:
-        """C. The first thing that torch's SyncBatchNorm converter reads, which would drop the activation."""
-        caller = sys._getframe(1).f_code
-        if caller is nn.SyncBatchNorm.convert_sync_batchnorm.__func__.__code__:
+    def qconfig(self):
+        """What torch's SyncBatchNorm converter carries over, and its quantisation looks for."""
+        if "qconfig" not in vars(self) and self.act is not None:
             raise TypeError(
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a BatchNormAct2d; "
-                "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm"
+                "call fastseg.nn.SyncBatchNorm.convert_sync_batchnorm. For torch's quantisation, which leaves it, "
+                "set qconfig to None"
             )
-        return self.__dict__["num_features"]
+        if "qconfig" not in vars(self):
+            raise AttributeError("BatchNormAct2d has no qconfig")
+        return vars(self)["qconfig"]
 
-    @num_features.setter
-    def num_features(self, value: int) -> None:
-        self.__dict__["num_features"] = value
+    @qconfig.setter
+    def qconfig(self, value) -> None:
+        vars(self)["qconfig"] = value
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, act={self.act!r}" + (", sync=True" if self.sync else "")
@@ -133,14 +134,17 @@ def norm_group(norm: nn.BatchNorm2d) -> "dist.ProcessGroup | None":
     return norm._group() if isinstance(norm, BatchNormAct2d) else None
 
 
-def run_norm_act(x: Tensor, norm: nn.BatchNorm2d, act: Activation | None, residual: Tensor | None = None) -> Tensor:
+def run_norm_act(x: Tensor, norm: nn.Module, act: Act, residual: Tensor | None = None) -> Tensor:
     """``act(norm(x) + residual)`` over an existing ``norm``, as one op.
 
-    A norm that the op cannot stand for (torch's SyncBatchNorm, one with hooks) is called, and the rest follows.
+    A norm that the op cannot stand for (torch's SyncBatchNorm, another norm, one with hooks) is called, and the rest
+    follows; an activation that is not one of the op's is called on its result.
     """
     why = watched_norm(norm)
     if not why:
-        return batch_norm_act(x, batch_norm_args(norm), act, residual, process_group=norm_group(norm))
+        name, module = split_act(act) if isinstance(act, nn.Module) else (act, None)
+        y = batch_norm_act(x, batch_norm_args(norm), name, residual, process_group=norm_group(norm))
+        return y if module is None else module(y)
     record_reference("batch_norm_act", x, why)
     y = norm(x)
-    return activate(y if residual is None else y + residual, act)
+    return apply_act(act, y if residual is None else y + residual)

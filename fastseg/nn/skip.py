@@ -8,11 +8,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg import ops
-from fastseg.nn.conv import watched
+from fastseg.nn.conv import Act, SeparableConv2d
 from fastseg.nn.fold import can_fold, convolve, folded, run_conv_norm_act, unfold
 from fastseg.nn.norm import run_norm_act
+from fastseg.nn.sequential import next_group, opened, run_layers
 from fastseg.nn.upsampling import UpsamplingBilinear2d
-from fastseg.ops._batch_norm import Activation
+from fastseg.nn.watch import split_act, watched
 from fastseg.ops._dispatch import kernels_run
 from fastseg.ops._recompute import recipe_of, remember
 
@@ -37,6 +38,7 @@ def upsample_concat(
         (N, sum of channels, OH, OW).
     """
     doubled = not watched(up, UpsamplingBilinear2d) and up.size is None and up.scale_factor == 2
+    doubled = doubled and up.mode == "bilinear" and up.align_corners
     y = None if doubled else convolve(up, x)
     height, width = (2 * n for n in x.shape[-2:]) if y is None else y.shape[-2:]
     rows, columns = skips[0].shape[-2] - height, skips[0].shape[-1] - width
@@ -52,7 +54,24 @@ def upsample_concat(
     return _remembered(_beside(*parts), parts, _beside)
 
 
-def upsampled_beside(x: Tensor, skip: Tensor, conv: nn.Conv2d, *, align_corners: bool, up_first: bool = True) -> Tensor:
+def run_upsample_concat(
+    deep: Tensor, low: Tensor, block: nn.Module, *, align_corners: bool = False, up_first: bool = True
+) -> Tensor:
+    """``block(cat([interpolate(deep, low.shape[2:]), low], 1))`` of an existing block.
+
+    A ``Sequential`` that begins with a convolution takes the upsampled map unwritten, where that is faster.
+    """
+    options = {"align_corners": align_corners, "up_first": up_first}
+    layers = opened(block) or [block]
+    conv, norm, act, stop = next_group(layers)
+    if conv is not None:
+        y = run_upsample_concat_conv(deep, low, conv, norm, act, **options)
+        return run_layers(y, layers[stop:])
+    first = layers[0].depthwise if type(layers[0]) is SeparableConv2d else layers[0]
+    return block(upsampled_beside(deep, low, first, **options))
+
+
+def upsampled_beside(x: Tensor, skip: Tensor, conv: nn.Module, *, align_corners: bool, up_first: bool = True) -> Tensor:
     """``cat([interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1)`` without a copy of the upsampled map.
 
     ``conv`` takes the result; where somebody watches it, torch's functions make it.
@@ -67,9 +86,9 @@ def upsampled_beside(x: Tensor, skip: Tensor, conv: nn.Conv2d, *, align_corners:
 def run_upsample_concat_conv(
     deep: Tensor,
     low: Tensor,
-    conv: nn.Conv2d,
-    norm: nn.BatchNorm2d | None,
-    act: Activation | None,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    act: Act,
     *,
     align_corners: bool = False,
     up_first: bool = True,
@@ -79,21 +98,25 @@ def run_upsample_concat_conv(
     A plain 3x3 convolution goes through ``fastseg.ops.upsample_concat_conv2d``, which need not write the upsampled map;
     its norm is folded into it where it can be. Others are called.
     """
+    name, module = split_act(act)
+    if module is not None:
+        options = {"align_corners": align_corners, "up_first": up_first}
+        return module(run_upsample_concat_conv(deep, low, conv, norm, None, **options))
     plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
     fold = plain and norm is not None and can_fold(deep, conv, norm) and can_fold(low, conv, norm)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (deep, low, conv.weight))
     if not plain or (wanted and kernels_run(deep)):  # there is no kernel for its gradients; the joined map has a recipe
         x = upsampled_beside(deep, low, conv, align_corners=align_corners, up_first=up_first)
-        return run_conv_norm_act(x, conv, norm, act)
+        return run_conv_norm_act(x, conv, norm, name)
     options = {"align_corners": align_corners, "up_first": up_first}
     if norm is None:
-        return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=act, **options)
+        return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=name, **options)
     if fold:
-        return ops.upsample_concat_conv2d(deep, low, *folded(deep, conv, norm), act=act, **options)
+        return ops.upsample_concat_conv2d(deep, low, *folded(deep, conv, norm), act=name, **options)
     if norm.training:
         unfold(conv)
     y = ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, **options)
-    return run_norm_act(y, norm, act)
+    return run_norm_act(y, norm, name)
 
 
 def _plain_3x3(conv: nn.Conv2d) -> bool:

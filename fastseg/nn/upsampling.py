@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.conv import rewritten
+from fastseg.nn.watch import rewritten
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops.bilinear_conv_transpose import (
     bilinear_conv_transpose2d,

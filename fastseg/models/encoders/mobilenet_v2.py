@@ -4,8 +4,8 @@ from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.conv import run_separable
-from fastseg.nn.fold import run_conv_norm_act
 from fastseg.nn.inverted_residual import run_inverted_residual
+from fastseg.nn.sequential import Sequential, opened, run_tapped
 
 STEM_CHANNELS = 32
 # Expansion, output channels, number of blocks, stride of the first block.
@@ -50,10 +50,10 @@ class MobileNetV2(nn.Module):
             raise ValueError(f"MobileNetV2: output_stride is {output_stride}; use 8, 16 or 32")
         channels = scaled(STEM_CHANNELS, width, "MobileNetV2")
         layers: list[nn.Module] = [
-            nn.Sequential(
+            Sequential(
                 nn.Conv2d(in_channels, channels, 3, stride=2, padding=1, bias=False),
                 nn.BatchNorm2d(channels),
-                nn.ReLU6(inplace=True),
+                nn.ReLU6(),
             )
         ]
         widths = [channels]
@@ -79,7 +79,7 @@ class MobileNetV2(nn.Module):
                     dilation *= 2
                 channels = out_channels
                 widths.append(channels)
-        self.features = nn.Sequential(*layers)
+        self.features = Sequential(*layers)
         self.out_channels = [in_channels, *(widths[i] for i in TAPS)]
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -87,12 +87,9 @@ class MobileNetV2(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_channels, H, W) -> six maps; entry i has stride 2^i, capped at the output stride; entry 0 is ``x``."""
-        features = [x]
-        for i, layer in enumerate(self.features):
-            x = layer(x) if i else run_conv_norm_act(x, *layer[:2], "relu6")
-            if i in TAPS:
-                features.append(x)
-        return features
+        taps = dict.fromkeys(TAPS[:-1])
+        y = run_tapped(self.features, x, taps)
+        return [x, *taps.values(), y]
 
 
 class InvertedResidual(nn.Module):
@@ -115,22 +112,27 @@ class InvertedResidual(nn.Module):
         hidden = in_channels * expansion
         layers: list[nn.Module] = []
         if expansion != 1:
-            layers += [nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6(inplace=True)]
+            layers += [nn.Conv2d(in_channels, hidden, 1, bias=False), nn.BatchNorm2d(hidden), nn.ReLU6()]
         layers += [
             nn.Conv2d(hidden, hidden, 3, stride, padding=dilation, dilation=dilation, groups=hidden, bias=False),
             nn.BatchNorm2d(hidden),
-            nn.ReLU6(inplace=True),
+            nn.ReLU6(),
             nn.Conv2d(hidden, out_channels, 1, bias=False),
             nn.BatchNorm2d(out_channels),
         ]
-        self.conv = nn.Sequential(*layers)
+        self.conv = Sequential(*layers)
         self.residual = residual
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, ceil(H / stride), ceil(W / stride))."""
-        *expand, depthwise, mid_norm, _, pointwise, post_norm = self.conv
-        rest = (depthwise, mid_norm, pointwise, post_norm)
+        layers = opened(self.conv)
+        if layers is None or len(layers) not in (5, 8):
+            y = self.conv(x)
+            return x + y if self.residual else y
+        *expand, depthwise, mid_norm, act, pointwise, post_norm = layers
         if expand:
-            return run_inverted_residual(x, *expand[:2], *rest, residual=self.residual)
+            conv, norm, expand_act = expand
+            options = {"residual": self.residual, "acts": (expand_act, act)}
+            return run_inverted_residual(x, conv, norm, depthwise, mid_norm, pointwise, post_norm, **options)
         skip = x if self.residual else None
-        return run_separable(x, depthwise, mid_norm, "relu6", pointwise, post_norm, None, residual=skip)
+        return run_separable(x, depthwise, mid_norm, act, pointwise, post_norm, None, residual=skip)

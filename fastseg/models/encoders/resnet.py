@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.sequential import Sequential
 
 # Depth: whether blocks are bottlenecks, and the number of blocks of the four layers.
 LAYERS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3)), 101: (True, (3, 4, 23, 3))}
@@ -67,7 +68,7 @@ class ResNet(nn.Module):
         channels = scaled(WIDTHS[0], width, "ResNet")
         self.conv1 = nn.Conv2d(in_channels, channels, 7, stride=2, padding=3, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU(inplace=True)  # keeps its place among the children; runs with bn1, as one op
+        self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=msra)
         self.out_channels = [in_channels, channels]
         block = partial(Bottleneck, stride_first=msra) if bottleneck else BasicBlock
@@ -94,7 +95,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_channels, H, W) -> six maps; entry i has stride 2^i, capped at the output stride; entry 0 is ``x``."""
-        features = [x, run_conv_norm_act(x, self.conv1, self.bn1, "relu")]
+        features = [x, run_conv_norm_act(x, self.conv1, self.bn1, self.relu)]
         y = self.maxpool(features[1])
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             y = layer(y)
@@ -119,13 +120,14 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = _conv3x3(channels, channels, 1, dilation)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU()
         self.downsample = _projection(in_channels, channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride))."""
-        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
-        skip = x if self.downsample is None else run_conv_norm_act(x, *self.downsample, None)
-        return run_conv_norm_act(y, self.conv2, self.bn2, "relu", skip)
+        y = run_conv_norm_act(x, self.conv1, self.bn1, self.relu)
+        skip = x if self.downsample is None else self.downsample(x)
+        return run_conv_norm_act(y, self.conv2, self.bn2, self.relu, skip)
 
 
 class Bottleneck(nn.Module):
@@ -151,20 +153,21 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU()
         self.downsample = _projection(in_channels, out_channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, 4 * channels, ceil(H / stride), ceil(W / stride))."""
-        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
-        y = run_conv_norm_act(y, self.conv2, self.bn2, "relu")
-        skip = x if self.downsample is None else run_conv_norm_act(x, *self.downsample, None)
-        return run_conv_norm_act(y, self.conv3, self.bn3, "relu", skip)
+        y = run_conv_norm_act(x, self.conv1, self.bn1, self.relu)
+        y = run_conv_norm_act(y, self.conv2, self.bn2, self.relu)
+        skip = x if self.downsample is None else self.downsample(x)
+        return run_conv_norm_act(y, self.conv3, self.bn3, self.relu, skip)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 3, stride, padding=dilation, dilation=dilation, bias=False)
 
 
-def _projection(in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+def _projection(in_channels: int, out_channels: int, stride: int) -> Sequential:
     """The skip's change of width and size."""
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
+    return Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))

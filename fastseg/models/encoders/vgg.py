@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
-from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.sequential import Sequential, run_tapped
 
 # The widths of each stage's convolutions; a 2x2 max pool follows each stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -48,6 +48,7 @@ class VGG16(nn.Module):
         if output_stride != 32:
             raise ValueError(f"VGG16: output_stride is {output_stride}; VGG does not dilate, use 32")
         layers: list[nn.Module] = []
+        self.norm, self.pools = norm, []  # whether there are norms; the pools' places in `features`
         channels = in_channels
         for stage in STAGES:
             for nominal in stage:
@@ -56,10 +57,11 @@ class VGG16(nn.Module):
                 layers.append(nn.Conv2d(channels, out_channels, 3, padding=padding))
                 if norm:
                     layers.append(nn.BatchNorm2d(out_channels))
-                layers.append(nn.ReLU(inplace=True))
+                layers.append(nn.ReLU())
                 channels = out_channels
+            self.pools.append(len(layers))
             layers.append(nn.MaxPool2d(2, ceil_mode=ceil_mode))
-        self.features = nn.Sequential(*layers)
+        self.features = Sequential(*layers)
         widths = [stage[-1][0].out_channels for stage in self.stages()]
         self.out_channels = [*widths, widths[-1]]
         for module in self.modules():
@@ -69,26 +71,18 @@ class VGG16(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_channels, H, W) -> six maps; entry i at stride 2^i: each stage before its pool, the last pool."""
-        features = []
-        pools = (layer for layer in self.features if isinstance(layer, nn.MaxPool2d))
-        for stage, pool in zip(self.stages(), pools, strict=True):
-            for conv, norm in stage:
-                x = run_conv_norm_act(x, conv, norm, "relu")
-            features.append(x)
-            x = pool(x)
-        return [*features, x]
+        taps = {place - 1: None for place in self.pools}
+        y = run_tapped(self.features, x, taps)
+        return [*taps.values(), y]
 
-    def stages(self) -> list[list[tuple[nn.Conv2d, nn.BatchNorm2d | None]]]:
-        """The five stages, each a list of (convolution, its batch norm or None), for nets that pool in their own way.
+    def stages(self) -> list[list[tuple[nn.Module, nn.Module | None]]]:
+        """The five stages, each a list of (convolution, its norm or None), for nets with layers of their own between.
 
-        A ReLU follows each pair, a 2x2 max pool each stage.
+        An activation follows each pair, a 2x2 max pool each stage. What stands in a layer's place counts as the layer.
         """
-        stages: list[list[tuple[nn.Conv2d, nn.BatchNorm2d | None]]] = [[]]
-        for layer in self.features:
-            if isinstance(layer, nn.Conv2d):
-                stages[-1].append((layer, None))
-            elif isinstance(layer, nn.BatchNorm2d):
-                stages[-1][-1] = (stages[-1][-1][0], layer)
-            elif isinstance(layer, nn.MaxPool2d):
-                stages.append([])
-        return stages[:-1]
+        step, starts = 3 if self.norm else 2, [0, *(place + 1 for place in self.pools)]
+        layers = list(self.features)
+        return [
+            [(layers[i], layers[i + 1] if self.norm else None) for i in range(start, pool, step)]
+            for start, pool in zip(starts, self.pools, strict=False)
+        ]

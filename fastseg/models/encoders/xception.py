@@ -5,6 +5,8 @@ from torch import Tensor, nn
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.conv import run_separable
 from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.sequential import noting
+from fastseg.nn.watch import watched
 
 MIDDLE_BLOCKS = 16
 MOMENTUM = 3e-4  # of the running statistics, in the two codes
@@ -63,7 +65,7 @@ class Xception65(nn.Module):
         stem, stem2, *widths = (scaled(n, width, "Xception65") for n in (32, 64, 128, 256, 728, 1024, 1536, 2048))
         self.conv1 = nn.Conv2d(in_channels, stem, 3, stride=2, padding=1, bias=False)
         self.bn1 = _norm(stem, google)
-        self.relu = nn.ReLU(inplace=True)  # keeps its place among the children; runs with bn1, as one op
+        self.relu = nn.ReLU()  # of the stem; the blocks' are no modules
         self.conv2 = nn.Conv2d(stem, stem2, 3, padding=1, bias=False)
         self.bn2 = _norm(stem2, google)
 
@@ -94,18 +96,26 @@ class Xception65(nn.Module):
 
         Entries 2 to 4 are what the strided convolution of ``block2``, ``block3`` and ``block20`` takes, without a ReLU.
         """
-        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
-        y = run_conv_norm_act(y, self.conv2, self.bn2, "relu")
+        y = run_conv_norm_act(x, self.conv1, self.bn1, self.relu)
+        y = run_conv_norm_act(y, self.conv2, self.bn2, self.relu)
         features = [x, y]
-        y, _ = self.block1(y)
+        y = self.block1(y)
         rectified = False
         names = ("block2", "block3", *self.middle, "block20")
         for name, following in zip(names, (*names[1:], None), strict=True):
+            block, inner = getattr(self, name), []
             rectify = self.leaks and following in self.middle  # all that takes y then takes relu(y)
-            y, before = getattr(self, name)(y, rectified=rectified, rectify=rectify)
+            rectify = rectify and not (watched(block, _Block) or watched(getattr(self, following), _Block))
+            if type(block) is _Block and "forward" not in vars(block):
+                y = block(y, rectified=rectified, rectify=rectify, inner=inner)
+            elif name in self.middle:
+                y = block(y)
+            else:
+                with noting(block, "sepconv2", inner.append):
+                    y = block(y)
             rectified = rectify
             if name not in self.middle:
-                features.append(before)
+                features.append(inner[0])
         for layer in (self.conv3, self.conv4, self.conv5):
             y = layer(y)
         return [*features, y]
@@ -155,17 +165,26 @@ class _Block(nn.Module):
         self.sepconv3 = _Separable(out_channels, out_channels, stride, dilation, google)
         self.leaks = not google
 
-    def forward(self, x: Tensor, *, rectified: bool = False, rectify: bool = False) -> tuple[Tensor, Tensor]:
-        """-> the block's output, and its last separable convolution's input.
+    def forward(
+        self, x: Tensor, *, rectified: bool = False, rectify: bool = False, inner: list[Tensor] | None = None
+    ) -> Tensor:
+        """``rectified``: relu(x) is given, all that a block that leaks takes; ``rectify``: it shall be returned.
 
-        ``rectified``: relu(x) is given, which is all that a block that leaks takes; ``rectify``: it shall be returned.
+        ``inner`` gets the last separable convolution's input.
         """
         if self.skip is not None:
             skip = run_conv_norm_act(x, self.skip, self.skipbn, None)
         else:
             skip = x.relu() if self.leaks and not rectified else x
-        before = self.sepconv2(self.sepconv1(x, rectified=rectified))
-        return self.sepconv3(before, skip, rectify=rectify), before
+        rectified = rectified and not watched(self.sepconv1, _Separable)
+        y = self.sepconv1(x, rectified=True) if rectified else self.sepconv1(x)
+        y = self.sepconv2(y)
+        if inner is not None:
+            inner.append(y)
+        if not watched(self.sepconv3, _Separable):
+            return self.sepconv3(y, skip, rectify=rectify)
+        y = self.sepconv3(y) + skip
+        return y.relu() if rectify else y
 
 
 def _norm(channels: int, google: bool) -> nn.BatchNorm2d:
