@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastseg import ops
 from fastseg.nn.conv import watched
-from fastseg.nn.fold import can_fold, convolve, folded, run_conv_norm_act, unfold
+from fastseg.nn.fold import can_fold, convolve, folded, run_conv_norm_act
 from fastseg.nn.norm import run_norm_act
 from fastseg.nn.upsampling import UpsamplingBilinear2d
 from fastseg.ops._batch_norm import Activation
@@ -80,8 +80,8 @@ def run_upsample_concat_conv(
     its norm is folded into it where it can be. Others are called.
     """
     plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
-    fold = plain and norm is not None and can_fold(deep, conv, norm) and can_fold(low, conv, norm)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (deep, low, conv.weight))
+    fold = plain and norm is not None and not wanted and can_fold(low, conv, norm)
     if not plain or (wanted and kernels_run(deep)):  # there is no kernel for its gradients; the joined map has a recipe
         x = upsampled_beside(deep, low, conv, align_corners=align_corners, up_first=up_first)
         return run_conv_norm_act(x, conv, norm, act)
@@ -90,8 +90,6 @@ def run_upsample_concat_conv(
         return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=act, **options)
     if fold:
         return ops.upsample_concat_conv2d(deep, low, *folded(deep, conv, norm), act=act, **options)
-    if norm.training:
-        unfold(conv)
     y = ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, **options)
     return run_norm_act(y, norm, act)
 
