@@ -203,7 +203,7 @@ def _output(
         raise TypeError(f"overlap_tile: out is a {type(out).__name__}; give a tensor or an array")
     if tuple(out.shape) != shape:
         raise ValueError(f"overlap_tile: out is {tuple(out.shape)}; the result is {shape}")
-    kind = torch.empty(0, dtype=out.dtype, device="cpu") if isinstance(out, Tensor) else torch.from_numpy(np.empty(0, out.dtype))
+    kind = out.new_empty(0) if isinstance(out, Tensor) else torch.from_numpy(np.empty(0, out.dtype))
     real = kind.is_floating_point()
     if real == argmax or kind.is_complex() or (argmax and torch.iinfo(kind.dtype).max < classes - 1):
         wanted = f"integers up to {classes - 1}" if argmax else "floating point"

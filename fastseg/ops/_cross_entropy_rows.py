@@ -46,9 +46,7 @@ class _Walk:
         self.target, self.criterion = target, criterion
         self.weight = None if weight is None else weight.detach().to(self.kind)
         C = x.shape[1]
-        self.spread = (
-            criterion.label_smoothing / C * (self.x.new_ones(C) if weight is None else self.weight)
-        )
+        self.spread = criterion.label_smoothing / C * (self.x.new_ones(C) if weight is None else self.weight)
         self.total = self.x.new_zeros(())  # of the losses
         self.weights = self.x.new_zeros(())  # of the targets
 
