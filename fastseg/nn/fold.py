@@ -9,6 +9,7 @@ from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._cpu_conv import conv2d, packing
 from fastseg.ops._dispatch import autocast_dtype
+from fastseg.ops._fold_norm import fold_norm
 from fastseg.ops._kept import keeper, made_once
 from fastseg.ops._recompute import kept_as_recipe
 
@@ -55,28 +56,16 @@ def folded(
     ``Runner``.
     """
     dtype = autocast_dtype(x)
-    last = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    fold = lambda: _fold(conv, norm, dtype, last, inputs)
+    last = x.is_contiguous(memory_format=torch.channels_last)
+
+    def fold() -> tuple[Tensor, Tensor]:
+        weight = conv.weight if inputs is None else conv.weight[:, slice(*inputs)]
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return fold_norm(weight, conv.bias, *statistics, norm.eps, dtype, last)
+
     if rewritten(conv) or rewritten(norm):
         return fold()
     return made_once(_sources(conv, norm), ("folded", norm.eps, dtype, last, inputs), fold)
-
-
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, dtype, last, inputs) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(conv.weight.dtype, torch.float32)
-    sources = (norm.running_mean, norm.running_var, norm.weight, norm.bias, conv.bias)
-    mean, var, gamma, beta, bias = (None if t is None else t.to(wide) for t in sources)
-    scale = torch.rsqrt(var + norm.eps)
-    scale = scale if gamma is None else scale.mul_(gamma)
-    if bias is None:
-        shift = mean * -scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
-    else:
-        shift = (bias - mean).mul_(scale) if beta is None else torch.addcmul(beta, bias - mean, scale)
-    weight = conv.weight if inputs is None else conv.weight[:, slice(*inputs)]
-    out = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=last)
-    torch.mul(weight, scale[:, None, None, None], out=out)  # one pass, whatever dtype and layout
-    return out, shift.to(dtype)
 
 
 def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
