@@ -54,13 +54,12 @@ def _plain(weight, bias, mean, var, gamma, beta, eps, dtype, last) -> tuple[Tens
     wide = torch.promote_types(weight.dtype, torch.float32)
     bias, mean, var, gamma, beta = (None if t is None else t.to(wide) for t in (bias, mean, var, gamma, beta))
     scale = torch.rsqrt(var + eps)
-    scale = scale if gamma is None else scale.mul_(gamma)
+    scale = scale if gamma is None else scale * gamma
     if bias is None:
         shift = mean * -scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
     else:
-        shift = (bias - mean).mul_(scale) if beta is None else torch.addcmul(beta, bias - mean, scale)
-    y = _fake_weight(weight, dtype, last)
-    torch.mul(weight, scale[:, None, None, None], out=y)  # one pass, whatever dtype and layout
+        shift = (bias - mean) * scale if beta is None else torch.addcmul(beta, bias - mean, scale)
+    y = (weight * scale[:, None, None, None]).to(dtype).contiguous(memory_format=_format(last))
     return y, shift.to(dtype)
 
 

@@ -149,7 +149,8 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
     """Weight, bias and norm of the pair: folded, where the norm is fixed."""
     if norm is None or norm.training:
         return weight, bias, norm
-    last = weight.is_contiguous(memory_format=torch.channels_last)
+    transformed = torch._C._are_functorch_transforms_active()  # vmap cannot be asked for channels_last
+    last = not transformed and weight.is_contiguous(memory_format=torch.channels_last)
     fold = lambda: fold_norm(weight, bias, *norm[:4], norm.eps, weight.dtype, last)
     made = made_once((weight, bias, *norm[:4]), ("folded", norm.eps, last), fold)
     return *made, None

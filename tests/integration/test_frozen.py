@@ -127,6 +127,16 @@ def test_modes_are_not_kept():
         assert module.norm.weight.grad is not None
 
 
+def test_an_ensembles_norms():
+    """vmap over weights and norms, as functional ensembles do, with nothing that only whole tensors know."""
+    modules = [fastseg.nn.SeparableConv2d(3, 4, mid_norm=True) for _ in range(2)]
+    modules, x = [unsettle(module).float().eval() for module in modules], torch.randn(1, 3, 6, 6)
+    params, buffers = torch.func.stack_module_state(modules)
+    call = lambda p, b: torch.func.functional_call(modules[0], (p, b), (x,))
+    got = torch.func.vmap(call)(params, buffers)
+    close(got, torch.stack([module(x) for module in modules]))
+
+
 # --- caches of tensors
 
 
