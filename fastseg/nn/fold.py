@@ -35,8 +35,8 @@ def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]
 
 
 def _followed() -> bool:
-    """Whether a compiler looks on, which folds by itself, or a transform such as vmap, which knows no channels_last."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler or tracer looks on, or a transform such as vmap, which knows no channels_last."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
