@@ -14,7 +14,7 @@ from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.config import launch
 from fastseg.kernels.geometry import cdiv, next_power_of_2
 
-MOST = 1024  # of a row's elements in a program: 16 bytes for each of 128 threads, in 16 bits
+MOST = 2048  # of a row's elements in a program: 16 bytes in 16 bits for each of AMD's 256 threads
 
 
 @triton.jit
