@@ -1,9 +1,11 @@
-"""Ahead-of-time cases: inverted residual blocks, 1x1 convolutions with all that can stand behind them, stems."""
+"""Ahead-of-time cases: inverted residual blocks, 1x1 convolutions with all that can stand behind them, stems;
+and what folds their norms."""
 
 from collections.abc import Callable
 
 import torch
 
+from fastseg.kernels.fold_norm import fold_norm_fwd
 from fastseg.kernels.inverted_residual import Weights, inverted_residual_fwd
 from fastseg.kernels.pointwise_conv import pointwise_conv_fwd
 from fastseg.kernels.stem_conv import stem_conv_fwd
@@ -37,6 +39,11 @@ def _pointwise(dtype: torch.dtype, *, N: int, C: int, COUT: int, side: int) -> N
         torch.backends.cudnn.allow_tf32 = saved
 
 
+def _fold(dtype: torch.dtype, *, COUT: int, C: int, K: int) -> None:
+    weight, vectors = _meta(COUT, C, K, K, dtype=dtype), [_meta(COUT, dtype=torch.float32) for _ in range(4)]
+    fold_norm_fwd(weight, weight.stride(0), None, *vectors, 1e-5, torch.empty_like(weight))
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     # past 2^31 elements
     "block 16->96->24, stride 2": lambda dtype: _block(N=2100, C=16, HIDDEN=96, COUT=24, side=256, stride=2),
@@ -44,6 +51,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "block 32->192->64, stride 2": lambda dtype: _block(N=16, C=32, HIDDEN=192, COUT=64, side=64, stride=2),
     "block 64->384->96, dilated": lambda dtype: _block(N=16, C=64, HIDDEN=384, COUT=96, side=32, dilation=2),
     "stem 3->32, stride 2": lambda dtype: _stem(dtype, N=2800, COUT=32, side=512, stride=2),  # past 2^31 elements
+    "fold 65536x4096, 3x3": lambda dtype: _fold(dtype, COUT=65536, C=4096, K=3),  # past 2^31 elements
     "1x1 96->576, all behind it": lambda dtype: _pointwise(dtype, N=16, C=96, COUT=576, side=32),
 }
 MATRIX_KERNELS = {"_inverted_residual_fwd_kernel", "_stem_conv_fwd_kernel"}

@@ -1,32 +1,56 @@
 """A function's launches as one CUDA graph."""
 
+import contextlib
+import threading
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
 WARMUP = 3  # calls before the capture: autotuning, folding and packing must not be captured
+_capturing = threading.Lock()  # of the process: an allocation in one thread would end a capture in another
 
 
-def captured(function: Callable[[], Any]) -> Callable[[], Any]:
+def captured(function: Callable[[], Any], pool: tuple[int, int] | None = None) -> Callable[[], Any]:
     """``function`` as a CUDA graph; what is returned replays it and gives the same output tensors each time.
+
+    It is captured on the current device, on a stream of its own there.
+
+    Args:
+        function: what launches.
+        pool: of ``torch.cuda.graph_pool_handle()``: graphs that are never replayed at once may share their memory.
 
     Raises:
         torch.OutOfMemoryError: its buffers do not fit.
         RuntimeError: it does what cannot be captured, such as waiting for the device.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARMUP):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        output = function()
+    with _capturing:
+        outer = torch.cuda.current_stream()
+        stream = torch.cuda.Stream(outer.device)
+        with torch.cuda.device(outer.device):
+            stream.wait_stream(outer)
+            with torch.cuda.stream(stream):
+                for _ in range(WARMUP):
+                    function()
+            outer.wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            pool = torch.cuda.graph_pool_handle() if pool is None else pool
+            try:
+                # the warm-up's own stream: torch's default was made once, on whatever device came first
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    output = function()
+            except BaseException:
+                _leave(outer.device, pool)
+                raise
 
     def replay() -> Any:
         graph.replay()
         return output
 
     return replay
+
+
+def _leave(device: torch.device, pool: tuple[int, int]) -> None:
+    """After a failed capture: the allocator may still fill ``pool``, and frees nothing as long as it does."""
+    with contextlib.suppress(AttributeError, RuntimeError):  # it has left, or torch calls it otherwise
+        torch._C._cuda_endAllocateToPool(device.index, pool)

@@ -5,7 +5,6 @@ decoder raises on a broken file becomes one ``ValueError`` that names the file.
 """
 
 import colorsys
-import functools
 import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -121,13 +120,13 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 def normalised(pixels: Tensor) -> Tensor:
     """RGB (N, 3, H, W), floating point, 0 to 255, to what models take: ``(pixels / 255 - MEAN) / STD``."""
-    mean, std = _statistics(pixels.device, pixels.dtype)
+    mean, std = (_channels(values, pixels) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
 
-@functools.cache  # a copy to a GPU waits for it
-def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    return tuple(torch.tensor(values, device=device, dtype=dtype)[:, None, None] for values in (MEAN, STD))
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """(C, 1, 1), filled where ``like`` is: a copy to a GPU would wait for it, and one that is kept be of one mode."""
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])
 
 
 @contextmanager

@@ -6,33 +6,38 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from fastseg.inference.classes import class_map
 from fastseg.inference.graphs import captured
 from fastseg.inference.images import first_line
+from fastseg.inference.marks import CHECKS, Check, Marks
 from fastseg.ops._cpu_conv import PackedWeights, packed_weights
+from fastseg.ops._kept import Kept, keeping, tensors_of
 
 FORWARD, PREDICT = "forward", "predict"
 
 
 class Runner:
-    """Runs ``model.eval()(x)`` and ``model.predict(x)`` as fast as the device does them, without gradients.
+    """Runs ``model.eval()(x)`` and its class maps as fast as the device does them, without gradients.
 
-    It works on a copy of the model in channels_last, whose norms are folded. On CUDA the launches of a call become one
-    graph per shape. On a CPU convolutions take weights packed once, and 3x3 convolutions of 32 to 64 channels and more
-    Winograd's form (differences to the model of about 1e-5 of the largest output, more at pixels where a SegNet's
-    pooling nearly ties); that is done for ``example``'s shape and for those that come a second time.
+    It works on a copy of the model in channels_last, whose folded norms are kept. On CUDA the launches of a call become
+    one graph per shape. On a CPU convolutions take weights packed once, and 3x3 convolutions of 32 to 64 channels and
+    more Winograd's form (differences to the model of about 1e-5 of the largest output, more at pixels where a SegNet's
+    pooling nearly ties). Both are done for ``example``'s shape, and for others when they come a second time.
 
-    The model stays the caller's: it may be trained on. A call compares versions and addresses of its parameters and
-    buffers with those of the copy, and copies again if one differs. Only writes through ``p.data`` in place, which
-    torch does not count, and hooks or submodules that were exchanged are not seen: call ``refresh``.
+    The model stays the caller's: it may be trained on, and changed. Each call compares it with what was copied, and
+    copies again where they differ: parameters and buffers, their memory, counts of writes, options of modules,
+    submodules, and hooks. Writes that torch does not count, through ``p.data`` in place, are looked for as ``check``
+    says. docs/runner.md says what each costs. What neither sees, such as a function that a module calls and that was
+    changed, needs ``refresh``.
 
-    Results are the caller's to keep. A runner may be called from several threads and streams; on CUDA one call runs
-    after the other.
+    Results are the caller's to keep. A runner may be called from several threads and streams, in and out of inference
+    mode; on CUDA one call runs after the other. It can be pickled and deep-copied, with its model.
 
     Args:
         model: any module that takes one (N, C, H, W) tensor.
@@ -41,10 +46,13 @@ class Runner:
         winograd: whether a CPU may take Winograd's form.
         winograd_bytes: of transformed filters at most, for all shapes; for one they are 4 times the weights.
         max_shapes: whose graphs or packed weights are kept; the least recently used are dropped.
+        check: of numbers, at each call: "counts", torch's count of writes alone; "samples", 1 MiB of numbers too, the
+            smaller tensors whole; "values", all numbers. None: "samples" on a CPU, "counts" elsewhere, where reading
+            numbers would wait for the device. Of tensors made in inference mode all numbers are compared.
 
     Raises:
         TypeError: ``example`` is no floating-point tensor.
-        ValueError: it is not (N, C, H, W), or on another device than the model.
+        ValueError: it is not (N, C, H, W), or on another device than the model; an unknown ``check``.
 
     Example:
         >>> runner = Runner(model, torch.rand(1, 3, 512, 512))  # doctest: +SKIP
@@ -60,59 +68,107 @@ class Runner:
         winograd: bool = True,
         winograd_bytes: int = 512 * 2**20,
         max_shapes: int = 4,
+        check: Check | None = None,
     ):
         if max_shapes < 1:
             raise ValueError(f"Runner: max_shapes is {max_shapes}; give 1 or more")
-        self.model, self.dtype, self.max_shapes = model, dtype, max_shapes
+        if check is not None and check not in CHECKS:
+            raise ValueError(f"Runner: check is {check!r}; use one of {', '.join(CHECKS)}, or None")
+        self.model, self.dtype, self.max_shapes, self.check = model, dtype, max_shapes, check
         self.winograd, self.winograd_bytes = winograd, winograd_bytes
+        self._seen: OrderedDict[tuple, None] = OrderedDict()  # shapes, the last used last
+        self._start()
+        self._check(example)
+        self._seen[tuple(example.shape)] = None
+        self(example)
+
+    def _start(self) -> None:
         self._lock = threading.RLock()
         self._state: _State | None = None
         self._done: torch.cuda.Event | None = None  # of the last replay, on whatever stream
-        self._check(example)
-        self._current().seen[tuple(example.shape)] = None
-        self(example)
 
-    def __call__(self, x: Tensor) -> Any:
-        """``model.eval()(x)``, x (N, C, H, W); converted to the runner's dtype if it has another."""
-        return self._run(FORWARD, x)
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_state", "_done")}
 
-    def predict(self, x: Tensor) -> Tensor:
-        """``model.predict(x)``: the class map of x (N, C, H, W)."""
-        if not hasattr(self.model, "predict"):
-            raise TypeError(f"Runner: {type(self.model).__name__} has no predict")
-        return self._run(PREDICT, x)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._start()
+
+    def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Any:
+        """``model.eval()(x)``, x (N, C, H, W); converted to the runner's dtype if it has another.
+
+        ``out`` takes the result, where that is one tensor, of its shape.
+        """
+        return self._run(FORWARD, x, out)
+
+    def predict(self, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """The class map of x (N, C, H, W): ``model.predict(x)`` of fastseg's models, of any other its logits' argmax
+        at the size of ``x``."""
+        return self._run(PREDICT, x, out)
 
     def refresh(self) -> None:
         """Copy the model again at the next call."""
         with self._lock:
-            self._state = None
+            self._drop()
 
-    def _run(self, method: str, x: Tensor) -> Any:
+    def _run(self, method: str, x: Tensor, out: Tensor | None) -> Any:
         self._check(x)
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not captures(x):  # nothing is shared but what is made once: calls may overlap
-                return self._current().call(method, x)
+                result = self._current().call(method, x, packed=self._returns(x))
+                return result if out is None else _into(out, result)
             with self._lock, torch.cuda.device_of(x):
                 stream = torch.cuda.current_stream()
                 if self._done is not None:
-                    stream.wait_event(self._done)  # its stream may still read what is written or dropped now
-                result = self._current().replay(method, x)
+                    stream.wait_event(self._done)  # its stream may still read what is written now
+                result = self._replay(method, x, out)
                 self._done = torch.cuda.Event()
                 self._done.record(stream)
                 return result
 
+    def _replay(self, method: str, x: Tensor, out: Tensor | None) -> Any:
+        """The device begins before the host looks whether the model has changed; in that case it begins again."""
+        returns, state = self._returns(x), self._state
+        graph = None if state is None else state.graph(method, x)
+        if graph is not None:
+            result = graph(x)
+            if state.marks.are_current():
+                return _owned(result, out)
+            torch.cuda.current_stream().synchronize()  # it reads what goes now
+        state = self._current()
+        graph = state.captured(method, x) if returns else None
+        if graph is not None:
+            return _owned(graph(x), out)
+        result = state.call(method, x, packed=False)
+        return result if out is None else _into(out, result)
+
+    def _returns(self, x: Tensor) -> bool:
+        """Whether a shape was seen before."""
+        with self._lock:
+            shape = tuple(x.shape)
+            returns = shape in self._seen
+            _use(self._seen, shape, None, 8 * self.max_shapes)
+            return returns
+
     def _current(self) -> "_State":
         """The copy of the model as it is now."""
         with self._lock:
-            if self._state is None or not self._state.is_current():
-                seen = None if self._state is None else self._state.seen
-                self._state = None  # its memory goes before the new copy comes
-                self._state = _State(self.model, self.dtype, self.max_shapes, self.winograd, self.winograd_bytes, seen)
+            if self._state is None or not self._state.marks.are_current():
+                self._drop()  # its memory goes before the new copy comes
+                self._state = _State(self)
             return self._state
 
+    def _drop(self) -> None:
+        if self._done is not None:
+            self._done.synchronize()  # a replay on another stream may still read the copy
+            self._done = None
+        self._state = None
+
     def _check(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(f"Runner: x is {getattr(x, 'dtype', type(x).__name__)}; give a floating-point tensor")
+        if not isinstance(x, Tensor):
+            raise TypeError(f"Runner: x is a {type(x).__module__}.{type(x).__qualname__}; give a floating-point tensor")
+        if not x.is_floating_point():
+            raise TypeError(f"Runner: x is {x.dtype}; give a floating-point tensor")
         if x.dim() != 4:
             raise ValueError(f"Runner: x is {tuple(x.shape)}; it must be (N, C, H, W)")
         device = next(chain(self.model.parameters(), self.model.buffers()), x).device
@@ -129,73 +185,80 @@ def captures(x: Tensor) -> bool:
     return x.device.type == "cuda"
 
 
+def _owned(result: Any, out: Tensor | None) -> Any:
+    """A graph's result in memory of its own, or in ``out``."""
+    return tree_map_only(Tensor, torch.clone, result) if out is None else _into(out, result)
+
+
+def _into(out: Tensor, result: Any) -> Tensor:
+    if not isinstance(result, Tensor) or out.shape != result.shape or out.device != result.device:
+        what = f"{tuple(result.shape)} on {result.device}" if isinstance(result, Tensor) else type(result).__name__
+        raise ValueError(f"Runner: out is {tuple(out.shape)} on {out.device}, the result {what}; they must be alike")
+    return out.copy_(result)
+
+
 class _State:
     """A copy of a model, and all that was made for it."""
 
-    def __init__(self, model: nn.Module, dtype, max_shapes: int, winograd: bool, winograd_bytes: int, seen):
-        self.marks = _marks(model)
-        self.copy = _converted(model, dtype)
+    def __init__(self, runner: Runner):
+        model = runner.model
+        on_cpu = all(t.device.type == "cpu" for t in tensors_of(model))
+        self.marks = Marks(model, runner.check or ("samples" if on_cpu else "counts"))
+        self.copy = _converted(model, runner.dtype)
+        self.kept = Kept(tensors_of(self.copy))
         self.dtype = next((p.dtype for p in self.copy.parameters() if p.is_floating_point()), None)
-        self.max_shapes = max_shapes
-        self.lock = threading.Lock()  # of the next two
-        self.seen: OrderedDict[tuple, None] = OrderedDict() if seen is None else seen  # shapes, the last used last
+        self.max_shapes, self.winograd, self.winograd_bytes = runner.max_shapes, runner.winograd, runner.winograd_bytes
+        self.lock = threading.Lock()  # of the packed weights
         self.packs: OrderedDict[tuple, PackedWeights] = OrderedDict()
-        self.graphs: OrderedDict[tuple, _Graph | None] = OrderedDict()  # None: it could not be captured
-        self.winograd, self.winograd_bytes = winograd, winograd_bytes
+        self.graphs: OrderedDict[tuple, dict[str, _Graph | None]] = OrderedDict()  # None: it could not be captured
+        self.pool: tuple[int, int] | None = None  # of all graphs: one is replayed at a time, and its results copied
 
-    def is_current(self) -> bool:
-        """Whether nobody wrote to the model since."""
-        for holder, name, tensor, address, version in self.marks:
-            if holder.get(name) is not tensor or tensor.data_ptr() != address:
-                return False
-            if version is not None and tensor._version != version:
-                return False
-        return True
-
-    def call(self, method: str, x: Tensor) -> Any:
-        """The method's result, its convolutions with packed weights where ``x`` has a shape that returns."""
-        packs = self._packs(tuple(x.shape)) if x.device.type == "cpu" else None
+    def call(self, method: str, x: Tensor, *, packed: bool) -> Any:
+        """The method's result, its convolutions with ``packed`` weights on a CPU."""
+        packs = self._packs(tuple(x.shape)) if packed and x.device.type == "cpu" else None
         x = x.to(dtype=self.dtype or x.dtype, memory_format=torch.channels_last)
-        run = self.copy if method == FORWARD else self.copy.predict
-        if packs is None:
-            return run(x)
-        with packed_weights(packs):
-            return run(x)
+        with keeping(self.kept) if packs is None else packed_weights(packs):
+            return self.copy(x) if method == FORWARD else class_map(self.copy, x)
 
-    def _packs(self, shape: tuple) -> PackedWeights | None:
-        """The packed weights for a shape; None at its first call."""
+    def _packs(self, shape: tuple) -> PackedWeights:
+        """The packed weights for a shape."""
         with self.lock:
-            returns = shape in self.seen
-            _use(self.seen, shape, None, 8 * self.max_shapes)
-            if not returns:
-                return None
             packs = self.packs.get(shape)
             if packs is None:
                 left = self.winograd_bytes - sum(other.transformed for other in self.packs.values())
-                packs = PackedWeights(winograd=self.winograd, most_bytes=left)
+                packs = PackedWeights(self.kept, winograd=self.winograd, most_bytes=left)
             _use(self.packs, shape, packs, self.max_shapes)
             return packs
 
-    def replay(self, method: str, x: Tensor) -> Any:
-        """The method's result as a graph, captured at the first call of a shape."""
-        key = (method, tuple(x.shape))
-        graph = self.graphs[key] if key in self.graphs else self.capture(method, x)
-        _use(self.graphs, key, graph, self.max_shapes)
-        return self.call(method, x) if graph is None else graph(x)
+    def graph(self, method: str, x: Tensor) -> "_Graph | None":
+        """The graph that was captured for inputs like ``x``."""
+        graphs = self.graphs.get(tuple(x.shape), {})
+        if graphs:
+            self.graphs.move_to_end(tuple(x.shape))
+        return graphs.get(method)
+
+    def captured(self, method: str, x: Tensor) -> "_Graph | None":
+        """The graph for inputs like ``x``, captured now if there is none; None where it cannot be."""
+        graphs = self.graphs.get(tuple(x.shape), {})
+        if method not in graphs:
+            graphs[method] = self.capture(method, x)
+        _use(self.graphs, tuple(x.shape), graphs, self.max_shapes)
+        return graphs[method]
 
     def capture(self, method: str, x: Tensor) -> "_Graph | None":
         """A graph for inputs like ``x``, or None, with a warning: calls then launch one by one."""
-        function = lambda static: self.call(method, static)
+        function = lambda static: self.call(method, static, packed=False)
         x = x.to(dtype=self.dtype or x.dtype, memory_format=torch.channels_last)
+        self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
         try:
-            return _Graph(function, x)
+            return _Graph(function, x, self.pool)
         except torch.OutOfMemoryError:
             self.graphs.clear()  # their memory may be all that is missing
             torch.cuda.empty_cache()
         except RuntimeError as error:
             return _not_captured(x, error)
         try:
-            return _Graph(function, x)
+            return _Graph(function, x, self.pool)
         except RuntimeError as error:
             torch.cuda.empty_cache()
             return _not_captured(x, error)
@@ -206,16 +269,16 @@ def _not_captured(x: Tensor, error: RuntimeError) -> None:
 
 
 class _Graph:
-    """One captured call with buffers of its own."""
+    """One captured call with an input buffer of its own."""
 
-    def __init__(self, function: Callable[[Tensor], Any], x: Tensor):
+    def __init__(self, function: Callable[[Tensor], Any], x: Tensor, pool: tuple[int, int]):
         self.input = x.clone(memory_format=torch.channels_last)
-        self.replay = captured(lambda: function(self.input))
+        self.replay = captured(lambda: function(self.input), pool)
 
     def __call__(self, x: Tensor) -> Any:
-        """The result for ``x``, in memory of its own."""
+        """The result for ``x``, in memory that the next replay writes to."""
         self.input.copy_(x)
-        return tree_map_only(Tensor, torch.clone, self.replay())
+        return self.replay()
 
 
 def _use(kept: OrderedDict, key: tuple, value: Any, most: int) -> None:
@@ -224,26 +287,6 @@ def _use(kept: OrderedDict, key: tuple, value: Any, most: int) -> None:
     kept.move_to_end(key)
     while len(kept) > most:
         kept.popitem(last=False)
-
-
-class _Mark(NamedTuple):
-    """Where a module holds a parameter or buffer, where its numbers lie, and how often they were written to."""
-
-    holder: dict[str, Tensor | None]
-    name: str
-    tensor: Tensor  # held, so that no other takes its place in memory
-    address: int
-    version: int | None  # None: made in inference mode, where writes are not counted
-
-
-def _marks(model: nn.Module) -> list[_Mark]:
-    return [
-        _Mark(holder, name, t, t.data_ptr(), None if t.is_inference() else t._version)
-        for module in model.modules()
-        for holder in (module._parameters, module._buffers)
-        for name, t in holder.items()
-        if t is not None
-    ]
 
 
 def _converted(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastseg.inference.classes import class_map
 from fastseg.inference.images import normalised, to_tensor
 from fastseg.inference.tiling import TilePlan, run_tiles
 
@@ -15,7 +16,7 @@ def segment(
     """Class maps of pictures, computed on the device of the model's parameters.
 
     Args:
-        model: in eval mode, with ``predict``.
+        model: in eval mode; its class maps are those of ``class_map``.
         images: (N, H, W, 3), uint8, RGB.
         plan: of ``plan_tiles(model, ...)``; None gives the model each picture as a whole.
         batch_size: tiles at once.
@@ -28,7 +29,7 @@ def segment(
         pixels = images.transpose(0, 3, 1, 2)
         return run_tiles(_OfPixels(model), pixels, plan, batch_size=batch_size, progress=progress, argmax=True)
     device = next(model.parameters()).device
-    return model.predict(to_tensor(images).to(device)).cpu().numpy()
+    return class_map(model, to_tensor(images).to(device)).cpu().numpy()
 
 
 class _OfPixels(nn.Module):

@@ -51,7 +51,7 @@ class Axis(NamedTuple):
 
     def weights(self, i: int, blend: Blend) -> Tensor:
         """(core,) fp64, of the pixels of tile ``i``: the weights of all tiles on a pixel sum to one."""
-        pixels = torch.arange(self.core, dtype=torch.float64)
+        pixels = torch.arange(self.core, dtype=torch.float64, device="cpu")
         if blend == "crop":
             low = 0 if i == 0 else (self.start(i - 1) + self.core - self.start(i)) // 2
             step = self.end(i) - self.start(i)
@@ -101,7 +101,7 @@ class Stitcher:
     def __init__(self, rows: Axis, columns: Axis, blend: Blend | None, argmax: bool, out: Tensor | np.ndarray):
         self.rows, self.columns, self.blend, self.argmax, self.out = rows, columns, blend, argmax, out
         self.shared = max((rows.core - (rows.end(i) - rows.start(i)) for i in range(rows.count - 1)), default=0)
-        self.left = self.above = torch.empty(0)
+        self.left = self.above = torch.empty(0, device="cpu")
 
     def add(self, job: Job, logits: Tensor) -> None:
         """``logits``: (K, core of the rows, core of the columns)."""

@@ -198,12 +198,12 @@ def _output(
         dtype = (torch.uint8 if classes <= 256 else torch.int64) if argmax else dtype
         if isinstance(image, Tensor):
             return torch.empty(shape, dtype=dtype, device=image.device)
-        return torch.empty(shape, dtype=torch.float32 if dtype == torch.bfloat16 else dtype).numpy()
+        return torch.empty(shape, dtype=torch.float32 if dtype == torch.bfloat16 else dtype, device="cpu").numpy()
     if not isinstance(out, (Tensor, np.ndarray)):
         raise TypeError(f"overlap_tile: out is a {type(out).__name__}; give a tensor or an array")
     if tuple(out.shape) != shape:
         raise ValueError(f"overlap_tile: out is {tuple(out.shape)}; the result is {shape}")
-    kind = torch.empty(0, dtype=out.dtype) if isinstance(out, Tensor) else torch.from_numpy(np.empty(0, out.dtype))
+    kind = out.new_empty(0) if isinstance(out, Tensor) else torch.from_numpy(np.empty(0, out.dtype))
     real = kind.is_floating_point()
     if real == argmax or kind.is_complex() or (argmax and torch.iinfo(kind.dtype).max < classes - 1):
         wanted = f"integers up to {classes - 1}" if argmax else "floating point"
@@ -234,7 +234,7 @@ def _cut(
 
 def _mirrored(begin: int, end: int, extent: int, pad_mode: PadMode) -> tuple[int, int, Tensor]:
     """Which pixels, of ``extent``, stand at ``begin`` to ``end``: their range, and indices into that range."""
-    index = torch.arange(begin, end)
+    index = torch.arange(begin, end, device="cpu")
     if pad_mode == "reflect":  # ... 2 1 0 1 2 ... n-2 n-1 n-2 ...: repeats after 2 (n - 1)
         period = max(1, 2 * (extent - 1))
         index = index % period

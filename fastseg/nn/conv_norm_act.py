@@ -11,10 +11,10 @@ from fastseg.ops._batch_norm import Activation
 class ConvNormAct2d(nn.Module):
     """``act(norm(conv(x)))``.
 
-    In evaluation, where no gradient is wanted, the batch norm is folded into the convolution's weights. Parameters,
-    buffers and ``state_dict`` stay as they are; what was folded is kept, and folded anew when one of them changes
-    (writes through ``p.data`` are not counted). On CUDA bias and ReLU then run in cuDNN's fused call where it takes the
-    convolution; ``fastseg.explain()`` says why not.
+    In evaluation, where no gradient is wanted, the batch norm is folded into the convolution's weights, in each call
+    and where that pays; inside ``fastseg.frozen`` and in a ``Runner`` once. Parameters, buffers and ``state_dict`` stay
+    as they are. On CUDA bias and ReLU then run in cuDNN's fused call where it takes the convolution;
+    ``fastseg.explain()`` says why not.
 
     Children ``conv`` and ``norm`` are ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` (``norm=False``: None). A child
     that is replaced, or has hooks, is called as it is.

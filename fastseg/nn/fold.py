@@ -1,8 +1,5 @@
 """Batch norm folded into the convolution before it, in evaluation; modules and ``state_dict`` stay as they are."""
 
-from typing import NamedTuple
-from weakref import WeakKeyDictionary
-
 import torch
 from torch import Tensor, nn
 
@@ -13,33 +10,34 @@ from fastseg.ops._batch_norm import activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._cpu_conv import conv2d, packing
 from fastseg.ops._dispatch import autocast_dtype
+from fastseg.ops._fold_norm import fold_norm
+from fastseg.ops._kept import keeper, made_once
 from fastseg.ops._recompute import kept_as_recipe
 
 
-class _Folded(NamedTuple):
-    """Folded tensors, and what they were made from: the tensors themselves, and how often each had been written to."""
-
-    weight: Tensor
-    bias: Tensor
-    sources: tuple[Tensor | None, ...]
-    versions: tuple[int, ...]
-
-
-_kept: WeakKeyDictionary[nn.Conv2d, dict[tuple, _Folded]] = WeakKeyDictionary()  # beside the modules: not pickled
-
-
 def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Whether the norm has fixed statistics, nobody wants a gradient, and nobody watches either module."""
+    """Whether the norm has fixed statistics, nobody wants a gradient, nobody watches either module, and it pays."""
     if norm.training or _followed():
         return False
     if watched(conv, nn.Conv2d) or watched_norm(norm) or norm.running_mean is None:
         return False
-    return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias)
+    return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias) and _pays(x, conv, norm)
+
+
+def _pays(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether folding costs less than a pass over the map: it is done once, or the map is larger than the weight."""
+    taps = conv.weight.shape[1:].numel()
+    pixels = x.shape[0] * (x.shape[-2] // conv.stride[0]) * (x.shape[-1] // conv.stride[1])
+    return taps <= pixels or keeper(_sources(conv, norm)) is not None
+
+
+def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    return conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
 def _followed() -> bool:
-    """Whether a compiler looks on, which folds by itself, or a transform such as vmap, which knows no channels_last."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler or tracer looks on, or a transform such as vmap, which knows no channels_last."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -55,45 +53,20 @@ def folded(
 
         weight' = weight s,   bias' = (bias - mean) s + shift,   s = norm.weight / sqrt(var + eps)
 
-    Computed once and kept as long as the convolution lives, until a parameter or statistic is replaced or written to,
-    or the norm is trained; not kept at all where FSDP gathers either. Writes through ``p.data`` are not counted by
-    torch: assign, or write to ``p`` in place.
+    Made at each call: a weight may be written to in ways that nothing counts. Kept inside ``fastseg.frozen`` and in a
+    ``Runner``.
     """
     dtype = autocast_dtype(x)
-    last = torch.channels_last if x.is_contiguous(memory_format=torch.channels_last) else torch.contiguous_format
-    sources = (conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var,
-               norm.num_batches_tracked)  # fmt: skip
-    kept = _kept.setdefault(conv, {})
-    try:
-        versions = tuple(-1 if t is None else t._version for t in sources)
-    except RuntimeError:  # made in inference mode: writes are not counted
-        versions = None
-    key = (dtype, last, inputs)
-    old = kept.get(key)
-    if (
-        old is not None
-        and old.versions == versions
-        and all(a is b for a, b in zip(old.sources, sources, strict=True))
-        and old.weight.device == conv.weight.device
-    ):
-        return old.weight, old.bias
-    with torch.no_grad():
-        wide = torch.promote_types(conv.weight.dtype, torch.float32)
-        scale = torch.rsqrt(norm.running_var.to(wide) + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight.to(wide)
-        shift = -norm.running_mean.to(wide) if conv.bias is None else conv.bias.to(wide) - norm.running_mean.to(wide)
-        shift = shift * scale if norm.bias is None else shift * scale + norm.bias.to(wide)
+    last = x.is_contiguous(memory_format=torch.channels_last)
+
+    def fold() -> tuple[Tensor, Tensor]:
         weight = conv.weight if inputs is None else conv.weight[:, slice(*inputs)]
-        weight = (weight.to(wide) * scale[:, None, None, None]).to(dtype).contiguous(memory_format=last)
-        new = _Folded(weight, shift.to(dtype), sources, versions)
-    if versions is not None and not (rewritten(conv) or rewritten(norm)):
-        kept[key] = new
-    return new.weight, new.bias
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return fold_norm(weight, conv.bias, *statistics, norm.eps, dtype, last)
 
-
-def unfold(conv: nn.Conv2d) -> None:
-    """Forget what was kept: before training writes to the statistics in ways that are not counted."""
-    _kept.pop(conv, None)
+    if rewritten(conv) or rewritten(norm):
+        return fold()
+    return made_once(_sources(conv, norm), ("folded", norm.eps, dtype, last, inputs), fold)
 
 
 def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -123,8 +96,6 @@ def run_conv_norm_act(
         if module is not None:
             return module(run_conv_norm_act(x, conv, norm, None, residual))
     if norm is not None and not can_fold(x, conv, norm):
-        if norm.training:
-            unfold(conv)
         return run_norm_act(convolve(conv, x), norm, act, residual)
     if norm is None and watched(conv, nn.Conv2d):
         y = convolve(conv, x)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.nn.conv import Act, batch_norm_args
-from fastseg.nn.fold import can_fold, convolve, folded, run_conv, run_conv_norm_act, unfold
+from fastseg.nn.fold import can_fold, convolve, folded, run_conv, run_conv_norm_act
 from fastseg.nn.norm import norm_group, watched_norm
 from fastseg.nn.sequential import next_group, opened, run_layers
 from fastseg.nn.watch import split_act, watched
@@ -155,8 +155,6 @@ def run_conv_norm_act_pool(
     if can_fold(x, conv, norm):
         y, args = run_conv(x, conv, norm), None
     else:
-        if norm.training:
-            unfold(conv)
         y, args = convolve(conv, x), batch_norm_args(norm)
     return batch_norm_act_max_pool2d(
         y, args, name, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, True,

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastseg import ops
 from fastseg.nn.conv import Act, SeparableConv2d
-from fastseg.nn.fold import can_fold, convolve, folded, run_conv_norm_act, unfold
+from fastseg.nn.fold import can_fold, convolve, folded, run_conv_norm_act
 from fastseg.nn.norm import run_norm_act
 from fastseg.nn.sequential import next_group, opened, run_layers
 from fastseg.nn.upsampling import UpsamplingBilinear2d
@@ -103,8 +103,8 @@ def run_upsample_concat_conv(
         options = {"align_corners": align_corners, "up_first": up_first}
         return module(run_upsample_concat_conv(deep, low, conv, norm, None, **options))
     plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
-    fold = plain and norm is not None and can_fold(deep, conv, norm) and can_fold(low, conv, norm)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (deep, low, conv.weight))
+    fold = plain and norm is not None and not wanted and can_fold(low, conv, norm)
     if not plain or (wanted and kernels_run(deep)):  # there is no kernel for its gradients; the joined map has a recipe
         x = upsampled_beside(deep, low, conv, align_corners=align_corners, up_first=up_first)
         return run_conv_norm_act(x, conv, norm, name)
@@ -113,8 +113,6 @@ def run_upsample_concat_conv(
         return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=name, **options)
     if fold:
         return ops.upsample_concat_conv2d(deep, low, *folded(deep, conv, norm), act=name, **options)
-    if norm.training:
-        unfold(conv)
     y = ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, **options)
     return run_norm_act(y, norm, name)
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastseg.nn.watch import rewritten
 from fastseg.ops._dispatch import record_reference
+from fastseg.ops._kept import made_once
 from fastseg.ops.bilinear_conv_transpose import (
     bilinear_conv_transpose2d,
     bilinear_geometry,
@@ -63,10 +64,9 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
         zero between different channels    a grouped convolution
         anything else, or being trained    ``conv_transpose2d``: every element has its gradient
 
-    The weight is looked at in the first call, and again after each change that torch counts (``load_state_dict``, an
-    in-place operation under ``no_grad``, a move) and each ``train()`` or ``eval()``; that waits for a GPU once. Changes
-    through ``weight.data`` are not counted: call ``eval()`` or ``train()`` after one made later than the first call.
-    ``torch.compile`` looks when it traces; ``torch.export`` goes by what was seen last.
+    The weight is looked at in each call, which reads it once, and waits for a GPU; inside ``fastseg.frozen`` and in a
+    ``Runner`` in the first call alone. ``torch.compile`` looks when it traces; ``torch.export``, and a CUDA graph that
+    is captured, go by what was seen last.
 
     Args:
         channels: of input and output.
@@ -103,7 +103,6 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
         kernel_size, padding = bilinear_geometry(stride, kernel_size, padding)
         super().__init__(channels, channels, kernel_size, stride, padding, bias=bias, device=device, dtype=dtype)
         self.weight.requires_grad_(trainable)
-        self._looked = False  # whether what follows was read from the weight since construction or a change of mode
         self._seen = (weakref.ref(self.weight), _stamp(self.weight), "bilinear")
 
     def reset_parameters(self) -> None:
@@ -143,22 +142,13 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             diagonal=kind != "dense", skip=skip, skip_offset=skip_offset, output_size=size,
         )  # fmt: skip
 
-    def train(self, mode: bool = True) -> "BilinearConvTranspose2d":
-        self._looked = False
-        return super().train(mode)
-
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._looked = False
         if not rewritten(self):
             self._look()
 
     def __getstate__(self) -> dict:
-        return {
-            **super().__getstate__(),
-            "_seen": None,
-            "_looked": False,
-        }  # a weak reference neither pickles nor copies
+        return {**super().__getstate__(), "_seen": None}  # a weak reference neither pickles nor copies
 
     def _kind(self) -> Literal["bilinear", "diagonal", "dense"]:
         if self.weight.requires_grad and torch.is_grad_enabled():
@@ -168,7 +158,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
     def _look(self) -> Literal["bilinear", "diagonal", "dense"]:
         weight, stamp = self.weight, _stamp(self.weight)
         if stamp is None and weight.is_inference():
-            return _kind_of(weight)  # its changes are not counted
+            return made_once((weight,), ("kind",), lambda: _kind_of(weight))
         if stamp is None:  # on the meta device, or a stand-in during export: what was seen of the weight itself
             known = self._seen is not None and self._seen[0]() is not None and self._seen[1] is not None
             return self._seen[2] if known and self._seen[1] == _stamp(self._seen[0]()) else "dense"
@@ -176,9 +166,10 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             return "dense"  # computed anew in each call: looking would cost more than it brings
         if weight.requires_grad and rewritten(self):
             return "dense"  # trained, and nothing tells when
-        if not self._looked or self._seen[0]() is not weight or self._seen[1] != stamp:
-            self._seen = (weakref.ref(weight), stamp, _kind_of(weight))
-            self._looked = True
+        seen = self._seen is not None and self._seen[0]() is weight and self._seen[1] == stamp
+        if not (seen and weight.is_cuda and torch.cuda.is_current_stream_capturing()):
+            kind = made_once((weight,), ("kind",), lambda: _kind_of(weight))
+            self._seen = (weakref.ref(weight), stamp, kind)
         return self._seen[2]
 
 

@@ -1,11 +1,10 @@
 """The bilinear kernel's taps, and transposed convolutions with them in plain PyTorch."""
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastseg.ops._constants import constant
 from fastseg.ops._register import new_map
 
 LEAST_STRIDE = 8  # from which two passes are faster than one grouped convolution, in both layouts (CPU, 1 thread)
@@ -31,10 +30,9 @@ def grouped_taps(K: int, x: Tensor, dtype: torch.dtype, *, across: bool = False)
     return _expanded(K, x.shape[1], x.new_empty(0, dtype=dtype), across)
 
 
-@functools.lru_cache(maxsize=16)
+@constant(16)
 def _kept_taps(K: int, C: int, dtype: torch.dtype, across: bool) -> Tensor:
-    with torch.inference_mode(False), torch.no_grad():  # so that a later backward may save it
-        return _expanded(K, C, torch.empty(0, dtype=dtype), across)
+    return _expanded(K, C, torch.empty(0, dtype=dtype), across)
 
 
 def _expanded(K: int, C: int, like: Tensor, across: bool) -> Tensor:

@@ -4,51 +4,48 @@ What runs a model many times over (``fastseg.inference.Runner``) keeps one ``Pac
 call. Outside there is no state, and nothing is kept.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._kept import Kept, keeping
 from fastseg.ops._onednn import Packed, pack, why_not
 from fastseg.ops._winograd import Filters, plan, transform, transformed_bytes, winograd_conv2d
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 MOST_BYTES = 512 * 2**20
+MOST_SHAPES = 16  # of maps that one weight is packed for
 
 
 class PackedWeights:
-    """Weights as the fastest convolutions read them, for as long as the weights live.
-
-    The weights must not be written to meanwhile.
+    """Weights as the fastest convolutions read them, of the tensors of one ``Kept``; others are not packed.
 
     Args:
+        kept: whose weights and biases; they must not be written to in ways that torch does not count.
         winograd: whether 3x3 convolutions may take Winograd's form, with its rounding.
         most_bytes: of filters transformed for it; past them the others are packed as they are.
     """
 
-    def __init__(self, *, winograd: bool = True, most_bytes: int = MOST_BYTES):
-        self.winograd, self.most_bytes, self.transformed = winograd, most_bytes, 0
-        self._kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+    def __init__(self, kept: Kept, *, winograd: bool = True, most_bytes: int = MOST_BYTES):
+        self.kept, self.winograd, self.most_bytes, self.transformed = kept, winograd, most_bytes, 0
+        self._runs: dict[tuple, dict[tuple, Packed | Filters]] = {}
 
-    def made(self, weight: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
-        """``make()``, kept beside ``weight``."""
-        kept = self._kept.setdefault(weight, {})
-        if key not in kept:
-            kept[key] = make()
-        return kept[key]
-
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Packed | Filters:
-        """What convolves maps like ``x``."""
-        shape = tuple(x.shape)
-        key = (shape, *geometry, None if bias is None else id(bias))
-        make = lambda: (self._convolution(shape, x.dtype, weight, bias, geometry), bias)  # held: its id is in the key
-        return self.made(weight, key, make)[0]
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Packed | Filters | None:
+        """What convolves maps like ``x``; None: torch."""
+        if not self.kept.knows((weight, bias)):
+            return None
+        runs = self._runs.setdefault((id(weight), id(bias)), {})  # ids of what is held
+        key = (tuple(x.shape), x.dtype, *geometry)
+        if key not in runs:
+            if len(runs) == MOST_SHAPES:
+                return None
+            runs[key] = self._convolution(tuple(x.shape), x.dtype, weight, bias, geometry)
+        return runs[key]
 
     def _convolution(self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple) -> Packed | Filters:
         if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and geometry == _SAME_3X3:
@@ -71,7 +68,8 @@ def packed_weights(packed: PackedWeights) -> Iterator[None]:
     """Convolutions on a CPU, made in this thread, take their weights from ``packed``."""
     token = _active.set(packed)
     try:
-        yield
+        with keeping(packed.kept):
+            yield
     finally:
         _active.reset(token)
 
@@ -84,12 +82,6 @@ def _packs() -> PackedWeights | None:
 def packing() -> bool:
     """Whether this thread is inside ``packed_weights``."""
     return _packs() is not None
-
-
-def made_once(weight: Tensor, key: tuple, make: Callable[[], Any]) -> Any:
-    """``make()``; inside ``packed_weights`` that of the first call, for this weight and key."""
-    packed = _packs()
-    return make() if packed is None else packed.made(weight, key, make)
 
 
 def conv2d(
@@ -107,6 +99,8 @@ def conv2d(
     if packed is None or not _packable(x, weight, bias, padding):
         return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act, inplace=True)
     run = packed.convolution(x, weight, bias, (tuple(stride), tuple(padding), tuple(dilation), groups))
+    if run is None:
+        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act, inplace=True)
     if isinstance(run, Filters):
         y = winograd_conv2d(x, run, act == "relu")
         return y if act == "relu" else activate(y, act, inplace=True)
@@ -121,4 +115,4 @@ def _packable(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False
-    return not (torch.is_autocast_enabled("cpu") or why_not())
+    return not (torch.is_autocast_enabled("cpu") or why_not(x.dtype))

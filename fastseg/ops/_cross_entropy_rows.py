@@ -46,11 +46,9 @@ class _Walk:
         self.target, self.criterion = target, criterion
         self.weight = None if weight is None else weight.detach().to(self.kind)
         C = x.shape[1]
-        self.spread = (
-            criterion.label_smoothing / C * (torch.ones(C, dtype=self.kind) if weight is None else self.weight)
-        )
-        self.total = torch.zeros((), dtype=self.kind)  # of the losses
-        self.weights = torch.zeros((), dtype=self.kind)  # of the targets
+        self.spread = criterion.label_smoothing / C * (self.x.new_ones(C) if weight is None else self.weight)
+        self.total = self.x.new_zeros(())  # of the losses
+        self.weights = self.x.new_zeros(())  # of the targets
 
     def run(self, *, wants_grad: bool, dy: Tensor | None = None, losses: Tensor | None = None) -> Tensor | None:
         """-> the gradient at x, (N, h, w, C), of the sum of the losses, each times its element of ``dy`` (N, H, W).
@@ -60,7 +58,7 @@ class _Walk:
         N, h, w, C = self.x.shape
         _, H, W = self.target.shape
         first, second, weight = neighbours(h, H, self.criterion.align_corners, self.kind)
-        matrix = torch.zeros(H, h, dtype=self.kind).scatter_(1, first[:, None], (1 - weight)[:, None])
+        matrix = self.x.new_zeros(H, h).scatter_(1, first[:, None], (1 - weight)[:, None])
         matrix.scatter_add_(1, second[:, None], weight[:, None])
         rows = min(64, max(4, _BLOCK // (W * C)))
         dx = torch.zeros_like(self.x) if wants_grad else None
@@ -132,7 +130,7 @@ class _CrossEntropyRows(torch.autograd.Function):
         with torch.autocast("cpu", enabled=False):
             pass_ = _Walk(x, target, weight, criterion)
             if criterion.reduction == "none":
-                losses = torch.empty(target.shape, dtype=pass_.kind)
+                losses = pass_.x.new_empty(target.shape)
                 pass_.run(wants_grad=False, losses=losses)
                 ctx.save_for_backward(x, target, weight)
                 return losses.to(out)

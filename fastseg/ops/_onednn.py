@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastseg.ops._constants import plainly
+
 
 class Packed:
     """A convolution's weight and bias, packed; called with a map, gives the convolution in channels_last."""
@@ -36,13 +38,13 @@ def pack(
 
 
 @functools.cache
-def why_not() -> str:
-    """Why this torch packs no weights, or ""."""
+def why_not(dtype: torch.dtype = torch.float32) -> str:
+    """Why this torch packs no weights of ``dtype`` on this processor, or ""."""
     if not torch.backends.mkldnn.is_available():
         return "torch was built without oneDNN"
     try:
-        with torch.inference_mode():
-            x, w = torch.ones(1, 2, 3, 3), torch.ones(2, 2, 1, 1)
+        with plainly():
+            x, w = (torch.ones(*shape, dtype=dtype, device="cpu") for shape in ((1, 2, 3, 3), (2, 2, 1, 1)))
             y = pack(w, None, (1, 1), (0, 0), (1, 1), 1, x.shape)(x)
     except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
         return f"torch has no packed convolution: {str(error).partition(chr(10))[0]}"

@@ -92,7 +92,7 @@ def neighbours(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """First neighbour, second, and the second's weight, for each output of one axis."""
     scale = source_scale(low, full, align_corners, factor)
-    source = torch.arange(full, dtype=dtype)
+    source = torch.arange(full, dtype=dtype, device="cpu")
     source = source * scale if align_corners else ((source + 0.5) * scale - 0.5).clamp_(min=0)
     first = source.long().clamp_(max=low - 1)
     return first, (first + 1).clamp_(max=low - 1), (source - first).clamp_(max=1)

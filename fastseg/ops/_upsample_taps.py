@@ -14,7 +14,6 @@ On a CPU both sums are GEMMs with the interpolation's weights, along x and then 
 rows: a strip takes from a few neighbouring pixels, where a whole axis would multiply zeros.
 """
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -22,8 +21,10 @@ import torch
 from torch import Tensor
 
 from fastseg.ops._batch_norm import activate
-from fastseg.ops._cpu_conv import conv2d, made_once, packing
+from fastseg.ops._constants import constant
+from fastseg.ops._cpu_conv import conv2d, packing
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad
+from fastseg.ops._kept import made_once
 from fastseg.ops._register import channels_last, qualified, register
 from fastseg.ops._upsample import neighbours
 
@@ -35,7 +36,9 @@ def low_resolution_taps(x: Tensor, weight: Tensor) -> Tensor:
     """x (N, C, h, w), weight (COUT, C, 3, 3) -> taps (3, N, h, w, 3, COUT): three GEMMs."""
     (N, C, h, w), COUT = x.shape, weight.shape[0]
     if packing():
-        each = made_once(weight, ("taps",), lambda: weight.permute(2, 3, 0, 1).reshape(3, 3 * COUT, C, 1, 1).unbind())
+        each = made_once(
+            (weight,), ("taps",), lambda: weight.permute(2, 3, 0, 1).reshape(3, 3 * COUT, C, 1, 1).unbind()
+        )
         return torch.stack([conv2d(x, w_row).permute(0, 2, 3, 1) for w_row in each]).view(3, N, h, w, 3, COUT)
     rows = channels_last(x).permute(0, 2, 3, 1).reshape(N * h * w, C)
     filters = weight.permute(2, 1, 3, 0).reshape(3, C, 3 * COUT)
@@ -57,21 +60,20 @@ class Strip(NamedTuple):
     weights: Tensor
 
 
-@functools.lru_cache(maxsize=256)
+@constant(256)
 def strips(low: int, full: int, align_corners: bool, dtype: torch.dtype, length: int) -> tuple[Strip, ...]:
     """The weights of one axis, for the three taps of a filter, cut into strips of ``length`` outputs."""
-    with torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
-        first, second, weight = neighbours(low, full, align_corners, torch.float64)
-        padded = torch.zeros(full + 2, low, dtype=torch.float64)  # zeros either side: the padding
-        padded[1:-1].scatter_add_(1, first[:, None], (1 - weight)[:, None])
-        padded[1:-1].scatter_add_(1, second[:, None], weight[:, None])
-        out = []
-        for start in range(0, full, length):
-            stop = min(full, start + length)
-            # outputs start - 1 to stop, as far as there are any; positions ascend
-            a, b = int(first[max(start - 1, 0)]), int(second[min(stop, full - 1)]) + 1
-            weights = torch.stack([padded[start + k : stop + k, a:b] for k in range(3)]).to(dtype)
-            out.append(Strip(start, stop, a, b, weights))
+    first, second, weight = neighbours(low, full, align_corners, torch.float64)
+    padded = torch.zeros(full + 2, low, dtype=torch.float64)  # zeros either side: the padding
+    padded[1:-1].scatter_add_(1, first[:, None], (1 - weight)[:, None])
+    padded[1:-1].scatter_add_(1, second[:, None], weight[:, None])
+    out = []
+    for start in range(0, full, length):
+        stop = min(full, start + length)
+        # outputs start - 1 to stop, as far as there are any; positions ascend
+        a, b = int(first[max(start - 1, 0)]), int(second[min(stop, full - 1)]) + 1
+        weights = torch.stack([padded[start + k : stop + k, a:b] for k in range(3)]).to(dtype)
+        out.append(Strip(start, stop, a, b, weights))
     return tuple(out)
 
 

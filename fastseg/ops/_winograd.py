@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseg.ops._constants import constant
 from fastseg.ops._onednn import Packed, pack
 
 OUT, TAPS = 4, 3
@@ -42,16 +43,15 @@ class Matrices(NamedTuple):
     b: Tensor  # (6, 6)
 
 
-@functools.cache
+@constant()
 def matrices(dtype: torch.dtype) -> Matrices:
     """A, G and B of F(4, 3)."""
     a = [[p**i for p in POINTS] + [Fraction(i == OUT - 1)] for i in range(OUT)]
     g = [[p**k / _product(p - q for q in POINTS if q != p) for k in range(TAPS)] for p in POINTS]
     g.append([Fraction(k == TAPS - 1) for k in range(TAPS)])
     b = [[*_with_roots([q for q in POINTS if q != p]), Fraction(0)] for p in POINTS] + [_with_roots(POINTS)]
-    with torch.inference_mode(False), torch.device("cpu"):
-        exact = (torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64) for rows in (a, g, b))
-        return Matrices(*(t.to(dtype) for t in exact))
+    exact = (torch.tensor([[float(v) for v in row] for row in rows], dtype=torch.float64) for rows in (a, g, b))
+    return Matrices(*(t.to(dtype) for t in exact))
 
 
 def _product(factors) -> Fraction:
@@ -143,7 +143,7 @@ def _spans(length: int, tiles: int) -> list[Span]:
     return [Span(max(a - 1, 0), min(b + 1, length), a, min(b, length)) for a, b in edges]
 
 
-@functools.lru_cache(maxsize=32)  # layers of one size share them
+@constant(32)  # layers of one size share them
 def blocks(H: int, W: int, tiles: tuple[int, int]) -> tuple[Block, ...]:
     """A map cut into blocks of so many tiles down and across."""
     (rows, columns), six, m = tiles, torch.arange(IN), matrices(torch.float32)
@@ -171,8 +171,7 @@ def blocks(H: int, W: int, tiles: tuple[int, int]) -> tuple[Block, ...]:
         along_y, along_x = down(y.start - 1 - y.first, height, width), across(x.start - 1 - x.first, width)
         return Block(y, x, along_y, along_x, back(y.stop - y.start, x.stop - x.start))
 
-    with torch.inference_mode(False), torch.device("cpu"):
-        return tuple(block(y, x) for y in _spans(H, rows) for x in _spans(W, columns))
+    return tuple(block(y, x) for y in _spans(H, rows) for x in _spans(W, columns))
 
 
 class Filters(NamedTuple):

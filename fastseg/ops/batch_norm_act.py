@@ -139,7 +139,7 @@ class _Group:
 
     def __init__(self, process_group, plain: bool):
         self.process_group, self.plain = process_group, plain
-        self.pixels = torch.empty(0)
+        self.pixels = torch.empty(0, device="cpu")
 
     def merge(self, stats: Tensor, pixels: int) -> Tensor:
         """This process's (3, C) statistics of so many pixels -> those of all, by Chan's formula; in fp64: vectors."""

@@ -16,8 +16,9 @@ from fastseg.ops._batch_norm import (
     torch_norm,
     update_running,
 )
-from fastseg.ops._cpu_conv import made_once
 from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
+from fastseg.ops._fold_norm import fold_norm
+from fastseg.ops._kept import made_once
 from fastseg.ops._separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
 
 if HAS_TRITON:
@@ -148,18 +149,11 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
     """Weight, bias and norm of the pair: folded, where the norm is fixed."""
     if norm is None or norm.training:
         return weight, bias, norm
-    if torch.compiler.is_compiling():  # an id would bind a graph to this very tensor
-        return _fold(weight, bias, norm)
-    return made_once(weight, ("folded", id(norm.running_mean), norm.eps), lambda: _fold(weight, bias, norm))
-
-
-def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs):
-    """A fixed norm folded into the convolution before it: scale and shift of its output channels."""
-    scale = torch.rsqrt(norm.running_var + norm.eps)
-    scale = scale if norm.weight is None else scale * norm.weight
-    shift = -norm.running_mean * scale if bias is None else (bias - norm.running_mean) * scale
-    shift = shift if norm.bias is None else shift + norm.bias
-    return weight * scale.to(weight.dtype)[:, None, None, None], shift, None
+    transformed = torch._C._are_functorch_transforms_active()  # vmap cannot be asked for channels_last
+    last = not transformed and weight.is_contiguous(memory_format=torch.channels_last)
+    fold = lambda: fold_norm(weight, bias, *norm[:4], norm.eps, weight.dtype, last)
+    made = made_once((weight, bias, *norm[:4]), ("folded", norm.eps, last), fold)
+    return *made, None
 
 
 def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, Callable[[], str]]:

@@ -114,8 +114,8 @@ def _argmax_by_rows(
     first, second, weight = neighbours(h, H, align_corners, kind, factors[0])
     firsts, seconds = first.tolist(), second.tolist()
     most = max(1, _BLOCK // (W * C))
-    upper, lower = (torch.empty(most, W * C, dtype=kind) for _ in range(2))
-    classes = torch.empty(N, H, W, dtype=dtype)
+    upper, lower = (x.new_empty(most, W * C) for _ in range(2))
+    classes = x.new_empty(N, H, W, dtype=dtype)
     for n in range(N):
         wide = along_x(x[n], W, align_corners, factors[1])
         start = 0
@@ -135,7 +135,7 @@ def _running_argmax(
     logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
     best, *others = (interpolate(plane, H, W, factors, align_corners)[:, 0] for plane in logits.split(1, 1))
-    classes = torch.zeros(best.shape, dtype=dtype)
+    classes = best.new_zeros(best.shape, dtype=dtype)
     for c, v in enumerate(others, 1):
         wins = ~(v <= best) & (best == best)  # larger, or the first NaN
         classes.masked_fill_(wins, c)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
 from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops._cpu_conv import conv2d, made_once
+from fastseg.ops._cpu_conv import conv2d
 from fastseg.ops._dispatch import (
     HAS_TRITON,
     autocast_dtype,
@@ -19,6 +19,7 @@ from fastseg.ops._dispatch import (
     record,
     use_kernel,
 )
+from fastseg.ops._kept import made_once
 from fastseg.ops._register import channels_last, like
 from fastseg.ops._upsample import is_finite
 from fastseg.ops._upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
@@ -151,7 +152,7 @@ def _with_kernel(deep, low, weight, bias, act, align_corners: bool, up_first: bo
 
 def _low_resolution(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
     halves = lambda: _halves(weight, deep.shape[1], up_first)
-    up, rest = made_once(weight, ("halves", deep.shape[1], up_first), halves)
+    up, rest = made_once((weight,), ("halves", deep.shape[1], up_first), halves)
     taps = low_resolution_taps(deep, up)
     base = channels_last(conv2d(channels_last(low), rest, bias, padding=(1, 1)))
     if needs_grad(taps, base) or has_tangent(taps, base):

@@ -112,18 +112,22 @@ def test_down_and_up(bias, affine, grad, training, device):
         torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11, msg=name)
 
 
-def test_evaluation_folds_and_notices_changes():
+def test_evaluation_folds_at_each_call():
     conv, norm = (module.eval() for module in stage())
     x = torch.randn(2, 6, 5, 5, dtype=torch.float64)
     plain = lambda: norm(conv(x)).relu()
     run = lambda: run_conv_norm_act(x, conv, norm, "relu")
     state = {key: value.clone() for key, value in conv.state_dict().items()}
     with torch.no_grad():
-        weight = folded(x, conv, norm)[0]
         torch.testing.assert_close(run(), plain())
-        assert folded(x, conv, norm)[0] is weight  # kept
+        weight = folded(x, conv, norm)[0]
+        assert folded(x, conv, norm)[0] is not weight
+        with fastseg.frozen(conv, norm):
+            assert folded(x, conv, norm)[0] is folded(x, conv, norm)[0]
         for change in (
             lambda: conv.weight.mul_(2),
+            lambda: conv.weight.data.mul_(2),
+            lambda: setattr(norm, "eps", 0.5),
             lambda: norm.running_var.add_(1),
             lambda: norm.load_state_dict({**norm.state_dict(), "bias": torch.full((8,), 0.25)}),
             lambda: setattr(conv, "bias", nn.Parameter(torch.ones(8, dtype=torch.float64))),
@@ -131,8 +135,6 @@ def test_evaluation_folds_and_notices_changes():
         ):
             change()
             torch.testing.assert_close(run(), plain())
-            assert folded(x, conv, norm)[0] is not weight
-            weight = folded(x, conv, norm)[0]
         norm.num_batches_tracked = None  # as in old files: then nothing counts the training steps
         torch.testing.assert_close(run(), plain())
         norm.train()

@@ -1,6 +1,5 @@
 """Packed convolutions: what runs, that it is the convolution, and that nothing stale is read."""
 
-import gc
 import threading
 
 import pytest
@@ -8,7 +7,8 @@ import torch
 from torch.nn import functional as F
 
 from fastseg.ops import _cpu_conv
-from fastseg.ops._cpu_conv import PackedWeights, conv2d, made_once, packed_weights
+from fastseg.ops._cpu_conv import PackedWeights, conv2d, packed_weights
+from fastseg.ops._kept import Kept, keeping, made_once
 from fastseg.ops._onednn import why_not
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -48,7 +48,7 @@ def test_equals_torch(C, COUT, K, geometry, act, taken):
     want = F.conv2d(x.double(), weight.double(), bias.double(), *geometry)
     scale = want.abs().max().item()
     want = {None: lambda v: v, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu}[act](want)
-    packed = PackedWeights()
+    packed = PackedWeights(Kept([weight, bias]))
     for _ in range(2):
         with packed_weights(packed):
             y = conv2d(x, weight, bias, *geometry, act=act)
@@ -56,20 +56,23 @@ def test_equals_torch(C, COUT, K, geometry, act, taken):
     assert taken == ["winograd" if C == 64 else "packed"]  # once for both calls
 
 
-def test_nan_stays_nan():
+def test_nan_stays_nan(taken):
     """oneDNN's own ReLU would make it 0."""
     x = torch.randn(1, 8, 4, 4)
     x[0, 3, 1, 2] = torch.nan
-    with packed_weights(PackedWeights()):
-        y = conv2d(x, torch.randn(5, 8, 1, 1), None, act="relu")
+    weight = torch.randn(5, 8, 1, 1)
+    with packed_weights(PackedWeights(Kept([weight]))):
+        y = conv2d(x, weight, None, act="relu")
+    assert taken == ["packed"]
     assert y[0, :, 1, 2].isnan().all() and y.isnan().sum() == 5
 
 
 def test_what_torch_runs(taken):
     x, w = torch.randn(1, 4, 6, 6), torch.randn(4, 4, 1, 1)
     run = lambda *args, **options: conv2d(*args, **options)
+    half = w.bfloat16()
     run(x, w)
-    with packed_weights(PackedWeights()):
+    with packed_weights(PackedWeights(Kept([w, half]))):
         run(x.double(), w.double())
         run(x, w, padding="same")
         run(x[:0], w)
@@ -81,13 +84,13 @@ def test_what_torch_runs(taken):
             run(x, w.double())
         assert taken == []
         run(x, w)
-        assert run(x.bfloat16(), w.bfloat16()).dtype == torch.bfloat16
+        assert run(x.bfloat16(), half).dtype == torch.bfloat16
     assert taken == ["packed", "packed"]
 
 
 def test_bytes_are_bounded(taken):
     weights = [torch.randn(64, 128, 3, 3) for _ in range(3)]
-    x, packed = torch.randn(1, 128, 24, 24), PackedWeights(most_bytes=8 * weights[0].nbytes)
+    x, packed = torch.randn(1, 128, 24, 24), PackedWeights(Kept(weights), most_bytes=8 * weights[0].nbytes)
     with packed_weights(packed):
         for weight in weights:
             conv2d(x, weight, padding=(1, 1))
@@ -95,34 +98,56 @@ def test_bytes_are_bounded(taken):
 
 
 def test_exactness_can_be_asked_for(taken):
-    with packed_weights(PackedWeights(winograd=False)):
-        conv2d(torch.randn(1, 128, 24, 24), torch.randn(64, 128, 3, 3), padding=(1, 1))
+    weight = torch.randn(64, 128, 3, 3)
+    with packed_weights(PackedWeights(Kept([weight]), winograd=False)):
+        conv2d(torch.randn(1, 128, 24, 24), weight, padding=(1, 1))
     assert taken == ["packed"]
 
 
-def test_another_bias_is_not_the_first():
-    x, weight, packed = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 1, 1), PackedWeights()
+def test_what_is_not_the_models_is_not_packed(taken):
+    """A weight or bias that forward computes would be packed for each call, and kept."""
+    x, weight, bias = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 1, 1), torch.randn(4)
+    packed = PackedWeights(Kept([weight, bias]))
     with packed_weights(packed):
         for value in (1.0, 2.0, 3.0):
             y = conv2d(x, weight, torch.full((4,), value))
             torch.testing.assert_close(y, F.conv2d(x, weight) + value)
+            torch.testing.assert_close(conv2d(x, weight * value, bias), F.conv2d(x, weight * value, bias))
+        assert taken == [] and not packed._runs
+        conv2d(x, weight, bias)
+        conv2d(x, weight)
+    assert taken == ["packed", "packed"]
 
 
-def test_nothing_outlives_its_weight():
-    packed, x = PackedWeights(), torch.randn(1, 4, 5, 5)
-    with packed_weights(packed):
-        for _ in range(3):
-            conv2d(x, torch.randn(4, 4, 1, 1))
-    gc.collect()
-    assert len(packed._kept) == 0
+def test_a_written_weight_is_not_packed_again(taken):
+    x, weight = torch.randn(1, 4, 5, 5), torch.randn(4, 4, 1, 1)
+    with packed_weights(PackedWeights(Kept([weight]))):
+        for write in (lambda: None, lambda: weight.mul_(2), lambda: setattr(weight, "data", weight * 3)):
+            write()
+            torch.testing.assert_close(conv2d(x, weight), F.conv2d(x, weight))
+    assert taken == ["packed"]
+
+
+def test_shapes_of_a_weight_are_bounded(taken):
+    weight = torch.randn(4, 4, 1, 1)
+    with packed_weights(PackedWeights(Kept([weight]))):
+        for width in range(1, _cpu_conv.MOST_SHAPES + 5):
+            x = torch.randn(1, 4, 2, width)
+            torch.testing.assert_close(conv2d(x, weight), F.conv2d(x, weight))
+    assert len(taken) == _cpu_conv.MOST_SHAPES
 
 
 def test_made_once():
     weight, calls = torch.randn(2), []
     make = lambda: calls.append(1) or len(calls)
-    assert [made_once(weight, ("n",), make) for _ in range(2)] == [1, 2]
-    with packed_weights(PackedWeights()):
-        assert [made_once(weight, ("n",), make) for _ in range(2)] == [3, 3]
+    assert [made_once((weight,), ("n",), make) for _ in range(2)] == [1, 2]
+    with packed_weights(PackedWeights(Kept([weight]))):
+        assert [made_once((weight, None), ("n",), make) for _ in range(2)] == [3, 3]
+        assert [made_once((weight, torch.ones(1)), ("n",), make) for _ in range(2)] == [4, 5]
+        with keeping(Kept([torch.ones(1)])):
+            assert made_once((weight, None), ("n",), make) == 3  # of the block outside
+        weight += 1
+        assert [made_once((weight, None), ("n",), make) for _ in range(2)] == [6, 7]
         other = []
         thread = threading.Thread(target=lambda: other.append(_cpu_conv.packing()))
         thread.start(), thread.join()

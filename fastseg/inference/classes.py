@@ -1,0 +1,48 @@
+"""The class map of any model: its own where it is one of ours, else the argmax of its logits."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastseg import ops
+
+
+def class_map(model: nn.Module, x: Tensor) -> Tensor:
+    """Class indices of ``model`` at each pixel of x (N, C, H, W).
+
+    fastseg's models have ``predict``. Of any other the logits' argmax is taken, whatever its own ``predict`` may be:
+    the output itself, ``output.logits`` (Hugging Face), ``output["out"]`` (torchvision) or ``output["logits"]``, or
+    the first of several outputs. Logits of another size than ``x`` are interpolated to it bilinearly, as
+    ``torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear")``.
+
+    Returns:
+        (N, H, W), uint8 up to 256 classes, else int64.
+
+    Raises:
+        TypeError: the output holds no logits (N, classes, h, w).
+    """
+    if _is_ours(model):
+        return model.predict(x)
+    logits = logits_of(model(x))
+    if logits is None:
+        raise TypeError(f"class_map: {type(model).__name__} returns no logits (N, classes, H, W); wrap it")
+    return ops.upsample_argmax(logits, tuple(x.shape[-2:]))
+
+
+def _is_ours(model: nn.Module) -> bool:
+    predict = getattr(type(model), "predict", None)
+    return "predict" not in vars(model) and getattr(predict, "__module__", "").split(".")[0] == "fastseg"
+
+
+def logits_of(output: Any) -> Tensor | None:
+    """The map of logits in what a model returns."""
+    if isinstance(output, Tensor):
+        return output if output.dim() == 4 and output.is_floating_point() else None
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return logits_of(output.logits)
+    if isinstance(output, Mapping):
+        return next((logits_of(output[name]) for name in ("out", "logits") if name in output), None)
+    if isinstance(output, tuple | list) and output:
+        return logits_of(output[0])
+    return None
