@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastseg.ops._dispatch import followed
 from fastseg.ops._register import new_map
 
 LEAST_STRIDE = 8  # from which two passes are faster than one grouped convolution, in both layouts (CPU, 1 thread)
@@ -19,9 +20,7 @@ def line(K: int, like: Tensor) -> Tensor:
 
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` is a tensor on a CPU that nothing traces, transforms or stands in for."""
-    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not followed()
 
 
 def grouped_taps(K: int, x: Tensor, dtype: torch.dtype, *, across: bool = False) -> Tensor:

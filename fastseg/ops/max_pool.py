@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastseg.kernels.geometry import memoized
-from fastseg.ops._dispatch import HAS_TRITON, has_tangent, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, use_kernel
 from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
 
@@ -108,7 +108,7 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
     if return_indices:
         bits = bits_of(geometry.kernel) if compact else INT64
     else:
-        bits = bits_of(geometry.kernel) if wants_grad or has_tangent(input) else 0
+        bits = bits_of(geometry.kernel) if wants_grad else 0
     x = input if input.dim() == dims + 2 else input[None]
     y, index = pool(x, geometry, bits)
     y = y if x is input else y[0]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops._dispatch import HAS_TRITON, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
 from fastseg.ops._pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
 from fastseg.ops._register import like
 from fastseg.ops.max_pool import Sizes, spatial
@@ -158,7 +158,7 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
         sync: as ``check_indices``.
     """
     dims = len(geometry.size)
-    cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
+    cpu = v.device.type == "cpu" and not followed()
     dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
     if torch.are_deterministic_algorithms_enabled() or dropped or (sync and v.device.type != "cpu"):
         return spread_ref(v, index, geometry.size, add=False, checked=not trusted, sync=sync)

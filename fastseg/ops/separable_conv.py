@@ -49,7 +49,7 @@ def separable_conv2d(
         y = out_act(post_act(post_norm(z)) + residual)
 
     On a GPU the depthwise map stays on the chip or is stored once, whichever a cost model finds faster (``explain``
-    shows it); for the backward, ``x`` and ``z`` are kept, everything else is computed again. Gradients are first order.
+    shows it); for the backward, ``x`` and ``z`` are kept, everything else is computed again.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; contiguous input costs one copy each way.
