@@ -11,7 +11,7 @@ from fastseg.nn.norm import run_norm_act, watched_norm
 from fastseg.ops._batch_norm import Activation, activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._cpu_conv import conv2d, packing
-from fastseg.ops._dispatch import autocast_dtype
+from fastseg.ops._dispatch import autocast_dtype, followed
 from fastseg.ops._recompute import kept_as_recipe
 
 
@@ -29,16 +29,11 @@ _kept: WeakKeyDictionary[nn.Conv2d, dict[tuple, _Folded]] = WeakKeyDictionary() 
 
 def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether the norm has fixed statistics, nobody wants a gradient, and nobody watches either module."""
-    if norm.training or norm.running_mean is None or _followed():
-        return False
+    if norm.training or norm.running_mean is None or followed(x, conv.weight, conv.bias, norm.weight, norm.bias):
+        return False  # a compiler folds by itself; in a trace or transform the weights are variables
     if watched(conv, nn.Conv2d) or watched_norm(norm):
         return False
     return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias)
-
-
-def _followed() -> bool:
-    """Whether a compiler looks on, which folds by itself, or a transform such as vmap, which knows no channels_last."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -126,7 +121,9 @@ def run_conv_norm_act(
         return run_norm_act(convolve(conv, x), norm, act, residual)
     plain = conv.padding_mode == "zeros"
     as_it_is = norm is None and (
-        _followed() or bool(watched(conv, nn.Conv2d)) or _differentiated(x, conv.weight, conv.bias)
+        followed(x, conv.weight, conv.bias)
+        or bool(watched(conv, nn.Conv2d))
+        or _differentiated(x, conv.weight, conv.bias)
     )
     if plain and not as_it_is:
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)

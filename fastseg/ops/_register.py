@@ -119,11 +119,16 @@ def differentiable(gradients: Callable, again: Callable) -> Callable:
     def backward(ctx, *grad_outputs):
         saved = ctx.saved_tensors
         tensors = [t for t in grad_outputs if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() or (followed(*tensors) and not torch.compiler.is_compiling()):
+        batched = followed(*tensors) or any(map(_is_batched, tensors))
+        if torch.is_grad_enabled() or (batched and not torch.compiler.is_compiling()):
             return again(ctx, saved, *grad_outputs)
         return gradients(ctx, saved, *grad_outputs)
 
     return backward
+
+
+# Of ``torch.autograd.grad(..., is_grads_batched=True)``, whose vmap is another than that of ``torch.func``.
+_is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 
 
 def derived(function: Callable, tensors: Sequence[Tensor | None], wanted: Sequence[bool], *grad_outputs: Tensor):

@@ -17,7 +17,7 @@ from fastseg.ops._batch_norm import (
     torch_norm,
     update_running,
 )
-from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, needs_grad, transforms_active, use_kernel
 from fastseg.ops._pooling import Geometry, fake_index, plain_pick, plain_pool, plain_unpool
 from fastseg.ops._register import channels_last, derived, differentiable, like, new_map, qualified, register
 from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
@@ -117,7 +117,7 @@ def batch_norm_act_max_pool2d_ref(
 
 
 def _unsupported(x: Tensor, norm: BatchNormArgs | None, geometry: Geometry, wants_grad: bool) -> str:
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if transforms_active() or not x.is_contiguous(memory_format=torch.channels_last):  # vmap knows no such layout
         return "not channels_last: one after another"
     if wants_grad and norm is None:
         return "nothing is saved without a norm: one after another"

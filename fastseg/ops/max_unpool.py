@@ -134,7 +134,7 @@ def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] 
 
     A graph takes it as it is: a check would be a guard, which sizes that hold for all inputs cannot always prove.
     """
-    if torch.compiler.is_compiling():
+    if followed():
         if output_size is not None:
             return output_size[-len(kernel) :]
         windows = input.shape[-len(kernel) :]
@@ -160,7 +160,9 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
     dims = len(geometry.size)
     cpu = v.device.type == "cpu" and not followed()
     dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
-    if torch.are_deterministic_algorithms_enabled() or dropped or (sync and v.device.type != "cpu"):
+    # Traces and transforms: torch's own looks at sizes and values, and knows neither vmap nor ONNX.
+    composed = dropped or (followed() and not torch.compiler.is_compiling())
+    if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
         return spread_ref(v, index, geometry.size, add=False, checked=not trusted, sync=sync)
     return like(v, UNPOOL[dims](v, index, geometry.kernel, geometry.stride, geometry.padding, geometry.size))
 

@@ -90,7 +90,8 @@ def separable_conv2d(
     if out_act is not None and out_act not in ACTIVATIONS:
         raise ValueError(f'separable_conv2d: out_act is {out_act!r}; use None, "relu", "relu6" or "leaky_relu"')
     unsupported, form = _unsupported(x, depthwise_weight, mid_norm, out, stride, padding, dilation)
-    if not use_kernel("separable_conv2d", x, *tensors, residual, unsupported=unsupported, form=form):
+    given = (*tensors, residual, *norm_tensors(mid_norm), *norm_tensors(post_norm))
+    if not use_kernel("separable_conv2d", x, *given, unsupported=unsupported, form=form):
         return separable_conv2d_ref(
             x, *tensors, stride=stride, padding=padding, dilation=dilation, pre_act=pre_act, mid_norm=mid_norm,
             mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual, out_act=out_act,
