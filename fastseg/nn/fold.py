@@ -120,11 +120,8 @@ def run_conv_norm_act(
             unfold(conv)
         return run_norm_act(convolve(conv, x), norm, act, residual)
     plain = conv.padding_mode == "zeros"
-    as_it_is = norm is None and (
-        followed(x, conv.weight, conv.bias)
-        or bool(watched(conv, nn.Conv2d))
-        or _differentiated(x, conv.weight, conv.bias)
-    )
+    own = (x, conv.weight, conv.bias)
+    as_it_is = norm is None and (followed(*own) or bool(watched(conv, nn.Conv2d)) or _differentiated(*own))
     if plain and not as_it_is:
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)
         options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -163,7 +163,11 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
     def _kind(self) -> Literal["bilinear", "diagonal", "dense"]:
         if self.weight.requires_grad and torch.is_grad_enabled():
             return "dense"
-        return _look_while_tracing(self) if torch.compiler.is_compiling() else self._look()
+        return self._look_while_tracing() if torch.compiler.is_compiling() else self._look()
+
+    @torch.compiler.assume_constant_result
+    def _look_while_tracing(self) -> Literal["bilinear", "diagonal", "dense"]:
+        return self._look()
 
     def _look(self) -> Literal["bilinear", "diagonal", "dense"]:
         weight, stamp = self.weight, _stamp(self.weight)
@@ -180,11 +184,6 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             self._seen = (weakref.ref(weight), stamp, _kind_of(weight))
             self._looked = True
         return self._seen[2]
-
-
-@torch.compiler.assume_constant_result
-def _look_while_tracing(module: BilinearConvTranspose2d) -> str:
-    return module._look()
 
 
 def _stamp(weight: Tensor) -> tuple[int, int] | None:

@@ -77,7 +77,16 @@ def sized_conv_transpose2d(
     natural = [(n - 1) * stride + weight.shape[-1] - 2 * padding for n in x.shape[-2:]]
     if size is None or (size[0] <= natural[0] and size[1] <= natural[1]):
         y = F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
-        return y if size is None else y[..., : size[0], : size[1]]
+        return y if size is None else _cut(y, size)
     y = F.conv_transpose2d(x, weight, None, stride, groups=groups)[..., padding:, padding:]
     y = y[..., : size[0], : size[1]]
     return F.pad(y, (0, size[1] - y.shape[-1], 0, size[0] - y.shape[-2]))
+
+
+def _cut(y: Tensor, size: tuple[int, int]) -> Tensor:
+    """The first rows and columns; of symbolic sizes as a copy: whether a view is dense would be a guard."""
+    if not any(isinstance(n, torch.SymInt) for n in size):
+        return y[..., : size[0], : size[1]]
+    for axis, n in zip((-2, -1), size, strict=True):
+        y = y.index_select(axis, torch.arange(n, device=y.device))
+    return y

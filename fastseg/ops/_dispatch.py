@@ -173,14 +173,14 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 # Private to torch; where a version lacks one, its kind of follower is not seen.
 transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", bool)
-_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", bool)
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", bool)
 
 
 def _follower(tensors: Iterable[Tensor | None]) -> str:
     """What follows eager calls on these tensors through torch's own ops, and knows no others, or ""."""
     if transforms_active():
         return "a transform of functions"
-    if _is_tracing():
+    if is_tracing():
         return "torch.jit.trace"
     return "forward-mode AD" if forward_ad._current_level >= 0 and has_tangent(*tensors) else ""
 
@@ -191,7 +191,7 @@ def followed(*tensors: Tensor | None) -> bool:
     Then torch's own ops must run, one by one, none of them in place on what a transform may have to widen, and no value
     may be looked at.
     """
-    if torch.compiler.is_compiling() or transforms_active() or _is_tracing():
+    if torch.compiler.is_compiling() or transforms_active() or is_tracing():
         return True
     return forward_ad._current_level >= 0 and has_tangent(*tensors)
 
