@@ -6,6 +6,7 @@ from fastseg.models.encoders import ENCODERS
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.fold import convolve, run_conv_norm_act
+from fastseg.nn.leaf import leaf
 
 BACKBONES = ("resnet50", "resnet101", "resnet18", "resnet34")
 RATES = (12, 24, 36)  # at output stride 8; half of that at 16
@@ -69,6 +70,7 @@ class DeepLabV3(UpsampledNet):
         )
         self.aux_classifier = _aux_head(middle, num_classes) if aux else None
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
         if not (self.training and self.aux_classifier is not None):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fastseg import ops
 from fastseg.nn.conv import SeparableConv2d, batch_norm_args, watched
 from fastseg.nn.fold import can_fold, folded, run_conv_norm_act
+from fastseg.nn.leaf import leaf
 from fastseg.nn.norm import run_norm_act
 from fastseg.ops import BatchNormArgs, batch_norm_act
 from fastseg.ops._atrous import are_one_map, atrous_branches, atrous_maps
@@ -116,6 +117,7 @@ class ASPP(nn.Module):
             self.convs.append(nn.Sequential(nn.AdaptiveAvgPool2d(1), conv(in_channels), *norm_relu()))
         self.project = nn.Sequential(conv(out_channels * len(self.convs)), *norm_relu(), nn.Dropout(dropout))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
         if self.fusion == SUM:

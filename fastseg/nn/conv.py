@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastseg.nn.leaf import leaf
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import record_reference
@@ -88,6 +89,7 @@ class SeparableConv2d(nn.Module):
         self.post_norm = norm(out_channels) if post_norm else None
         self.pre_act, self.mid_act, self.post_act = pre_act, mid_act, post_act
 
+    @leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); residual: shaped as the output, added last."""
         return run_separable(

@@ -29,11 +29,11 @@ _kept: WeakKeyDictionary[nn.Conv2d, dict[tuple, _Folded]] = WeakKeyDictionary() 
 
 def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether the norm has fixed statistics, nobody wants a gradient, and nobody watches either module."""
-    if norm.training or norm.running_mean is None or followed(x, conv.weight, conv.bias, norm.weight, norm.bias):
-        return False  # a compiler folds by itself; in a trace or transform the weights are variables
-    if watched(conv, nn.Conv2d) or watched_norm(norm):
+    if norm.training or norm.running_mean is None or watched(conv, nn.Conv2d) or watched_norm(norm):
         return False
-    return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias)
+    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
+    # A compiler folds by itself; in a trace or a transform the weights are variables.
+    return not (followed(*tensors) or _differentiated(*tensors))
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -106,6 +106,12 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
         return conv(x)
 
 
+def _as_it_is(x: Tensor, conv: nn.Conv2d) -> bool:
+    """Whether a convolution without norm is to be called."""
+    tensors = (x, conv.weight, conv.bias)
+    return followed(*tensors) or bool(watched(conv, nn.Conv2d)) or _differentiated(*tensors)
+
+
 def run_conv_norm_act(
     x: Tensor,
     conv: nn.Conv2d,
@@ -120,8 +126,7 @@ def run_conv_norm_act(
             unfold(conv)
         return run_norm_act(convolve(conv, x), norm, act, residual)
     plain = conv.padding_mode == "zeros"
-    own = (x, conv.weight, conv.bias)
-    as_it_is = norm is None and (followed(*own) or bool(watched(conv, nn.Conv2d)) or _differentiated(*own))
+    as_it_is = norm is None and _as_it_is(x, conv)
     if plain and not as_it_is:
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)
         options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.nn.conv import rewritten
+from fastseg.nn.leaf import leaf
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops.bilinear_conv_transpose import (
     bilinear_conv_transpose2d,
@@ -26,6 +27,7 @@ class Upsample(nn.Upsample):
         torch.Size([1, 8, 8, 8])
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if self.mode != "bilinear":
             return super().forward(input)
@@ -51,6 +53,8 @@ class UpsamplingNearest2d(nn.UpsamplingNearest2d):
         >>> UpsamplingNearest2d(scale_factor=2)(torch.tensor([[[[1.0, 2.0]]]]))[0, 0, 0]
         tensor([1., 1., 2., 2.])
     """
+
+    forward = leaf(nn.UpsamplingNearest2d.forward)
 
 
 class BilinearConvTranspose2d(nn.ConvTranspose2d):
@@ -114,6 +118,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             if self.bias is not None:
                 self.bias.zero_()
 
+    @leaf
     def forward(
         self,
         input: Tensor,
@@ -231,6 +236,7 @@ class UpsampleArgmax(nn.Module):
         self.scale_factor = scale_factor
         self.align_corners = align_corners
 
+    @leaf
     def forward(
         self, logits: Tensor, size: int | tuple[int, int] | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -94,16 +94,13 @@ def _is_bare(args: Iterable) -> bool:
 
 def run(function: type[torch.autograd.Function], op: Callable, *args):
     """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or _may_be_followed()):
+    may_be_followed = torch.is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
+    if not may_be_followed or torch.compiler.is_compiling():
         return op(*args)
     tensors = [a for a in args if isinstance(a, Tensor)]
     if followed(*tensors):
         return DECOMPOSITIONS[op.op](*args)
     return function.apply(*args) if needs_grad(*tensors) else op(*args)
-
-
-def _may_be_followed() -> bool:
-    return transforms_active() or forward_ad._current_level >= 0
 
 
 def differentiable(gradients: Callable, again: Callable) -> Callable:

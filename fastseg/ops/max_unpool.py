@@ -98,10 +98,9 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     if check_indices not in ("async", "sync"):
         raise ValueError(f'{name}: check_indices is {check_indices!r}; use "async" or "sync"')
     sizes = [spatial(v, dims) for v in (kernel_size, kernel_size if stride is None else stride, padding)]
-    if None in sizes:
-        raise ValueError(
-            f"{name}: kernel_size {kernel_size}, stride {stride}, padding {padding}; give {dims} numbers each"
-        )
+    if not _is_window(sizes, (kernel_size, stride, padding)):  # torch says what is wrong with it
+        index = indices.to_torch() if isinstance(indices, PoolIndices) else indices
+        return UNPOOL[dims](input, index, kernel_size, stride, padding, output_size)
     kernel, stride, padding = sizes
     size = _output_size(input, kernel, stride, padding, output_size and list(output_size))
     _check(input, indices, name, dims)
@@ -127,6 +126,14 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     else:
         y = unpool(v, index, geometry, bits, last, add=False, sync=check_indices == "sync")
     return y if batched else y[0]
+
+
+def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:
+    """Whether kernel, stride and padding have a number for each axis, in the range that it must be in."""
+    if None in sizes or any(isinstance(v, (tuple, list)) and len(v) != len(sizes[0]) for v in given):
+        return False
+    kernel, stride, padding = sizes
+    return min(kernel) >= 1 and min(stride) >= 1 and min(padding) >= 0
 
 
 def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] | None) -> list[int]:
@@ -194,6 +201,4 @@ def _check(input: Tensor, indices: Tensor | PoolIndices, name: str, dims: int) -
 def _unsupported(v: Tensor, geometry: Geometry) -> str:
     if v.numel() == 0 or 0 in geometry.size:
         return "empty input or output"
-    if min(geometry.kernel) < 1 or min(geometry.stride) < 1 or min(geometry.padding) < 0:
-        return "windows of no size, no stride or negative padding"
     return geometry.pooling(*v.shape[:2], False).unsupported() if HAS_TRITON else ""
