@@ -20,7 +20,7 @@ class Net(nn.Module):
 
     def forward(self, x, other=None):
         x = self.before(x) + 1
-        y = self.inner(x, **{name: other for name in self.names})
+        y = self.inner(x, **dict.fromkeys(self.names, other))
         return y[0] * 2 if isinstance(self.inner, (fnn.MaxPool2d, fnn.MaxPool3d)) else y * 2
 
 
