@@ -1,6 +1,7 @@
 """Registering ops with ``torch.library``, and the layout rules that launcher, plain implementation and fake share."""
 
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, followed, needs_grad, transforms_active
+from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, followed, has_tangent, needs_grad, transforms_active
 
 NAMESPACE = "fastseg"
 DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
@@ -36,7 +37,7 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
     torch.library.define(qualified(name), schema.removeprefix(name))
     direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
     for device, implementation in direct.items():
-        torch.library.impl(qualified(name), device.upper(), implementation)
+        torch.library.impl(qualified(name), device.upper(), _refusing_tangents(name, implementation))
     torch.library.register_fake(qualified(name), fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     DECOMPOSITIONS[op] = plain
@@ -44,10 +45,27 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
     @functools.wraps(launch)
     def call(*args):
         if torch.compiler.is_dynamo_compiling() or not _is_bare(args):
-            return op(*args)
+            return plain(*args) if _have_tangents(args) else op(*args)
         return direct[args[0].device.type](*args)
 
     call.op, call.direct = op, direct
+    return call
+
+
+def _have_tangents(args: Iterable) -> bool:
+    flat = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
+    return has_tangent(*(a for a in flat if isinstance(a, Tensor)))
+
+
+def _refusing_tangents(name: str, implementation: Callable) -> Callable:
+    """What the dispatcher calls, as an exported program does: it drops tangents without a word."""
+
+    @functools.wraps(implementation)
+    def call(*args):
+        if forward_ad._current_level >= 0 and _have_tangents(args):
+            raise NotImplementedError(f"{qualified(name)} has no forward-mode derivative; fastseg's functions have one")
+        return implementation(*args)
+
     return call
 
 

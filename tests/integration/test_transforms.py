@@ -13,6 +13,7 @@ import fastseg
 from fastseg import nn
 from fastseg.ops import _atrous, upsample_argmax
 from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.upsample_bilinear import _fwd
 
 EVERY = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 # The Functions over kernels, each once: the interpreter takes seconds where plain PyTorch takes milliseconds.
@@ -158,6 +159,19 @@ def test_hessian_of_the_loss():
         got, want = (torch.autograd.functional.hessian(f, x, vectorize=vectorize) for f in (steps.ours, steps.torchs))
         assert want.abs().max() > 1e-3
         close(got, want)
+
+
+def test_tangents_of_registered_ops():
+    """Called by fastseg they take torch's steps; called from elsewhere, as exported programs do, they refuse."""
+    x, t = torch.randn(2, 1, 2, 3, 3)
+    args = ((5, 4), False, None, None)
+    want = torch.nn.functional.interpolate(t, (5, 4), mode="bilinear")
+    close(jvp(lambda v: _fwd(v, *args), (x,), (t,))[1], want)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, t)
+        close(forward_ad.unpack_dual(_fwd(dual, *args)).tangent, want)
+        with pytest.raises(NotImplementedError, match="fastseg::upsample_bilinear has no forward-mode derivative"):
+            _fwd.op(dual, *args)
 
 
 def test_functional_call():
