@@ -8,13 +8,16 @@ import torch
 MOST_TAPS = 256  # of a pooling window with compact indices: what a code of 8 bits can tell apart
 
 
+_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", bool)
+
+
 def memoized(fn: Callable) -> Callable:
     """``fn`` of sizes, remembered in eager calls. What has no hash is computed anew: lists, and a graph's symbols."""
     remembered = functools.lru_cache(maxsize=4096, typed=True)(fn)
 
     @functools.wraps(fn)
     def call(*args):
-        if torch.compiler.is_dynamo_compiling():
+        if torch.compiler.is_dynamo_compiling() or _is_tracing():  # a trace's sizes are tensors
             return fn(*args)
         try:
             return remembered(*args)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
+from fastseg.nn.leaf import leaf
 
 BACKBONES = ("resnet101", "resnet50")
 RATES = (6, 12, 18, 24)
@@ -67,6 +68,7 @@ class DeepLabV2(UpsampledNet):
             nn.init.normal_(conv.weight, std=0.01)
             nn.init.zeros_(conv.bias)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``scales``, in training, a list of them."""
         if not (self.training and self.scales):

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
+from fastseg.nn.leaf import leaf
 from fastseg.nn.sequential import Sequential
 
 BACKBONES = ("resnet50", "resnet101", "resnet18", "resnet34")
@@ -69,6 +70,7 @@ class DeepLabV3(UpsampledNet):
         )
         self.aux_classifier = _aux_head(middle, num_classes) if aux else None
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
         if not (self.training and self.aux_classifier is not None):

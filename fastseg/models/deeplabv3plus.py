@@ -9,6 +9,7 @@ from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP, run_aspp
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.fold import convolve
+from fastseg.nn.leaf import leaf
 from fastseg.nn.sequential import Sequential, run_layers
 from fastseg.nn.skip import run_upsample_concat
 
@@ -120,6 +121,7 @@ class _ASPP(nn.Module):
         self.branch5_conv, self.branch5_bn, self.branch5_relu = _conv_norm_relu(in_channels, channels, 1)
         self.conv_cat = Sequential(*_conv_norm_relu(5 * channels, channels, 1))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         branches = (self.branch1, self.branch2, self.branch3, self.branch4)
         return run_aspp(x, branches, self._image_vector, self.conv_cat)

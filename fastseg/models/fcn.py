@@ -12,6 +12,7 @@ from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.leaf import leaf
 from fastseg.nn.sequential import Sequential, run_layers
 from fastseg.nn.upsampling import BilinearConvTranspose2d
 
@@ -101,6 +102,7 @@ class FCN(nn.Module):
             build = self._build_d2l if stride == 32 else self._build_resnet
             build(num_classes, ENCODERS[backbone](in_channels, 32, width), up)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
         scores, deepest = self._scores(x)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fastseg.nn.leaf import leaf
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.upsampling import UpsampleArgmax
 
@@ -16,6 +17,7 @@ class FullSizeNet(nn.Module):
             raise ValueError(f"{name}: num_classes is {num_classes}; at least one class is needed")
         self.upsample_argmax = UpsampleArgmax(align_corners=True)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W)."""
         return self.logits(x)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastseg.models.full_size import FullSizeNet, he_
 from fastseg.models.unet import Up, check_form, innermost, up_module
 from fastseg.nn.fold import convolve, run_conv_norm_act
+from fastseg.nn.leaf import leaf
 from fastseg.nn.pooling import MaxPool2d
 from fastseg.nn.skip import upsample_concat
 
@@ -95,6 +96,7 @@ class UNetPlusPlus(FullSizeNet):
         """Image pixels per pixel of the deepest map."""
         return 2**self.levels
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); in training with deep supervision a list of them."""
         if self.training and self.deep_supervision:

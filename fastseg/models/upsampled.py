@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseg.nn.leaf import leaf
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.upsampling import UpsampleArgmax
 
@@ -26,6 +27,7 @@ class UpsampledNet(nn.Module):
         self.align_corners = align_corners
         self.upsample_argmax = UpsampleArgmax(align_corners=align_corners)
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W)."""
         return self._resize(self.logits(x), x.shape[-2:])

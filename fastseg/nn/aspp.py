@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from fastseg import ops
 from fastseg.nn.conv import SeparableConv2d, batch_norm_args
 from fastseg.nn.fold import can_fold, folded, run_conv_norm_act
+from fastseg.nn.leaf import leaf
 from fastseg.nn.sequential import Sequential, next_group, opened, run_layers
 from fastseg.nn.watch import split_act, watched
 from fastseg.ops import BatchNormArgs, batch_norm_act
@@ -118,6 +119,7 @@ class ASPP(nn.Module):
             self.convs.append(Sequential(nn.AdaptiveAvgPool2d(1), conv(in_channels), *norm_relu()))
         self.project = Sequential(conv(out_channels * len(self.convs)), *norm_relu(), nn.Dropout(dropout))
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
         if self.fusion == SUM:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fastseg.nn.leaf import leaf
 from fastseg.nn.watch import apply_act, split_act, watched
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
@@ -91,6 +92,7 @@ class SeparableConv2d(nn.Module):
         self.post_norm = norm(out_channels) if post_norm else None
         self.pre_act, self.mid_act, self.post_act = pre_act, mid_act, post_act
 
+    @leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); residual: shaped as the output, added last."""
         return run_separable(

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from fastseg.nn.conv import check_activations
 from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.leaf import leaf
 from fastseg.ops._batch_norm import Activation
 
 
@@ -75,6 +76,7 @@ class ConvNormAct2d(nn.Module):
         self.norm = nn.BatchNorm2d(out_channels, eps, momentum, **where) if norm else None
         self.act = act
 
+    @leaf
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, out_channels, OH, OW)."""
         return run_conv_norm_act(x, self.conv, self.norm, self.act)

@@ -9,7 +9,7 @@ from fastseg.nn.watch import apply_act, rewritten, split_act, watched
 from fastseg.ops._batch_norm import activate, add_residual
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._cpu_conv import conv2d, packing
-from fastseg.ops._dispatch import autocast_dtype
+from fastseg.ops._dispatch import autocast_dtype, followed
 from fastseg.ops._fold_norm import fold_norm
 from fastseg.ops._kept import keeper, made_once
 from fastseg.ops._recompute import kept_as_recipe
@@ -17,11 +17,11 @@ from fastseg.ops._recompute import kept_as_recipe
 
 def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
     """Whether the norm has fixed statistics, nobody wants a gradient, nobody watches either module, and it pays."""
-    if norm.training or _followed():
+    if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm) or norm.running_mean is None:
         return False
-    if watched(conv, nn.Conv2d) or watched_norm(norm) or norm.running_mean is None:
-        return False
-    return not _differentiated(x, conv.weight, conv.bias, norm.weight, norm.bias) and _pays(x, conv, norm)
+    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
+    # A compiler folds by itself; in a trace or a transform the weights are variables.
+    return not (followed(*tensors) or _differentiated(*tensors)) and _pays(x, conv, norm)
 
 
 def _pays(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
@@ -33,11 +33,6 @@ def _pays(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
 
 def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
     return conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
-
-
-def _followed() -> bool:
-    """Whether a compiler or tracer looks on, or a transform such as vmap, which knows no channels_last."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -100,7 +95,8 @@ def run_conv_norm_act(
     if norm is None and watched(conv, nn.Conv2d):
         y = convolve(conv, x)
         return apply_act(act, y if residual is None else y + residual)
-    as_it_is = norm is None and (_followed() or _differentiated(x, conv.weight, conv.bias))
+    own = (x, conv.weight, conv.bias)
+    as_it_is = norm is None and (followed(*own) or _differentiated(*own))
     if conv.padding_mode == "zeros" and not as_it_is:
         weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)
         options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)

@@ -2,6 +2,7 @@
 
 from torch import Tensor, nn
 
+from fastseg.nn.leaf import leaf
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
 
@@ -36,6 +37,7 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
         super().__init__(weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing)
         self.align_corners = align_corners
 
+    @leaf
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """Logits (N, C, h, w) and class indices (N, H, W) -> a scalar, or (N, H, W) without reduction."""
         return upsample_cross_entropy(

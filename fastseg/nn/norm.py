@@ -6,6 +6,7 @@ from torch import distributed as dist
 from torch.overrides import has_torch_function_unary
 
 from fastseg.nn.conv import Act, batch_norm_args, check_activations
+from fastseg.nn.leaf import leaf
 from fastseg.nn.watch import apply_act, split_act, watched
 from fastseg.ops import batch_norm_act
 from fastseg.ops._batch_norm import Activation
@@ -63,6 +64,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **options)
         self.act, self.sync, self.process_group = act, sync, process_group
 
+    @leaf
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         """input: (N, C, H, W); residual: the same, added before the activation."""
         if not has_torch_function_unary(input):  # a tracer's stand-in has no dimensions to check
@@ -105,6 +107,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         >>> net[0].sync, net[0].act
         (True, 'relu')
     """
+
+    forward = leaf(nn.SyncBatchNorm.forward)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:

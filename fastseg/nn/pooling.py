@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fastseg.nn.conv import Act, batch_norm_args
 from fastseg.nn.fold import can_fold, convolve, folded, run_conv, run_conv_norm_act
+from fastseg.nn.leaf import leaf
 from fastseg.nn.norm import norm_group, watched_norm
 from fastseg.nn.sequential import next_group, opened, run_layers
 from fastseg.nn.watch import split_act, watched
@@ -30,6 +31,7 @@ class _MaxPool:
             raise ValueError(f'{type(self).__name__}: index_format is {index_format!r}; use "int64" or "compact"')
         self.index_format = index_format
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
         """The maxima, and with ``return_indices`` their indices."""
         return self.pool(
@@ -90,6 +92,7 @@ class _MaxUnpool:
             raise ValueError(f'{type(self).__name__}: check_indices is {check_indices!r}; use "async" or "sync"')
         self.check_indices = check_indices
 
+    @leaf
     def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
         """Values of windows to where the indices say; zeros elsewhere."""
         return self.unpool(

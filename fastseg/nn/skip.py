@@ -44,14 +44,37 @@ def upsample_concat(
     rows, columns = skips[0].shape[-2] - height, skips[0].shape[-1] - width
     if crop:
         skips = [s[:, :, rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width] for s in skips]
-    if doubled and (crop or not (rows or columns)):
+    fits = crop or (_is_zero(rows) and _is_zero(columns))
+    if doubled and fits:
         join = partial(_upsampled_beside, up_first=up_first)
         return _remembered(join(x, *skips), (x, *skips), join)
     y = up(x) if y is None else y
-    if not crop and (rows or columns):
-        y = F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    if not fits:
+        y = _framed(y, rows, columns)
     parts = (y, *skips) if up_first else (*skips, y)
     return _remembered(_beside(*parts), parts, _beside)
+
+
+def _is_zero(n: int) -> bool:
+    """Of a graph's symbolic number: whether it always is."""
+    if not isinstance(n, torch.SymInt):
+        return n == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # two seconds, which exports alone pay
+
+    return statically_known_true(n == 0)
+
+
+def _framed(y: Tensor, rows: int, columns: int) -> Tensor:
+    """So many more rows and columns of zeros, half of them before; of symbolic numbers without a guard on them."""
+    if not any(isinstance(n, torch.SymInt) for n in (rows, columns)):
+        return F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    for axis, more in ((2, rows), (3, columns)):
+        have = y.shape[axis]
+        at = torch.arange(have + more, device=y.device) - more // 2
+        shape = (-1, 1) if axis == 2 else (-1,)
+        inside = ((at >= 0) & (at < have)).view(shape)
+        y = torch.where(inside, y.index_select(axis, at.clamp(0, have - 1)), 0)
+    return y
 
 
 def run_upsample_concat(

@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastseg.nn.leaf import leaf
 from fastseg.nn.watch import rewritten
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops._kept import made_once
@@ -27,6 +28,7 @@ class Upsample(nn.Upsample):
         torch.Size([1, 8, 8, 8])
     """
 
+    @leaf
     def forward(self, input: Tensor) -> Tensor:
         if self.mode != "bilinear":
             return super().forward(input)
@@ -52,6 +54,8 @@ class UpsamplingNearest2d(nn.UpsamplingNearest2d):
         >>> UpsamplingNearest2d(scale_factor=2)(torch.tensor([[[[1.0, 2.0]]]]))[0, 0, 0]
         tensor([1., 1., 2., 2.])
     """
+
+    forward = leaf(nn.UpsamplingNearest2d.forward)
 
 
 class BilinearConvTranspose2d(nn.ConvTranspose2d):
@@ -113,6 +117,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             if self.bias is not None:
                 self.bias.zero_()
 
+    @leaf
     def forward(
         self,
         input: Tensor,
@@ -153,7 +158,11 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
     def _kind(self) -> Literal["bilinear", "diagonal", "dense"]:
         if self.weight.requires_grad and torch.is_grad_enabled():
             return "dense"
-        return _look_while_tracing(self) if torch.compiler.is_compiling() else self._look()
+        return self._look_while_tracing() if torch.compiler.is_compiling() else self._look()
+
+    @torch.compiler.assume_constant_result
+    def _look_while_tracing(self) -> Literal["bilinear", "diagonal", "dense"]:
+        return self._look()
 
     def _look(self) -> Literal["bilinear", "diagonal", "dense"]:
         weight, stamp = self.weight, _stamp(self.weight)
@@ -171,11 +180,6 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             kind = made_once((weight,), ("kind",), lambda: _kind_of(weight))
             self._seen = (weakref.ref(weight), stamp, kind)
         return self._seen[2]
-
-
-@torch.compiler.assume_constant_result
-def _look_while_tracing(module: BilinearConvTranspose2d) -> str:
-    return module._look()
 
 
 def _stamp(weight: Tensor) -> tuple[int, int] | None:
@@ -223,6 +227,7 @@ class UpsampleArgmax(nn.Module):
         self.scale_factor = scale_factor
         self.align_corners = align_corners
 
+    @leaf
     def forward(
         self, logits: Tensor, size: int | tuple[int, int] | None = None, *, dtype: torch.dtype | None = None
     ) -> Tensor:

@@ -9,20 +9,27 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastseg.ops._batch_norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
 from fastseg.ops._conv_act import conv2d_act
 from fastseg.ops._dispatch import (
     HAS_TRITON,
     autocast_dtype,
-    has_tangent,
+    followed,
     in_reference,
     kernels_run,
     needs_grad,
     use_kernel,
 )
-from fastseg.ops._register import channels_last, first_order, like, memory_format_of, qualified, register
+from fastseg.ops._register import (
+    channels_last,
+    derived,
+    differentiable,
+    like,
+    memory_format_of,
+    qualified,
+    register,
+)
 
 if HAS_TRITON:
     from fastseg.kernels.atrous_conv import atrous_conv_bwd_input, atrous_conv_fwd
@@ -48,7 +55,7 @@ def atrous_branches(
     """``act(cat([conv2d(x, w, b, padding=d * (K // 2), dilation=d) ...], 1) + residual)``, as one launch.
 
     Products with padding are left out where the cost model finds that this pays (``explain`` shows its numbers): one
-    decision for all branches. ``x`` is kept once for the backward. Gradients are first order.
+    decision for all branches. ``x`` is kept once for the backward.
 
     Args:
         x: (N, C, H, W).
@@ -111,7 +118,7 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
 
 def _nothing_follows(*tensors: Tensor) -> bool:
     """Whether no gradient is wanted, no compiler looks on, and it is not the reference that is asked for."""
-    if torch.compiler.is_compiling() or in_reference():
+    if followed(*tensors) or in_reference():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
@@ -188,10 +195,8 @@ def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str
         return f"kernel size {max(kernels)}: the kernel takes 1 and 3", ""
     if len(weights) > MOST_BRANCHES:
         return f"{len(weights)} branches: the kernel takes {MOST_BRANCHES}", ""
-    if not HAS_TRITON or torch.compiler.is_compiling():
+    if not HAS_TRITON or followed(x):
         return "", ""
-    if torch._C._are_functorch_transforms_active() or has_tangent(x, *weights, *biases):
-        return "a transform of functions, or forward-mode AD", ""
     passes = (act is not None) + (residual is not None)
     chosen = _plan(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations, passes)
     return chosen if isinstance(chosen, str) else "" if chosen.own else str(chosen), str(chosen)
@@ -314,9 +319,9 @@ def _save(ctx, inputs, output) -> None:
     ctx.dilations, ctx.act, ctx.bias_dtypes = list(dilations), act, [b.dtype for b in biases]
 
 
-def _gradients(ctx, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases: bool):
+def _gradients(ctx, saved, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases: bool):
     """-> at x, at the weights, at the biases, at the residual: None where not wanted."""
-    x, y, *weights = ctx.saved_tensors
+    x, y, *weights = saved
     dy = dy if ctx.act == "none" else ACTIVATION_GRADS[ctx.act](dy, y)  # y tells as its argument does
     COUT, dx = weights[0].shape[0], None
     dweights, dbiases = [None] * len(weights), [None] * len(ctx.bias_dtypes)
@@ -327,8 +332,22 @@ def _gradients(ctx, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases
         parts = flat.split([w.numel() for w in weights])
         dweights = [_as_weight(part, w) for part, w in zip(parts, weights, strict=True)]
     if wants_biases:
-        sums = dy.sum((0, 2, 3), dtype=stats_dtype_of(x)).split(COUT)
-        dbiases = [s.to(dtype) for s, dtype in zip(sums, ctx.bias_dtypes, strict=True)]
+        dbiases = _bias_gradients(ctx, dy, COUT)
+    return dx, dweights, dbiases, dy
+
+
+def _bias_gradients(ctx, dy: Tensor, COUT: int) -> list[Tensor]:
+    sums = dy.sum((0, 2, 3), dtype=stats_dtype_of(dy)).split(COUT)
+    return [s.to(dtype) for s, dtype in zip(sums, ctx.bias_dtypes, strict=True)]
+
+
+def _again(ctx, saved, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases: bool):
+    """As ``_gradients``, differentiable."""
+    x, y, *weights = saved
+    dy = dy if ctx.act == "none" else ACTIVATION_GRADS[ctx.act](dy, y.detach())
+    forward = lambda x, *weights: atrous_branches_ref(x, weights, None, ctx.dilations)
+    dx, *dweights = derived(forward, (x, *weights), (wants_x, *[wants_weights] * len(weights)), dy)
+    dbiases = _bias_gradients(ctx, dy, weights[0].shape[0]) if wants_biases else [None] * len(ctx.bias_dtypes)
     return dx, dweights, dbiases, dy
 
 
@@ -337,13 +356,16 @@ def _as_weight(flat: Tensor, w: Tensor) -> Tensor:
     return flat.view(COUT, K, K, C).permute(0, 3, 1, 2).to(w.dtype).contiguous(memory_format=memory_format_of(w))
 
 
+_both = differentiable(_gradients, _again)
+
+
 def _registered_backward(ctx, dy: Tensor):
     x, weights, biases, residual, *_ = ctx.needs_input_grad
-    dx, dweights, dbiases, dresidual = _gradients(ctx, dy, x, any(weights), any(biases))
+    dx, dweights, dbiases, dresidual = _both(ctx, dy, x, any(weights), any(biases))
     return dx, dweights, dbiases, dresidual if residual else None, None, None
 
 
-torch.library.register_autograd(qualified(NAME), once_differentiable(_registered_backward), setup_context=_save)
+torch.library.register_autograd(qualified(NAME), _registered_backward, setup_context=_save)
 
 
 class _AtrousBranches(torch.autograd.Function):
@@ -357,10 +379,8 @@ class _AtrousBranches(torch.autograd.Function):
         return y
 
     @staticmethod
-    def gradients(ctx, dy: Tensor):
+    def backward(ctx, dy: Tensor):
         x, residual, *tensors = ctx.needs_input_grad[2:]
         count = len(ctx.dilations)
-        dx, dweights, dbiases, dresidual = _gradients(ctx, dy, x, any(tensors[:count]), any(tensors[count:]))
+        dx, dweights, dbiases, dresidual = _both(ctx, dy, x, any(tensors[:count]), any(tensors[count:]))
         return None, None, dx, dresidual if residual else None, *dweights, *dbiases
-
-    backward = staticmethod(first_order(NAME)(gradients))

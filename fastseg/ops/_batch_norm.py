@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseg.ops._dispatch import followed
+
 Activation = Literal["relu", "relu6", "leaky_relu"]
 
 
@@ -35,7 +37,8 @@ def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
     """``y + residual`` into ``y``, which no backward may need, where dtypes allow it."""
     if residual is None:
         return y
-    return y.add_(residual) if residual.dtype == y.dtype else y + residual
+    # vmap may have to widen the sum
+    return y.add_(residual) if residual.dtype == y.dtype and not followed(y, residual) else y + residual
 
 
 class BatchNormArgs(NamedTuple):

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops._constants import constant
+from fastseg.ops._dispatch import followed
 from fastseg.ops._register import new_map
 
 LEAST_STRIDE = 8  # from which two passes are faster than one grouped convolution, in both layouts (CPU, 1 thread)
@@ -18,9 +19,7 @@ def line(K: int, like: Tensor) -> Tensor:
 
 def is_plain(x: Tensor) -> bool:
     """Whether ``x`` is a tensor on a CPU that nothing traces, transforms or stands in for."""
-    if x.device.type != "cpu" or type(x) not in (Tensor, torch.nn.Parameter) or torch.compiler.is_compiling():
-        return False
-    return not torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not followed()
 
 
 def grouped_taps(K: int, x: Tensor, dtype: torch.dtype, *, across: bool = False) -> Tensor:
@@ -76,7 +75,16 @@ def sized_conv_transpose2d(
     natural = [(n - 1) * stride + weight.shape[-1] - 2 * padding for n in x.shape[-2:]]
     if size is None or (size[0] <= natural[0] and size[1] <= natural[1]):
         y = F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
-        return y if size is None else y[..., : size[0], : size[1]]
+        return y if size is None else _cut(y, size)
     y = F.conv_transpose2d(x, weight, None, stride, groups=groups)[..., padding:, padding:]
     y = y[..., : size[0], : size[1]]
     return F.pad(y, (0, size[1] - y.shape[-1], 0, size[0] - y.shape[-2]))
+
+
+def _cut(y: Tensor, size: tuple[int, int]) -> Tensor:
+    """The first rows and columns; of symbolic sizes as a copy: whether a view is dense would be a guard."""
+    if not any(isinstance(n, torch.SymInt) for n in size):
+        return y[..., : size[0], : size[1]]
+    for axis, n in zip((-2, -1), size, strict=True):
+        y = y.index_select(axis, torch.arange(n, device=y.device))
+    return y

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastseg.ops._batch_norm import Activation
 from fastseg.ops._cpu_conv import conv2d
-from fastseg.ops._dispatch import IN_REFERENCE, KERNEL_DTYPES, has_tangent, in_reference, record
+from fastseg.ops._dispatch import IN_REFERENCE, KERNEL_DTYPES, followed, in_reference, record
 from fastseg.ops._pointwise_conv import choose, finish, pointwise_conv2d
 from fastseg.ops._stem_conv import choose_stem, stem_conv2d
 
@@ -155,9 +155,8 @@ def _request(x, weight, bias, act, stride, padding, dilation, groups, residual=N
     maps = [t for t in (x, weight, residual) if t is not None]
     tensors = [*maps, *(t for t in (bias, image_bias) if t is not None)]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    followed = has_tangent(*maps) or torch._C._are_functorch_transforms_active() or torch.jit.is_tracing()
     plain = x.dim() == 4 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    plain = plain and not (wanted or followed)
+    plain = plain and not (wanted or followed(*tensors))
     return Request(
         device=x.device.type,
         cudnn=torch.version.hip is None

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops._batch_norm import Activation, activate
+from fastseg.ops._dispatch import followed
 from fastseg.ops._kept import Kept, keeping
 from fastseg.ops._onednn import Packed, pack, why_not
 from fastseg.ops._winograd import Filters, plan, transform, transformed_bytes, winograd_conv2d
@@ -76,7 +77,7 @@ def packed_weights(packed: PackedWeights) -> Iterator[None]:
 
 def _packs() -> PackedWeights | None:
     """What this thread is inside of; a captured graph packs nothing."""
-    return None if torch.compiler.is_compiling() else _active.get()
+    return None if followed() else _active.get()
 
 
 def packing() -> bool:

@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops._register import first_order, memory_format_of
-from fastseg.ops._upsample import along_x, is_finite, neighbours
+from fastseg.ops._register import derived, differentiable, memory_format_of
+from fastseg.ops._upsample import along_x, cross_entropy, is_finite, neighbours
 
 _BLOCK = 2**18  # values of a block: 1 MiB of fp32
 
@@ -126,31 +126,39 @@ class _CrossEntropyRows(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, out: torch.dtype
     ) -> Tensor:
-        ctx.criterion, ctx.like = criterion, (x.dtype, memory_format_of(x))
+        ctx.criterion, ctx.like, ctx.out = criterion, (x.dtype, memory_format_of(x)), out
         with torch.autocast("cpu", enabled=False):
             pass_ = _Walk(x, target, weight, criterion)
             if criterion.reduction == "none":
                 losses = pass_.x.new_empty(target.shape)
                 pass_.run(wants_grad=False, losses=losses)
-                ctx.save_for_backward(x, target, weight)
+                ctx.save_for_backward(x, target, weight, None)
                 return losses.to(out)
             dx = pass_.run(wants_grad=ctx.needs_input_grad[0])
             if criterion.reduction == "mean":
                 if dx is not None and pass_.weights != 0:  # all ignored: the loss is NaN, the gradient 0
                     dx /= pass_.weights
                 pass_.total /= pass_.weights
-            ctx.save_for_backward(dx)
+            ctx.save_for_backward(x, target, weight, dx)
             return pass_.total.to(out)
 
     @staticmethod
-    def gradients(ctx, dy: Tensor):
+    def gradients(ctx, saved, dy: Tensor):
+        x, target, weight, dx = saved
         with torch.autocast("cpu", enabled=False):
             if ctx.criterion.reduction == "none":
-                x, target, weight = ctx.saved_tensors
                 dx = _Walk(x, target, weight, ctx.criterion).run(wants_grad=True, dy=dy)
             else:
-                dx = ctx.saved_tensors[0] * dy.to(ctx.saved_tensors[0].dtype)
+                dx = dx * dy.to(dx.dtype)
         dtype, layout = ctx.like
         return dx.permute(0, 3, 1, 2).to(dtype).contiguous(memory_format=layout), None, None, None, None
 
-    backward = staticmethod(first_order("upsample_cross_entropy")(gradients))
+    @staticmethod
+    def again(ctx, saved, dy: Tensor):
+        x, target, weight, _ = saved
+        wide = torch.promote_types(x.dtype, torch.float32)
+        forward = lambda x: cross_entropy(x.to(wide), target, weight, *ctx.criterion).to(ctx.out)
+        with torch.autocast("cpu", enabled=False):
+            return *derived(forward, (x,), ctx.needs_input_grad[:1], dy), None, None, None, None
+
+    backward = staticmethod(differentiable(gradients, again))

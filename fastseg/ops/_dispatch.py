@@ -2,9 +2,9 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ContextDecorator
-from contextvars import ContextVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ContextDecorator, suppress
+from contextvars import ContextVar, Token
 from typing import NamedTuple
 
 import torch
@@ -16,7 +16,7 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton
 IN_REFERENCE = "inside fastseg.reference()"  # a decision's reason
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-_in_reference: ContextVar[int] = ContextVar("fastseg_in_reference", default=0)
+_in_reference: ContextVar[bool] = ContextVar("fastseg_in_reference", default=False)
 _reference_depth = 0  # the same for compiled code: Dynamo cannot trace ContextVar.get, but guards a module variable
 _report: ContextVar["Report | None"] = ContextVar("fastseg_report", default=None)
 
@@ -28,16 +28,23 @@ class reference(ContextDecorator):  # named as it is used: `with fastseg.referen
     ``torch.compile`` sees it process-wide.
     """
 
+    def __init__(self) -> None:
+        self._tokens: list[Token[bool]] = []  # one an entry: a block may be entered again inside itself
+
+    def _recreate_cm(self) -> "reference":
+        return reference()  # a decorated function's calls, in any threads, share nothing
+
     def __enter__(self) -> "reference":
         global _reference_depth
-        _in_reference.set(_in_reference.get() + 1)
+        self._tokens.append(_in_reference.set(True))
         _reference_depth += 1
         return self
 
     def __exit__(self, *exc) -> None:
         global _reference_depth
-        _in_reference.set(_in_reference.get() - 1)
         _reference_depth -= 1
+        with suppress(ValueError):  # left in another thread or task, as a generator may be: there it was never entered
+            _in_reference.reset(self._tokens.pop())
 
 
 class Decision(NamedTuple):
@@ -105,7 +112,7 @@ def use_kernel(
             raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
     if torch.compiler.is_compiling():
         return not (_reference_depth or unsupported or _no_kernel(x))
-    why = IN_REFERENCE if _in_reference.get() else unsupported or _no_kernel(x)
+    why = IN_REFERENCE if _in_reference.get() else unsupported or _no_kernel(x) or _follower((x, *others))
     if _report.get() is not None:
         record(op, x, *(("reference", why) if why else ("triton", form())))
     return not why
@@ -113,7 +120,7 @@ def use_kernel(
 
 def kernels_run(x: Tensor) -> bool:
     """Whether kernels run on a tensor like ``x`` at all: for choices of what to ask an op for."""
-    return not (in_reference() or _no_kernel(x))
+    return not (in_reference() or _no_kernel(x) or followed(x))
 
 
 def in_reference() -> bool:
@@ -158,10 +165,35 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode AD follows one: it knows Functions, not registered ops; a captured graph holds none."""
+    """Whether forward-mode AD follows one, in eager code."""
     if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or torch.compiler.is_compiling():
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# Private to torch; where a version lacks one, its kind of follower is not seen.
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", bool)
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", bool)
+
+
+def _follower(tensors: Iterable[Tensor | None]) -> str:
+    """What follows eager calls on these tensors through torch's own ops, and knows no others, or ""."""
+    if transforms_active():
+        return "a transform of functions"
+    if is_tracing():
+        return "torch.jit.trace"
+    return "forward-mode AD" if forward_ad._current_level >= 0 and has_tangent(*tensors) else ""
+
+
+def followed(*tensors: Tensor | None) -> bool:
+    """Whether something follows a call on these tensors: a compiler, a trace, a function transform, forward-mode AD.
+
+    Then torch's own ops must run, one by one, none of them in place on what a transform may have to widen, and no value
+    may be looked at.
+    """
+    if torch.compiler.is_compiling() or transforms_active() or is_tracing():
+        return True
+    return forward_ad._current_level >= 0 and has_tangent(*tensors)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

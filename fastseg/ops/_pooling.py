@@ -10,7 +10,7 @@ of pooling is a spread that adds, that of a spread is a pick, that of a pick aga
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.kernels.geometry import layout_of, memoized
-from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad
-from fastseg.ops._register import memory_format_of, new_map, qualified, register
+from fastseg.ops._dispatch import HAS_TRITON, followed
+from fastseg.ops._register import memory_format_of, new_map, qualified, register, run
 from fastseg.ops.pool_indices import PoolIndices, encode, pack
 
 if HAS_TRITON:
@@ -106,6 +106,8 @@ def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) ->
 
     A GPU must not be waited for: the device itself tests what the kernel found out, as torch's own kernel does.
     """
+    if not torch.compiler.is_compiling() and followed():  # no value can be looked at
+        return
     if torch.compiler.is_compiling() or (not sync and valid.device.type != "cpu"):
         torch._assert_async(valid, "max_unpool: an index is outside its output volume")
     elif not valid.item():
@@ -171,7 +173,7 @@ def spread_ref(v: Tensor, index: Tensor, size: list[int], *, add: bool, checked:
     return (y.movedim(-1, 1) if last else y).clone(memory_format=memory_format_of(v))
 
 
-def _plain_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
+def plain_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
     g = Geometry.of(size, out, kernel, stride, padding, dilation)
     flat = _as_int64(index, (*dy.shape[:2], *out), g, bits, last).flatten(2)
     ok = (flat >= 0) & (flat < math.prod(size))
@@ -209,7 +211,7 @@ unpool_op = register(
 pick_op = register(
     f"max_unpool_bwd(Tensor dy, Tensor index, {_SIZES}, bool last) -> Tensor",
     _launch_pick,
-    _plain_pick,
+    plain_pick,
     lambda dy, index, size, out, *_: new_map(dy, (*dy.shape[:2], *out)),
 )
 
@@ -217,25 +219,21 @@ pick_op = register(
 # --- autograd
 
 
-def _call(function: type[torch.autograd.Function], op: Callable, x: Tensor, *args):
-    return function.apply(x, *args) if needs_grad(x) or has_tangent(x) else op(x, *args)
-
-
 def pool(x: Tensor, geometry: Geometry, bits: int) -> tuple[Tensor, Tensor]:
     """The windows' maxima, and their index."""
-    return _call(_MaxPool, pool_op, x, *geometry, bits)
+    return run(_MaxPool, pool_op, x, *geometry, bits)
 
 
 def unpool(
     v: Tensor, index: Tensor, geometry: Geometry, bits: int, last: bool, *, add: bool, sync: bool = False
 ) -> Tensor:
     """Spread: each window's value to the cell that its index names; zeros elsewhere."""
-    return _call(_MaxUnpool, unpool_op, v, index, *geometry, bits, last, add, sync)
+    return run(_MaxUnpool, unpool_op, v, index, *geometry, bits, last, add, sync)
 
 
 def pick(dy: Tensor, index: Tensor, geometry: Geometry, bits: int, last: bool) -> Tensor:
     """For each window the value of the cell that its index names."""
-    return _call(_MaxUnpoolBwd, pick_op, dy, index, *geometry, bits, last)
+    return run(_MaxUnpoolBwd, pick_op, dy, index, *geometry, bits, last)
 
 
 class _MaxPool(torch.autograd.Function):
@@ -243,7 +241,6 @@ class _MaxPool(torch.autograd.Function):
     def forward(ctx, x, *args):
         y, index = pool_op(x, *args)
         _MaxPool.save(ctx, (x, *args), (y, index))
-        ctx.save_for_forward(index)
         ctx.mark_non_differentiable(index)
         return y, index
 
@@ -262,18 +259,11 @@ class _MaxPool(torch.autograd.Function):
         dx = unpool(dy, index, Geometry(*geometry), bits, ctx.last, add=True)
         return dx, *(None for _ in ctx.args)
 
-    @staticmethod
-    def jvp(ctx, dx, *_):
-        (index,) = ctx.saved_tensors
-        *geometry, bits = ctx.args
-        return pick(dx, index, Geometry(*geometry), bits, ctx.last), None
-
 
 class _MaxUnpool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, index, *args):
         _MaxUnpool.save(ctx, (v, index, *args), None)
-        ctx.save_for_forward(index)
         return unpool_op(v, index, *args)
 
     @staticmethod
@@ -287,12 +277,6 @@ class _MaxUnpool(torch.autograd.Function):
         *geometry, bits, last, _, _ = ctx.args
         return pick(dy, index, Geometry(*geometry), bits, last), None, *(None for _ in ctx.args)
 
-    @staticmethod
-    def jvp(ctx, dv, *_):
-        (index,) = ctx.saved_tensors
-        *geometry, bits, last, add, sync = ctx.args
-        return unpool(dv, index, Geometry(*geometry), bits, last, add=add, sync=sync)
-
 
 class _MaxUnpoolBwd(torch.autograd.Function):
     save = _MaxUnpool.save
@@ -300,7 +284,6 @@ class _MaxUnpoolBwd(torch.autograd.Function):
     @staticmethod
     def forward(ctx, dy, index, *args):
         _MaxUnpool.save(ctx, (dy, index, *args), None)
-        ctx.save_for_forward(index)
         return pick_op(dy, index, *args)
 
     @staticmethod
@@ -310,12 +293,6 @@ class _MaxUnpoolBwd(torch.autograd.Function):
         if bits == INT64:
             dx = dx.contiguous(memory_format=memory_format_of(index))
         return unpool(dx, index, Geometry(*geometry), bits, last, add=True), None, *(None for _ in ctx.args)
-
-    @staticmethod
-    def jvp(ctx, ddy, *_):
-        (index,) = ctx.saved_tensors
-        *geometry, bits, last = ctx.args
-        return pick(ddy, index, Geometry(*geometry), bits, last)
 
 
 for _name, _function in (("max_pool", _MaxPool), ("max_unpool", _MaxUnpool), ("max_unpool_bwd", _MaxUnpoolBwd)):

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fastseg.ops._dispatch import followed
+
 
 class Recipe(NamedTuple):
     """``make(*sources)`` is the map, as it was at ``version``; of the sources at ``source_versions``."""
@@ -70,7 +72,7 @@ def _as_it_is(y: Tensor) -> Recipe:
 @contextmanager
 def kept_as_recipe(x: Tensor) -> Iterator[None]:
     """Inside the block, what saves ``x`` for its backward keeps its recipe, if it has one."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # a compiler decides by itself what it keeps
+    if followed(x):  # a compiler decides by itself what it keeps
         yield
         return
     recipe = recipe_of(x)

@@ -1,14 +1,16 @@
 """Registering ops with ``torch.library``, and the layout rules that launcher, plain implementation and fake share."""
 
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED
+from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, followed, has_tangent, needs_grad, transforms_active
 
 NAMESPACE = "fastseg"
 DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
@@ -35,7 +37,7 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
     torch.library.define(qualified(name), schema.removeprefix(name))
     direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
     for device, implementation in direct.items():
-        torch.library.impl(qualified(name), device.upper(), implementation)
+        torch.library.impl(qualified(name), device.upper(), _refusing_tangents(name, implementation))
     torch.library.register_fake(qualified(name), fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     DECOMPOSITIONS[op] = plain
@@ -43,10 +45,27 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
     @functools.wraps(launch)
     def call(*args):
         if torch.compiler.is_dynamo_compiling() or not _is_bare(args):
-            return op(*args)
+            return plain(*args) if _have_tangents(args) else op(*args)
         return direct[args[0].device.type](*args)
 
     call.op, call.direct = op, direct
+    return call
+
+
+def _have_tangents(args: Iterable) -> bool:
+    flat = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
+    return has_tangent(*(a for a in flat if isinstance(a, Tensor)))
+
+
+def _refusing_tangents(name: str, implementation: Callable) -> Callable:
+    """What the dispatcher calls, as an exported program does: it drops tangents without a word."""
+
+    @functools.wraps(implementation)
+    def call(*args):
+        if forward_ad._current_level >= 0 and _have_tangents(args):
+            raise NotImplementedError(f"{qualified(name)} has no forward-mode derivative; fastseg's functions have one")
+        return implementation(*args)
+
     return call
 
 
@@ -67,13 +86,14 @@ _TENSOR = {
 def _is_bare(args: Iterable) -> bool:
     """Whether the dispatcher would pass a call on to the implementation as it is, which takes it 4 to 10 us.
 
-    It would not where something stands between them: a mode, a tracer, a function transform, a subclass, a view that is
-    to be negated first, a profiler that asks for names; nor where a gradient is recorded.
+    It would not where something stands between them: a mode, a tracer, a function transform, forward-mode AD, a
+    subclass, a view that is to be negated first, a profiler that asks for names; nor where a gradient is recorded.
     """
     if (
         torch._C._dispatch_tls_local_include_set().raw_repr() not in _THREAD
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
     ):
         return False
     grad, keys_of = torch.is_grad_enabled(), torch._C._dispatch_keys
@@ -90,33 +110,77 @@ def _is_bare(args: Iterable) -> bool:
     return True
 
 
-class _FirstOrder(torch.autograd.Function):
-    """The identity, whose backward raises; ``anchor`` requires grad, so that the result does."""
+def run(function: type[torch.autograd.Function], op: Callable, *args):
+    """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
+    may_be_followed = torch.is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
+    if not may_be_followed or torch.compiler.is_compiling():
+        return op(*args)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if followed(*tensors):
+        return DECOMPOSITIONS[op.op](*args)
+    return function.apply(*args) if needs_grad(*tensors) else op(*args)
+
+
+def differentiable(gradients: Callable, again: Callable) -> Callable:
+    """A Function's backward whose result has right derivatives itself.
+
+    Args:
+        gradients: ``(ctx, saved, *grad_outputs) -> gradients``, by kernels, with no derivative of their own.
+        again: the same in torch's own ops, where something follows: ``create_graph=True``, forward-mode AD, ``vmap``.
+
+    Saved tensors are read here, once: a checkpoint gives each of them a single time.
+    """
+
+    def backward(ctx, *grad_outputs):
+        saved = ctx.saved_tensors
+        tensors = [t for t in grad_outputs if isinstance(t, Tensor)]
+        batched = followed(*tensors) or any(map(_is_batched, tensors))
+        if torch.is_grad_enabled() or (batched and not torch.compiler.is_compiling()):
+            return again(ctx, saved, *grad_outputs)
+        return gradients(ctx, saved, *grad_outputs)
+
+    return backward
+
+
+# Of ``torch.autograd.grad(..., is_grads_batched=True)``, whose vmap is another than that of ``torch.func``.
+_is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
+
+
+def derived(function: Callable, tensors: Sequence[Tensor | None], wanted: Sequence[bool], *grad_outputs: Tensor):
+    """Gradients of ``function(*tensors)``, which are functions of tensors and ``grad_outputs``; None if not ``wanted``.
+
+    Args:
+        function: of torch's own ops; gives as many tensors as there are ``grad_outputs``.
+        tensors: what it is called with.
+        wanted: of which of them a gradient is.
+    """
+    wanted = [want and t is not None for t, want in zip(tensors, wanted, strict=True)]
+    with torch.enable_grad():  # aliases: one of the tensors may have been made of another
+        aliases = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=True)]
+        outputs = function(*aliases)
+    asked = [t for t, want in zip(aliases, wanted, strict=True) if want]
+    grads = iter(())
+    if asked:
+        grads = iter(torch.autograd.grad(outputs, asked, grad_outputs, create_graph=torch.is_grad_enabled()))
+    return [next(grads) if want else None for want in wanted]
+
+
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are, whose own derivative raises, at whichever of the op's inputs it is asked for."""
 
     @staticmethod
-    def forward(ctx, anchor: Tensor, name: str, *grads: Tensor | None):
-        ctx.name = name
-        return tuple(None if grad is None else grad.view_as(grad) for grad in grads)
+    def forward(ctx, name: str, why: str, count: int, *tensors: Tensor | None):
+        ctx.message = f"{name}: {why} its gradients are first order; a second derivative was asked for"
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError(f"{ctx.name}: its gradients are first order; a second derivative was asked for")
+        raise RuntimeError(ctx.message)
 
 
-def first_order(name: str) -> Callable:
-    """Decorate a Function's backward: a second derivative raises, where ``once_differentiable`` alone would drop it."""
-
-    def decorate(backward: Callable) -> Callable:
-        def wrapped(ctx, *grad_outputs):
-            with torch.no_grad():
-                grads = backward(ctx, *grad_outputs)
-            if not torch.is_grad_enabled():  # it is under create_graph=True
-                return grads
-            return _FirstOrder.apply(torch.empty(0, requires_grad=True), name, *grads)
-
-        return wrapped
-
-    return decorate
+def refused(name: str, why: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple:
+    """``grads``, of an op's ``inputs``: to differentiate them raises."""
+    return _Refusal.apply(name, why, len(grads), *grads, *inputs)
 
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -130,7 +194,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     Contiguous for what is neither 4-D nor 5-D.
     """
     last = _CHANNELS_LAST.get(x.dim())
-    if last is None:
+    if last is None or transforms_active():  # vmap knows no other format
         return torch.contiguous_format
     shape, strides = x.shape, x.stride()
     channel = strides[1]
@@ -147,7 +211,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 def channels_last(t: Tensor) -> Tensor:
     """(N, C, H, W), dense with the channels innermost: the only copy a kernel's input goes through, if any."""
-    return t.contiguous(memory_format=torch.channels_last)
+    return t if transforms_active() else t.contiguous(memory_format=torch.channels_last)
 
 
 def like(x: Tensor, y: Tensor) -> Tensor:

@@ -9,12 +9,20 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastseg.ops._batch_norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, plain_norm_bwd, stats_dtype_of
 from fastseg.ops._cpu_conv import conv2d
 from fastseg.ops._dispatch import HAS_TRITON
-from fastseg.ops._register import channels_last, first_order, like, memory_format_of, new_map, qualified, register
+from fastseg.ops._register import (
+    channels_last,
+    derived,
+    differentiable,
+    like,
+    memory_format_of,
+    new_map,
+    qualified,
+    register,
+)
 
 if HAS_TRITON:
     from fastseg.kernels.batch_norm_act import Norm
@@ -254,8 +262,8 @@ class _SeparableConv2d(torch.autograd.Function):
         ctx.options = inputs[TENSORS:]
 
     @staticmethod
-    def gradients(ctx, dy, *_):
-        z, mid_stats, post_stats, *tensors = ctx.saved_tensors
+    def gradients(ctx, saved, dy, *_):
+        z, mid_stats, post_stats, *tensors = saved
         a = Call(*tensors, *ctx.options)
         need = Call(*ctx.needs_input_grad)
         needs = [need.x, need.dw, need.pw, need.dw_bias, need.pw_bias,
@@ -269,11 +277,23 @@ class _SeparableConv2d(torch.autograd.Function):
                         dpost_bias, residual)  # fmt: skip
         return *tensor_grads, *(None for _ in ctx.options)
 
-    backward = staticmethod(first_order("separable_conv2d")(gradients))
+    @staticmethod
+    def again(ctx, saved, dy, *_):
+        _, _, _, *tensors = saved
+
+        def forward(*tensors):
+            a = Call(*tensors, *ctx.options)
+            return compose(*a[:5], *a[13:20], *_plain_norms(a))[0].to(a.x.dtype)
+
+        need = ctx.needs_input_grad
+        grads = derived(forward, tensors, (*need[: TENSORS - 1], False), dy)
+        return *grads[:-1], dy if need[TENSORS - 1] else None, *(None for _ in ctx.options)
+
+    backward = staticmethod(differentiable(gradients, again))
 
 
 torch.library.register_autograd(
     qualified("separable_conv2d_train"),
-    once_differentiable(_SeparableConv2d.gradients),
+    lambda ctx, dy, *_: _SeparableConv2d.backward(ctx, dy),
     setup_context=_SeparableConv2d.save,
 )

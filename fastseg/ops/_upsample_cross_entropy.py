@@ -4,13 +4,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fastseg.ops._cross_entropy_rows import check_targets
 from fastseg.ops._dispatch import HAS_TRITON
-from fastseg.ops._register import first_order, like, memory_format_of, new_map, qualified, register
-from fastseg.ops._upsample import interpolate, unsupported, upsampling
+from fastseg.ops._register import derived, differentiable, like, memory_format_of, new_map, qualified, register
+from fastseg.ops._upsample import cross_entropy, interpolate, unsupported, upsampling
 
 if HAS_TRITON:
     from fastseg.kernels.upsample_cross_entropy import upsample_cross_entropy_bwd, upsample_cross_entropy_fwd
@@ -173,15 +172,26 @@ class UpsampleCrossEntropy(torch.autograd.Function):
         ctx.options = inputs[TENSORS:]
 
     @staticmethod
-    def gradients(ctx, dloss: Tensor, *_):
-        dx = bwd_op(dloss, *ctx.saved_tensors, *ctx.options) if ctx.needs_input_grad[0] else None
+    def gradients(ctx, saved, dloss: Tensor, *_):
+        dx = bwd_op(dloss, *saved, *ctx.options) if ctx.needs_input_grad[0] else None
         return dx, *(None for _ in range(len(Call._fields) - 1))
 
-    backward = staticmethod(first_order("upsample_cross_entropy")(gradients))
+    @staticmethod
+    def again(ctx, saved, dloss: Tensor, *_):
+        _, _, logits, *others = saved
+
+        def forward(logits):
+            a = Call(logits, *others, *ctx.options)
+            return cross_entropy(a.logits.to(a.sums), *a[1:7]).to(a.out)
+
+        (dx,) = derived(forward, (logits,), ctx.needs_input_grad[:1], dloss)
+        return dx, *(None for _ in range(len(Call._fields) - 1))
+
+    backward = staticmethod(differentiable(gradients, again))
 
 
 torch.library.register_autograd(
     qualified("upsample_cross_entropy"),
-    once_differentiable(UpsampleCrossEntropy.gradients),
+    UpsampleCrossEntropy.backward,
     setup_context=UpsampleCrossEntropy.save,
 )

@@ -23,9 +23,9 @@ from torch import Tensor
 from fastseg.ops._batch_norm import activate
 from fastseg.ops._constants import constant
 from fastseg.ops._cpu_conv import conv2d, packing
-from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad
+from fastseg.ops._dispatch import HAS_TRITON, followed
 from fastseg.ops._kept import made_once
-from fastseg.ops._register import channels_last, qualified, register
+from fastseg.ops._register import channels_last, qualified, register, run
 from fastseg.ops._upsample import neighbours
 
 if HAS_TRITON:
@@ -142,7 +142,7 @@ def _launch(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, si
 
 
 def _plain(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
-    if not _is_plain(taps):
+    if not _is_plain(taps, base, bias):
         return _traced(taps, base, bias, act, size, align_corners)
     y = _fake(taps, base, bias, act, size, align_corners).to(torch.promote_types(taps.dtype, torch.float32))
     y = y.zero_() if base is None else y.copy_(base)
@@ -156,9 +156,9 @@ def _fake(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size
     return torch.empty((N, COUT, *size), dtype=taps.dtype, device=taps.device, memory_format=torch.channels_last)
 
 
-def _is_plain(t: Tensor) -> bool:
+def _is_plain(*tensors: Tensor | None) -> bool:
     """Whether values are at hand; an exported program's decomposition has none, and may not know its sizes."""
-    return type(t) in (Tensor, torch.nn.Parameter)
+    return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors) and not followed(*tensors)
 
 
 def _traced(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
@@ -212,23 +212,19 @@ def fused_taps(
 
 def upsample_taps(taps: Tensor, base: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     """``base`` (N, COUT, H, W) and the taps' interpolation, added; differentiable, linear in both."""
-    args = (taps, base, tuple(size), align_corners)
-    if needs_grad(taps, base) or has_tangent(taps, base):
-        return _UpsampleTaps.apply(*args)
-    return _fwd(taps, base, None, "none", *args[2:])
+    return run(_UpsampleTaps, _fwd, taps, base, None, "none", tuple(size), align_corners)
 
 
 def transposed(dy: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
     """The gradient at taps of ``size`` pixels; differentiable."""
-    args = (dy, size, align_corners)
-    return _UpsampleTapsBwd.apply(*args) if needs_grad(dy) or has_tangent(dy) else _bwd(*args)
+    return run(_UpsampleTapsBwd, _bwd, dy, size, align_corners)
 
 
 class _UpsampleTaps(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, taps: Tensor, base: Tensor, size: tuple[int, int], align_corners: bool):
-        _UpsampleTaps.save(ctx, (taps, base, None, "none", size, align_corners), None)
-        return _fwd(taps, base, None, "none", size, align_corners)
+    def forward(ctx, *args):
+        _UpsampleTaps.save(ctx, args, None)
+        return _fwd(*args)
 
     @staticmethod
     def save(ctx, inputs, output) -> None:
@@ -237,15 +233,7 @@ class _UpsampleTaps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy: Tensor):
-        return transposed(dy, ctx.size, ctx.align_corners), dy, None, None
-
-    @staticmethod
-    def jvp(ctx, taps: Tensor | None, base: Tensor | None, *_):
-        known = base if taps is None else taps
-        N, COUT = (known.shape[0], known.shape[1]) if taps is None else (known.shape[1], known.shape[5])
-        taps = known.new_zeros(3, N, *ctx.size, 3, COUT) if taps is None else taps
-        base = known.new_zeros(N, COUT, *ctx.out) if base is None else base
-        return _fwd(taps, base, None, "none", ctx.out, ctx.align_corners)
+        return transposed(dy, ctx.size, ctx.align_corners), dy, None, None, None, None
 
 
 class _UpsampleTapsBwd(torch.autograd.Function):
@@ -266,16 +254,11 @@ class _UpsampleTapsBwd(torch.autograd.Function):
         N, COUT = ddtaps.shape[1], ddtaps.shape[5]
         return upsample_taps(ddtaps, ddtaps.new_zeros(N, COUT, *ctx.out), ctx.out, ctx.align_corners), None, None
 
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        return _bwd(tangent, ctx.size, ctx.align_corners)
-
 
 def _registered_backward(ctx, dy: Tensor):
     if not ctx.whole:
         raise RuntimeError("upsample_taps: it has no gradient with a bias or an activation; apply them to its result")
-    dtaps, dbase, *_ = _UpsampleTaps.backward(ctx, dy)
-    return dtaps, dbase, None, None, None, None
+    return _UpsampleTaps.backward(ctx, dy)
 
 
 torch.library.register_autograd(qualified("upsample_taps"), _registered_backward, setup_context=_UpsampleTaps.save)

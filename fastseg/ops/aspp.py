@@ -52,7 +52,7 @@ def aspp(
         fusion: "concat" or "sum".
 
     Returns:
-        (N, OUT, H, W); with "sum" (N, M, H, W). Gradients are first order where kernels run.
+        (N, OUT, H, W); with "sum" (N, M, H, W).
 
     Raises:
         ValueError: shapes that do not fit each other; an unknown activation or fusion.

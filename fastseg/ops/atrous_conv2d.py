@@ -20,7 +20,7 @@ def atrous_conv2d(
     On a GPU the map is cut into rectangles in which each tap lies in the map everywhere or nowhere, and the taps that
     read padding are left out: 61 % of a 3x3 at rate 18 on a 32x32 map. So do both gradients. Bias, residual and
     activation cost no launch: a sum of convolutions is a chain of calls. A cost model (``explain`` shows its numbers)
-    leaves to the library what it does faster, undilated 3x3 always. Gradients are first order.
+    leaves to the library what it does faster, undilated 3x3 always.
 
     As torch, but for weights that are not finite: those of a tap that reads padding at every pixel stay out of the
     result, where torch multiplies them by 0.

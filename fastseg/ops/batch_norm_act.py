@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.autograd.function import once_differentiable
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastseg.ops._batch_norm import (
+    ACTIVATION_GRADS,
     ACTIVATIONS,
     Activation,
     BatchNormArgs,
@@ -15,13 +15,14 @@ from fastseg.ops._batch_norm import (
     check_norm,
     norm_options,
     norm_tensors,
+    stats_dtype_of,
     torch_norm,
     update_running,
 )
 from fastseg.ops._batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
-from fastseg.ops._dispatch import has_tangent, needs_grad, use_kernel
+from fastseg.ops._dispatch import needs_grad, use_kernel
 from fastseg.ops._recompute import remember
-from fastseg.ops._register import DECOMPOSITIONS, first_order, like, qualified
+from fastseg.ops._register import DECOMPOSITIONS, derived, differentiable, like, qualified, refused
 
 MOST_CHANNELS = 65535  # one to a block, blocks along a grid axis of CUDA
 
@@ -39,7 +40,8 @@ def batch_norm_act(
     In training the batch statistics take one read of ``x`` more. The backward keeps ``x`` and vectors, and computes the
     activation's input again; with a residual it holds on to the result, which the next convolution keeps as well.
     Without one, a following ``fastseg.nn.ConvNormAct2d`` keeps no map of its own: its backward makes the result again.
-    Gradients are first order. Forward-mode AD, empty batches and a residual of another dtype run in plain PyTorch.
+    Second derivatives, forward-mode AD, empty batches and a residual of another dtype run in plain PyTorch; with a
+    ``process_group`` gradients are first order, and to differentiate them raises.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; norms and statistics of a half ``x`` may be float32.
@@ -63,7 +65,7 @@ def batch_norm_act(
     norm = _whole(norm)
     _check(x, norm, act, residual, process_group)
     tensors = norm_tensors(norm)
-    unsupported = _unsupported(x, *tensors[2:], residual)
+    unsupported = _unsupported(x, residual)
     if x.numel() == 0 and process_group is None:
         unsupported = "empty input"
     kernel = use_kernel("batch_norm_act", x, *tensors, residual, unsupported=unsupported)
@@ -124,13 +126,11 @@ def _check(x, norm: BatchNormArgs, act, residual, process_group) -> None:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}; they must be equal")
 
 
-def _unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None) -> str:
+def _unsupported(x: Tensor, residual: Tensor | None) -> str:
     if residual is not None and residual.dtype != x.dtype:
         return f"a residual of {residual.dtype} beside x of {x.dtype}"
     if x.shape[1] > MOST_CHANNELS:
         return f"{x.shape[1]} channels > {MOST_CHANNELS}"
-    if has_tangent(x, weight, bias, residual):
-        return "forward-mode AD"
     return ""
 
 
@@ -179,8 +179,8 @@ class _BatchNormAct(torch.autograd.Function):
         ctx.options, ctx.group = (batch, eps, act), None
 
     @staticmethod
-    def gradients(ctx, dy):
-        x, *norm, y = ctx.saved_tensors
+    def gradients(ctx, saved, dy):
+        x, *norm, y = saved
         (batch, eps, act), group = ctx.options, ctx.group
         need_x, _, _, need_weight, need_bias, need_residual, *_ = ctx.needs_input_grad
         dx, dweight, dbias, g = None, None, None, dy
@@ -196,7 +196,27 @@ class _BatchNormAct(torch.autograd.Function):
         residual = g if need_residual else None
         return dx, None, None, dweight if need_weight else None, dbias if need_bias else None, residual, *[None] * 4
 
-    backward = staticmethod(first_order("batch_norm_act")(gradients))
+    @staticmethod
+    def again(ctx, saved, dy):
+        x, mean, var, weight, bias, y = saved
+        (batch, eps, act), need = ctx.options, ctx.needs_input_grad
+        if ctx.group is not None:
+            with torch.no_grad():
+                grads = _BatchNormAct.gradients(ctx, saved, dy)
+            return refused("batch_norm_act", "with a process_group", grads, (x, weight, bias, dy))
+        wide = stats_dtype_of(x)
+        if y is not None:  # which side of its kinks an activation is on has no derivative
+            dy, act = ACTIVATION_GRADS[act](dy, y.detach()), "none"
+        running = (None, None) if batch else (mean.to(wide), var.to(wide))
+
+        def forward(x, *affine):
+            norm = BatchNormArgs(*running, *(None if t is None else t.to(wide) for t in affine), batch, 0.0, eps)
+            return activate(torch_norm(x.to(wide), norm), act).to(x.dtype)
+
+        dx, dweight, dbias = derived(forward, (x, weight, bias), (need[0], need[3], need[4]), dy)
+        return dx, None, None, dweight, dbias, dy if need[5] else None, *[None] * 4
+
+    backward = staticmethod(differentiable(gradients, again))
 
 
 def _pick(op, group: _Group | None):
@@ -206,6 +226,6 @@ def _pick(op, group: _Group | None):
 
 torch.library.register_autograd(
     qualified("batch_norm_act"),
-    once_differentiable(lambda ctx, dy: _BatchNormAct.gradients(ctx, dy)[:9]),
+    lambda ctx, dy: _BatchNormAct.backward(ctx, dy)[:9],
     setup_context=_BatchNormAct.save,
 )

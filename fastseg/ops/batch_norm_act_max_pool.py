@@ -2,7 +2,6 @@
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastseg.ops._batch_norm import (
     ACTIVATIONS,
@@ -18,9 +17,9 @@ from fastseg.ops._batch_norm import (
     torch_norm,
     update_running,
 )
-from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
-from fastseg.ops._pooling import Geometry, fake_index, plain_pool, plain_unpool
-from fastseg.ops._register import channels_last, first_order, like, new_map, qualified, register
+from fastseg.ops._dispatch import HAS_TRITON, needs_grad, transforms_active, use_kernel
+from fastseg.ops._pooling import Geometry, fake_index, plain_pick, plain_pool, plain_unpool
+from fastseg.ops._register import channels_last, derived, differentiable, like, new_map, qualified, register
 from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
 from fastseg.ops.pool_indices import PoolIndices, bits_of
 
@@ -48,8 +47,8 @@ def batch_norm_act_max_pool2d(
 
     The kernel reads the convolution's output once and writes a pooled map and 2 to 8 bits a window; the normalised map
     is never stored. In training the batch statistics take one read more, and the backward keeps ``x`` and the codes,
-    where plain modules keep ``x``, the activated map and int64 indices. Gradients are first order. Windows that
-    overlap, and contiguous maps, run as norm, activation and ``max_pool2d`` one after another.
+    where plain modules keep ``x``, the activated map and int64 indices. Windows that overlap, and contiguous maps, run
+    as norm, activation and ``max_pool2d`` one after another; second derivatives and forward-mode AD in plain PyTorch.
 
     Args:
         x: (N, C, H, W), channels_last for the one-pass kernel.
@@ -118,7 +117,7 @@ def batch_norm_act_max_pool2d_ref(
 
 
 def _unsupported(x: Tensor, norm: BatchNormArgs | None, geometry: Geometry, wants_grad: bool) -> str:
-    if not x.is_contiguous(memory_format=torch.channels_last):
+    if transforms_active() or not x.is_contiguous(memory_format=torch.channels_last):  # vmap knows no such layout
         return "not channels_last: one after another"
     if wants_grad and norm is None:
         return "nothing is saved without a norm: one after another"
@@ -217,16 +216,27 @@ class _NormPool(torch.autograd.Function):
         ctx.options = inputs[5:]
 
     @staticmethod
-    def gradients(ctx, dy, *_):
-        index, stats, x, *tensors = ctx.saved_tensors
+    def gradients(ctx, saved, dy, *_):
+        index, stats, x, *tensors = saved
         dx, dweight, dbias = pool_bwd_op(dy, index, stats, x, *tensors, *ctx.options)
         need = ctx.needs_input_grad
         grads = (like(x, dx), None, None, dweight, dbias)
         return *(g if n else None for g, n in zip(grads, need, strict=False)), *(None for _ in ctx.options)
 
-    backward = staticmethod(first_order("batch_norm_act_max_pool2d")(gradients))
+    @staticmethod
+    def again(ctx, saved, dy, *_):
+        index, _, x, mean, var, weight, bias = saved
+        (kind, eps, act, *sizes), need = ctx.options, ctx.needs_input_grad
+        wide = stats_dtype_of(x)
+
+        def forward(x, weight, bias):
+            y = ACTIVATIONS[act](PlainNorm(kind, mean, var, weight, bias, eps, x)(x.to(wide)))
+            return plain_pick(y, index, *sizes, True).to(x.dtype)
+
+        dx, dweight, dbias = derived(forward, (x, weight, bias), (need[0], need[3], need[4]), dy)
+        return dx, None, None, dweight, dbias, *(None for _ in ctx.options)
+
+    backward = staticmethod(differentiable(gradients, again))
 
 
-torch.library.register_autograd(
-    qualified("batch_norm_act_max_pool"), once_differentiable(_NormPool.gradients), setup_context=_NormPool.save
-)
+torch.library.register_autograd(qualified("batch_norm_act_max_pool"), _NormPool.backward, setup_context=_NormPool.save)

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops._bilinear_taps import LEAST_STRIDE, grouped_taps, is_plain, line, sized_conv_transpose2d, two_passes
-from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, has_tangent, needs_grad, use_kernel
-from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
+from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, followed, use_kernel
+from fastseg.ops._register import memory_format_of, new_map, qualified, register, run, settle
 
 if HAS_TRITON:
     from fastseg.kernels.bilinear import Taps, bilinear_fwd, unsupported
@@ -126,8 +126,7 @@ def bilinear_conv_transpose2d(
             x, stride, K, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
         )
     args = (x, skip, bias, size, stride, K, padding, skip_offset)
-    record = needs_grad(x, skip, bias) or has_tangent(x, skip, bias)
-    return _BilinearConvTranspose2d.apply(*args) if record else _fwd(*args)
+    return run(_BilinearConvTranspose2d, _fwd, *args)
 
 
 def bilinear_conv_transpose2d_ref(
@@ -148,7 +147,7 @@ def bilinear_conv_transpose2d_ref(
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, skip))
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        alone = is_plain(x) and not wants_grad and not has_tangent(x, bias, skip)
+        alone = is_plain(x) and not wants_grad and not followed(x, bias, skip)
         if alone and stride >= LEAST_STRIDE and stride <= K <= 2 * stride:
             y = two_passes(x.to(wide), K, stride, padding, output_size)
         else:  # one group a channel, in the memory format of x: 0.1 to 0.3 of the time of a dense weight on a CPU
@@ -299,8 +298,7 @@ class _BilinearConvTranspose2d(torch.autograd.Function):
         need_x, need_skip, need_bias = ctx.needs_input_grad[:3]
         if need_x:
             args = (dy, ctx.size, *ctx.taps)
-            recorded = needs_grad(dy) or has_tangent(dy)
-            dx = _BilinearConvTranspose2dBwd.apply(*args) if recorded else _bwd(*args)
+            dx = run(_BilinearConvTranspose2dBwd, _bwd, *args)
         if need_skip:
             offset = ctx.skip_offset
             below, right = (have - offset - n for have, n in zip(ctx.skip_size, dy.shape[2:], strict=True))
@@ -309,17 +307,6 @@ class _BilinearConvTranspose2d(torch.autograd.Function):
             wide = torch.promote_types(dy.dtype, torch.float32)
             dbias = dy.sum((0, 2, 3), dtype=wide).to(ctx.bias_dtype)
         return dx, dskip, dbias, *(None,) * 5
-
-    @staticmethod
-    def jvp(ctx, x, skip, bias, *_):
-        tangents = []
-        if x is not None:
-            tangents.append(_fwd(x, None, None, ctx.out, *ctx.taps, 0))
-        if skip is not None:
-            tangents.append(window(skip, ctx.skip_offset, ctx.out).clone())
-        if bias is not None:
-            tangents.append(bias[:, None, None])
-        return sum(tangents)
 
 
 class _BilinearConvTranspose2dBwd(torch.autograd.Function):
@@ -338,13 +325,7 @@ class _BilinearConvTranspose2dBwd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddx: Tensor):
         args = (ddx, None, None, ctx.out, *ctx.taps, 0)
-        recorded = needs_grad(ddx) or has_tangent(ddx)
-        ddy = _BilinearConvTranspose2d.apply(*args) if recorded else _fwd(*args)
-        return ddy, *(None,) * 4
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        return _bwd(tangent, *ctx.args)
+        return run(_BilinearConvTranspose2d, _fwd, *args), *(None,) * 4
 
 
 for _name, _function in ((NAME, _BilinearConvTranspose2d), (f"{NAME}_bwd", _BilinearConvTranspose2dBwd)):

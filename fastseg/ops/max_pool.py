@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastseg.kernels.geometry import memoized
-from fastseg.ops._dispatch import HAS_TRITON, has_tangent, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, is_tracing, use_kernel
 from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
 
@@ -108,7 +108,7 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
     if return_indices:
         bits = bits_of(geometry.kernel) if compact else INT64
     else:
-        bits = bits_of(geometry.kernel) if wants_grad or has_tangent(input) else 0
+        bits = bits_of(geometry.kernel) if wants_grad else 0
     x = input if input.dim() == dims + 2 else input[None]
     y, index = pool(x, geometry, bits)
     y = y if x is input else y[0]
@@ -144,7 +144,16 @@ def pool_geometry(
     input: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool, dims: int
 ) -> tuple[Geometry | None, str]:
     """The sizes of a pooling, and why the kernels cannot take it, or "". No sizes: torch is to say what is wrong."""
-    return _pool_geometry(input.shape, kernel_size, stride, padding, dilation, ceil_mode, dims)
+    # A trace's sizes are tensors: those of this input stand for all.
+    traced = not torch.compiler.is_dynamo_compiling() and is_tracing()
+    shape = torch.Size(map(int, input.shape)) if traced else input.shape
+    return _pool_geometry(shape, kernel_size, stride, padding, dilation, ceil_mode, dims)
+
+
+def _least(a: int, b: int) -> int:
+    """Their minimum, without a guard on symbolic sizes. Dynamo makes ``sym_min`` of ``min``, for torch 2.11 of no other
+    call on plain numbers."""
+    return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)
 
 
 @memoized
@@ -163,7 +172,7 @@ def _pool_geometry(shape: torch.Size, kernel_size, stride, padding, dilation, ce
         span = n + 2 * p - d * (k - 1) - 1
         o = span // s + 1
         if ceil_mode:  # but no window begins in the padding at the end
-            o = torch.sym_min((span + s - 1) // s + 1, (n + p - 1) // s + 1)
+            o = _least((span + s - 1) // s + 1, (n + p - 1) // s + 1)
         if o < 1:
             return None, bad
         out.append(o)

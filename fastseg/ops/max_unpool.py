@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops._dispatch import HAS_TRITON, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
 from fastseg.ops._pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
 from fastseg.ops._register import like
 from fastseg.ops.max_pool import Sizes, spatial
@@ -98,10 +98,9 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     if check_indices not in ("async", "sync"):
         raise ValueError(f'{name}: check_indices is {check_indices!r}; use "async" or "sync"')
     sizes = [spatial(v, dims) for v in (kernel_size, kernel_size if stride is None else stride, padding)]
-    if None in sizes:
-        raise ValueError(
-            f"{name}: kernel_size {kernel_size}, stride {stride}, padding {padding}; give {dims} numbers each"
-        )
+    if not _is_window(sizes, (kernel_size, stride, padding)):  # torch says what is wrong with it
+        index = indices.to_torch() if isinstance(indices, PoolIndices) else indices
+        return UNPOOL[dims](input, index, kernel_size, stride, padding, output_size)
     kernel, stride, padding = sizes
     size = _output_size(input, kernel, stride, padding, output_size and list(output_size))
     _check(input, indices, name, dims)
@@ -129,12 +128,20 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     return y if batched else y[0]
 
 
+def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:
+    """Whether kernel, stride and padding have a number for each axis, in the range that it must be in."""
+    if None in sizes or any(isinstance(v, (tuple, list)) and len(v) != len(sizes[0]) for v in given):
+        return False
+    kernel, stride, padding = sizes
+    return min(kernel) >= 1 and min(stride) >= 1 and min(padding) >= 0
+
+
 def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] | None) -> list[int]:
     """The output's spatial size; torch's own function says what is wrong with one that was given.
 
     A graph takes it as it is: a check would be a guard, which sizes that hold for all inputs cannot always prove.
     """
-    if torch.compiler.is_compiling():
+    if followed():
         if output_size is not None:
             return output_size[-len(kernel) :]
         windows = input.shape[-len(kernel) :]
@@ -158,9 +165,11 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
         sync: as ``check_indices``.
     """
     dims = len(geometry.size)
-    cpu = v.device.type == "cpu" and not torch.compiler.is_compiling()
+    cpu = v.device.type == "cpu" and not followed()
     dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
-    if torch.are_deterministic_algorithms_enabled() or dropped or (sync and v.device.type != "cpu"):
+    # Traces and transforms: torch's own looks at sizes and values, and knows neither vmap nor ONNX.
+    composed = dropped or (followed() and not torch.compiler.is_compiling())
+    if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
         return spread_ref(v, index, geometry.size, add=False, checked=not trusted, sync=sync)
     return like(v, UNPOOL[dims](v, index, geometry.kernel, geometry.stride, geometry.padding, geometry.size))
 
@@ -192,6 +201,4 @@ def _check(input: Tensor, indices: Tensor | PoolIndices, name: str, dims: int) -
 def _unsupported(v: Tensor, geometry: Geometry) -> str:
     if v.numel() == 0 or 0 in geometry.size:
         return "empty input or output"
-    if min(geometry.kernel) < 1 or min(geometry.stride) < 1 or min(geometry.padding) < 0:
-        return "windows of no size, no stride or negative padding"
     return geometry.pooling(*v.shape[:2], False).unsupported() if HAS_TRITON else ""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._cpu_conv import conv2d
-from fastseg.ops._dispatch import HAS_TRITON, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
 from fastseg.ops._pooling import Geometry
 from fastseg.ops._register import channels_last, register
 from fastseg.ops.max_unpool import max_unpool2d
@@ -75,8 +75,8 @@ def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
     """Why the map is written, or ""; and what the cost model says."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
         return "gradients are wanted: unpooling, then convolution", ""
-    if torch.compiler.is_compiling():
-        return "a captured graph: unpooling, then convolution", ""
+    if followed():
+        return "a captured graph, a trace or transform: unpooling, then convolution", ""
     if not isinstance(indices, PoolIndices) or not indices.channels_last or input.numel() == 0:
         return "no compact indices in channels_last: unpooling, then convolution", ""
     pair = lambda v: tuple(v) if isinstance(v, (tuple, list)) else (v, v)

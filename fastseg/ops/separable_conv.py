@@ -50,7 +50,7 @@ def separable_conv2d(
         y = out_act(post_act(post_norm(z)) + residual)
 
     On a GPU the depthwise map stays on the chip or is stored once, whichever a cost model finds faster (``explain``
-    shows it); for the backward, ``x`` and ``z`` are kept, everything else is computed again. Gradients are first order.
+    shows it); for the backward, ``x`` and ``z`` are kept, everything else is computed again.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; contiguous input costs one copy each way.
@@ -91,7 +91,8 @@ def separable_conv2d(
     if out_act is not None and out_act not in ACTIVATIONS:
         raise ValueError(f'separable_conv2d: out_act is {out_act!r}; use None, "relu", "relu6" or "leaky_relu"')
     unsupported, form = _unsupported(x, depthwise_weight, mid_norm, out, stride, padding, dilation)
-    if not use_kernel("separable_conv2d", x, *tensors, residual, unsupported=unsupported, form=form):
+    given = (*tensors, residual, *norm_tensors(mid_norm), *norm_tensors(post_norm))
+    if not use_kernel("separable_conv2d", x, *given, unsupported=unsupported, form=form):
         return separable_conv2d_ref(
             x, *tensors, stride=stride, padding=padding, dilation=dilation, pre_act=pre_act, mid_norm=mid_norm,
             mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual, out_act=out_act,

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops._dispatch import HAS_TRITON, use_kernel
-from fastseg.ops._register import register
+from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops._register import channels_last, register
 from fastseg.ops._upsample import (
     Factors,
     along_x,
@@ -84,7 +84,7 @@ def upsample_argmax_ref(
     """``upsample_argmax`` in plain PyTorch: upsampled logits of a few rows, or of one class, at a time (CPUs)."""
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     logits = logits.detach()
-    if torch.compiler.is_compiling() or logits.device.type != "cpu" or logits.shape[0] == 0:
+    if followed() or logits.device.type != "cpu" or logits.shape[0] == 0:
         return _argmax(logits, H, W, factors, align_corners, dtype)
     if logits.shape[1] < 4:  # 0.08 of the time of torch's two steps for 2 classes, where what is below has 0.16
         return _running_argmax(logits, H, W, factors, align_corners, dtype)
@@ -96,7 +96,7 @@ def upsample_argmax_ref(
 def _argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
     # With the classes innermost a maximum is sought along memory, and torch's max with indices, which has the rules of
     # argmax, takes 0.7 of its time: together 0.24 of the time of argmax in NCHW (CPU, 21 classes, 128 -> 512).
-    logits = logits.contiguous(memory_format=torch.channels_last)
+    logits = channels_last(logits)
     return interpolate(logits, H, W, factors, align_corners).max(1).indices.to(dtype)
 
 

@@ -5,8 +5,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.kernels.geometry import memoized
-from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad, use_kernel
-from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
+from fastseg.ops._dispatch import HAS_TRITON, use_kernel
+from fastseg.ops._register import memory_format_of, new_map, qualified, register, run, settle
 
 if HAS_TRITON:
     from fastseg.kernels.bilinear import bilinear_fwd, held_channels, interpolation, unsupported
@@ -52,7 +52,7 @@ def upsample_bilinear(
     if not use_kernel("upsample_bilinear", x, unsupported=why):
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     args = (x, out, bool(align_corners), *factors)
-    return _UpsampleBilinear.apply(*args) if needs_grad(x) or has_tangent(x) else _fwd(*args)
+    return run(_UpsampleBilinear, _fwd, *args)
 
 
 def upsample_bilinear_ref(
@@ -132,7 +132,7 @@ _bwd = register(f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_
 def transposed(dy: Tensor, size: tuple[int, int], align_corners: bool, *factors: float | None) -> Tensor:
     """The gradient at a map of ``size`` of what it was interpolated to; differentiable."""
     args = (dy, size, align_corners, *factors)
-    return _UpsampleBilinearBwd.apply(*args) if needs_grad(dy) or has_tangent(dy) else _bwd(*args)
+    return run(_UpsampleBilinearBwd, _bwd, *args)
 
 
 class _UpsampleBilinear(torch.autograd.Function):
@@ -145,15 +145,10 @@ class _UpsampleBilinear(torch.autograd.Function):
     def save(ctx, inputs, output) -> None:
         x, _, *ctx.options = inputs
         ctx.size = tuple(x.shape[2:])
-        ctx.args = inputs[1:]
 
     @staticmethod
     def backward(ctx, dy: Tensor):
         return transposed(dy, ctx.size, *ctx.options), None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        return _fwd(tangent, *ctx.args)
 
 
 class _UpsampleBilinearBwd(torch.autograd.Function):
@@ -167,12 +162,7 @@ class _UpsampleBilinearBwd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddx: Tensor):
         args = (ddx, ctx.size, *ctx.options)
-        ddy = _UpsampleBilinear.apply(*args) if needs_grad(ddx) or has_tangent(ddx) else _fwd(*args)
-        return ddy, None, None, None, None
-
-    @staticmethod
-    def jvp(ctx, tangent: Tensor, *_):
-        return _bwd(tangent, *ctx.args)
+        return run(_UpsampleBilinear, _fwd, *args), None, None, None, None
 
 
 for _name, _function in (("upsample_bilinear", _UpsampleBilinear), ("upsample_bilinear_bwd", _UpsampleBilinearBwd)):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad, use_kernel
+from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
 from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
 from fastseg.ops.upsample_bilinear import transposed
 
@@ -50,7 +50,7 @@ def upsample_concat(
     why = unsupported(channels, tuple(x.shape[2:]), size) if HAS_TRITON else ""
     if not use_kernel(NAME, x, *skips, unsupported=why):
         return upsample_concat_ref(x, skips, align_corners=align_corners, up_first=up_first)
-    if needs_grad(x, *skips) or has_tangent(x, *skips):
+    if needs_grad(x, *skips):
         return _UpsampleConcat.apply(align_corners, up_first, x, *skips)
     return _fwd(x, skips, align_corners, up_first)
 
@@ -141,7 +141,7 @@ torch.library.register_autograd(qualified(NAME), _registered_backward, setup_con
 
 
 class _UpsampleConcat(torch.autograd.Function):
-    """The registered op with its tensors one by one, as forward-mode AD wants them."""
+    """The registered op with its tensors one by one: eager's Function."""
 
     @staticmethod
     def forward(ctx, align_corners: bool, up_first: bool, x: Tensor, *skips: Tensor):
@@ -152,11 +152,3 @@ class _UpsampleConcat(torch.autograd.Function):
     def backward(ctx, dy: Tensor):
         dx, dskips = _gradients(ctx, dy)
         return None, None, dx, *dskips
-
-    @staticmethod
-    def jvp(ctx, _, __, x: Tensor | None, *skips: Tensor | None):
-        known = next(t for t in (x, *skips) if t is not None)
-        zeros = lambda *shape: known.new_zeros((known.shape[0], *shape))
-        x = zeros(*ctx.low) if x is None else x
-        skips = [zeros(count, *ctx.size) if t is None else t for count, t in zip(ctx.counts, skips, strict=True)]
-        return _fwd(x, skips, ctx.align_corners, ctx.up_first)

@@ -12,7 +12,7 @@ from fastseg.ops._cpu_conv import conv2d
 from fastseg.ops._dispatch import (
     HAS_TRITON,
     autocast_dtype,
-    has_tangent,
+    followed,
     in_reference,
     kernels_run,
     needs_grad,
@@ -128,7 +128,7 @@ def _check(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, act: 
 
 def _plain(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
     x = upsample_concat(deep, [low], align_corners=align_corners, up_first=up_first)
-    if torch.compiler.is_compiling() or needs_grad(x, weight, bias) or has_tangent(x):
+    if followed(x, weight, bias) or needs_grad(x, weight, bias):
         y = activate(F.conv2d(x, weight, bias, padding=1), act, inplace=True)
     else:
         y = conv2d_act(x, weight, bias, act, (1, 1), (1, 1), (1, 1), 1)
@@ -155,7 +155,7 @@ def _low_resolution(deep, low, weight, bias, act, align_corners: bool, up_first:
     up, rest = made_once((weight,), ("halves", deep.shape[1], up_first), halves)
     taps = low_resolution_taps(deep, up)
     base = channels_last(conv2d(channels_last(low), rest, bias, padding=(1, 1)))
-    if needs_grad(taps, base) or has_tangent(taps, base):
+    if needs_grad(taps, base):
         y = upsample_taps(taps, base, low.shape[2:], align_corners)
     else:
         y = add_upsampled(base, taps, align_corners)  # into the convolution's own result
@@ -169,11 +169,9 @@ def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -
     """Why the kernel does not run, or ""; and what the cost model says."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (deep, low, weight, bias)):
         return "gradients are wanted: upsampling, then convolution", ""
-    if has_tangent(deep, low, weight):
-        return "forward-mode AD: upsampling, then convolution", ""
     N, C, h, w = deep.shape
     sizes = (N, C, low.shape[1], weight.shape[0], h, w, *low.shape[2:])
-    if torch.compiler.is_compiling():  # the model's tables are no part of a graph, nor are sizes known
+    if followed(deep, low, weight, bias):  # a graph: the model's tables are no part of it, nor are sizes known
         return "", ""
     if low.shape[0] == 0 or weight.shape[0] == 0:
         return "nothing to compute", ""
@@ -186,13 +184,11 @@ def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -
 
 def _no_low_resolution(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, str]:
     """Why a CPU upsamples first, or ""; and what the cost model says."""
-    if torch.compiler.is_compiling():
-        return "a captured graph: upsampling, then convolution", ""
     tensors = [t for t in (deep, low, weight, bias) if t is not None]
+    if followed(*tensors):
+        return "a graph, a transform or forward-mode AD: upsampling, then convolution", ""
     if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
         return "no kernel, and not a plain CPU tensor", ""
-    if torch._C._are_functorch_transforms_active() or torch.jit.is_tracing():
-        return "a transform or trace: upsampling, then convolution", ""
     if deep.dtype not in (torch.float32, torch.float64):
         return f"CPU tensor of {str(deep.dtype).removeprefix('torch.')}: upsampling, then convolution", ""
     if low.shape[0] == 0 or weight.shape[0] == 0:

@@ -2,14 +2,12 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastseg.ops._cross_entropy_rows import Criterion, can_walk, walk
-from fastseg.ops._dispatch import needs_grad, use_kernel
-from fastseg.ops._upsample import interpolate, unsupported
+from fastseg.ops._dispatch import followed, needs_grad, use_kernel
+from fastseg.ops._upsample import cross_entropy, unsupported
 from fastseg.ops._upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
-NCHW = torch.contiguous_format
 TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 
 
@@ -27,7 +25,7 @@ def upsample_cross_entropy(
 
     Equals ``cross_entropy(interpolate(logits, target.shape[-2:], mode="bilinear", ...), target, ...)``, without the
     logits at full size or their gradient: the forward keeps one number a pixel. Everything is computed in fp32 from
-    logits as they are, fp16 and bf16 too. Gradients are first order and deterministic.
+    logits as they are, fp16 and bf16 too. Gradients are deterministic; second derivatives run as torch's two steps.
 
     Args:
         logits: (N, C, h, w), floating point, any layout.
@@ -77,35 +75,12 @@ def upsample_cross_entropy_ref(
     align_corners: bool = False,
 ) -> Tensor:
     """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time, outside of tracing and transforms."""
-    if torch.compiler.is_compiling():
-        return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
-    if torch._C._are_functorch_transforms_active():  # vmap knows no channels_last
-        return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners, NCHW)
     by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
-    if by_rows and can_walk(logits, target):
+    if by_rows and not followed(logits, weight) and can_walk(logits, target):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
         return walk(logits, target, weight, criterion, out)
-    return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
-
-
-def _compose(
-    logits, target, weight, ignore_index, reduction, label_smoothing, align_corners, layout=torch.channels_last
-) -> Tensor:
-    """Torch's two steps."""
-    logits = logits.contiguous(memory_format=layout)
-    full = interpolate(logits, *target.shape[1:], (0.0, 0.0), align_corners)
-    # One row of classes per pixel: the softmax then runs along memory (0.8 of the time of the 4-D form on a CPU).
-    rows = full.permute(0, 2, 3, 1).flatten(0, 2)
-    loss = F.cross_entropy(
-        rows,
-        target.flatten().long(),
-        None if weight is None else weight.to(rows.dtype),
-        ignore_index=ignore_index,
-        reduction=reduction,
-        label_smoothing=label_smoothing,
-    )
-    return loss.view(target.shape) if reduction == "none" else loss
+    return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
 
 def _autocast(logits: Tensor) -> bool:

@@ -37,12 +37,40 @@ def test_compile_for_any_size(model):
             close(compiled(x), model(x))
 
 
-def test_export_with_other_sizes(model):
-    sides = {0: Dim("n", max=8), 2: 32 * Dim("h", min=1, max=16), 3: 32 * Dim("w", min=1, max=16)}
-    program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sides,))
-    x = torch.randn(3, 3, 96, 128)
+def test_export_for_any_size(model):
+    """Of the batch too; captured at a size that no stride divides, called at others of every remainder."""
+    sides = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    program = torch.export.export(model, (torch.randn(2, 3, 67, 94),), dynamic_shapes=(sides,))
+    for size in ((3, 3, 64, 96), (1, 3, 81, 53)):
+        x = torch.randn(size)
+        with torch.no_grad():
+            close(program.module()(x), model(x))
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_jit_trace(model, recorded):
+    """In torch's own ops; parameters stay variables of the trace, with norms that could be folded too."""
+    with torch.set_grad_enabled(recorded):
+        traced = torch.jit.trace(model, torch.randn(1, 3, 48, 64), check_trace=False)
+    assert "fastseg::" not in str(traced.inlined_graph)
+    x = torch.randn(1, 3, 48, 64)
     with torch.no_grad():
-        close(program.module()(x), model(x))
+        for p in model.parameters():  # the trace shares them
+            p *= 0.9 if p.requires_grad else 1
+        close(traced(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("model", ["deeplabv3plus", "fcn", "segnet"], indirect=True)
+def test_onnx_by_trace(model, tmp_path):
+    pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    with torch.no_grad():
+        torch.onnx.export(model, (torch.randn(1, 3, 48, 64),), tmp_path / "model.onnx", dynamo=False)
+        session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+        x = torch.randn(1, 3, 48, 64)
+        (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        close(torch.from_numpy(got), model(x))
 
 
 def test_onnx(model, tmp_path):

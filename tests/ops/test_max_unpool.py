@@ -264,3 +264,35 @@ def test_empty_batch(device):
     assert y.shape == (0, 3, 4, 4)
     y.sum().backward()
     assert v.grad.shape == v.shape
+
+
+def _outcome(unpool, *args) -> Tensor | type[Exception]:
+    try:
+        return unpool(*args)
+    except Exception as error:
+        return type(error)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_windows_that_are_none(dims):
+    """Sizes of another number, zero and negative ones: torch's result, or its kind of error."""
+    x = torch.rand((1, 1, *[2] * dims))
+    index = torch.arange(2**dims).view(x.shape)
+    refused = 0
+    for kernel in (2, 0, -1, [1, 1], [2], [], [1] * (dims + 1)):
+        for stride, padding in ((None, 0), (0, 0), (-1, 0), ([2, 2], 0), (2, -1), (2, [0, 0])):
+            for size in (None, [4] * dims, [4, 4]):
+                args = (x, index, kernel, stride, padding, size)
+                got, want = _outcome(OURS[dims], *args), _outcome(THEIRS[dims], *args)
+                same = isinstance(got, Tensor) and isinstance(want, Tensor) and torch.equal(got, want)
+                assert same or got is want, args[2:]
+                refused += not same
+    assert refused > 20
+
+
+def test_upstreams_input_check():
+    x = torch.ones(1, 3, 1, 1, 1)
+    with pytest.raises(RuntimeError, match="exactly three elements"):
+        max_unpool3d(x, torch.zeros_like(x, dtype=torch.long), [1, 1])
+    with pytest.raises(RuntimeError, match="strides should be greater than zero"):
+        max_unpool3d(x, torch.zeros_like(x, dtype=torch.long), [1, 1, 1], [0, 0, 0])
