@@ -277,15 +277,15 @@ def test_large_sizes_take_the_reference(device):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "variant", "count"),
-    [("interpolate", "bilinear", 24), ("upsample_bilinear", "", 4)],
+    ("name", "variant"),
+    [("interpolate", "bilinear"), ("upsample_bilinear", "")],
     ids=["interpolate", "upsample_bilinear"],
 )
-def test_torch_samples(name, variant, count, dtype, device):
+def test_torch_samples(name, variant, dtype, device):
     if dtype == torch.float64 and not INTERPRETED:
         pytest.skip("kernels take fp64 under the interpreter only")
     op, found = op_info(name, variant), samples(name, variant, dtype=dtype, requires_grad=True)
-    assert len(found) == count
+    assert found
     close = {"atol": 2e-2, "rtol": 2e-3} if dtype == torch.float16 else {}
     for n, sample in enumerate(found):
         s = sample.noncontiguous() if n % 2 else sample
