@@ -93,7 +93,10 @@ def activate_grad(g, v, ACT: tl.constexpr):
     if ACT == "relu":
         g = tl.where(v <= 0, 0.0, g)
     elif ACT == "relu6":
-        g = tl.where((v > 0) & (v < 6), g, 0.0) if ON_CPU else tl.where((v <= 0) | (v >= 6), 0.0, g)
+        passes = (v > 0) & (v < 6)
+        if not ON_CPU:
+            passes |= v != v
+        g = tl.where(passes, g, 0.0)
     elif ACT == "leaky_relu":
         g = tl.where(v > 0, g, g * 0.01)
     return g

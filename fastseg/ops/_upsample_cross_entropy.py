@@ -54,6 +54,12 @@ def per_weight(dloss: Tensor, total: Tensor, reduction: str) -> Tensor:
     return torch.where(total == 0, torch.nan, dloss.to(total.dtype) / total) if reduction == "mean" else dloss
 
 
+def _mean(sum_: Tensor, total: Tensor, a: Call) -> Tensor:
+    """With smoothing torch adds two means, of which the first is 0 / 0 over weights of 0."""
+    mean = sum_ / total
+    return torch.where(total == 0, torch.nan, mean) if a.label_smoothing > 0 else mean
+
+
 # --- with kernels
 
 
@@ -73,7 +79,7 @@ def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
         torch._assert_async(sums[2] == 0, "upsample_cross_entropy: a target names no class and is not ignore_index")
     elif x.device.type == "cpu" and sums[2] > 0:
         check_targets(target, x.shape[1], a.ignore_index)
-    loss = losses if none else (sums[0] / sums[1] if a.reduction == "mean" else sums[0]).to(a.out, copy=True)
+    loss = losses if none else (_mean(sums[0], sums[1], a) if a.reduction == "mean" else sums[0]).to(a.out, copy=True)
     return loss, x.new_empty(0, dtype=a.sums) if lse is None else lse, sums[1].clone()
 
 
@@ -118,7 +124,7 @@ def _plain_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     if a.save_lse:
         lse = torch.logsumexp(v, 1) * LOG2E
     if a.reduction != "none":
-        loss = loss.sum() / total if a.reduction == "mean" else loss.sum()
+        loss = _mean(loss.sum(), total, a) if a.reduction == "mean" else loss.sum()
     return loss.to(a.out, memory_format=torch.contiguous_format), lse.contiguous(), total
 
 
