@@ -152,7 +152,9 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
         return weight, bias, norm
     if torch.compiler.is_compiling():  # an id would bind a graph to this very tensor
         return _fold(weight, bias, norm)
-    return made_once(weight, ("folded", id(norm.running_mean), norm.eps), lambda: _fold(weight, bias, norm))
+    made_of = (bias, *norm[:4])  # kept beside what is made of them: their ids are then theirs alone
+    key = ("folded", *map(id, made_of), norm.eps)
+    return made_once(weight, key, lambda: (_fold(weight, bias, norm), made_of))[0]
 
 
 def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs):

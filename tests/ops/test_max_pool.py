@@ -180,3 +180,10 @@ def test_windows_too_large_for_codes(kernel, device):
 def test_unknown_index_format(device):
     with pytest.raises(ValueError, match='index_format is \'int8\'; use "int64" or "compact"'):
         max_pool2d(torch.zeros(1, 1, 2, 2, device=device), 2, index_format="int8")
+
+
+def test_one_pixel_of_one_channel_is_contiguous():
+    """Strides of many images alone say nothing of channels_last: torch counts them as contiguous."""
+    one = torch.randn(3, 1, 1, 1)
+    with fastseg.reference():
+        assert not max_pool2d(one, 1, return_indices=True, index_format="compact")[1].channels_last

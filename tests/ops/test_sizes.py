@@ -1,4 +1,4 @@
-"""Sizes as callers give them: numpy's integers and arrays, floats beside the integers they equal, what is not finite."""
+"""Sizes as callers give them: numpy's integers and arrays, floats beside integers they equal, what is not finite."""
 
 import numpy as np
 import pytest
@@ -116,13 +116,6 @@ def test_a_view_that_is_to_be_negated():
             assert torch.equal(ops.max_pool1d(view, 5, stride), F.max_pool1d(-x, 5, stride))
             y, index = ops.max_pool1d(view, 5, stride, return_indices=True)
         assert torch.equal(y, F.max_pool1d(-x, 5, stride)) and torch.equal((-x).gather(2, index), y)
-
-
-def test_one_pixel_of_one_channel_is_contiguous():
-    """Strides of many images alone say nothing of channels_last: torch counts them as contiguous."""
-    one = torch.randn(3, 1, 1, 1)
-    with fastseg.reference():
-        assert not ops.max_pool2d(one, 1, return_indices=True, index_format="compact")[1].channels_last
 
 
 def test_no_images_of_many_classes():
