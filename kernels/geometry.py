@@ -9,20 +9,29 @@ MOST_TAPS = 256  # of a pooling window with compact indices: what a code of 8 bi
 
 
 def memoized(fn: Callable) -> Callable:
-    """``fn`` of sizes, remembered in eager calls. What has no hash is computed anew: lists, and a graph's symbols.
-
-    Arguments are told apart by type as well, in tuples too: (8.0, 10.0), which equals (8, 10), is another size.
-    """
-    remembered = functools.lru_cache(maxsize=4096, typed=True)(lambda types, *args: fn(*args))
+    """``fn`` of sizes, remembered in eager calls. What has no hash is computed anew: lists, and a graph's symbols."""
+    remembered = functools.lru_cache(maxsize=4096, typed=True)(fn)
 
     @functools.wraps(fn)
     def call(*args):
         if torch.compiler.is_dynamo_compiling():
             return fn(*args)
         try:
-            return remembered(tuple([tuple(map(type, a)) for a in args if type(a) is tuple]), *args)
+            return remembered(*args)
         except TypeError:
             return fn(*args)
+
+    call.cache_clear = remembered.cache_clear
+    return call
+
+
+def memoized_as_given(fn: Callable) -> Callable:
+    """``memoized`` for what callers give: (8.0, 10.0), which equals (8, 10), is another size."""
+    remembered = memoized(lambda kinds, *args: fn(*args))
+
+    @functools.wraps(fn)
+    def call(*args):
+        return remembered(tuple([tuple(map(type, a)) for a in args if type(a) is tuple]), *args)
 
     call.cache_clear = remembered.cache_clear
     return call

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.kernels.geometry import memoized
+from fastseg.kernels.geometry import memoized_as_given
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, use_kernel
 from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool, pool_in_windows
 from fastseg.ops._sizes import whole
@@ -156,7 +156,7 @@ def pool_geometry(
     return _pool_geometry(input.shape, kernel_size, stride, padding, dilation, ceil_mode, dims)
 
 
-@memoized
+@memoized_as_given
 def _pool_geometry(shape: torch.Size, kernel_size, stride, padding, dilation, ceil_mode: bool, dims: int):
     values = [spatial(v, dims) for v in (kernel_size, stride, padding, dilation)]
     size = tuple(shape[-dims:])

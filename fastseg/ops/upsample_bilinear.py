@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.kernels.geometry import memoized
+from fastseg.kernels.geometry import memoized_as_given
 from fastseg.ops._dispatch import HAS_TRITON, has_tangent, needs_grad, use_kernel
 from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
 from fastseg.ops._sizes import whole
@@ -68,7 +68,7 @@ def upsample_bilinear_ref(
     return F.interpolate(x, size, scale_factor, "bilinear", align_corners, recompute_scale_factor)
 
 
-@memoized
+@memoized_as_given
 def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
     """-> output (height, width), factors that positions follow or None each; None for what torch shall judge."""
     if len(shape) != 4 or (size is None) == (scale_factor is None):
