@@ -1,7 +1,22 @@
 """fastseg: fused kernels, drop-in modules and models for semantic segmentation in PyTorch."""
 
+import importlib
+
 from fastseg.ops._dispatch import explain, reference
 from fastseg.ops._kept import frozen
 
 __version__ = "0.1.0"
 __all__ = ["explain", "frozen", "reference"]
+
+_PACKAGES = ("cli", "inference", "kernels", "latency", "metrics", "models", "nn", "ops", "testing", "training")
+
+
+def __getattr__(name: str):
+    """Sub-packages are imported when they are first asked for: ``import fastseg`` stays quick."""
+    if name in _PACKAGES:
+        return importlib.import_module(f"fastseg.{name}")
+    raise AttributeError(f"module 'fastseg' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PACKAGES})

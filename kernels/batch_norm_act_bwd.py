@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Norm, Walk, acc_dtype, norm_args, stats_dtype, tile_of
-from fastseg.kernels.common import activate_grad, load_mean_grads, load_norm, norm_grad, store_tile_sums
+from fastseg.kernels.common import activate_grad, load_mean_grads, load_norm, norm_grad, store_tile_sums, where_all
 from fastseg.kernels.config import launch, select
 from fastseg.kernels.geometry import cdiv
 
@@ -38,7 +38,7 @@ def _batch_norm_act_bwd_reduce_kernel(
     sum_gz = tl.zeros((BLOCK_M, BLOCK_C), ACC)
     for s in range(0, steps):
         start, offs, inside = tile_of(pid * steps + s, blocks, pixels, offs_c, C, LAST, BLOCK_M)
-        mask = (inside & (pid * steps + s < total))[:, None] & mask_c[None, :]
+        mask = where_all(inside, pid * steps + s < total)[:, None] & mask_c[None, :]
         g = tl.load(dy_ptr + start + offs, mask=mask, other=0.0).to(ACC)
         if FROM_Y:
             g = activate_grad(g, tl.load(y_ptr + start + offs, mask=mask, other=0.0).to(ACC), ACT)

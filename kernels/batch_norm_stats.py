@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import Walk, acc_dtype, stats_dtype, tile_of
+from fastseg.kernels.common import where_all
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.geometry import cdiv
 
@@ -48,7 +49,7 @@ def _batch_norm_tile_stats_kernel(
     sum_d, sum_dd = tl.zeros((BLOCK_M, BLOCK_C), ACC), tl.zeros((BLOCK_M, BLOCK_C), ACC)
     for s in range(0, steps):
         start, offs, inside = tile_of(pid * steps + s, blocks, pixels, offs_c, C, LAST, BLOCK_M)
-        inside = inside & (pid * steps + s < total)
+        inside = where_all(inside, pid * steps + s < total)
         mask = inside[:, None] & mask_c[None, :]
         z = tl.load(z_ptr + start + offs, mask=mask, other=0.0).to(ACC)
         d = tl.where(mask, z - origin[None, :] - pivot[None, :], 0.0)

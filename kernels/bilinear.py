@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
-from fastseg.kernels.common import source_taps
+from fastseg.kernels.common import source_taps, where_all
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.geometry import cdiv, layout_of, memoized, next_power_of_2, source_scale
 
@@ -120,9 +120,9 @@ def _bilinear_fwd_kernel(
     i0, i1, w0, w1 = _taps(ox, IW, scale_w, scale_w_rest, padding, MODE, S, K, ACC)
     mask0 = mask
     mask1 = mask
-    if MODE == "kernel":
-        mask0 = mask & (i0 >= 0) & (i0 < IW)
-        mask1 = mask & (i1 < IW)
+    if MODE == "kernel":  # what lies outside the map, or outside the kernel, is not there: it may be NaN
+        mask0 = mask & (i0 >= 0) & (i0 < IW) & (w0 > 0)
+        mask1 = mask & (i1 < IW) & (w1 > 0)
     x0_ptr = x_ptr + n * (IH * IW * PIXEL) + (i0 * PIXEL + c)
     x1_ptr = x_ptr + n * (IH * IW * PIXEL) + (i1 * PIXEL + c)
     # `place` is ox * PIXEL + c, in a form that shows runs of elements
@@ -139,16 +139,22 @@ def _bilinear_fwd_kernel(
         oy = row0 + r
         r0, r1, v0, v1 = _taps(oy, IH, scale_h, scale_h_rest, padding, MODE, S, K, ACC)
         if r0 != held:
-            inside0 = (r0 >= 0) & (r0 < IH)
-            inside1 = r1 < IH
-            a = tl.load(x0_ptr + r0 * IW * PIXEL, mask=mask0 & inside0, other=0.0).to(ACC)
-            b = tl.load(x1_ptr + r0 * IW * PIXEL, mask=mask1 & inside0, other=0.0).to(ACC)
+            above0, above1, below0, below1 = mask0, mask1, mask0, mask1
+            if MODE == "kernel":
+                inside = (r0 >= 0) & (r0 < IH)
+                above0, above1 = where_all(mask0, inside), where_all(mask1, inside)
+                below0, below1 = where_all(mask0, r1 < IH), where_all(mask1, r1 < IH)
+            a = tl.load(x0_ptr + r0 * IW * PIXEL, mask=above0, other=0.0).to(ACC)
+            b = tl.load(x1_ptr + r0 * IW * PIXEL, mask=above1, other=0.0).to(ACC)
             above = w0 * a + w1 * b
-            a = tl.load(x0_ptr + r1 * IW * PIXEL, mask=mask0 & inside1, other=0.0).to(ACC)
-            b = tl.load(x1_ptr + r1 * IW * PIXEL, mask=mask1 & inside1, other=0.0).to(ACC)
+            a = tl.load(x0_ptr + r1 * IW * PIXEL, mask=below0, other=0.0).to(ACC)
+            b = tl.load(x1_ptr + r1 * IW * PIXEL, mask=below1, other=0.0).to(ACC)
             below = w0 * a + w1 * b
             held = r0
         y = v0 * above + v1 * below
+        if MODE == "kernel":
+            y = tl.where(v0 > 0, y, v1 * below)
+            y = tl.where(v1 > 0, y, v0 * above)
         if HAS_BIAS:
             y += bias
         if HAS_SKIP:

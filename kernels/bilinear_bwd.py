@@ -98,15 +98,17 @@ def _bilinear_bwd_kernel(
             if UNROLL:
                 for j in tl.static_range(REACH):
                     w = _weight(first + j, ix, IW, scale_w, scale_w_rest, padding, MODE, S, K, ACC)
-                    inside = mask & (first + j < end)
+                    inside = mask & (first + j < end) & (w > 0)
                     along += w * tl.load(dy_ptr + (oy * OW + j) * DY_PIXEL, mask=inside, other=0.0).to(ACC)
             else:
                 for j in tl.range(0, REACH, num_stages=1, loop_unroll_factor=4):
                     w = _weight(first + j, ix, IW, scale_w, scale_w_rest, padding, MODE, S, K, ACC)
-                    inside = mask & (first + j < end)
+                    inside = mask & (first + j < end) & (w > 0)
                     along += w * tl.load(dy_ptr + (oy * OW + j) * DY_PIXEL, mask=inside, other=0.0).to(ACC)
-            here += along * _weight(oy, iy, IH, scale_h, scale_h_rest, padding, MODE, S, K, ACC)
-            below += along * _weight(oy, iy + 1, IH, scale_h, scale_h_rest, padding, MODE, S, K, ACC)
+            upper = _weight(oy, iy, IH, scale_h, scale_h_rest, padding, MODE, S, K, ACC)
+            lower = _weight(oy, iy + 1, IH, scale_h, scale_h_rest, padding, MODE, S, K, ACC)
+            here += tl.where(upper > 0, along * upper, 0.0)  # an output of weight 0 gives nothing, were it NaN
+            below += tl.where(lower > 0, along * lower, 0.0)
         if r >= 0:
             tl.store(dx_ptr + iy * IW * PIXEL, here.to(dx_ptr.dtype.element_ty), mask=mask)
 

@@ -13,6 +13,8 @@ With fixed statistics (evaluation) the two means in the backward are 0.
 import triton
 import triton.language as tl
 
+ON_CPU = tl.constexpr(triton.knobs.runtime.interpret)
+
 
 @triton.jit
 def tile_pixels(tile, H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
@@ -57,6 +59,13 @@ def dilated_tile_pixels(tile, H, W, dilation, PHASED: tl.constexpr, BLOCK_H: tl.
 
 
 @triton.jit
+def where_all(mask, flag):
+    """``mask & flag``, a block and one boolean, which is compared as a block: Triton 3.9's interpreter splats booleans
+    into a mask that its loads refuse."""
+    return mask & (flag.to(tl.int32) + tl.zeros(mask.shape, tl.int32) != 0)
+
+
+@triton.jit
 def activate(v, ACT: tl.constexpr):
     if ACT == "relu":
         v = tl.where(v < 0, 0.0, v)
@@ -76,11 +85,18 @@ def clamp_keeping_nan(v, limit):
 
 @triton.jit
 def activate_grad(g, v, ACT: tl.constexpr):
-    """The gradient before the activation, from ``g`` after it and the activation's input ``v``."""
+    """The gradient before the activation, from ``g`` after it and the activation's input ``v``.
+
+    At NaN as torch: ReLU passes ``g`` on, the leaky ReLU its slope's share; ReLU6 passes it on a GPU, and gives 0 on a
+    CPU (in vectors: torch's scalar loop for the last few elements of a map passes it).
+    """
     if ACT == "relu":
         g = tl.where(v <= 0, 0.0, g)
     elif ACT == "relu6":
-        g = tl.where((v <= 0) | (v >= 6), 0.0, g)
+        passes = (v > 0) & (v < 6)
+        if not ON_CPU:
+            passes |= v != v
+        g = tl.where(passes, g, 0.0)
     elif ACT == "leaky_relu":
         g = tl.where(v > 0, g, g * 0.01)
     return g
@@ -200,15 +216,22 @@ def source_position(o, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl.c
 
 
 @triton.jit
+def to_second(scale, scale_rest):
+    """Pixels from an output's first input pixel to its second: 0 on an axis that keeps its size, as torch has it."""
+    return tl.where((scale == 1.0) & (scale_rest == 0.0), 0, 1)
+
+
+@triton.jit
 def source_taps(o, size, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
     """The two input pixels between which output pixel ``o`` lies, of ``size``, and their weights: -> i0, i1, w0, w1.
 
-    Past the ends both are the end's pixel; both count then, as in torch: 0 * inf is NaN.
+    Past the ends both are the end's pixel; both count then, as in torch: 0 * inf is NaN. On an axis that keeps its size
+    both are the output's own pixel: a NaN reaches no other.
     """
     p = source_position(o, scale, scale_rest, ALIGN_CORNERS, ACC)
     p = tl.where(p < 0, 0.0, p)
     i0 = clamp_index(p.to(tl.int32), size - 1)
-    i1 = tl.minimum(i0 + 1, size - 1)
+    i1 = tl.minimum(i0 + to_second(scale, scale_rest), size - 1)
     w1 = p - i0.to(ACC)
     w1 = tl.where(w1 > 1.0, 1.0, w1)
     return i0, i1, 1.0 - w1, w1

@@ -21,6 +21,7 @@ from torch import Tensor
 SHIPPED = Path(__file__).parent / "tuned"
 USER = Path.home() / ".cache" / "fastseg" / "tuned"
 
+POWERS = ("BLOCK", "LANES", "num_warps")  # beginnings of names: what a kernel's ranges are made of
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
 _heuristics: dict[str, Callable[..., dict[str, int]]] = {}
 _candidates: dict[str, Callable[..., list[dict[str, int]]]] = {}
@@ -162,6 +163,8 @@ def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
                 for size, values in sizes.items():
                     if int(size) < 1 or not values or not all(type(v) is int and v > 0 for v in values.values()):
                         raise ValueError(f"size {size}: {values} is not a table of positive integers")
+                    if odd := [name for name, v in values.items() if name.startswith(POWERS) and v & (v - 1)]:
+                        raise ValueError(f"size {size}: {', '.join(odd)} of {values} must be a power of 2")
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         warnings.warn(f"fastseg: the table {path} is left out, it is not readable: {error}", stacklevel=2)
         return {}

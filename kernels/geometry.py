@@ -28,6 +28,18 @@ def memoized(fn: Callable) -> Callable:
     return call
 
 
+def memoized_as_given(fn: Callable) -> Callable:
+    """``memoized`` for what callers give: (8.0, 10.0), which equals (8, 10), is another size."""
+    remembered = memoized(lambda kinds, *args: fn(*args))
+
+    @functools.wraps(fn)
+    def call(*args):
+        return remembered(tuple([tuple(map(type, a)) for a in args if type(a) is tuple]), *args)
+
+    call.cache_clear = remembered.cache_clear
+    return call
+
+
 def source_scale(low: int, full: int, align_corners: bool, factor: float | None = None) -> float:
     """Input elements per output element of one axis of a bilinear interpolation, from ``low`` to ``full`` elements.
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
-from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, upsample_tile
+from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, to_second, upsample_tile
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.upsample_plan import Upsampling, row_block, row_splits
@@ -49,7 +49,7 @@ def _upsample_argmax_fwd_kernel(
     w0 = 1 - w1
     left, right = x0 * stride_x, x1 * stride_x
     top_ptr = x_ptr + n * stride_n + y0 * stride_y
-    bottom_ptr = top_ptr + (tl.minimum(y0 + 1, h - 1) - y0) * stride_y
+    bottom_ptr = top_ptr + (tl.minimum(y0 + to_second(scale_h, 0.0), h - 1) - y0) * stride_y
     if PRUNE:
         able = _able_classes(top_ptr, bottom_ptr, column, w, W, scale_w, stride_c, stride_x,
                              C, ALIGN_CORNERS, ACC, BLOCK_W, BLOCK_X, BLOCK_C)  # (BLOCK_C,)  # fmt: skip

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
 from fastseg.kernels.bilinear import LARGEST_SIDE, interpolation, owned_tile, rows_of, scale_args
-from fastseg.kernels.common import activate, source_taps
+from fastseg.kernels.common import activate, source_taps, to_second, where_all
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.separable_conv_plan import BANDWIDTH, DOT, LANES
@@ -62,11 +62,12 @@ def _rows_around(
     row = tl.where(inside, r0, -2)
     if row != held:
         step = IW * 3 * C
-        if row == held + 1:
+        mask = where_all(mask, inside)
+        if row == held + to_second(scale_h, scale_h_rest):
             above = below
         else:
-            above = _along_x(taps_ptr + r0 * step, x, c, mask & inside, OW, IW, scale_w, scale_w_rest, C, CORNERS, ACC)
-        below = _along_x(taps_ptr + r1 * step, x, c, mask & inside, OW, IW, scale_w, scale_w_rest, C, CORNERS, ACC)
+            above = _along_x(taps_ptr + r0 * step, x, c, mask, OW, IW, scale_w, scale_w_rest, C, CORNERS, ACC)
+        below = _along_x(taps_ptr + r1 * step, x, c, mask, OW, IW, scale_w, scale_w_rest, C, CORNERS, ACC)
         held = row
     return above, below, held, v0, v1
 

@@ -6,10 +6,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype
-from fastseg.kernels.common import first_output, mix, nan_blind_maximum, source_coordinate
+from fastseg.kernels.common import first_output, mix, nan_blind_maximum, source_coordinate, to_second, where_all
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.geometry import cdiv, next_power_of_2
-from fastseg.kernels.upsample_cross_entropy_fwd import _LOG2E, load_target
+from fastseg.kernels.upsample_cross_entropy_fwd import _LOG2E, factor_sign, load_target
 from fastseg.kernels.upsample_plan import Loss, Upsampling, row_block
 
 
@@ -42,7 +42,8 @@ def _upsample_cross_entropy_bwd_kernel(
     most = tl.minimum(tl.reduce(column_end - column, 0, nan_blind_maximum), W)
     column += lane % LANES
     left = nan_blind_maximum(tl.minimum(cell, w - 1), 0) * stride_x
-    right = tl.minimum(cell + 1, w - 1) * stride_x
+    across, down = to_second(scale_w, 0.0), to_second(scale_h, 0.0)  # 0 on an axis that keeps its size
+    right = tl.minimum(cell + across, w - 1) * stride_x
     class_first = pid_c * BLOCK_C
     classes = class_first + tl.arange(0, BLOCK_C)
     planes, known = (classes * stride_c)[:, None], (classes < C)[:, None]
@@ -55,16 +56,21 @@ def _upsample_cross_entropy_bwd_kernel(
     before = tl.broadcast_to(nan_blind_maximum(offs_x - 1, 0)[None, :], (BLOCK_C, BLOCK_X))
     at_end = (pixel == w - 1)[None, :]
     owned = known & ((offs_x > 0) & (pixel < w))[None, :]
-    scale = 1.0 if PER_PIXEL else tl.load(dy_ptr).to(ACC)
+    # A scale that is not finite (a mean over weights of 0) makes the gradients of pixels that count NaN, and no others.
+    scale, poison = 1.0, 0.0
+    if not PER_PIXEL:
+        scale = tl.load(dy_ptr).to(ACC)
+        poison = scale * 0.0
+        scale = tl.where(poison == 0.0, scale, 1.0)
     carry = tl.zeros((BLOCK_C, BLOCK_X), ACC)  # what the cell row above owes to the row of pixels below it
     for step_y in range(0, y_end - y_first + 1):
         y = y_first - 1 + step_y
         row_first = first_output(y, h, H, scale_h, inverse_h, ALIGN_CORNERS, ACC)
         row_end = first_output(y + 1, h, H, scale_h, inverse_h, ALIGN_CORNERS, ACC)
         # a cell without outputs is not read: a NaN in it reaches no gradient
-        used = known & ((column_end > column) & (row_end > row_first))[None, :]
+        used = known & where_all(column_end > column, row_end > row_first)[None, :]
         top_ptr = x_ptr + nan_blind_maximum(y, 0) * stride_y
-        bottom_ptr = x_ptr + tl.minimum(y + 1, h - 1) * stride_y
+        bottom_ptr = x_ptr + tl.minimum(y + down, h - 1) * stride_y
         a = tl.load(top_ptr + planes + left, mask=used, other=0.0).to(ACC)  # (BLOCK_C, BLOCK)
         b = tl.load(top_ptr + planes + right, mask=used, other=0.0).to(ACC)
         c = tl.load(bottom_ptr + planes + left, mask=used, other=0.0).to(ACC)
@@ -89,7 +95,12 @@ def _upsample_cross_entropy_bwd_kernel(
                 target = load_target(target_ptr, offs, mask, ignore_index, C)[0]
                 top, bottom = mix(t0, a, t1, b), mix(t0, c, t1, d)
                 v = mix(h0, top[:, None, :], h1, bottom[:, None, :])  # (BLOCK_C, BLOCK_H, BLOCK)
+                if WEIGHTED:
+                    sign = factor_sign(lse, ACC)
+                lse = tl.where(target >= 0, lse + poison, lse)
                 g = tl.exp2(v - lse[None])
+                if WEIGHTED:
+                    g *= sign[None]
                 if SMOOTH:
                     g -= spread[:, None, None] * tl.where(target >= 0, 1.0, 0.0).to(ACC)[None]
                 named = (target >= class_first) & (target < class_first + BLOCK_C)
@@ -99,7 +110,7 @@ def _upsample_cross_entropy_bwd_kernel(
                         factor = tl.load(weight_ptr + target, mask=named, other=0.0).to(ACC)
                     g -= tl.where(classes[:, None, None] == target[None], (factor * (1 - smoothing))[None], 0.0)
                 if PER_PIXEL:
-                    g *= tl.load(dy_ptr + n * H * W + offs, mask=mask, other=0.0).to(ACC)[None]
+                    g *= tl.load(dy_ptr + n * H * W + offs, mask=target >= 0, other=0.0).to(ACC)[None]
                 upper, lower = tl.sum(h0 * g, axis=1), tl.sum(h1 * g, axis=1)  # (BLOCK_C, BLOCK)
                 da += w0 * upper
                 db += w1 * upper
@@ -107,10 +118,12 @@ def _upsample_cross_entropy_bwd_kernel(
                 dd += w1 * lower
         da, db = _cells(da, BLOCK_C, BLOCK_X, LANES), _cells(db, BLOCK_C, BLOCK_X, LANES)
         dc, dd = _cells(dc, BLOCK_C, BLOCK_X, LANES), _cells(dd, BLOCK_C, BLOCK_X, LANES)
-        upper = da + tl.where(at_end, db, 0.0) + tl.gather(db, before, axis=1)
-        lower = dc + tl.where(at_end, dd, 0.0) + tl.gather(dd, before, axis=1)
+        upper = da + tl.where(at_end, db, 0.0) + tl.where(across == 0, 0.0, tl.gather(db, before, axis=1))
+        lower = dc + tl.where(at_end, dd, 0.0) + tl.where(across == 0, 0.0, tl.gather(dd, before, axis=1))
         dx = carry + upper + (lower if y == h - 1 else tl.zeros_like(lower))
-        carry = lower
+        carry = tl.where(down == 0, 0.0, lower)
+        if C == 1:  # one class is certain: 0, and no rounding
+            dx *= 0.0
         if y >= y_first:
             offs = (classes * stride_dc)[:, None] + (y * stride_dy + pixel * stride_dx)[None, :]
             tl.store(dx_ptr + offs, (dx * scale).to(dx_ptr.dtype.element_ty), mask=owned)

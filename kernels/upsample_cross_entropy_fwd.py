@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm_act import acc_dtype, stats_dtype
-from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, upsample_tile
+from fastseg.kernels.common import mix, nan_blind_maximum, source_coordinate, to_second, upsample_tile
 from fastseg.kernels.config import candidates, heuristic, launch, select
 from fastseg.kernels.geometry import cdiv, next_power_of_2
 from fastseg.kernels.upsample_plan import Loss, Upsampling, row_block, row_splits
@@ -23,6 +23,22 @@ def load_target(target_ptr, offs, mask, ignore_index, C: tl.constexpr):
     inside = (target >= 0) & (target < C)
     target = nan_blind_maximum(tl.minimum(target, C - 1), 0).to(tl.int32)
     return tl.where(counts & inside, target, -1), counts & ~inside
+
+
+@triton.jit
+def less_factor(lse, factor, ACC: tl.constexpr):
+    """``lse - log2 |factor|``, whose lowest bit says whether the factor is negative."""
+    BITS: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32  # noqa: SIM300
+    lse -= tl.log2(tl.abs(factor))
+    bits = (lse.to(BITS, bitcast=True) & -2) | (factor < 0).to(BITS)
+    return tl.where((factor == 0) | (lse != lse), lse, bits.to(ACC, bitcast=True))
+
+
+@triton.jit
+def factor_sign(lse, ACC: tl.constexpr):
+    """-1 where ``less_factor`` found a negative one, else 1."""
+    BITS: tl.constexpr = tl.int64 if ACC == tl.float64 else tl.int32  # noqa: SIM300
+    return (1 - 2 * (lse.to(BITS, bitcast=True) & 1)).to(ACC)
 
 
 @triton.jit
@@ -50,7 +66,7 @@ def _upsample_cross_entropy_fwd_kernel(
     w0, w1 = (1 - w1) * _LOG2E, w1 * _LOG2E  # logits in units of log 2: the exponential is then one instruction
     left, right = x0 * stride_x, x1 * stride_x
     top_ptr = x_ptr + n * stride_n + y0 * stride_y
-    bottom_ptr = top_ptr + (tl.minimum(y0 + 1, h - 1) - y0) * stride_y
+    bottom_ptr = top_ptr + (tl.minimum(y0 + to_second(scale_h, 0.0), h - 1) - y0) * stride_y
     loss_sum = tl.zeros((BLOCK_H, BLOCK_W), ACC)
     weight_sum = tl.zeros((BLOCK_H, BLOCK_W), ACC)
     outside = tl.zeros((BLOCK_H, BLOCK_W), tl.int32)
@@ -103,15 +119,16 @@ def _upsample_cross_entropy_fwd_kernel(
             spread = total * lse - (h0 * all_top[None] + h1 * all_bottom[None])
             loss = factor * (1 - smoothing) * loss + smoothing / C * spread
             if WEIGHTED:
-                lse -= tl.log2(tl.where(counts, factor * (1 - smoothing) + smoothing / C * total, 1.0))
+                lse = less_factor(lse, tl.where(counts, factor * (1 - smoothing) + smoothing / C * total, 1.0), ACC)
         elif WEIGHTED:
             loss = factor * loss
-            lse -= tl.log2(tl.where(counts, factor, 1.0))
+            lse = less_factor(lse, tl.where(counts, factor, 1.0), ACC)
         loss = tl.where(counts, loss * _LN2, tl.where(bad, float("nan"), 0.0))
         if STORE_LOSS:
             tl.store(loss_ptr + offs, loss.to(loss_ptr.dtype.element_ty), mask=mask)
         if STORE_LSE:
-            tl.store(lse_ptr + offs, tl.where(counts, lse, float("inf")), mask=mask)
+            lse = tl.where(counts | (lse != lse), lse, float("inf"))  # 0 times a NaN is NaN, ignored or not
+            tl.store(lse_ptr + offs, lse, mask=mask)
         loss_sum += loss
         outside += bad.to(tl.int32)
     sums_ptr += tile.to(tl.int64) * 3
@@ -126,7 +143,8 @@ def upsample_cross_entropy_fwd(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:  # fmt: skip
     """x (N, C, h, w), target (N, H, W) contiguous; losses (N, H, W) to be filled -> (losses, lse (N, H, W), sums (3,)).
 
-    ``lse`` is what the backward reads: log2 of the sum over classes less log2 of the pixel's factor; inf where ignored.
+    ``lse`` is what the backward reads: log2 of the sum over classes less log2 of the pixel's factor, as ``less_factor``
+    has it; inf where ignored.
     ``sums``: of the losses, of the targets' weights, and the number of targets that name no class.
     """
     N, C, h, _ = x.shape

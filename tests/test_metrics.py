@@ -207,3 +207,16 @@ def test_median_frequency_weights_refuses():
         median_frequency_weights([image.float()], 3)
     with pytest.raises(ValueError, match="no targets were given"):
         median_frequency_weights([], 3)
+
+
+def test_frequency_weighted_iou_by_hand():
+    """Weighted by the pixels of the target, not of the prediction; a class that no target holds has no weight."""
+    confusion = ConfusionMatrix(4)
+    confusion.update(torch.tensor([0, 0, 0, 1, 2, 1, 1, 2, 2, 2]), torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 2, 2]))
+    scores = confusion.compute()
+    # IoU: 3/5, 2/4, 2/4, none; pixels of the target: 5, 3, 2
+    assert scores.frequency_weighted_iou == pytest.approx((5 * 3 / 5 + 3 * 2 / 4 + 2 * 2 / 4) / 10)
+    for absent in ("zero", "one"):
+        assert confusion.compute(absent).frequency_weighted_iou == pytest.approx(0.55)
+    confusion.update(torch.tensor([3, 3]), torch.tensor([0, 0]))  # predicted alone: it takes from class 0
+    assert confusion.compute().frequency_weighted_iou == pytest.approx((7 * 3 / 7 + 3 * 2 / 4 + 2 * 2 / 4) / 12)

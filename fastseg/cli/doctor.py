@@ -5,11 +5,12 @@ import importlib.metadata
 import platform
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
 import fastseg
+from fastseg import ops
 from fastseg.inference.comparison import op_cases
 from fastseg.inference.images import first_line
 from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, Report
@@ -36,6 +37,10 @@ def run(args: argparse.Namespace) -> int:
         print(f"  {name:<8}{line}")
         if not inside:
             problems.append(f"{name} {line}")
+    interpreter = interpreter_line()
+    if interpreter:
+        print(f"  note: {interpreter}")
+        problems += [interpreter] * INTERPRETED
     others = clashing_distributions()
     if others:
         problems.append(f"{', '.join(others)} also installs the package `fastseg`: pip uninstall {' '.join(others)}")
@@ -68,6 +73,20 @@ def version_line(name: str) -> tuple[str, bool]:
     found = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
     inside = low <= found and (high is None or found <= high)
     return f"{version}{'' if inside else ' OUTSIDE THE RANGE'} ({span})", inside
+
+
+def interpreter_line() -> str:
+    """What Triton's interpreter cannot do with the installed numpy, or ""; kernels on a GPU do not ask numpy."""
+    try:
+        triton, numpy = (
+            tuple(int(number) for number in re.findall(r"\d+", importlib.metadata.version(name))[:2])
+            for name in ("triton", "numpy")
+        )
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+    if triton >= (3, 7) or numpy < (2, 5):
+        return ""
+    return "the interpreter of Triton 3.6 fails with numpy 2.5 and later: pip install 'numpy<2.5', or a newer Triton"
 
 
 def clashing_distributions() -> list[str]:
@@ -119,15 +138,42 @@ def probes() -> Iterator[tuple[torch.device, torch.dtype]]:
             yield torch.device("cuda", 0), dtype
 
 
+def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable]]:
+    """Each op that ``op_cases`` does not hold, on a small map."""
+    where = {"device": device, "dtype": dtype}
+    last = lambda *shape: torch.randn(*shape, **where).contiguous(memory_format=torch.channels_last)
+    x, low, wide = last(1, 8, 8, 8), last(1, 8, 4, 4), last(1, 8, 16, 16)
+    one, three, both = last(8, 8, 1, 1), last(8, 8, 3, 3), last(8, 16, 3, 3)
+    norm = ops.BatchNormArgs(torch.zeros(8, device=device), torch.ones(8, device=device))
+    plain = {"kernel_size": 2, "return_indices": True}
+    line, volume = torch.randn(1, 8, 8, **where), torch.randn(1, 8, 4, 4, 4, **where)
+    pooled = lambda: ops.max_pool2d(x, **plain, index_format="compact")
+    return [
+        ("atrous_conv2d", lambda: ops.atrous_conv2d(x, three, dilation=2)),
+        ("aspp", lambda: ops.aspp(x, [one, three], [1, 2], fusion="sum")),
+        ("batch_norm_act", lambda: ops.batch_norm_act(x, norm, "relu")),
+        ("batch_norm_act_max_pool2d", lambda: ops.batch_norm_act_max_pool2d(x, norm)),
+        ("max_pool1d, max_unpool1d", lambda: ops.max_unpool1d(*ops.max_pool1d(line, **plain), 2)),
+        ("max_pool2d, max_unpool2d", lambda: ops.max_unpool2d(*pooled(), 2)),
+        ("max_pool3d, max_unpool3d", lambda: ops.max_unpool3d(*ops.max_pool3d(volume, **plain), 2)),
+        ("max_unpool_conv2d", lambda: ops.max_unpool_conv2d(*pooled(), three)),
+        ("upsample_bilinear", lambda: ops.upsample_bilinear(low, scale_factor=2)),
+        ("bilinear_conv_transpose2d", lambda: ops.bilinear_conv_transpose2d(low, 2)),
+        ("upsample_concat", lambda: ops.upsample_concat(low, [x])),
+        ("upsample_concat_conv2d", lambda: ops.upsample_concat_conv2d(low, wide, both)),
+    ]
+
+
 def explain_ops(device: torch.device, dtype: torch.dtype) -> tuple[Report, list[str]]:
     """Call each op once: what was decided, and what failed."""
     failures = []
     divisor = 1 if device.type == "cuda" else 32  # the cost model looks at sizes; the interpreter needs few pixels
     with fastseg.explain() as report, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for case in op_cases(device, dtype, divisor):
+        calls = [(case.name, case.fastseg) for case in op_cases(device, dtype, divisor)]
+        for name, call in [*calls, *other_calls(device, dtype)]:
             try:
-                case.fastseg()
+                call()
             except Exception as error:  # whatever a driver or compiler raises, the report goes on
-                failures.append(f"{case.name} on {device}, {dtype}: {type(error).__name__}: {first_line(error)}")
+                failures.append(f"{name} on {device}, {dtype}: {type(error).__name__}: {first_line(error)}")
     return report, failures

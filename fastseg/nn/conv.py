@@ -9,6 +9,7 @@ from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops._batch_norm import ACTIVATIONS, Activation
 from fastseg.ops._dispatch import record_reference
 from fastseg.ops._recompute import kept_as_recipe
+from fastseg.ops._sizes import whole
 
 Act = Activation | nn.Module | None  # by its name, or the module that a model has for it
 
@@ -79,6 +80,7 @@ class SeparableConv2d(nn.Module):
     ):
         super().__init__()
         check_activations("SeparableConv2d", pre_act=pre_act, mid_act=mid_act, post_act=post_act)
+        kernel_size = whole(kernel_size)
         if not isinstance(kernel_size, int):
             raise TypeError(f"SeparableConv2d: kernel_size is {kernel_size!r}; it must be an int: the kernel is square")
         where = {"device": device, "dtype": dtype}

@@ -7,6 +7,7 @@ from fastseg.nn.conv import check_activations
 from fastseg.nn.fold import run_conv_norm_act
 from fastseg.nn.leaf import leaf
 from fastseg.ops._batch_norm import Activation
+from fastseg.ops._sizes import whole
 
 
 class ConvNormAct2d(nn.Module):
@@ -68,6 +69,7 @@ class ConvNormAct2d(nn.Module):
         super().__init__()
         check_activations("ConvNormAct2d", act=act)
         where = {"device": device, "dtype": dtype}
+        kernel_size = whole(kernel_size)
         taps = (kernel_size, kernel_size) if isinstance(kernel_size, int) else tuple(kernel_size)
         pads = tuple(dilation * (k - 1) // 2 for k in taps) if padding is None else padding
         self.conv = nn.Conv2d(

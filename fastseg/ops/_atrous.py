@@ -30,6 +30,7 @@ from fastseg.ops._register import (
     qualified,
     register,
 )
+from fastseg.ops._sizes import whole
 
 if HAS_TRITON:
     from fastseg.kernels.atrous_conv import atrous_conv_bwd_input, atrous_conv_fwd
@@ -100,7 +101,7 @@ def are_one_map(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) 
 
 
 def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool) -> list[Tensor]:
-    weights, biases, dilations = list(weights), list(biases or ()), list(dilations)
+    weights, biases, dilations = list(weights), list(biases or ()), [whole(d) for d in dilations]
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))
     _check(name, x, weights, biases, dilations, act, residual)

@@ -18,11 +18,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
 }
-ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # torch's own: NaN has its own rule in each
     "none": lambda g, v: g,
-    "relu": lambda g, v: g.masked_fill(v <= 0, 0),
-    "relu6": lambda g, v: g.masked_fill((v <= 0) | (v >= 6), 0),
-    "leaky_relu": lambda g, v: torch.where(v > 0, g, g * 0.01),
+    "relu": lambda g, v: torch.ops.aten.threshold_backward(g, v, 0),
+    "relu6": lambda g, v: torch.ops.aten.hardtanh_backward(g, v, 0, 6),
+    "leaky_relu": lambda g, v: torch.ops.aten.leaky_relu_backward(g, v, 0.01, False),
 }
 
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastseg.ops._labels import check_targets
 from fastseg.ops._register import derived, differentiable, memory_format_of
 from fastseg.ops._upsample import along_x, cross_entropy, is_finite, neighbours
 
@@ -28,13 +29,6 @@ class Criterion(NamedTuple):
 def can_walk(logits: Tensor, target: Tensor) -> bool:
     """Whether the blocks of rows give torch's result: not with NaN or infinity, which their products would spread."""
     return target.numel() > 0 and is_finite(logits)
-
-
-def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise as torch does where a target names no class and is not the ignored one. Reads the values."""
-    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
-    if bad.any():
-        raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")
 
 
 class _Walk:
@@ -110,6 +104,8 @@ class _Walk:
             logits.scatter_add_(1, target, -named)
             if smoothing > 0:
                 logits -= self.spread * counts[:, None]
+            if logits.shape[1] == 1:  # one class is certain: 0, and no rounding
+                logits.zero_()
             if dy is not None:
                 logits *= dy
         return loss

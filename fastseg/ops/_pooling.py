@@ -133,13 +133,24 @@ def plain_pool(x, size, out, kernel, stride, padding, dilation, bits, last=None)
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
-    y, index = POOL[len(size)](x, kernel, stride, padding, dilation, ceil != list(out), True)
+    index_of = POOL[len(size)] if bits == INT64 else pool_in_windows
+    y, index = index_of(x, kernel, stride, padding, dilation, ceil != list(out), return_indices=True)
     y = y.contiguous(memory_format=memory_format_of(x))
     if bits == INT64:
         return y, index.contiguous(memory_format=memory_format_of(x))
     if bits == 0:
         return y, x.new_empty(0, dtype=torch.uint8)
     return y, pack(encode(index, size, kernel, stride, padding, dilation), bits, is_last(x) if last is None else last)
+
+
+def pool_in_windows(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True):
+    """torch's maxima and indices, each index inside its window: channels_last_3d has others where all is -inf."""
+    dims = len(kernel)
+    source = x.contiguous() if dims == 3 else x
+    y, index = POOL[dims](source, kernel, stride, padding, dilation, ceil_mode, return_indices)
+    if source is x:
+        return y, index
+    return tuple(t.contiguous(memory_format=memory_format_of(x)) for t in (y, index))
 
 
 def _as_int64(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:

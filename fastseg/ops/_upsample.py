@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastseg.kernels.geometry import source_scale
 from fastseg.ops._dispatch import HAS_TRITON
 from fastseg.ops._register import channels_last
+from fastseg.ops._sizes import whole
 
 if HAS_TRITON:
     from fastseg.kernels.upsample_plan import Axis, Upsampling
@@ -26,7 +27,9 @@ def output_size(
         raise ValueError(f"{name}: logits are {tuple(x.shape)}; there is no pixel to interpolate")
     factors: Factors = (0.0, 0.0)
     if size is not None:
-        H, W = _pair(name, "size", size)
+        H, W = map(whole, _pair(name, "size", size))
+        if not all(isinstance(n, (int, torch.SymInt)) for n in (H, W)):
+            raise TypeError(f"{name}: size is {size}; give whole numbers of pixels")
     else:
         factors = tuple(float(f) for f in _pair(name, "scale_factor", scale_factor))
         if not all(0 < f < math.inf for f in factors):
@@ -43,6 +46,8 @@ def _pair(name: str, label: str, value) -> tuple:
         if len(value) != 2:
             raise ValueError(f"{name}: {label} is {tuple(value)}; give one number, or (height, width)")
         return tuple(value)
+    if hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1:
+        return _pair(name, label, value.tolist())
     return value, value
 
 

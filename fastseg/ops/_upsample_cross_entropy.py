@@ -6,9 +6,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._cross_entropy_rows import check_targets
 from fastseg.ops._dispatch import HAS_TRITON
-from fastseg.ops._register import derived, differentiable, like, memory_format_of, new_map, qualified, register
+from fastseg.ops._labels import check_targets
+from fastseg.ops._register import (
+    derived,
+    differentiable,
+    like,
+    memory_format_of,
+    new_map,
+    qualified,
+    register,
+)
 from fastseg.ops._upsample import cross_entropy, interpolate, unsupported, upsampling
 
 if HAS_TRITON:
@@ -46,8 +54,17 @@ _SCHEMA = ", ".join(f"{_TYPES[annotation]} {name}" for name, annotation in Call.
 
 
 def per_weight(dloss: Tensor, total: Tensor, reduction: str) -> Tensor:
-    """The gradient of each pixel's loss, where a mean divides by ``total``; 0 where nothing was averaged, as torch."""
-    return torch.where(total == 0, 0.0, dloss.to(total.dtype) / total) if reduction == "mean" else dloss
+    """The gradient of each pixel's loss, where a mean divides by ``total``; NaN where that is 0, as torch.
+
+    No ignored pixel may be multiplied by it: where all are, the gradient is 0.
+    """
+    return torch.where(total == 0, torch.nan, dloss.to(total.dtype) / total) if reduction == "mean" else dloss
+
+
+def _mean(sum_: Tensor, total: Tensor, a: Call) -> Tensor:
+    """With smoothing torch adds two means, of which the first is 0 / 0 over weights of 0."""
+    mean = sum_ / total
+    return torch.where(total == 0, torch.nan, mean) if a.label_smoothing > 0 else mean
 
 
 # --- with kernels
@@ -69,7 +86,7 @@ def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
         torch._assert_async(sums[2] == 0, "upsample_cross_entropy: a target names no class and is not ignore_index")
     elif x.device.type == "cpu" and sums[2] > 0:
         check_targets(target, x.shape[1], a.ignore_index)
-    loss = losses if none else (sums[0] / sums[1] if a.reduction == "mean" else sums[0]).to(a.out, copy=True)
+    loss = losses if none else (_mean(sums[0], sums[1], a) if a.reduction == "mean" else sums[0]).to(a.out, copy=True)
     return loss, x.new_empty(0, dtype=a.sums) if lse is None else lse, sums[1].clone()
 
 
@@ -112,10 +129,9 @@ def _plain_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     total = weight.sum()
     lse = a.logits.new_empty(0, dtype=a.sums)
     if a.save_lse:
-        factor = (1 - a.label_smoothing) * weight + spread.sum() * counts
-        lse = (torch.logsumexp(v, 1) - factor.log()) * LOG2E
+        lse = torch.logsumexp(v, 1) * LOG2E
     if a.reduction != "none":
-        loss = loss.sum() / total if a.reduction == "mean" else loss.sum()
+        loss = _mean(loss.sum(), total, a) if a.reduction == "mean" else loss.sum()
     return loss.to(a.out, memory_format=torch.contiguous_format), lse.contiguous(), total
 
 
@@ -123,11 +139,11 @@ def _plain_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     a = Call(*args)
     target, counts, weight, spread = _pixel_factors(a)
     v = interpolate(a.logits.to(a.sums), *target.shape[1:], (0.0, 0.0), a.align_corners)
-    named = (1 - a.label_smoothing) * weight
-    g = torch.exp(v - (lse / LOG2E)[:, None]) - spread * counts[:, None]
-    g = g - torch.zeros_like(g).scatter(1, target[:, None], named[:, None])
+    named = ((1 - a.label_smoothing) * weight)[:, None]
+    p = torch.exp(v - (lse / LOG2E)[:, None])
+    g = (named + spread.sum()) * p - spread - torch.zeros_like(p).scatter(1, target[:, None], named)
     dy = per_weight(dloss, total, a.reduction).to(a.sums)
-    g = g * (dy[:, None] if dy.dim() else dy)
+    g = torch.where(counts[:, None], g * (dy[:, None] if dy.dim() else dy), 0 * p)
     back = torch.ops.aten.upsample_bilinear2d_backward
     dx = back(g, g.shape[2:], a.logits.shape, a.align_corners, None, None)
     return like(a.logits, dx.to(a.logits.dtype))

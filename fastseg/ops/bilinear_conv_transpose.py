@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastseg.ops._bilinear_taps import LEAST_STRIDE, grouped_taps, is_plain, line, sized_conv_transpose2d, two_passes
 from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, followed, use_kernel
 from fastseg.ops._register import memory_format_of, new_map, qualified, register, run, settle
+from fastseg.ops._sizes import whole
 
 if HAS_TRITON:
     from fastseg.kernels.bilinear import Taps, bilinear_fwd, unsupported
@@ -56,6 +57,7 @@ def bilinear_geometry(stride: int, kernel_size: int | None, padding: int | None)
     Raises:
         ValueError: no padding makes the output ``stride`` times the input; or a number out of range.
     """
+    stride, kernel_size, padding = whole(stride), whole(kernel_size), whole(padding)
     if stride < 1:
         raise ValueError(f"{NAME}: stride is {stride}; it must be >= 1")
     kernel_size = 2 * stride - stride % 2 if kernel_size is None else kernel_size
@@ -111,6 +113,7 @@ def bilinear_conv_transpose2d(
 
     Reference: Long et al., Fully convolutional networks for semantic segmentation, arXiv:1411.4038.
     """
+    stride, skip_offset = whole(stride), whole(skip_offset)
     K, padding = bilinear_geometry(stride, kernel_size, padding)
     if x.dim() == 4 and x.is_floating_point():
         x = x.to(autocast_dtype(x))
@@ -206,7 +209,7 @@ def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple
     if not x.is_floating_point():
         raise TypeError(f"{NAME}: x is {x.dtype}; it must be a floating-point tensor")
     natural = tuple((n - 1) * stride + K - 2 * padding for n in x.shape[2:])
-    size = natural if output_size is None else tuple(output_size)
+    size = natural if output_size is None else tuple(map(whole, output_size))
     if len(size) != 2 or min(size) < 1:
         raise ValueError(f"{NAME}: the output would be {size}, from {tuple(x.shape)} with padding {padding}")
     if bias is not None and bias.shape != (x.shape[1],):

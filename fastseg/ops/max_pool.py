@@ -1,14 +1,16 @@
 """Max pooling over one, two or three spatial axes, with compact indices on request."""
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.kernels.geometry import memoized
+from fastseg.kernels.geometry import memoized_as_given
 from fastseg.ops._dispatch import HAS_TRITON, is_tracing, use_kernel
-from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool
+from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool, pool_in_windows
+from fastseg.ops._sizes import whole
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
 
 IndexFormat = Literal["int64", "compact"]
@@ -99,7 +101,8 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
     name = public.__name__
     if index_format not in ("int64", "compact"):
         raise ValueError(f'{name}: index_format is {index_format!r}; use "int64" or "compact"')
-    arguments = (kernel_size, kernel_size if stride is None or stride == [] else stride, padding, dilation)
+    stride = kernel_size if stride is None or (type(stride) is list and not stride) else stride
+    arguments = (kernel_size, stride, padding, dilation)
     geometry, unsupported = pool_geometry(input, *arguments, ceil_mode, dims)
     if not use_kernel(name, input, unsupported=unsupported):
         return max_pool_ref(input, *arguments, ceil_mode, return_indices, index_format, geometry, dims)
@@ -123,9 +126,13 @@ def max_pool_ref(
     input: Tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format, geometry, dims: int
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
     """``max_pool1d``, ``2d`` and ``3d`` in plain PyTorch; raises torch's errors where there is no ``geometry``."""
+    if dims == 1 and not torch.compiler.is_compiling():
+        input = input.resolve_neg()  # torch's max_pool1d without gradients reads the values that are to be negated
+    if geometry is not None:
+        kernel_size, stride, padding, dilation = geometry[2:]
     if not return_indices or index_format == "int64":
         return POOL[dims](input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    y, index = POOL[dims](input, kernel_size, stride, padding, dilation, ceil_mode, True)
+    y, index = pool_in_windows(input, kernel_size, stride, padding, dilation, ceil_mode)
     batched = index if input.dim() == dims + 2 else index[None]
     last = is_last(input) and input.dim() == dims + 2
     codes = pack(encode(batched, *geometry.window), bits_of(geometry.kernel), last)
@@ -134,9 +141,11 @@ def max_pool_ref(
 
 def spatial(value: Sizes, dims: int) -> tuple[int, ...] | None:
     """One number for each spatial axis; None where ``value`` is neither one number nor that many."""
-    if isinstance(value, int):
+    if type(value) is int:
         return (value,) * dims
-    value = tuple(value)
+    value = tuple(map(whole, value)) if isinstance(value, Iterable) else (whole(value),)
+    if not all(isinstance(n, (int, torch.SymInt)) for n in value):
+        return None
     return value * dims if len(value) == 1 else value if len(value) == dims else None
 
 
@@ -156,7 +165,7 @@ def _least(a: int, b: int) -> int:
     return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)
 
 
-@memoized
+@memoized_as_given
 def _pool_geometry(shape: torch.Size, kernel_size, stride, padding, dilation, ceil_mode: bool, dims: int):
     values = [spatial(v, dims) for v in (kernel_size, stride, padding, dilation)]
     size = tuple(shape[-dims:])

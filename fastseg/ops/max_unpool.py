@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
 from fastseg.ops._pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
 from fastseg.ops._register import like
+from fastseg.ops._sizes import whole
 from fastseg.ops.max_pool import Sizes, spatial
 from fastseg.ops.pool_indices import PoolIndices
 
@@ -102,7 +103,8 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
         index = indices.to_torch() if isinstance(indices, PoolIndices) else indices
         return UNPOOL[dims](input, index, kernel_size, stride, padding, output_size)
     kernel, stride, padding = sizes
-    size = _output_size(input, kernel, stride, padding, output_size and list(output_size))
+    size = None if output_size is None or len(output_size) == 0 else [whole(n) for n in output_size]
+    size = _output_size(input, kernel, stride, padding, size)
     _check(input, indices, name, dims)
     if isinstance(indices, PoolIndices):
         indices.check()

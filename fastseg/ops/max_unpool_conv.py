@@ -1,6 +1,6 @@
 """Unpooling and the convolution after it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,7 +79,7 @@ def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
         return "a captured graph, a trace or transform: unpooling, then convolution", ""
     if not isinstance(indices, PoolIndices) or not indices.channels_last or input.numel() == 0:
         return "no compact indices in channels_last: unpooling, then convolution", ""
-    pair = lambda v: tuple(v) if isinstance(v, (tuple, list)) else (v, v)
+    pair = lambda v: tuple(v) if isinstance(v, Iterable) else (v, v)
     size = indices.input_size if output_size is None else tuple(output_size)[-2:]
     windows = (pair(kernel_size), pair(kernel_size if stride is None else stride), (0, 0), (1, 1))
     own = (indices.kernel_size, indices.stride, indices.padding, indices.dilation)

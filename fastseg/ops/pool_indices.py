@@ -182,7 +182,7 @@ def decode(codes: Tensor, input_size, kernel_size, stride, padding, dilation) ->
     dims = len(input_size)
     wide = torch.int32 if math.prod(input_size) < 2**31 else torch.int64
     ok = codes <= math.prod(kernel_size) - 1  # 256 is no number of its dtype
-    rest, flat, cells = codes, 0, 1
+    rest, flat, cells = codes if max(kernel_size) < 256 else codes.to(wide), 0, 1
     for axis in reversed(range(dims)):
         step, n, windows = rest, input_size[axis], codes.shape[2 + axis]
         if axis > 0:

@@ -20,6 +20,7 @@ from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_ke
 from fastseg.ops._fold_norm import fold_norm
 from fastseg.ops._kept import made_once
 from fastseg.ops._separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
+from fastseg.ops._sizes import whole
 
 if HAS_TRITON:
     from fastseg.kernels.separable_conv_plan import Geometry, plan
@@ -83,6 +84,7 @@ def separable_conv2d(
     Reference: Chollet, Xception, arXiv:1610.02357; orders of norm and activation as in MobileNetV2 (arXiv:1801.04381)
     and DeepLabV3+ (arXiv:1802.02611).
     """
+    stride, dilation, padding = whole(stride), whole(dilation), whole(padding)
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))

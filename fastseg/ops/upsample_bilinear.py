@@ -4,9 +4,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.kernels.geometry import memoized
+from fastseg.kernels.geometry import memoized_as_given
 from fastseg.ops._dispatch import HAS_TRITON, use_kernel
 from fastseg.ops._register import memory_format_of, new_map, qualified, register, run, settle
+from fastseg.ops._sizes import whole
 
 if HAS_TRITON:
     from fastseg.kernels.bilinear import bilinear_fwd, held_channels, interpolation, unsupported
@@ -50,6 +51,7 @@ def upsample_bilinear(
     out, factors = target
     why = unsupported(x.shape[1], tuple(x.shape[2:]), out) if HAS_TRITON else ""
     if not use_kernel("upsample_bilinear", x, unsupported=why):
+        size = out if size is not None else None
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     args = (x, out, bool(align_corners), *factors)
     return run(_UpsampleBilinear, _fwd, *args)
@@ -66,13 +68,13 @@ def upsample_bilinear_ref(
     return F.interpolate(x, size, scale_factor, "bilinear", align_corners, recompute_scale_factor)
 
 
-@memoized
+@memoized_as_given
 def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
     """-> output (height, width), factors that positions follow or None each; None for what torch shall judge."""
     if len(shape) != 4 or (size is None) == (scale_factor is None):
         return None
     given = size if scale_factor is None else scale_factor
-    pair = tuple(given) if isinstance(given, (tuple, list, torch.Size)) else (given, given)
+    pair = tuple(map(whole, given)) if isinstance(given, (tuple, list, torch.Size)) else (whole(given),) * 2
     if len(pair) != 2 or (size is not None and recompute_scale_factor):
         return None
     if scale_factor is None:
@@ -81,8 +83,14 @@ def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
             return None
     else:
         factors = tuple(float(f) for f in pair)
-        if not all(0 < f < float("inf") for f in factors):
+        if not all(f < float("inf") for f in factors):
+            raise ValueError(f"upsample_bilinear: scale_factor is {scale_factor}; it must be finite")
+        if not all(f > 0 for f in factors):
             return None
+        if any(isinstance(n, int) and n * f >= 2**31 for n, f in zip(shape[2:], factors, strict=True)):
+            raise ValueError(
+                f"upsample_bilinear: scale_factor is {scale_factor}; the output has a side of 2^31 or more"
+            )
         out = tuple(torch.sym_int(n * f) for n, f in zip(shape[2:], factors, strict=True))
         if recompute_scale_factor:
             factors = (None, None)

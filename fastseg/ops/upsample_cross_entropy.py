@@ -5,10 +5,10 @@ from torch import Tensor
 
 from fastseg.ops._cross_entropy_rows import Criterion, can_walk, walk
 from fastseg.ops._dispatch import followed, needs_grad, use_kernel
+from fastseg.ops._labels import LABEL_DTYPES, equal, outside
+from fastseg.ops._sizes import whole
 from fastseg.ops._upsample import cross_entropy, unsupported
 from fastseg.ops._upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
-
-TARGET_DTYPES = (torch.uint8, torch.int32, torch.int64)
 
 
 def upsample_cross_entropy(
@@ -29,8 +29,8 @@ def upsample_cross_entropy(
 
     Args:
         logits: (N, C, h, w), floating point, any layout.
-        target: class indices (N, H, W), uint8, int32 or int64.
-        weight: (C,), a factor for each class.
+        target: class indices (N, H, W), uint8, int8, int16, int32 or int64.
+        weight: (C,), a factor for each class, of either sign.
         ignore_index: target value that contributes nothing.
         reduction: "mean" (over the weights of the pixels that count), "sum" or "none".
         label_smoothing: in [0, 1].
@@ -38,10 +38,10 @@ def upsample_cross_entropy(
 
     Returns:
         A scalar, or (N, H, W) without reduction, in the dtype of ``logits``; under autocast in fp32. A mean over no
-        pixel is NaN, with a gradient of 0.
+        pixel is NaN, with a gradient of 0; over weights that sum up to 0 likewise, but NaN where a pixel counts.
 
     Raises:
-        TypeError: ``logits`` is not floating point, or ``target`` is of none of the three dtypes.
+        TypeError: ``logits`` is not floating point, or ``target`` is of none of the five dtypes.
         ValueError: shapes that do not fit; an unknown reduction; ``label_smoothing`` outside [0, 1]; tensors on
             different devices.
         IndexError: a target names no class and is not ``ignore_index``. On a GPU, where waiting for the answer would
@@ -50,6 +50,7 @@ def upsample_cross_entropy(
 
     Reference: ``torch.nn.functional.interpolate`` and ``torch.nn.functional.cross_entropy``.
     """
+    ignore_index, label_smoothing = whole(ignore_index), float(label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     why = unsupported(logits, *target.shape[1:])
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
@@ -59,7 +60,7 @@ def upsample_cross_entropy(
             logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
         )
     save_lse = torch.is_grad_enabled() and logits.requires_grad
-    call = Call(logits, target, weight, ignore_index, reduction, float(label_smoothing), align_corners,
+    call = Call(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners,
                 _autocast(logits), save_lse)  # fmt: skip
     return (UpsampleCrossEntropy.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
 
@@ -76,11 +77,21 @@ def upsample_cross_entropy_ref(
 ) -> Tensor:
     """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time, outside of tracing and transforms."""
     by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
-    if by_rows and not followed(logits, weight) and can_walk(logits, target):
+    by_rows = by_rows and not followed(logits, weight) and can_walk(logits, target)
+    if by_rows and not _weightless(target, weight, ignore_index, reduction):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
         return walk(logits, target, weight, criterion, out)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
+
+
+def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
+    """Whether a mean's weights may sum up to 0: its gradient is NaN where a pixel counts, and 0 elsewhere."""
+    if reduction != "mean" or weight is None or bool((weight > 0).all()):
+        return False
+    target = target[~equal(target, ignore_index)].long()
+    inside = target[~outside(target, len(weight))]
+    return bool(weight[inside].sum() == 0)
 
 
 def _autocast(logits: Tensor) -> bool:
@@ -101,8 +112,8 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
         )
     if not logits.is_floating_point():
         raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
-    if target.dtype not in TARGET_DTYPES:
-        raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8, int32 or int64")
+    if target.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8 or int8 to int64")
     if weight is not None and (weight.shape != (logits.shape[1],) or not weight.is_floating_point()):
         raise ValueError(
             f"{name}: weight is {tuple(weight.shape)}, {weight.dtype}; give a floating-point factor for each of "

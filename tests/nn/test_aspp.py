@@ -149,9 +149,9 @@ def test_norms_that_differ_run_one_by_one():
         torch.testing.assert_close(a, b)
 
 
-def test_keeps_x_once():
+def test_keeps_x_once(device):
     """For all branches together; and of the branches' maps the convolutions' results alone."""
-    module, x = build("torchvision").train(), image().requires_grad_()
+    module, x = build("torchvision").train().to(device), image().to(device).requires_grad_()
     kept: dict[int, Tensor] = {}
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: kept.setdefault(t.untyped_storage()._cdata, t), lambda t: t

@@ -172,3 +172,33 @@ def test_paths_are_recorded_and_children_are_respected():
     with torch.no_grad():
         torch.testing.assert_close(module(x), plain(module, x))
     assert len(seen) == 2
+
+
+def test_each_dtype_is_folded_for_itself():
+    module = build().float().eval()
+    x = image().float()
+    with torch.no_grad():
+        for _ in range(2):
+            torch.testing.assert_close(module(x), plain(module, x), rtol=1e-5, atol=1e-5)
+            with torch.autocast("cpu", torch.bfloat16):
+                y = module(x)
+            assert y.dtype == torch.bfloat16
+            torch.testing.assert_close(y.float(), plain(module, x), rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("counted", [True, False])
+@pytest.mark.parametrize("alone", [True, False], ids=["the norm alone", "the module"])
+def test_statistics_of_training_reach_the_next_evaluation(alone, counted):
+    """torch's batch norm writes them without counting the write; ``num_batches_tracked`` may be None."""
+    module, x = build().eval(), image()
+    if not counted:
+        module.norm.num_batches_tracked = None
+    with torch.no_grad():
+        before = module(x)
+        if alone and counted:
+            module.norm.train()(module.conv(image()) + 3)
+        else:
+            module.train()(image() + 3)
+        after = module.eval()(x)
+        torch.testing.assert_close(after, plain(module, x), rtol=1e-10, atol=1e-10)
+    assert not torch.equal(after, before)

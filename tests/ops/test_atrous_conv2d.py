@@ -313,3 +313,17 @@ def test_bad_arguments(device):
     ):
         with pytest.raises(error, match=text):
             run()
+
+
+def test_each_branch_has_its_own_bias_gradient(own, device):
+    """Sums of its channels of the gradient alone; also where one bias alone requires it."""
+    x, weights, biases, dilations, _ = make((1, 3, 3), (1, 2, 3), N=1, H=3, W=4, C=4, COUT=3, device=device)
+    upstream = torch.randn(1, 9, 3, 4, device=device)
+    want = upstream.sum((0, 2, 3)).split(3)
+    grads = torch.autograd.grad(atrous_branches(x, weights, biases, dilations), biases, upstream)
+    for got, sums in zip(grads, want, strict=True):
+        torch.testing.assert_close(got, sums)
+    for branch in range(3):
+        alone = [b.detach().requires_grad_(i == branch) for i, b in enumerate(biases)]
+        y = atrous_branches(x.detach(), [w.detach() for w in weights], alone, dilations)
+        torch.testing.assert_close(torch.autograd.grad(y, alone[branch], upstream)[0], want[branch])

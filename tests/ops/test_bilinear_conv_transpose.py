@@ -282,3 +282,27 @@ INVALID = [
 def test_errors(error, text, args, kwargs):
     with pytest.raises(error, match=text):
         bilinear_conv_transpose2d(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("S", "K", "P", "size"), [(4, 4, 1, (34, 31)), (2, 3, 0, None), (3, 4, 1, (12, 9))], ids=str)
+@pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
+def test_nan_stays_where_the_taps_are(S, K, P, size, last, device):
+    """Outputs that a pixel does not reach are as they are without it, forward and backward; the others are NaN."""
+    x = torch.randn(1, 2, 4, 3, device=device)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    bad = x.clone()
+    bad[0, 1, 2, 1] = float("nan")
+    options = {"output_size": size}
+    got, clean = (bilinear_conv_transpose2d(t, S, K, P, **options) for t in (bad, x))
+    reached = bilinear_conv_transpose2d(bad.isnan().to(x.dtype), S, K, P, **options) > 0
+    assert torch.equal(got.isnan(), reached)
+    assert torch.equal(got[~reached], clean[~reached])
+    with fastseg.reference():
+        assert (~bilinear_conv_transpose2d(bad, S, K, P, **options).isfinite())[reached].all()
+    leaf = x.clone().requires_grad_()
+    y = bilinear_conv_transpose2d(leaf, S, K, P, **options)
+    dy = torch.zeros_like(y)
+    dy[0, 0, 5, 4] = float("nan")
+    dx = torch.autograd.grad(y, leaf, dy)[0]
+    taps = torch.autograd.grad(bilinear_conv_transpose2d(leaf, S, K, P, **options), leaf, dy.isnan().to(dy.dtype))[0]
+    assert torch.equal(dx.isnan(), taps > 0)

@@ -17,6 +17,7 @@ GOOD = Request(
     padding=(1, 1), channels=(64, 128), groups=1, channels_last=True, elements=2**28,
 )  # fmt: skip
 ARGS = ((1, 1), (1, 1), (1, 1), 1)
+CUDNN = torch.backends.cudnn.is_available()  # in CUDA wheels, without a device too
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,7 @@ def test_a_request_says_what_the_call_is():
     with torch.no_grad():
         request = ask()
     assert request == Request(
-        device="cpu", cudnn=False, deterministic=True, plain=True, dtypes=(torch.float32,) * 3, act="relu",
+        device="cpu", cudnn=CUDNN, deterministic=True, plain=True, dtypes=(torch.float32,) * 3, act="relu",
         padding=(1, 1), channels=(8, 16), groups=1, channels_last=True, elements=2 * 16 * 30,
     )  # fmt: skip
     assert not ask().plain  # the parameters want gradients
@@ -154,7 +155,7 @@ def test_the_fused_call_agrees(dtype, skip, device):
     residual = torch.randn(2, 128, 33, 47, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     residual = residual if skip else None
     torch.use_deterministic_algorithms(False)
-    with torch.no_grad(), torch.backends.cudnn.flags(allow_tf32=False), fastseg.explain() as report:
+    with torch.no_grad(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False), fastseg.explain() as report:
         y = conv2d_act(x, weight, bias, "relu", *ARGS, residual=residual)
     assert [decision.path for decision in report] == ["cudnn"]
     want = F.relu(F.conv2d(x.double(), weight.double(), bias.double(), *ARGS) + (residual.double() if skip else 0))

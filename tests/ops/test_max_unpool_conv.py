@@ -88,3 +88,17 @@ def test_bad_arguments(device):
         max_unpool_conv2d(values, indices, weight[..., :2, :2], bias)
     with pytest.raises(ValueError, match="act is 'tanh'"):
         max_unpool_conv2d(values, indices, weight, bias, "tanh")
+
+
+@pytest.mark.parametrize("K", [1, 3])
+@pytest.mark.parametrize("kernel, H, W", [(2, 9, 7), (3, 8, 11), ((2, 3), 5, 4)], ids=str)
+def test_pixels_past_the_last_window_are_zero(kernel, H, W, K, fold, device):
+    """No ceil_mode: rows and columns are left over, where the next window's values would stand in memory."""
+    x = torch.rand(2, 4, H, W, device=device).contiguous(memory_format=CL) + 1
+    values, indices = max_pool2d(x, kernel, return_indices=True, index_format="compact")
+    weight = torch.rand(3, 4, K, K, device=device) + 1
+    with torch.no_grad():
+        y = max_unpool_conv2d(values, indices, weight, kernel_size=kernel, output_size=(H, W))
+        unpooled = torch.nn.functional.max_unpool2d(values, indices.to_torch(), kernel, output_size=(H, W))
+        want = torch.nn.functional.conv2d(unpooled, weight, padding=K // 2)
+    torch.testing.assert_close(y, want, rtol=1e-5, atol=1e-5)

@@ -67,8 +67,9 @@ def test_taps_are_packed_from_four_million_elements_on():
         assert torch.equal(taps, dw.view(32, 9))
 
 
-# Both sides of every corner of the activations, the corners themselves, and what must not be swallowed.
-CORNERS = [-1.0, -0.0, 0.0, 3.0, 6.0, 7.0, float("inf"), float("nan")]
+# Both sides of every corner of the activations, the corners themselves, and what must not be swallowed; as many as fill
+# whole vectors: torch's CPU gradient of ReLU6 at NaN is 0 there, 1 in the loop over the elements that are left.
+CORNERS = [-1.0, -0.0, 0.0, 3.0, 6.0, 7.0, float("inf"), float("nan")] * 8
 
 
 @pytest.mark.parametrize("act", ["relu", "relu6", "leaky_relu"])
@@ -158,3 +159,32 @@ def test_residual_is_not_kept_for_backward():
         separable_conv2d(*inputs, **kwargs)
     assert inputs[0].data_ptr() in kept  # x is, on either path
     assert kwargs["residual"].data_ptr() not in kept  # its gradient is dy itself
+
+
+def test_sums_are_rounded_once(form, device):
+    """Over the taps, the blocks of channels, and in the backward over pixels: 2048 + 1 is 2048 in fp16: a sum that
+    is rounded on its way loses each of the ones."""
+    ones = lambda *shape: torch.ones(*shape, device=device, dtype=torch.float16)
+    x = ones(1, 48, 1, 16).contiguous(memory_format=torch.channels_last).requires_grad_()
+    dw, pw = ones(48, 1, 1, 1), torch.zeros_like(ones(48, 48, 1, 1))
+    pw[::16, ::16], pw[0, 0] = 1, 2048  # one channel in each block
+    with contextlib.ExitStack() as stack:
+        for kernel, values in SMALL.items():
+            stack.enter_context(config.override(kernel, **values))
+        y = separable_conv2d(x, dw, pw)
+        assert (y[:, 0] == 2050).all()
+        assert (torch.autograd.grad(y, x, torch.ones_like(y))[0][:, 0] == 2050).all()  # over output channels
+        rows = ones(1, 1, 3, 16)
+        rows[:, :, 0, 0], rows[:, :, 0, 1:], rows[:, :, 1:, 1:] = 2048, 0, 0  # three blocks of 16 pixels
+        taps, weight = torch.zeros_like(ones(1, 1, 3, 3)), ones(1, 1, 1, 1).requires_grad_()
+        taps[:, :, 1, 1] = 1
+        taps.requires_grad_()
+        y = separable_conv2d(rows.contiguous(memory_format=torch.channels_last), taps, weight)
+        dtaps, dweight = torch.autograd.grad(y, (taps, weight), torch.ones_like(y))
+        assert dweight == 2050 and dtaps[0, 0, 1, 1] == 2050
+        large = ones(1, 1, 3, 3)
+        large[:, :, 0, 0] = 2048
+        one = ones(1, 1, 3, 3).requires_grad_()
+        y = separable_conv2d(one, large, weight)
+        assert y[0, 0, 1, 1] == 2056  # over the taps
+        assert torch.autograd.grad(y, one, torch.ones_like(y))[0][0, 0, 1, 1] == 2056

@@ -202,3 +202,37 @@ def test_path_is_recorded():
     why = [(d.op, d.path, d.why) for d in report]
     here = [("triton", "pruned"), ("triton", "all classes")] if INTERPRETED else [("reference", "CPU tensor")] * 2
     assert why == [("upsample_argmax", *pair) for pair in (*here, ("reference", "inside fastseg.reference()"))]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the two kernels are compared under the interpreter")
+@pytest.mark.parametrize("classes", [8, 64, 65, 129])
+def test_every_class_can_win(classes):
+    """The first and the last of each word of 64 classes, by a map of its own."""
+    ends = {c for word in range(0, classes, 64) for c in (word, word + 1, word + 63) if c < classes}
+    order = torch.tensor(sorted(ends | {classes - 1}))
+    logits = torch.zeros(1, classes, 1, len(order))
+    logits[0, order, 0, torch.arange(len(order))] = 1.0
+    got = upsample_argmax(logits, (4, 4 * len(order)))
+    assert torch.equal(got[0, 0, 1::4].long(), order)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the two kernels are compared under the interpreter")
+@pytest.mark.parametrize("kind", ["a rounding apart", "few values", "denormal", "rows alike"])
+def test_pruning_changes_nothing(kind, monkeypatch):
+    """Ties and near ties, where a class that is pruned could have won by a rounding."""
+    op = sys.modules["fastseg.ops.upsample_argmax"]
+    kernel = sys.modules["fastseg.kernels.upsample_argmax"]
+    for seed in range(2):
+        torch.manual_seed(seed)
+        logits = {
+            "a rounding apart": lambda: (1 + torch.randint(0, 3, (1, 9, 1, 1)) * 2.0**-23) * torch.rand(1, 1, 5, 9) * 3,
+            "few values": lambda: torch.randint(0, 2, (1, 9, 4, 6)).float(),
+            "denormal": lambda: torch.randint(0, 4, (1, 9, 4, 6)) * 1e-45,
+            "rows alike": lambda: torch.rand(1, 9, 1, 6).expand(1, 9, 4, 6) * (1 + torch.rand(1, 9, 4, 1) * 1e-7),
+        }[kind]()
+        pruned = upsample_argmax(logits, scale_factor=5)
+        with monkeypatch.context() as patch:
+            for module in (op, kernel):
+                patch.setattr(module, "prunes", lambda *args: False)
+            every = upsample_argmax(logits, scale_factor=5)
+        assert torch.equal(pruned, every), seed

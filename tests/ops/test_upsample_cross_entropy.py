@@ -1,5 +1,6 @@
 """Cross entropy from low-resolution logits, against torch's two steps at full resolution."""
 
+import contextlib
 import functools
 
 import pytest
@@ -266,3 +267,124 @@ def test_bad_arguments():
         upsample_cross_entropy(logits, target.float())
     with pytest.raises(TypeError, match=r"logits are torch\.int64"):
         upsample_cross_entropy(logits.long(), target)
+
+
+@pytest.fixture
+def small_blocks():
+    if not HAS_TRITON:
+        yield
+        return
+    from fastseg.kernels import config
+
+    fwd = config.override("upsample_cross_entropy_fwd", BLOCK_H=2, BLOCK_W=8, BLOCK_C=16)
+    with fwd, config.override("upsample_cross_entropy_bwd", BLOCK_H=2, BLOCK_X=4, LANES=1, BLOCK_C=16):
+        yield
+
+
+def double_steps(logits, target, weight, reduction, smoothing, ignore_index=-100):
+    """Loss and gradient of torch's two steps in fp64, of the loss's sum."""
+    wide = logits.detach().cpu().double().requires_grad_()
+    loss = two_steps(wide, target.cpu(), None if weight is None else weight.cpu().double(), ignore_index, reduction,
+                     smoothing, align_corners=False)  # fmt: skip
+    return loss.detach(), torch.autograd.grad(loss.sum(), wide)[0]
+
+
+small = pytest.mark.usefixtures("small_blocks")
+PATHS = pytest.mark.parametrize("plain", [False, True], ids=["kernel", "plain"])
+
+
+def both_steps(plain, logits, target, *args, ignore_index=-100, **options):
+    """-> ours, torch's: loss and gradient. ``args``: weight, reduction, smoothing."""
+    weight, reduction, smoothing = args
+    with fastseg.reference() if plain else contextlib.nullcontext():
+        ours = step(logits, target, weight, ignore_index, reduction, smoothing)
+    return ours, double_steps(logits, target, *args, ignore_index)
+
+
+def assert_same(ours, theirs):
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got.cpu().double(), want, rtol=2e-5, atol=2e-6, equal_nan=True)
+
+
+@small
+@PATHS
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_weights_and_ignored_pixels(plain, reduction, smoothing, device):
+    """An ignored pixel has no weight, whatever class 0 has; maps of more rows than a block of the plain path."""
+    for size, classes in (((9, 5), 4), ((70, 3), 2)) if plain else (((9, 5), 4),):
+        logits, target = inputs((2, classes, 3, 2), size, device)
+        target[torch.rand(size, device=device).expand(2, *size) < 0.4] = 255
+        for low in (5.0, -0.5):
+            weight = torch.linspace(low, 1, classes, device=device)
+            assert_same(*both_steps(plain, logits, target, weight, reduction, smoothing, ignore_index=255))
+
+
+@small
+@PATHS
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+def test_weights_that_sum_up_to_0(plain, smoothing, device):
+    """The mean is NaN, and so is the gradient where a pixel counts; it is exactly 0 where all are ignored."""
+    logits, target = inputs((1, 3, 2, 4), (2, 4), device)
+    target.fill_(-100)
+    weight = torch.tensor([0.0, 1.0, 2.0], device=device)
+    for w in (None, weight):
+        for reduction in ("mean", "sum", "none"):
+            loss, grad = both_steps(plain, logits, target, w, reduction, smoothing)[0]
+            assert (loss.isnan() if reduction == "mean" else loss == 0).all() and (grad == 0).all()
+    target[0, 0, 0] = 0
+    ours, theirs = both_steps(plain, logits, target, weight, "mean", smoothing)
+    assert ours[0].isnan() and theirs[0].isnan()
+    assert torch.equal(ours[1].isnan().cpu(), theirs[1].isnan()) and (ours[1][0, :, 0, 0].isnan()).all()
+    assert (ours[1][0, :, 1, 1:] == 0).all()
+
+
+@small
+@PATHS
+def test_nothing_of_an_ignored_pixel_comes_back(plain, device):
+    """Neither an upstream gradient that is not finite nor, on an axis that keeps its size, the neighbour's NaN."""
+    logits, target = inputs((1, 3, 4, 2), (4, 2), device)
+    target[0, 1, 1] = 255
+    upstream = torch.ones(target.shape, device=device)
+    upstream[0, 1, 1] = NAN
+    with fastseg.reference() if plain else contextlib.nullcontext():
+        loss = upsample_cross_entropy(logits, target, None, 255, "none", 0.1)
+        assert torch.autograd.grad(loss, logits, upstream)[0].isfinite().all()
+    with torch.no_grad():
+        logits[0, 1, 2, 0] = NAN
+    ours, theirs = both_steps(plain, logits, target, None, "none", 0.1, ignore_index=255)
+    assert_same(ours, theirs)
+    assert ours[1].isnan().sum() == 3  # its pixel's classes
+
+
+@small
+def test_one_class_has_no_gradient(device):
+    """It is certain: exactly 0, with smoothing and weights, where sums would leave a rounding."""
+    logits, target = inputs((2, 1, 3, 2), (7, 5), device)
+    for plain in (False, True):
+        (_, grad), _ = both_steps(plain, logits, target, torch.tensor([0.63], device=device), "sum", 0.1)
+        assert (grad == 0).all()
+
+
+@small
+@PATHS
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int64], ids=str)
+@pytest.mark.parametrize("ignore_index", [-100, 255, 256])
+def test_labels_against_numbers_their_dtype_cannot_hold(ignore_index, dtype, plain, device):
+    """300 classes, and -100, 156 in uint8: neither wraps round."""
+    classes, most = 300, min(299, torch.iinfo(dtype).max)
+    logits = torch.randn(1, classes, 1, 2, device=device, requires_grad=True)
+    target = torch.tensor([0, 2, most, min(156, most)], device=device).view(1, 2, 2).to(dtype)
+    ours, theirs = both_steps(plain, logits, target, None, "sum", 0.0, ignore_index=ignore_index)
+    assert_same(ours, theirs)
+
+
+@small
+@PATHS
+@pytest.mark.parametrize(("dtype", "label", "classes"), [(torch.uint8, 156, 100), (torch.uint8, 255, 255),
+                                                         (torch.int16, 300, 300), (torch.int8, -100, 3)])  # fmt: skip
+def test_labels_that_are_no_class_are_found_in_every_dtype(dtype, label, classes, plain):
+    logits = torch.randn(1, classes, 1, 1)
+    ignored = 7 if label == -100 else -100
+    with fastseg.reference() if plain else contextlib.nullcontext(), pytest.raises(IndexError, match=f"{label} is"):
+        upsample_cross_entropy(logits, torch.full((1, 1, 1), label, dtype=dtype), ignore_index=ignored)
