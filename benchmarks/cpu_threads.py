@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.inference import Runner
@@ -152,7 +152,9 @@ def separable_cases(layout: str) -> Iterator[Case]:
         module = module.to(memory_format=LAYOUTS[layout]).eval()
         plain, x = eager_form(module), _map(1, channels, side, side, layout=layout)
         yield Case(
-            f"separable {layout} {channels}->{out} {side}^2 d{dilation}", lambda m=module, x=x: m(x), lambda p=plain, x=x: p(x)
+            f"separable {layout} {channels}->{out} {side}^2 d{dilation}",
+            lambda m=module, x=x: m(x),
+            lambda p=plain, x=x: p(x),
         )
 
 
@@ -173,7 +175,10 @@ def atrous_cases(layout: str) -> Iterator[Case]:
     pool, project = form(_map(128, 256, 1, 1, seed=5)), form(_map(128, 5 * 128, 1, 1, seed=6))
 
     def eager() -> Tensor:
-        maps = [F.conv2d(x, w, padding=d * (w.shape[-1] // 2), dilation=d).relu_() for w, d in zip(weights, rates, strict=True)]
+        maps = [
+            F.conv2d(x, w, padding=d * (w.shape[-1] // 2), dilation=d).relu_()
+            for w, d in zip(weights, rates, strict=True)
+        ]
         image = F.conv2d(x.mean((2, 3), keepdim=True), pool).relu_()
         maps.append(F.interpolate(image, x.shape[2:], mode="bilinear"))
         return F.conv2d(torch.cat(maps, 1), project).relu_()
@@ -321,7 +326,9 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--classes", nargs="+", type=int, default=[1, 2, 21, 150])
     parser.add_argument("--sides", nargs="+", type=int, default=[128, 512])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, torch.get_num_threads()], help="1 and the default")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[1, torch.get_num_threads()], help="1 and the default"
+    )
     parser.add_argument("--seconds", type=float, default=1.0, help="of each case and number of threads")
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="processes that compute meanwhile")
     parser.add_argument("-o", "--output", type=Path, help="write the table here too, as markdown")

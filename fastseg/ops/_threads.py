@@ -21,7 +21,7 @@ _pool: ThreadPoolExecutor | None = None
 _size = 0
 
 
-def each(function: Callable[[Part], Result], parts: Iterable[Part], *, alone: bool = False) -> list[Result]:
+def each(function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
     """``[function(part) for part in parts]``, on as many threads as torch has in this one.
 
     The parts must not depend on each other. What they compute is the same on any number of threads. Gradients are off.
@@ -31,13 +31,12 @@ def each(function: Callable[[Part], Result], parts: Iterable[Part], *, alone: bo
     Args:
         function: called once for each part.
         parts: its arguments.
-        alone: run here: the parts are smaller than what waking a thread takes.
 
     Raises:
         Exception: that of the first part that raised.
     """
     parts, threads = list(parts), torch.get_num_threads()
-    if alone or threads == 1 or len(parts) < 2 or torch._C._len_torch_dispatch_stack():
+    if threads == 1 or len(parts) < 2 or torch._C._len_torch_dispatch_stack():
         with torch.no_grad():
             return [function(part) for part in parts]
     results: list = [None] * len(parts)

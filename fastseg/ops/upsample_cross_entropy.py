@@ -4,8 +4,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._cross_entropy_rows import Criterion, can_walk, walk
+from fastseg.ops._cross_entropy_rows import Criterion, can_walk, pays, walk
 from fastseg.ops._dispatch import needs_grad, use_kernel
+from fastseg.ops._register import memory_format_of
 from fastseg.ops._upsample import interpolate, unsupported
 from fastseg.ops._upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
@@ -76,7 +77,7 @@ def upsample_cross_entropy_ref(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time, outside of tracing and transforms."""
+    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time where that is faster, and not traced."""
     if torch.compiler.is_compiling():
         return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
     if torch._C._are_functorch_transforms_active():  # vmap knows no channels_last
@@ -85,6 +86,8 @@ def upsample_cross_entropy_ref(
     if by_rows and can_walk(logits, target):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
+        if not pays(logits, target):
+            return _in_planes(logits, target, weight, criterion).to(out)
         return walk(logits, target, weight, criterion, out)
     return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
@@ -106,6 +109,20 @@ def _compose(
         label_smoothing=label_smoothing,
     )
     return loss.view(target.shape) if reduction == "none" else loss
+
+
+def _in_planes(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
+    """Torch's two steps, each class a plane: few classes, or small maps."""
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        planes, layout = logits.to(kind).contiguous(), memory_format_of(logits)
+        if planes.requires_grad and layout != NCHW:
+            planes.register_hook(lambda grad: grad.contiguous(memory_format=layout))
+        full = interpolate(planes, *target.shape[1:], (0.0, 0.0), criterion.align_corners)
+        return F.cross_entropy(
+            full, target.long(), None if weight is None else weight.to(kind), ignore_index=criterion.ignore_index,
+            reduction=criterion.reduction, label_smoothing=criterion.label_smoothing,
+        )  # fmt: skip
 
 
 def _autocast(logits: Tensor) -> bool:
