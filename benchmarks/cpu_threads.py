@@ -140,7 +140,7 @@ def upsample_cases(layout: str, classes: int, sides: Iterable[int]) -> Iterator[
         yield Case(
             f"upsampling {layout} C={classes} {side}^2",
             lambda step=step: step(upsample_bilinear),
-            lambda step=step: step(lambda x, side: F.interpolate(x, side, mode="bilinear")),
+            lambda step=step: step(lambda t, size: F.interpolate(t, size, mode="bilinear")),
         )
 
 

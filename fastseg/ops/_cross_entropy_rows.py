@@ -89,7 +89,6 @@ class _Walk:
         ``losses``, (N, H, W), is filled where given; ``total`` and ``weights`` are summed up.
         """
         N, C, h, w = self.x.shape
-        _, H, W = self.target.shape
         strips = self._strips()
         run = lambda strip: self._strip(strip, wants_grad, dy, losses)
         parts = each(run, strips)

@@ -84,7 +84,7 @@ def is_finite(logits: Tensor) -> bool:
 
 
 def along_x(x: Tensor, W: int, align_corners: bool, factor: float = 0.0) -> Tensor:
-    """(C, rows, w) interpolated to (rows, C * W). torch is fastest with the lines innermost, all of them as channels."""
+    """(C, rows, w) interpolated to (rows, C * W). torch is fastest with all lines as channels, innermost."""
     C, rows, w = x.shape
     lines = x.permute(2, 1, 0).reshape(1, 1, w, rows * C).permute(0, 3, 1, 2)
     wide = torch.ops.aten.upsample_bilinear2d(lines, [1, W], align_corners, None, factor or None)

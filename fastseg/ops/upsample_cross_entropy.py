@@ -77,7 +77,7 @@ def upsample_cross_entropy_ref(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time where that is faster, and not traced."""
+    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time where that is faster."""
     if torch.compiler.is_compiling():
         return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
     if torch._C._are_functorch_transforms_active():  # vmap knows no channels_last
