@@ -24,7 +24,7 @@ UINT8_CLASSES = 256
 _FEW = 4  # classes, below which each is compared with the best before it
 _BLOCK = 2**17  # values of a block of rows on a CPU: 512 KiB of fp32
 _STRIP, _LEAST_ROWS = 2**17, 32  # values of a strip, and its rows at least
-_LARGE = 2**18  # upsampled logits, from which a CPU takes strips: smaller ones stay in its caches
+_LARGE = 2**19  # upsampled logits, from which a CPU takes strips: smaller ones stay in its caches
 
 
 def upsample_argmax(

@@ -83,12 +83,13 @@ def upsample_cross_entropy_ref(
     if torch._C._are_functorch_transforms_active():  # vmap knows no channels_last
         return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners, NCHW)
     by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
-    if by_rows and can_walk(logits, target):
+    if by_rows and target.numel() > 0:
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
         if not pays(logits, target):
             return _in_planes(logits, target, weight, criterion).to(out)
-        return walk(logits, target, weight, criterion, out)
+        if can_walk(logits, target):
+            return walk(logits, target, weight, criterion, out)
     return _compose(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
 
