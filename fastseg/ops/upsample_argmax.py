@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
 from fastseg.ops._register import channels_last, register
+from fastseg.ops._threads import each
 from fastseg.ops._upsample import (
     Factors,
     along_x,
@@ -20,8 +21,10 @@ if HAS_TRITON:
     from fastseg.kernels.upsample_argmax import prunes, upsample_argmax_fwd
 
 UINT8_CLASSES = 256
-_BLOCK = 2**18  # values of a block of rows on a CPU: 1 MiB of fp32
-_LARGE = 2**22  # upsampled logits of one image, from which a CPU takes blocks: smaller ones stay in its caches
+_FEW = 4  # classes, below which each is compared with the best before it
+_BLOCK = 2**17  # values of a block of rows on a CPU: 512 KiB of fp32
+_STRIP, _LEAST_ROWS = 2**17, 32  # values of a strip, and its rows at least
+_LARGE = 2**19  # upsampled logits, from which a CPU takes strips: smaller ones stay in its caches
 
 
 def upsample_argmax(
@@ -81,16 +84,23 @@ def upsample_argmax_ref(
     align_corners: bool = False,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """``upsample_argmax`` in plain PyTorch: upsampled logits of a few rows, or of one class, at a time (CPUs)."""
+    """``upsample_argmax`` in plain PyTorch; on a CPU upsampled logits of a few rows at a time, or of few classes."""
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     logits = logits.detach()
-    if followed() or logits.device.type != "cpu" or logits.shape[0] == 0:
-        return _argmax(logits, H, W, factors, align_corners, dtype)
-    if logits.shape[1] < 4:  # 0.08 of the time of torch's two steps for 2 classes, where what is below has 0.16
-        return _running_argmax(logits, H, W, factors, align_corners, dtype)
-    if logits.shape[1] * H * W >= _LARGE and is_finite(logits):
-        return _argmax_by_rows(logits, H, W, factors, align_corners, dtype)
-    return torch.cat([_argmax(image, H, W, factors, align_corners, dtype) for image in logits.split(1)])
+    args = (H, W, factors, align_corners, dtype)
+    N, C = logits.shape[:2]
+    if followed() or logits.device.type != "cpu" or N == 0:
+        return _argmax(logits, *args)
+    if C == 1:
+        return torch.zeros(N, H, W, dtype=dtype, device="cpu")
+    large = N * C * H * W >= _LARGE
+    if (large or C == 2) and is_finite(logits):
+        return _argmax_of_two(logits, *args) if C == 2 else _argmax_by_rows(logits, *args)
+    if C < _FEW:
+        return _running_argmax(logits, *args)
+    if large:
+        return torch.cat([_argmax(image, *args) for image in logits.split(1)])
+    return _argmax(logits, *args)
 
 
 def _argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
@@ -100,34 +110,45 @@ def _argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: boo
     return interpolate(logits, H, W, factors, align_corners).max(1).indices.to(dtype)
 
 
+def _argmax_of_two(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
+    """Where the difference of two finite classes, interpolated, is positive: one plane and one comparison."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
+    second = interpolate(wide[:, 1:] - wide[:, :1], H, W, factors, align_corners)[:, 0] > 0
+    return second.view(torch.uint8).to(dtype)
+
+
 def _argmax_by_rows(
     logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
-    """As ``_argmax``, in blocks of rows that stay in the cache and between two rows of logits.
+    """As ``_argmax``, strips of rows on threads, in blocks that stay in the cache.
 
-    Sums and products are rounded one by one, alike for all classes: equal logits stay equal. 0.18 to 0.29 of the time
-    of torch's two steps at 21 and 150 classes and 512 x 512, where whole images have 0.16 to 0.44 (CPU, 1 thread).
+    Classes are lines: a maximum over them is a vector operation, and so is the search for the first that has it.
+    Differences, products and sums are rounded one by one, alike for all classes: equal logits stay equal.
     """
     N, C, h = logits.shape[:3]
     kind = torch.promote_types(logits.dtype, torch.float32)
-    x = logits.permute(0, 2, 3, 1).to(kind).contiguous()
     first, second, weight = neighbours(h, H, align_corners, kind, factors[0])
-    firsts, seconds = first.tolist(), second.tolist()
-    most = max(1, _BLOCK // (W * C))
-    upper, lower = (x.new_empty(most, W * C) for _ in range(2))
-    classes = x.new_empty(N, H, W, dtype=dtype)
-    for n in range(N):
-        wide = along_x(x[n], W, align_corners, factors[1])
-        start = 0
-        while start < H:
-            end = start + 1
-            while end < min(H, start + most) and firsts[end] == firsts[start]:
-                end += 1
-            rows, share = end - start, weight[start:end, None]
-            torch.mul(wide[firsts[start]], 1 - share, out=upper[:rows])
-            torch.mul(wide[seconds[start]], share, out=lower[:rows])
-            classes[n, start:end] = upper[:rows].add_(lower[:rows]).view(rows, W, C).max(2).indices
-            start = end
+    firsts, seconds, weight = first.tolist(), second.tolist(), weight[:, None, None]
+    most, length = max(1, _BLOCK // (W * C)), max(_LEAST_ROWS, _STRIP // (W * C))
+    ranks = torch.arange(C, 0, -1, dtype=kind, device="cpu")[:, None]
+    classes = torch.empty(N, H, W, dtype=dtype, device="cpu")
+
+    def strip(part: tuple[int, int]) -> None:
+        n, begin = part
+        end = min(H, begin + length)
+        low = firsts[begin]
+        wide = along_x(logits[n, :, low : seconds[end - 1] + 1].to(kind), W, align_corners, factors[1]).view(-1, C, W)
+        step = torch.zeros_like(wide)  # to the row below; the last has none, or itself
+        torch.sub(wide[1:], wide[:-1], out=step[:-1])
+        upper = first[begin:end] - low
+        for start in range(0, end - begin, most):
+            rows = slice(start, min(start + most, end - begin))
+            v = step.index_select(0, upper[rows]).mul_(weight[begin:end][rows])
+            v += wide.index_select(0, upper[rows])
+            rank = v.eq_(v.amax(1, keepdim=True)).mul_(ranks).amax(1)
+            classes[n, begin:end][rows] = rank.neg_().add_(C)
+
+    each(strip, [(n, start) for n in range(N) for start in range(0, H, length)])
     return classes
 
 
@@ -135,7 +156,7 @@ def _running_argmax(
     logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
     best, *others = (interpolate(plane, H, W, factors, align_corners)[:, 0] for plane in logits.split(1, 1))
-    classes = best.new_zeros(best.shape, dtype=dtype)
+    classes = torch.zeros(best.shape, dtype=dtype, device="cpu")
     for c, v in enumerate(others, 1):
         wins = ~(v <= best) & (best == best)  # larger, or the first NaN
         classes.masked_fill_(wins, c)

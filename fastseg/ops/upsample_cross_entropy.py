@@ -2,12 +2,14 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fastseg.ops._cross_entropy_rows import Criterion, can_walk, walk
+from fastseg.ops._cross_entropy_rows import Criterion, can_walk, pays, walk
 from fastseg.ops._dispatch import followed, needs_grad, use_kernel
 from fastseg.ops._labels import LABEL_DTYPES, equal, outside
+from fastseg.ops._register import memory_format_of
 from fastseg.ops._sizes import whole
-from fastseg.ops._upsample import cross_entropy, unsupported
+from fastseg.ops._upsample import cross_entropy, interpolate, unsupported
 from fastseg.ops._upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
 
@@ -75,13 +77,16 @@ def upsample_cross_entropy_ref(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time, outside of tracing and transforms."""
+    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time where that is faster."""
     by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
-    by_rows = by_rows and not followed(logits, weight) and can_walk(logits, target)
+    by_rows = by_rows and target.numel() > 0 and not followed(logits, weight)
     if by_rows and not _weightless(target, weight, ignore_index, reduction):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
-        return walk(logits, target, weight, criterion, out)
+        if not pays(logits, target):
+            return _in_planes(logits, target, weight, criterion).to(out)
+        if can_walk(logits, target):
+            return walk(logits, target, weight, criterion, out)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
 
@@ -92,6 +97,20 @@ def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduct
     target = target[~equal(target, ignore_index)].long()
     inside = target[~outside(target, len(weight))]
     return bool(weight[inside].sum() == 0)
+
+
+def _in_planes(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
+    """Torch's two steps, each class a plane: few classes, or small maps."""
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    with torch.autocast("cpu", enabled=False):
+        planes, layout = logits.to(kind).contiguous(), memory_format_of(logits)
+        if planes.requires_grad and layout != torch.contiguous_format:
+            planes.register_hook(lambda grad: grad.contiguous(memory_format=layout))
+        full = interpolate(planes, *target.shape[1:], (0.0, 0.0), criterion.align_corners)
+        return F.cross_entropy(
+            full, target.long(), None if weight is None else weight.to(kind), ignore_index=criterion.ignore_index,
+            reduction=criterion.reduction, label_smoothing=criterion.label_smoothing,
+        )  # fmt: skip
 
 
 def _autocast(logits: Tensor) -> bool:

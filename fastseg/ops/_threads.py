@@ -1,0 +1,100 @@
+"""Parts of one op on all threads of a CPU: each part's torch calls run on one thread, whatever their sizes.
+
+torch cuts each of its calls into as many shares as there are threads and waits for the last share. A walk over blocks
+that stay in a cache makes hundreds of short calls; where other programs compute too, each may wait for a thread that
+was put aside, for milliseconds. Here a thread takes the next part when it is done with one, and is waited for once.
+"""
+
+import os
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import count
+from typing import TypeVar
+
+import torch
+
+Part, Result = TypeVar("Part"), TypeVar("Result")
+
+_lock = threading.Lock()
+_pool: ThreadPoolExecutor | None = None
+_size = 0
+
+
+def each(function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
+    """``[function(part) for part in parts]``, on as many threads as torch has in this one.
+
+    The parts must not depend on each other. What they compute is the same on any number of threads. Gradients are off.
+    In this thread where it has one thread, where something looks on at each torch call (a dispatch mode), and where
+    there is one part.
+
+    Args:
+        function: called once for each part.
+        parts: its arguments.
+
+    Raises:
+        Exception: that of the first part that raised.
+    """
+    parts, threads = list(parts), torch.get_num_threads()
+    if threads == 1 or len(parts) < 2 or torch._C._len_torch_dispatch_stack():
+        with torch.no_grad():
+            return [function(part) for part in parts]
+    results: list = [None] * len(parts)
+    errors: dict[int, BaseException] = {}
+    following, inference = count(), torch.is_inference_mode_enabled()
+
+    def work() -> None:
+        with torch.inference_mode(inference), torch.no_grad():
+            while (i := next(following)) < len(parts) and not errors:
+                try:
+                    results[i] = function(parts[i])
+                except BaseException as error:  # raised below, in the thread that called
+                    errors[i] = error
+
+    pool = _threads(threads)
+    wait([pool.submit(work) for _ in range(min(threads, len(parts)))])
+    if errors:
+        raise errors[min(errors)]
+    return results
+
+
+def _threads(size: int) -> ThreadPoolExecutor:
+    """So many threads or more, each of which has one thread for its torch calls."""
+    global _pool, _size
+    with _lock:
+        if _pool is None or _size < size:
+            _pool, _size = _start(size), size  # what still runs in the old one ends there
+        return _pool
+
+
+def _start(size: int) -> ThreadPoolExecutor:
+    """``torch.set_num_threads`` binds the thread that calls it, and those that begin later: the latter is put back."""
+    pool = ThreadPoolExecutor(size, thread_name_prefix="fastseg")
+    ready = threading.Barrier(size + 1)
+
+    def bind() -> None:
+        torch.get_num_threads()  # a thread's first question sets its number
+        torch.set_num_threads(1)
+        ready.wait()
+
+    def keep() -> None:
+        later = torch.get_num_threads()
+        bound = [pool.submit(bind) for _ in range(size)]
+        ready.wait()
+        wait(bound)
+        torch.set_num_threads(later)
+
+    keeper = threading.Thread(target=keep)
+    keeper.start()
+    keeper.join()
+    return pool
+
+
+def _forget() -> None:
+    """A forked process has none of the threads."""
+    global _pool, _size, _lock
+    _pool, _size, _lock = None, 0, threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget)

@@ -1,0 +1,177 @@
+"""The heads' plain CPU paths: on one thread and several, few classes and many, with few calls of torch."""
+
+import os
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from head_inputs import LAYOUTS, allocations
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fastseg
+from fastseg.ops import upsample_argmax, upsample_cross_entropy
+from fastseg.ops._threads import each
+
+CLASSES = [1, 2, 3, 21, 150]
+
+
+@pytest.fixture(params=[1, 2], ids=["1 thread", "2 threads"])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+class Calls(TorchDispatchMode):
+    """Counts torch's calls that compute; views and empty tensors are none."""
+
+    count = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        self.count += not (op.is_view or "empty" in op.name())
+        return out
+
+
+def two_steps(x, target, **options):
+    x = x.detach().double().requires_grad_()
+    options = {k: v.double() if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    full = F.interpolate(x, target.shape[1:], mode="bilinear")
+    loss = F.cross_entropy(full, target.long(), **options)
+    return loss.detach(), torch.autograd.grad(loss.sum(), x)[0]
+
+
+def options_of(kind: str, classes: int, target: torch.Tensor) -> dict:
+    if kind == "plain":
+        return {}
+    target[:, ::3] = 255
+    return {"weight": torch.rand(classes) + 0.1, "ignore_index": 255, "label_smoothing": 0.1, "reduction": kind}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("classes", "kind"), [
+    *((classes, kind) for classes in CLASSES for kind in ("plain", "none")), (2, "mean"), (21, "mean"),
+])  # fmt: skip
+def test_loss(classes, kind, layout, threads):
+    """Every form: planes, two classes by their difference, strips; over several strips of an image of odd size."""
+    side = {1: 96, 2: 300, 3: 96, 21: 131, 150: 68}[classes]
+    logits = (3 * torch.randn(2, classes, 9, 7)).to(memory_format=layout).requires_grad_()
+    target = torch.randint(classes, (2, side, side + 3))
+    options = options_of(kind, classes, target)
+    with fastseg.reference():
+        loss = upsample_cross_entropy(logits, target, **options)
+    (grad,) = torch.autograd.grad(loss.sum(), logits)
+    want, want_grad = two_steps(logits, target, **options)
+    torch.testing.assert_close(loss.detach(), want.float(), rtol=3e-6, atol=3e-6)
+    scale = want_grad.abs().max().clamp_min(1e-6)
+    torch.testing.assert_close(grad / scale, (want_grad / scale).float(), rtol=0, atol=2e-5)
+    assert classes == 1 or grad.stride() == logits.stride()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("classes", CLASSES)
+def test_argmax(classes, layout, threads):
+    side = {1: 40, 2: 40, 3: 40, 21: 131, 150: 68}[classes]
+    logits = torch.randn(2, classes, 9, 7).to(memory_format=layout)
+    if classes > 3:
+        logits[:, 3] = logits[:, 1]
+    with fastseg.reference():
+        got = upsample_argmax(logits, (side, side + 3))
+    full = F.interpolate(logits.double(), (side, side + 3), mode="bilinear")
+    chosen = full.gather(1, got.long()[:, None])[:, 0]
+    assert got.dtype == torch.uint8 and got.shape == (2, side, side + 3)
+    assert (full.amax(1) - chosen).max() <= 1e-6
+    assert not (got == 3).any()  # its equal, class 1, comes first
+
+
+@pytest.mark.parametrize("values", [(1.0, 1.0), (float("nan"), 0.0), (0.0, float("nan")), (3e38, -3e38)], ids=str)
+def test_two_classes_equal_or_not_finite(values):
+    logits = torch.tensor(values).view(1, 2, 1, 1).expand(1, 2, 3, 3).contiguous()
+    with fastseg.reference():
+        got = upsample_argmax(logits, 8)
+    assert torch.equal(got.long(), F.interpolate(logits, (8, 8), mode="bilinear").argmax(1))
+
+
+def test_one_confident_label_in_two_classes():
+    """Where the logits differ by 1e4 a loss is 0 or that difference; a mean over one kind must not cancel."""
+    logits = torch.tensor([1e4, 0.0]).view(1, 2, 1, 1).repeat(1, 1, 8, 8).requires_grad_()
+    target = torch.zeros(1, 400, 400, dtype=torch.uint8)
+    target[:, 100:] = 1
+    with fastseg.reference():
+        loss = upsample_cross_entropy(logits, target, reduction="none")
+        assert not loss[:, :100].any()
+        torch.testing.assert_close(loss[:, 100:], torch.full((1, 300, 400), 1e4), rtol=1e-6, atol=0)
+        assert upsample_cross_entropy(logits, target).item() == pytest.approx(7500, rel=1e-6)
+
+
+@pytest.mark.parametrize(("head", "classes", "most"), [
+    ("argmax", 1, 1), ("argmax", 2, 10), ("argmax", 21, 1100), ("loss", 1, 14), ("loss", 2, 160), ("loss", 21, 1150),
+])  # fmt: skip
+def test_calls(head, classes, most):
+    """512 x 512 pixels from strides of 4: blocks, not rows or pixels, decide on the number of torch's calls."""
+    logits = torch.randn(1, classes, 128, 128, requires_grad=True)
+    target = torch.randint(classes, (1, 512, 512))
+    with fastseg.reference(), Calls() as calls, allocations() as seen:
+        if head == "argmax":
+            upsample_argmax(logits, 512)
+        else:
+            torch.autograd.grad(upsample_cross_entropy(logits, target), logits)
+    assert 1 <= calls.count <= most
+    if classes == 21:
+        assert seen.largest <= 21 * 512 * 512 / 8
+
+
+def test_parts_on_threads():
+    """Results in order, one thread a part, the first part's error, and this thread's number as before; fork."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with torch.inference_mode():
+            kept = torch.zeros(8)
+
+            def part(i):
+                kept[i] = i  # an inference tensor: only in inference mode
+                return i, torch.get_num_threads(), threading.current_thread() is threading.main_thread()
+
+            assert each(part, range(8)) == [(i, 1, False) for i in range(8)]
+        assert kept.tolist() == list(range(8))
+        assert torch.get_num_threads() == 2
+        later = []
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert later == [2]
+
+        def fails(i):
+            if i >= 3:
+                raise IndexError(f"part {i}")
+
+        with pytest.raises(IndexError, match=r"part [34]"):
+            each(fails, range(8))
+        if hasattr(os, "fork"):
+            child = os.fork()
+            if child == 0:
+                os._exit(each(abs, [-1, 2]) != [1, 2])
+            assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_wrong_label_in_one_strip(threads):
+    logits, target = torch.randn(1, 2, 8, 8), torch.zeros(1, 512, 512, dtype=torch.uint8)
+    target[0, 400, 7] = 9
+    with fastseg.reference(), pytest.raises(IndexError, match=r"Target 9 is out of bounds\."):
+        upsample_cross_entropy(logits, target)
+
+
+def test_under_a_default_device():
+    """What an op makes for itself lies on a CPU, where its arguments are."""
+    logits, target = torch.randn(1, 6, 40, 40, requires_grad=True), torch.randint(6, (1, 300, 300))
+    with fastseg.reference():
+        want = upsample_cross_entropy(logits, target), upsample_argmax(logits, 300)
+        with torch.device("meta"):
+            got = upsample_cross_entropy(logits, target), upsample_argmax(logits, 300)
+            torch.autograd.grad(got[0], logits)
+    assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
