@@ -14,7 +14,8 @@ from fastseg.nn.skip import run_upsample_concat_conv, upsampled_beside
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")
 ASPP_RATES = (6, 12, 18)  # at output stride 16; twice that at 8
-GOOGLE_MOMENTUM = 3e-4  # of all running statistics: their decay is 0.9997
+# Of all running statistics: the decay is 0.9997. (The authors have that with Xception; slim's own with others.)
+GOOGLE_MOMENTUM = 3e-4
 
 
 class DeepLabV3Plus(UpsampledNet):
@@ -78,6 +79,9 @@ class DeepLabV3Plus(UpsampledNet):
         rates = [rate * 16 // output_stride for rate in ASPP_RATES]
         self.separable = preset == "google"
         if self.separable:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = GOOGLE_MOMENTUM
             self.aspp = ASPP(
                 deep_channels, wide, rates, separable=True, pool_first=True, dropout=0.1, momentum=GOOGLE_MOMENTUM
             )

@@ -12,7 +12,8 @@ from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.fold import run_conv_norm_act
-from fastseg.nn.upsampling import BilinearConvTranspose2d
+from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
 
 # The strides of the finest scores that each backbone has.
 STRIDES = {"vgg16": (32, 16, 8), **{f"resnet{depth}": (32, 16, 8, 4) for depth in (18, 34, 50, 101)}}
@@ -23,32 +24,41 @@ Backbone = Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101"]
 
 
 class FCN(nn.Module):
-    """Fully convolutional network (Long, Shelhamer and Darrell, arXiv:1411.4038), in three forms.
+    """Fully convolutional network (Long, Shelhamer and Darrell, arXiv:1411.4038), in four forms.
 
     - ``backbone="vgg16"``: the reference's FCN-32s, 16s and 8s (https://github.com/shelhamer/fcn.berkeleyvision.org)
       with its padding of 100, pools that round up, and crops. Names are those of
       https://github.com/wkentaro/pytorch-fcn.
     - a ResNet, stride 16, 8 or 4: a head (3x3 convolution, batch norm, leaky ReLU, dropout, 1x1) on each stage from
       that stride on. One kernel, ``up_score2``, serves all steps between the stages. At stride 4 it is the FCN-4s of
-      the article.
+      the article. ``load_weights`` reads files of its code, with the kernels that it has and never uses.
     - a ResNet, stride 32: the FCN-32s of https://d2l.ai, one 1x1 convolution and one transposed convolution with a
       bias, and its names; there the kernel is learnt (``trainable_upsampling=True``).
+    - ``preset="torchvision"``, a ResNet: ``torchvision.models.segmentation.fcn_resnet50`` and ``_resnet101``, and their
+      names. The encoder is dilated to stride 8, one head (3x3 convolution, batch norm, ReLU, dropout, 1x1) stands on
+      its last stage, and a bilinear interpolation brings the scores to the image's size. With ``aux=True`` there is a
+      head on ``layer3`` too.
 
     Any image size will do. ResNet maps are aligned at the top left: where a side does not divide by 32, upsampled
     scores are cut at the bottom and right to the next stage's size, and at last to the image's.
 
     Args:
         num_classes: classes, background included.
-        backbone: "vgg16", "resnet18", "resnet34", "resnet50" or "resnet101".
-        stride: of the finest scores, in pixels: 32, 16 or 8, with a ResNet also 4.
-        aux: whether the scores of the deepest stage are trained as well. In training ``forward`` then returns a list,
-            the logits and those of FCN-32s, and ``loss`` adds 0.5 times the latter's loss. Not for stride 32.
+        backbone: "vgg16", "resnet18", "resnet34", "resnet50" or "resnet101"; None: "vgg16", with
+            ``preset="torchvision"`` "resnet50".
+        stride: of the finest scores, in pixels: 32, 16 or 8, with a ResNet also 4; 8 with ``preset="torchvision"``.
+        aux: whether the scores of the deepest stage (torchvision: of ``layer3``) are trained as well. In training
+            ``forward`` then returns a list, the logits and those of FCN-32s (torchvision: of the second head), and
+            ``loss`` adds 0.5 times the latter's loss. Not for stride 32.
         trainable_upsampling: whether the kernels of all transposed convolutions, bilinear at first, are learnt, from
             every class to every class. Fixed ones, as the reference's, need no memory and run through the fused heads.
         width: multiplier of the encoder's widths, and of VGG16's fc6 and fc7.
         in_channels: channels of the image.
         at_once: scale pool4 and pool3 before they are scored, by which the reference trains FCN-8s in one stage; for
             "vgg16" at stride 8.
+        preset: None or "torchvision".
+        as_dict: whether ``forward`` returns, in training and in evaluation, a dictionary as torchvision's and the
+            article's: "out", the logits, and with ``aux`` "aux", the others.
 
     Score layers begin at random, not at zero as in the reference, whose paper found no difference.
 
@@ -64,7 +74,7 @@ class FCN(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        backbone: Backbone = "vgg16",
+        backbone: Backbone | None = None,
         stride: int = 8,
         aux: bool = False,
         trainable_upsampling: bool = False,
@@ -72,8 +82,14 @@ class FCN(nn.Module):
         width: float = 1.0,
         in_channels: int = 3,
         at_once: bool = False,
+        preset: Literal["torchvision"] | None = None,
+        as_dict: bool = False,
     ):
         super().__init__()
+        if preset not in (None, "torchvision"):
+            raise ValueError(f'FCN: no preset {preset!r}; use "torchvision" or None')
+        if backbone is None:
+            backbone = "vgg16" if preset is None else "resnet50"
         if backbone not in STRIDES:
             raise ValueError(f"FCN: no backbone {backbone!r}; use one of {', '.join(STRIDES)}")
         if stride not in STRIDES[backbone]:
@@ -85,12 +101,20 @@ class FCN(nn.Module):
             raise ValueError("FCN: aux=True at stride 32, where the deepest scores are the only ones; use aux=False")
         if at_once and (backbone, stride) != ("vgg16", 8):
             raise ValueError(f'FCN: at_once=True with {backbone} at stride {stride}; it is for "vgg16" at stride 8')
-        self.stride, self.aux, self.at_once = stride, aux, at_once
+        if preset is not None and (backbone == "vgg16" or stride != 8 or trainable_upsampling):
+            raise ValueError(
+                f"FCN: preset is {preset!r}, backbone {backbone!r}, stride {stride}, trainable_upsampling "
+                f"{trainable_upsampling}; it has a ResNet at stride 8 and no kernel to learn"
+            )
+        self.stride, self.aux, self.at_once, self.as_dict = stride, aux, at_once, as_dict
         # Names of transposed convolutions: between stages (with the crop of the skip), and to the image.
         self._steps: tuple[tuple[str, int], ...] = ()
         self._last = self._deepest = ""
         up = partial(BilinearConvTranspose2d, num_classes, trainable=trainable_upsampling)
-        if backbone == "vgg16":
+        if preset is not None:
+            self._form = "torchvision"
+            self._build_torchvision(num_classes, ENCODERS[backbone](in_channels, 8, width))
+        elif backbone == "vgg16":
             self._form = "vgg16"
             self._build_vgg16(
                 num_classes, VGG16(in_channels, width=width, ceil_mode=True, first_padding=100), up, width
@@ -100,11 +124,19 @@ class FCN(nn.Module):
             build = self._build_d2l if stride == 32 else self._build_resnet
             build(num_classes, ENCODERS[backbone](in_channels, 32, width), up)
 
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
-        scores, deepest = self._scores(x)
-        logits = getattr(self, self._last)(scores, x.shape[2:])
-        return [logits, getattr(self, self._deepest)(deepest, x.shape[2:])] if self.aux and self.training else logits
+    def forward(self, x: Tensor) -> Tensor | list[Tensor] | dict[str, Tensor]:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two.
+
+        With ``as_dict`` a dictionary of "out" and, with ``aux``, "aux".
+        """
+        second = self.aux and (self.training or self.as_dict)
+        scores, other = self._scores(x, second)
+        logits = [self._full(self._last, scores, x.shape[2:])]
+        if second:
+            logits.append(self._full(self._deepest, other, x.shape[2:]))
+        if self.as_dict:
+            return dict(zip(("out", "aux"), logits, strict=False))
+        return logits if second else logits[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits before the last transposed convolution, one for ``stride`` pixels.
@@ -115,7 +147,10 @@ class FCN(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> class map (N, H, W), that of ``forward``; uint8 up to 256 classes."""
-        return bilinear_score.class_map(getattr(self, self._last), self._scores(x)[0], x.shape[2:])
+        scores = self._scores(x)[0]
+        if self._form == "torchvision":
+            return UpsampleArgmax()(scores, x.shape[2:])
+        return bilinear_score.class_map(getattr(self, self._last), scores, x.shape[2:])
 
     def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
@@ -127,16 +162,25 @@ class FCN(nn.Module):
         """
         if target.shape[-2:] != x.shape[-2:]:
             raise ValueError(f"FCN.loss: x is {tuple(x.shape)}, target is {tuple(target.shape)}; give them equal sides")
-        scores, deepest = self._scores(x)
-        loss = bilinear_score.cross_entropy(getattr(self, self._last), scores, target, **options)
-        if self.aux and self.training:
-            auxiliary = bilinear_score.cross_entropy(getattr(self, self._deepest), deepest, target, **options)
-            loss = loss + AUX_WEIGHT * auxiliary
-        return loss
+        second = self.aux and self.training
+        scores, other = self._scores(x, second)
+        loss = self._cross_entropy(self._last, scores, target, **options)
+        return loss + AUX_WEIGHT * self._cross_entropy(self._deepest, other, target, **options) if second else loss
+
+    def _full(self, name: str, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores at the image's size; ``name`` is of their transposed convolution."""
+        if self._form == "torchvision":
+            return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+        return getattr(self, name)(scores, size)
+
+    def _cross_entropy(self, name: str, scores: Tensor, target: Tensor, **options) -> Tensor:
+        if self._form == "torchvision":
+            return UpsampleCrossEntropyLoss(**options)(scores, target)
+        return bilinear_score.cross_entropy(getattr(self, name), scores, target, **options)
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's tensors, not copies, in torchvision's names and shapes; VGG16's include fc6 and fc7."""
-        if self._form == "resnet":
+        if self._form in ("resnet", "torchvision"):
             return self.backbone.state_dict()
         state = self.state_dict()
         if self._form == "d2l":
@@ -149,8 +193,12 @@ class FCN(nn.Module):
         parts = {key: key.partition(".") for key in state}
         return {f"{names[name]}.{rest}": state[key] for key, (name, _, rest) in parts.items() if name in names}
 
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of all scores, at ``stride``, and the deepest stage's alone."""
+    def _scores(self, x: Tensor, second: bool = False) -> tuple[Tensor, Tensor]:
+        """The sum of all scores, at ``stride``, and those of the auxiliary loss, if there is a ``second``."""
+        if self._form == "torchvision":
+            *_, middle, deep = self.backbone(x)
+            scores = run_head(self.classifier, deep, "relu")
+            return scores, run_head(self.aux_classifier, middle, "relu") if second else scores
         maps = {"vgg16": self._vgg16_maps, "resnet": self._resnet_maps, "d2l": self._d2l_maps}[self._form]
         deepest, *skips = maps(x)
         scores = deepest
@@ -160,7 +208,7 @@ class FCN(nn.Module):
             scores = getattr(self, name)(scores, size, skip=skip, skip_offset=offset)
         return scores, deepest
 
-    # The three forms: their layers, and their score maps from the deepest stage on.
+    # The forms: their layers, and their score maps from the deepest stage on.
 
     def _build_vgg16(self, num_classes: int, encoder: VGG16, up: Callable[..., nn.Module], width: float) -> None:
         for names, stage in zip(VGG16_LAYERS, encoder.stages(), strict=True):
@@ -217,12 +265,14 @@ class FCN(nn.Module):
         features = self.backbone(x)
         maps = []
         for i, stride in strides.items():
-            conv, norm, _, *rest = getattr(self, f"score{stride}")
-            y = run_conv_norm_act(features[i], conv, norm, "leaky_relu")
-            for layer in rest:
-                y = layer(y)
-            maps.append(y)
+            maps.append(run_head(getattr(self, f"score{stride}"), features[i], "leaky_relu"))
         return maps
+
+    def _build_torchvision(self, num_classes: int, encoder: nn.Module) -> None:
+        self.backbone = encoder
+        middle, deep = encoder.out_channels[-2:]
+        self.classifier = fcn_head(deep, num_classes, nn.ReLU())
+        self.aux_classifier = fcn_head(middle, num_classes, nn.ReLU()) if self.aux else None
 
     def _build_d2l(self, num_classes: int, encoder: nn.Module, up: Callable[..., nn.Module]) -> None:
         for i, layer in enumerate(encoder.children()):
@@ -241,14 +291,27 @@ class FCN(nn.Module):
 
 
 def _resnet_head(in_channels: int, num_classes: int) -> nn.Sequential:
-    channels = max(1, in_channels // 4)
-    head = nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.LeakyReLU(inplace=True),
-        nn.Dropout(0.1),
-        nn.Conv2d(channels, num_classes, 1),
-    )
+    head = fcn_head(in_channels, num_classes, nn.LeakyReLU(inplace=True))
     for layer in (head[0], head[-1]):
         nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="leaky_relu")
     return head
+
+
+def fcn_head(in_channels: int, num_classes: int, act: nn.Module) -> nn.Sequential:
+    """3x3 convolution to a quarter of the channels, batch norm, activation, dropout, 1x1 convolution."""
+    channels = max(1, in_channels // 4)
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+        act,
+        nn.Dropout(0.1),
+        nn.Conv2d(channels, num_classes, 1),
+    )
+
+
+def run_head(head: nn.Sequential, x: Tensor, act: Literal["relu", "leaky_relu"]) -> Tensor:
+    conv, norm, _, *rest = head
+    y = run_conv_norm_act(x, conv, norm, act)
+    for layer in rest:
+        y = layer(y)
+    return y
