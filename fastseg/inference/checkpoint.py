@@ -88,7 +88,7 @@ def _skeleton(name: str, num_classes: int, options: Mapping[str, Any], path: Pat
     try:
         with torch.device("meta"):
             return create(name, num_classes, **options)
-    except (ValueError, TypeError, RuntimeError) as error:  # RuntimeError: sizes beyond what torch can count
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: no model {name!r} with options {dict(options)}: {first_line(error)}") from error
 
 

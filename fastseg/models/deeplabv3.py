@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.encoders.resnet import DilationStyle
+from fastseg.models.fcn_head import fcn_head, run_fcn_head
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.fold import convolve, run_conv_norm_act
@@ -80,7 +81,7 @@ class DeepLabV3(UpsampledNet):
             nn.ReLU(inplace=True),
             nn.Conv2d(channels, num_classes, 1),
         )
-        self.aux_classifier = _aux_head(middle, num_classes) if aux else None
+        self.aux_classifier = fcn_head(middle, num_classes) if aux else None
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
@@ -107,17 +108,4 @@ class DeepLabV3(UpsampledNet):
         return convolve(last, run_conv_norm_act(aspp(deep), conv, norm, "relu"))
 
     def _both(self, features: list[Tensor]) -> list[Tensor]:
-        main = self._main(features[-1])
-        conv, norm, _, dropout, last = self.aux_classifier
-        return [main, convolve(last, dropout(run_conv_norm_act(features[-2], conv, norm, "relu")))]
-
-
-def _aux_head(in_channels: int, num_classes: int) -> nn.Sequential:
-    channels = max(1, in_channels // 4)
-    return nn.Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(inplace=True),
-        nn.Dropout(0.1),
-        nn.Conv2d(channels, num_classes, 1),
-    )
+        return [self._main(features[-1]), run_fcn_head(self.aux_classifier, features[-2])]

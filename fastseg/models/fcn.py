@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
+from fastseg.models.fcn_head import fcn_head, run_fcn_head
 from fastseg.nn.fold import run_conv_norm_act
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
@@ -197,8 +198,8 @@ class FCN(nn.Module):
         """The sum of all scores, at ``stride``, and those of the auxiliary loss, if there is a ``second``."""
         if self._form == "torchvision":
             *_, middle, deep = self.backbone(x)
-            scores = run_head(self.classifier, deep, "relu")
-            return scores, run_head(self.aux_classifier, middle, "relu") if second else scores
+            scores = run_fcn_head(self.classifier, deep)
+            return scores, run_fcn_head(self.aux_classifier, middle) if second else scores
         maps = {"vgg16": self._vgg16_maps, "resnet": self._resnet_maps, "d2l": self._d2l_maps}[self._form]
         deepest, *skips = maps(x)
         scores = deepest
@@ -265,14 +266,18 @@ class FCN(nn.Module):
         features = self.backbone(x)
         maps = []
         for i, stride in strides.items():
-            maps.append(run_head(getattr(self, f"score{stride}"), features[i], "leaky_relu"))
+            conv, norm, _, *rest = getattr(self, f"score{stride}")
+            y = run_conv_norm_act(features[i], conv, norm, "leaky_relu")
+            for layer in rest:
+                y = layer(y)
+            maps.append(y)
         return maps
 
     def _build_torchvision(self, num_classes: int, encoder: nn.Module) -> None:
         self.backbone = encoder
         middle, deep = encoder.out_channels[-2:]
-        self.classifier = fcn_head(deep, num_classes, nn.ReLU())
-        self.aux_classifier = fcn_head(middle, num_classes, nn.ReLU()) if self.aux else None
+        self.classifier = fcn_head(deep, num_classes)
+        self.aux_classifier = fcn_head(middle, num_classes) if self.aux else None
 
     def _build_d2l(self, num_classes: int, encoder: nn.Module, up: Callable[..., nn.Module]) -> None:
         for i, layer in enumerate(encoder.children()):
@@ -291,27 +296,14 @@ class FCN(nn.Module):
 
 
 def _resnet_head(in_channels: int, num_classes: int) -> nn.Sequential:
-    head = fcn_head(in_channels, num_classes, nn.LeakyReLU(inplace=True))
-    for layer in (head[0], head[-1]):
-        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="leaky_relu")
-    return head
-
-
-def fcn_head(in_channels: int, num_classes: int, act: nn.Module) -> nn.Sequential:
-    """3x3 convolution to a quarter of the channels, batch norm, activation, dropout, 1x1 convolution."""
     channels = max(1, in_channels // 4)
-    return nn.Sequential(
+    head = nn.Sequential(
         nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
         nn.BatchNorm2d(channels),
-        act,
+        nn.LeakyReLU(inplace=True),
         nn.Dropout(0.1),
         nn.Conv2d(channels, num_classes, 1),
     )
-
-
-def run_head(head: nn.Sequential, x: Tensor, act: Literal["relu", "leaky_relu"]) -> Tensor:
-    conv, norm, _, *rest = head
-    y = run_conv_norm_act(x, conv, norm, act)
-    for layer in rest:
-        y = layer(y)
-    return y
+    for layer in (head[0], head[-1]):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="leaky_relu")
+    return head

@@ -6,6 +6,7 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
+from fastseg.nn.conv import watched
 from fastseg.nn.fold import run_conv_norm_act
 
 # Depth: whether blocks are bottlenecks, and the number of blocks of the four layers.
@@ -117,15 +118,16 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = _conv3x3(in_channels, channels, stride, dilation)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)  # of both; in torchvision's place, so that the block prints alike
         self.conv2 = _conv3x3(channels, channels, 1, dilation)
         self.bn2 = nn.BatchNorm2d(channels)
         self.downsample = _projection(in_channels, channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, channels, ceil(H / stride), ceil(W / stride))."""
-        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
+        y = _run_rectified(x, self.conv1, self.bn1, self.relu)
         skip = x if self.downsample is None else run_conv_norm_act(x, *self.downsample, None)
-        return run_conv_norm_act(y, self.conv2, self.bn2, "relu", skip)
+        return _run_rectified(y, self.conv2, self.bn2, self.relu, skip)
 
 
 class Bottleneck(nn.Module):
@@ -151,14 +153,24 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)  # of all three
         self.downsample = _projection(in_channels, out_channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> (N, 4 * channels, ceil(H / stride), ceil(W / stride))."""
-        y = run_conv_norm_act(x, self.conv1, self.bn1, "relu")
-        y = run_conv_norm_act(y, self.conv2, self.bn2, "relu")
+        y = _run_rectified(x, self.conv1, self.bn1, self.relu)
+        y = _run_rectified(y, self.conv2, self.bn2, self.relu)
         skip = x if self.downsample is None else run_conv_norm_act(x, *self.downsample, None)
-        return run_conv_norm_act(y, self.conv3, self.bn3, "relu", skip)
+        return _run_rectified(y, self.conv3, self.bn3, self.relu, skip)
+
+
+def _run_rectified(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, relu: nn.Module, residual: Tensor | None = None
+) -> Tensor:
+    """``relu(norm(conv(x)) + residual)``; another module in the place of the ReLU, or one with hooks, is called."""
+    if watched(relu, nn.ReLU):
+        return relu(run_conv_norm_act(x, conv, norm, None, residual))
+    return run_conv_norm_act(x, conv, norm, "relu", residual)
 
 
 def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) -> nn.Conv2d:
