@@ -148,7 +148,10 @@ class DeepLabV2(UpsampledNet):
 
 
 def shrunk(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H, W) -> (N, *size): the label at the centre of each pixel, as Pillow's nearest neighbours."""
+    """(N, H, W) -> (N, *size): the label at the centre of each pixel, as Pillow's nearest neighbours.
+
+    A centre on the edge of two labels takes the second; Pillow's sums of floats take either.
+    """
     for dim, side in zip((-2, -1), size, strict=True):
         places = torch.arange(side, device=labels.device)
         labels = labels.index_select(dim, (2 * places + 1) * labels.shape[dim] // (2 * side))
