@@ -1,6 +1,7 @@
 """What several commands share: argument types, and the device."""
 
 import argparse
+import json
 
 import torch
 
@@ -25,6 +26,19 @@ def positive_float(text: str) -> float:
 
 
 positive_float.__name__ = "number"
+
+
+def model_option(text: str) -> tuple[str, object]:
+    """argparse type of ``--option NAME=VALUE``: a JSON value, or else a text."""
+    name, found, value = text.partition("=")
+    if not found or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except RecursionError:
+        raise argparse.ArgumentTypeError(f"{name}: its value is nested too deeply") from None
+    except ValueError:
+        return name, value
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

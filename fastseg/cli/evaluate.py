@@ -9,10 +9,9 @@ import torch
 from PIL import Image
 
 from fastseg.cli.common import add_device, positive_int
-from fastseg.inference.checkpoint import load_checkpoint
+from fastseg.cli.weights import add_weights, read_weights
 from fastseg.inference.images import atomic_write, class_map, figure, write_png
 from fastseg.inference.processes import processes
-from fastseg.models import names
 from fastseg.training.batches import Shard, collate, scoring_batches
 from fastseg.training.dataset import SPLITS, FolderDataset, read_spec
 from fastseg.training.evaluation import evaluate, pixels, report, window
@@ -26,8 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, type=Path, metavar="DIR", help="with a folder for the split, of images/ and labels/")
     add("--dataset", type=Path, metavar="FILE", help="classes and ignore index (default: dataset.json in --data)")
     add("--split", choices=SPLITS, default="test", help="default: %(default)s")
-    add("--weights", required=True, type=Path, metavar="FILE", help="of fastseg train, or others with --model")
-    add("--model", choices=names(), help="needed where the weights do not say which model they are of")
+    add_weights(parser)
     add("-o", "--output", required=True, type=Path, metavar="DIR", help="for scores.json and worst.png")
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="bring pictures and labels to this size first")
     add("--batch", type=positive_int, default=1, help="pictures at once, all of one size (default: %(default)s)")
@@ -40,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """Score; 0. Bad data or weights raise ``ValueError``."""
     spec = read_spec(args.dataset or args.data / "dataset.json")
     dataset = FolderDataset(args.data, args.split, spec)
-    model, _ = load_checkpoint(args.weights, args.model, len(spec.classes))
+    model, _ = read_weights(args, len(spec.classes))
     size = None if args.size is None else tuple(args.size)
     with processes(args.device) as group:
         model = model.to(group.device)

@@ -8,13 +8,12 @@ from datetime import timedelta
 from pathlib import Path
 
 from fastseg.cli.common import add_device, positive_int
-from fastseg.inference.checkpoint import load_checkpoint
+from fastseg.cli.weights import add_weights, read_weights
 from fastseg.inference.images import MAX_CLASSES, class_map, first_line, is_image, overlay, read_image, write_png
 from fastseg.inference.processes import Processes, processes
 from fastseg.inference.progress import progress
 from fastseg.inference.segment import segment
 from fastseg.inference.tiling import plan_tiles
-from fastseg.models import names
 
 PATIENCE = timedelta(days=7)  # for the process with the largest images; torchrun ends them all where one dies
 
@@ -22,8 +21,7 @@ PATIENCE = timedelta(days=7)  # for the process with the largest images; torchru
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or JPEG files, or folders of them")
-    parser.add_argument("--model", choices=names(), help="needed where the weights do not say which model they are of")
-    parser.add_argument("--weights", required=True, type=Path, metavar="FILE", help="safetensors, or of torch.save")
+    add_weights(parser)
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="where the results go")
     parser.add_argument("--classes", type=positive_int, metavar="N", help="classes (default: what the weights say)")
     parser.add_argument(
@@ -42,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
 
     Bad weights and folders raise ``ValueError`` or ``OSError``.
     """
-    model, classes = load_checkpoint(args.weights, args.model, args.classes)
+    model, classes = read_weights(args, args.classes)
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
     if args.overlap is not None and args.tile is None:

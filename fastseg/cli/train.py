@@ -1,7 +1,6 @@
 """Train a model on folders of pictures; under torchrun with several processes."""
 
 import argparse
-import json
 import signal
 import sys
 from contextlib import ExitStack
@@ -9,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from fastseg.cli.common import add_device, positive_float, positive_int
+from fastseg.cli.common import add_device, model_option, positive_float, positive_int
 from fastseg.inference.processes import processes
 from fastseg.models import create, load_encoder_weights, names
 from fastseg.training.dataset import FolderDataset, read_spec
@@ -29,7 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, type=Path, metavar="DIR", help="with train/ and val/, of images/ and labels/ each")
     add("--dataset", type=Path, metavar="FILE", help="classes and ignore index (default: dataset.json in --data)")
     add("--model", required=True, choices=names())
-    add("--option", action="append", default=[], type=_option, metavar="NAME=VALUE", help="of the model; JSON value")
+    add(
+        "--option",
+        action="append",
+        default=[],
+        type=model_option,
+        metavar="NAME=VALUE",
+        help="of the model; JSON value",
+    )
     add("--encoder-weights", type=Path, metavar="FILE", help="torchvision's weights to begin with")
     add("-o", "--output", required=True, type=Path, metavar="DIR", help="for checkpoints and curves")
     add("--resume", action="store_true", help="go on with the run in the output folder")
@@ -91,16 +97,6 @@ def run(args: argparse.Namespace) -> int:
             elif len(history) < args.epochs:
                 print(stopped)
     return PREEMPTED if preempted else 0
-
-
-def _option(text: str) -> tuple[str, object]:
-    name, found, value = text.partition("=")
-    if not found or not name:
-        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
-    try:
-        return name, json.loads(value)
-    except ValueError:
-        return name, value
 
 
 def _amp(choice: str, device: torch.device) -> str:

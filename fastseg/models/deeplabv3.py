@@ -1,8 +1,12 @@
 """DeepLabV3: atrous spatial pyramid pooling on a dilated ResNet."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from fastseg.models.encoders import ENCODERS
+from fastseg.models.encoders.resnet import DilationStyle
+from fastseg.models.fcn_head import fcn_head
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.leaf import leaf
@@ -18,7 +22,9 @@ class DeepLabV3(UpsampledNet):
     """DeepLabV3 (Chen et al., arXiv:1706.05587), with torchvision's names, which resizes with ``align_corners=False``.
 
     The weights of ``torchvision.models.segmentation.deeplabv3_resnet50`` and ``_resnet101`` load unchanged, with
-    ``aux=True`` those of the auxiliary head too. ResNet-18 and 34 dilate their basic blocks, which torchvision refuses.
+    ``aux=True`` those of the auxiliary head too; without it ``load_weights`` says that they are left out. ResNet-18 and
+    34 dilate their basic blocks, which torchvision refuses. ``dilation_style="smp", align_corners=True`` is the net of
+    segmentation_models_pytorch, whose files ``load_weights`` then reads.
 
     Args:
         num_classes: classes, background included.
@@ -29,6 +35,10 @@ class DeepLabV3(UpsampledNet):
         width: multiplier of the backbone's widths.
         in_channels: channels of the image.
         channels: width of the ASPP and the head.
+        dilation_style: of the encoder: "torchvision" or "smp", see ``fastseg.models.encoders.ResNet``.
+        align_corners: of the interpolation to the image's size.
+        rates: dilations of the ASPP; None: 12, 24 and 36 at output stride 8, half of that at 16. (In
+            segmentation_models_pytorch they do not depend on the output stride.)
 
     Raises:
         ValueError: an option has a value that it cannot take.
@@ -51,24 +61,28 @@ class DeepLabV3(UpsampledNet):
         width: float = 1.0,
         in_channels: int = 3,
         channels: int = CHANNELS,
+        dilation_style: DilationStyle = "torchvision",
+        align_corners: bool = False,
+        rates: Sequence[int] | None = None,
     ):
-        super().__init__(num_classes, align_corners=False)
+        super().__init__(num_classes, align_corners=align_corners)
         if backbone not in BACKBONES:
             raise ValueError(f"DeepLabV3: no backbone {backbone!r}; use one of {', '.join(BACKBONES)}")
         if output_stride not in (8, 16):
             raise ValueError(f"DeepLabV3: output_stride is {output_stride}; use 8 or 16")
         if channels < 1:
             raise ValueError(f"DeepLabV3: channels is {channels}; use a positive number")
-        self.backbone = ENCODERS[backbone](in_channels, output_stride, width)
+        self.dilation_style = dilation_style
+        self.backbone = ENCODERS[backbone](in_channels, output_stride, width, dilation_style=dilation_style)
         middle, deep = self.backbone.out_channels[-2:]
         self.classifier = Sequential(
-            ASPP(deep, channels, [rate * 8 // output_stride for rate in RATES], dropout=0.5),
+            ASPP(deep, channels, rates or [rate * 8 // output_stride for rate in RATES], dropout=0.5),
             nn.Conv2d(channels, channels, 3, padding=1, bias=False),
             nn.BatchNorm2d(channels),
             nn.ReLU(),
             nn.Conv2d(channels, num_classes, 1),
         )
-        self.aux_classifier = _aux_head(middle, num_classes) if aux else None
+        self.aux_classifier = fcn_head(middle, num_classes) if aux else None
 
     @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
@@ -93,14 +107,3 @@ class DeepLabV3(UpsampledNet):
 
     def _both(self, features: list[Tensor]) -> list[Tensor]:
         return [self.classifier(features[-1]), self.aux_classifier(features[-2])]
-
-
-def _aux_head(in_channels: int, num_classes: int) -> Sequential:
-    channels = max(1, in_channels // 4)
-    return Sequential(
-        nn.Conv2d(in_channels, channels, 3, padding=1, bias=False),
-        nn.BatchNorm2d(channels),
-        nn.ReLU(),
-        nn.Dropout(0.1),
-        nn.Conv2d(channels, num_classes, 1),
-    )

@@ -16,7 +16,8 @@ from fastseg.nn.skip import run_upsample_concat
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")
 ASPP_RATES = (6, 12, 18)  # at output stride 16; twice that at 8
-GOOGLE_MOMENTUM = 3e-4  # of all running statistics: their decay is 0.9997
+# Of all running statistics: the decay is 0.9997. (The authors have that with Xception; slim's own with others.)
+GOOGLE_MOMENTUM = 3e-4
 
 
 class DeepLabV3Plus(UpsampledNet):
@@ -79,6 +80,9 @@ class DeepLabV3Plus(UpsampledNet):
         reduced, wide = decoder_channels * 3 // 16, decoder_channels
         rates = [rate * 16 // output_stride for rate in ASPP_RATES]
         if preset == "google":
+            for module in self.backbone.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.momentum = GOOGLE_MOMENTUM
             self.aspp = ASPP(
                 deep_channels, wide, rates, separable=True, pool_first=True, dropout=0.1, momentum=GOOGLE_MOMENTUM
             )

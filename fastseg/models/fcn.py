@@ -11,10 +11,12 @@ from torch.nn import functional as F
 from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
+from fastseg.models.fcn_head import fcn_head
 from fastseg.nn.fold import run_conv_norm_act
 from fastseg.nn.leaf import leaf
+from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.sequential import Sequential, run_layers
-from fastseg.nn.upsampling import BilinearConvTranspose2d
+from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
 
 # The strides of the finest scores that each backbone has.
 STRIDES = {"vgg16": (32, 16, 8), **{f"resnet{depth}": (32, 16, 8, 4) for depth in (18, 34, 50, 101)}}
@@ -25,32 +27,41 @@ Backbone = Literal["vgg16", "resnet18", "resnet34", "resnet50", "resnet101"]
 
 
 class FCN(nn.Module):
-    """Fully convolutional network (Long, Shelhamer and Darrell, arXiv:1411.4038), in three forms.
+    """Fully convolutional network (Long, Shelhamer and Darrell, arXiv:1411.4038), in four forms.
 
     - ``backbone="vgg16"``: the reference's FCN-32s, 16s and 8s (https://github.com/shelhamer/fcn.berkeleyvision.org)
       with its padding of 100, pools that round up, and crops. Names are those of
       https://github.com/wkentaro/pytorch-fcn.
     - a ResNet, stride 16, 8 or 4: a head (3x3 convolution, batch norm, leaky ReLU, dropout, 1x1) on each stage from
       that stride on. One kernel, ``up_score2``, serves all steps between the stages. At stride 4 it is the FCN-4s of
-      the article.
+      the article. ``load_weights`` reads files of its code, with the kernels that it has and never uses.
     - a ResNet, stride 32: the FCN-32s of https://d2l.ai, one 1x1 convolution and one transposed convolution with a
       bias, and its names; there the kernel is learnt (``trainable_upsampling=True``).
+    - ``preset="torchvision"``, a ResNet: ``torchvision.models.segmentation.fcn_resnet50`` and ``_resnet101``, and their
+      names. The encoder is dilated to stride 8, one head (3x3 convolution, batch norm, ReLU, dropout, 1x1) stands on
+      its last stage, and a bilinear interpolation brings the scores to the image's size. With ``aux=True`` there is a
+      head on ``layer3`` too.
 
     Any image size will do. ResNet maps are aligned at the top left: where a side does not divide by 32, upsampled
     scores are cut at the bottom and right to the next stage's size, and at last to the image's.
 
     Args:
         num_classes: classes, background included.
-        backbone: "vgg16", "resnet18", "resnet34", "resnet50" or "resnet101".
-        stride: of the finest scores, in pixels: 32, 16 or 8, with a ResNet also 4.
-        aux: whether the scores of the deepest stage are trained as well. In training ``forward`` then returns a list,
-            the logits and those of FCN-32s, and ``loss`` adds 0.5 times the latter's loss. Not for stride 32.
+        backbone: "vgg16", "resnet18", "resnet34", "resnet50" or "resnet101"; None: "vgg16", with
+            ``preset="torchvision"`` "resnet50".
+        stride: of the finest scores, in pixels: 32, 16 or 8, with a ResNet also 4; 8 with ``preset="torchvision"``.
+        aux: whether the scores of the deepest stage (torchvision: of ``layer3``) are trained as well. In training
+            ``forward`` then returns a list, the logits and those of FCN-32s (torchvision: of the second head), and
+            ``loss`` adds 0.5 times the latter's loss. Not for stride 32.
         trainable_upsampling: whether the kernels of all transposed convolutions, bilinear at first, are learnt, from
             every class to every class. Fixed ones, as the reference's, need no memory and run through the fused heads.
         width: multiplier of the encoder's widths, and of VGG16's fc6 and fc7.
         in_channels: channels of the image.
         at_once: scale pool4 and pool3 before they are scored, by which the reference trains FCN-8s in one stage; for
             "vgg16" at stride 8.
+        preset: None or "torchvision".
+        as_dict: whether ``forward`` returns, in training and in evaluation, a dictionary as torchvision's and the
+            article's: "out", the logits, and with ``aux`` "aux", the others.
 
     Score layers begin at random, not at zero as in the reference, whose paper found no difference.
 
@@ -66,7 +77,7 @@ class FCN(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        backbone: Backbone = "vgg16",
+        backbone: Backbone | None = None,
         stride: int = 8,
         aux: bool = False,
         trainable_upsampling: bool = False,
@@ -74,8 +85,14 @@ class FCN(nn.Module):
         width: float = 1.0,
         in_channels: int = 3,
         at_once: bool = False,
+        preset: Literal["torchvision"] | None = None,
+        as_dict: bool = False,
     ):
         super().__init__()
+        if preset not in (None, "torchvision"):
+            raise ValueError(f'FCN: no preset {preset!r}; use "torchvision" or None')
+        if backbone is None:
+            backbone = "vgg16" if preset is None else "resnet50"
         if backbone not in STRIDES:
             raise ValueError(f"FCN: no backbone {backbone!r}; use one of {', '.join(STRIDES)}")
         if stride not in STRIDES[backbone]:
@@ -87,12 +104,20 @@ class FCN(nn.Module):
             raise ValueError("FCN: aux=True at stride 32, where the deepest scores are the only ones; use aux=False")
         if at_once and (backbone, stride) != ("vgg16", 8):
             raise ValueError(f'FCN: at_once=True with {backbone} at stride {stride}; it is for "vgg16" at stride 8')
-        self.stride, self.aux, self.at_once = stride, aux, at_once
+        if preset is not None and (backbone == "vgg16" or stride != 8 or trainable_upsampling):
+            raise ValueError(
+                f"FCN: preset is {preset!r}, backbone {backbone!r}, stride {stride}, trainable_upsampling "
+                f"{trainable_upsampling}; it has a ResNet at stride 8 and no kernel to learn"
+            )
+        self.stride, self.aux, self.at_once, self.as_dict = stride, aux, at_once, as_dict
         # Names of transposed convolutions: between stages (with the crop of the skip), and to the image.
         self._steps: tuple[tuple[str, int], ...] = ()
         self._last = self._deepest = ""
         up = partial(BilinearConvTranspose2d, num_classes, trainable=trainable_upsampling)
-        if backbone == "vgg16":
+        if preset is not None:
+            self._form = "torchvision"
+            self._build_torchvision(num_classes, ENCODERS[backbone](in_channels, 8, width))
+        elif backbone == "vgg16":
             self._form = "vgg16"
             self._build_vgg16(
                 num_classes, VGG16(in_channels, width=width, ceil_mode=True, first_padding=100), up, width
@@ -103,13 +128,19 @@ class FCN(nn.Module):
             build(num_classes, ENCODERS[backbone](in_channels, 32, width), up)
 
     @leaf
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
-        scores, deepest = self._scores(x)
-        logits = bilinear_score.upsampled(getattr(self, self._last), scores, x.shape[2:])
-        if not (self.aux and self.training):
-            return logits
-        return [logits, bilinear_score.upsampled(getattr(self, self._deepest), deepest, x.shape[2:])]
+    def forward(self, x: Tensor) -> Tensor | list[Tensor] | dict[str, Tensor]:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two.
+
+        With ``as_dict`` a dictionary of "out" and, with ``aux``, "aux".
+        """
+        second = self.aux and (self.training or self.as_dict)
+        scores, other = self._scores(x, second)
+        logits = [self._full(self._last, scores, x.shape[2:])]
+        if second:
+            logits.append(self._full(self._deepest, other, x.shape[2:]))
+        if self.as_dict:
+            return dict(zip(("out", "aux"), logits, strict=False))
+        return logits if second else logits[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits before the last transposed convolution, one for ``stride`` pixels.
@@ -120,7 +151,10 @@ class FCN(nn.Module):
 
     def predict(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> class map (N, H, W), that of ``forward``; uint8 up to 256 classes."""
-        return bilinear_score.class_map(getattr(self, self._last), self._scores(x)[0], x.shape[2:])
+        scores = self._scores(x)[0]
+        if self._form == "torchvision":
+            return UpsampleArgmax()(scores, x.shape[2:])
+        return bilinear_score.class_map(getattr(self, self._last), scores, x.shape[2:])
 
     def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
@@ -132,16 +166,25 @@ class FCN(nn.Module):
         """
         if target.shape[-2:] != x.shape[-2:]:
             raise ValueError(f"FCN.loss: x is {tuple(x.shape)}, target is {tuple(target.shape)}; give them equal sides")
-        scores, deepest = self._scores(x)
-        loss = bilinear_score.cross_entropy(getattr(self, self._last), scores, target, **options)
-        if self.aux and self.training:
-            auxiliary = bilinear_score.cross_entropy(getattr(self, self._deepest), deepest, target, **options)
-            loss = loss + AUX_WEIGHT * auxiliary
-        return loss
+        second = self.aux and self.training
+        scores, other = self._scores(x, second)
+        loss = self._cross_entropy(self._last, scores, target, **options)
+        return loss + AUX_WEIGHT * self._cross_entropy(self._deepest, other, target, **options) if second else loss
+
+    def _full(self, name: str, scores: Tensor, size: tuple[int, int]) -> Tensor:
+        """Scores at the image's size; ``name`` is of their transposed convolution."""
+        if self._form == "torchvision":
+            return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
+        return bilinear_score.upsampled(getattr(self, name), scores, size)
+
+    def _cross_entropy(self, name: str, scores: Tensor, target: Tensor, **options) -> Tensor:
+        if self._form == "torchvision":
+            return UpsampleCrossEntropyLoss(**options)(scores, target)
+        return bilinear_score.cross_entropy(getattr(self, name), scores, target, **options)
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The encoder's tensors, not copies, in torchvision's names and shapes; VGG16's include fc6 and fc7."""
-        if self._form == "resnet":
+        if self._form in ("resnet", "torchvision"):
             return self.backbone.state_dict()
         state = self.state_dict()
         if self._form == "d2l":
@@ -154,8 +197,12 @@ class FCN(nn.Module):
         parts = {key: key.partition(".") for key in state}
         return {f"{names[name]}.{rest}": state[key] for key, (name, _, rest) in parts.items() if name in names}
 
-    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The sum of all scores, at ``stride``, and the deepest stage's alone."""
+    def _scores(self, x: Tensor, second: bool = False) -> tuple[Tensor, Tensor]:
+        """The sum of all scores, at ``stride``, and those of the auxiliary loss, if there is a ``second``."""
+        if self._form == "torchvision":
+            *_, middle, deep = self.backbone(x)
+            scores = self.classifier(deep)
+            return scores, self.aux_classifier(middle) if second else scores
         maps = {"vgg16": self._vgg16_maps, "resnet": self._resnet_maps, "d2l": self._d2l_maps}[self._form]
         deepest, *skips = maps(x)
         scores = deepest
@@ -165,7 +212,7 @@ class FCN(nn.Module):
             scores = bilinear_score.upsampled(getattr(self, name), scores, size, skip=skip, offset=offset)
         return scores, deepest
 
-    # The three forms: their layers, and their score maps from the deepest stage on.
+    # The forms: their layers, and their score maps from the deepest stage on.
 
     def _build_vgg16(self, num_classes: int, encoder: VGG16, up: Callable[..., nn.Module], width: float) -> None:
         for names, stage in zip(VGG16_LAYERS, encoder.stages(), strict=True):
@@ -221,6 +268,12 @@ class FCN(nn.Module):
         strides = {5 - i: 32 >> i for i in range(len(self._steps) + 1)}
         features = self.backbone(x)
         return [getattr(self, f"score{stride}")(features[i]) for i, stride in strides.items()]
+
+    def _build_torchvision(self, num_classes: int, encoder: nn.Module) -> None:
+        self.backbone = encoder
+        middle, deep = encoder.out_channels[-2:]
+        self.classifier = fcn_head(deep, num_classes)
+        self.aux_classifier = fcn_head(middle, num_classes) if self.aux else None
 
     def _build_d2l(self, num_classes: int, encoder: nn.Module, up: Callable[..., nn.Module]) -> None:
         for i, layer in enumerate(encoder.children()):

@@ -21,16 +21,20 @@ NORM_SHIFT = 0.001  # the reference's initial batch norm bias
 class _SegNet(FullSizeNet):
     """What both nets share: the pooling that remembers."""
 
-    def __init__(self, num_classes: int, index_format: IndexFormat):
+    def __init__(self, num_classes: int, index_format: IndexFormat, eps: float):
         super().__init__(num_classes)
+        if not 0 < eps < 1:
+            raise ValueError(f"{type(self).__name__}: eps is {eps}; use a number above 0 and below 1, such as 1e-5")
+        self._eps = eps
         self.pool = MaxPool2d(2, 2, ceil_mode=True, return_indices=True, index_format=index_format)
         self.unpool = MaxUnpool2d(2, 2)
 
     def _initialise(self) -> None:
-        """He's weights and small shifts, as the reference."""
+        """He's weights and small shifts, as the reference; the norms' eps."""
         he_(self)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
+                module.eps = self._eps
                 nn.init.constant_(module.bias, NORM_SHIFT)
 
 
@@ -47,6 +51,7 @@ class SegNet(_SegNet):
         index_format: of the pooling indices: "compact", 2 bits a window, or "int64", torch's.
         in_channels: channels of the image.
         width: multiplier of every width; the results are rounded to multiples of 8.
+        eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
 
     Raises:
         ValueError: an option has a value that it cannot take.
@@ -57,9 +62,15 @@ class SegNet(_SegNet):
     """
 
     def __init__(
-        self, num_classes: int, index_format: IndexFormat = "compact", *, in_channels: int = 3, width: float = 1.0
+        self,
+        num_classes: int,
+        index_format: IndexFormat = "compact",
+        *,
+        in_channels: int = 3,
+        width: float = 1.0,
+        eps: float = 1e-5,
     ):
-        super().__init__(num_classes, index_format)
+        super().__init__(num_classes, index_format, eps)
         self.encoder = VGG16(in_channels, width=width, norm=True, ceil_mode=True)
         channels = self.encoder.out_channels[-1]
         self.decoder = nn.ModuleList()
@@ -118,6 +129,7 @@ class SegNetBasic(_SegNet):
         index_format: of the pooling indices: "compact" or "int64".
         in_channels: channels of the image.
         channels: width of every layer.
+        eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
 
     Raises:
         ValueError: an option has a value that it cannot take.
@@ -134,8 +146,9 @@ class SegNetBasic(_SegNet):
         *,
         in_channels: int = 3,
         channels: int = BASIC_CHANNELS,
+        eps: float = 1e-5,
     ):
-        super().__init__(num_classes, index_format)
+        super().__init__(num_classes, index_format, eps)
         if channels < 1:
             raise ValueError(f"SegNetBasic: channels is {channels}; use a positive number")
         self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from fastseg.models.full_size import FullSizeNet, he_
 from fastseg.models.unet import Up, check_form, innermost, up_module
@@ -17,6 +18,7 @@ from fastseg.nn.skip import upsample_concat
 WIDTHS = (32, 64, 128, 256, 512)
 
 Mode = Literal["accurate", "fast"]
+Average = Literal["probabilities", "logits"]
 
 
 class UNetPlusPlus(FullSizeNet):
@@ -44,6 +46,8 @@ class UNetPlusPlus(FullSizeNet):
             then returns the list of their logits, the shallowest first, and ``loss`` is a sum over them.
         mode: what ``logits`` is of several heads: "accurate", their mean, or "fast", the last; ``prune`` makes the
             others the last.
+        average: what "accurate" takes the mean of: "probabilities", as the authors, whose heads end in sigmoids (the
+            sigmoid of ``logits`` is then the mean of the heads' sigmoids), or "logits".
         dropout: of elements after each ReLU, in training; None means 0.5 without norm, 0 with.
 
     Raises:
@@ -68,13 +72,16 @@ class UNetPlusPlus(FullSizeNet):
         mode: Mode = "accurate",
         *,
         dropout: float | None = None,
+        average: Average = "probabilities",
     ):
         super().__init__(num_classes)
         check_form("UNetPlusPlus", up, widths)
         if mode not in ("accurate", "fast"):
             raise ValueError(f'UNetPlusPlus: mode is {mode!r}; use "accurate" or "fast"')
+        if average not in ("probabilities", "logits"):
+            raise ValueError(f'UNetPlusPlus: average is {average!r}; use "probabilities" or "logits"')
         self.levels = len(widths) - 1
-        self.deep_supervision, self.mode = deep_supervision, mode
+        self.deep_supervision, self.mode, self.average = deep_supervision, mode, average
         rate = (0.0 if norm else 0.5) if dropout is None else dropout
         # ``prune`` builds the smaller net with it.
         self._form = {"num_classes": num_classes, "in_channels": in_channels, "norm": norm, "up": up, "dropout": rate}
@@ -104,12 +111,12 @@ class UNetPlusPlus(FullSizeNet):
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): the heads' mean, or in mode "fast" the last's."""
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): the heads' mean, or in mode "fast" the last."""
         names = self._heads() if self.mode == "accurate" else self._heads()[-1:]
-        first, *others = self._branches(x, names)
-        for logits in others:
-            first = first + logits
-        return first / len(names) if others else first
+        branches = self._branches(x, names)
+        if len(branches) == 1:
+            return branches[0]
+        return sum(branches) / len(branches) if self.average == "logits" else _mean_of_sigmoids(branches)
 
     def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
@@ -156,7 +163,7 @@ class UNetPlusPlus(FullSizeNet):
             raise ValueError(f"UNetPlusPlus.prune: level {level} has no head; build with deep_supervision=True")
         heads = self._heads()
         with torch.device("meta"):  # no memory, and no random numbers, for what is replaced
-            pruned = type(self)(**self._form, widths=self.widths[: level + 1], mode=self.mode)
+            pruned = type(self)(**self._form, widths=self.widths[: level + 1], mode=self.mode, average=self.average)
         for name in dict(pruned.named_children()):
             source = heads[level - 1 if self.deep_supervision else 0] if name == "final" else name
             setattr(pruned, name, copy.deepcopy(getattr(self, source)))
@@ -196,6 +203,16 @@ class _Node(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.dropout(run_conv_norm_act(x, self.conv1, self.bn1, self.relu))
         return self.dropout(run_conv_norm_act(x, self.conv2, self.bn2, self.relu))
+
+
+def _mean_of_sigmoids(each: Sequence[Tensor]) -> Tensor:
+    """The logits whose sigmoid is the mean of the sigmoids of ``each``; finite wherever they are."""
+    wide = torch.stack(tuple(each))
+    if wide.dtype in (torch.float16, torch.bfloat16):
+        wide = wide.float()
+    # log p / (1 - p), where p and 1 - p are both sums of sigmoids over their number.
+    y = F.logsigmoid(wide).logsumexp(0) - F.logsigmoid(-wide).logsumexp(0)
+    return y.to(each[0].dtype)
 
 
 def fading_weights(heads: int, progress: float, auxiliary: float = 1.0) -> list[float]:

@@ -1,164 +1,165 @@
 """Weights from a local file, checked as a whole before any of them is copied."""
 
 import os
-import pickle
 import warnings
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from fastseg.models.encoders import VGG16, ResNet
+from fastseg.models.encoders import VGG16, MobileNetV2, ResNet, Xception65
+from fastseg.models.files import read_payload
+from fastseg.models.keys import Form, encoder_forms, model_forms
+from fastseg.models.locate import Found, first, locate
 
-WRAPPERS = ("state_dict", "model_state", "model", "net")  # keys under which training code stores the tensors
-PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
-CLASSIFIERS = ("classifier.", "fc.")  # torchvision's, which no encoder has
-SHOWN = 3  # keys of each kind that an error lists
+__all__ = ["checked", "fill", "load_encoder_weights", "load_weights", "read_payload"]
+
+ENCODER_TYPES = (VGG16, ResNet, MobileNetV2, Xception65)
 
 
-def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
+def load_weights(model: nn.Module, path: str | os.PathLike, *, key: str | None = None) -> None:
     """Load a ``state_dict`` from a local file into ``model``.
 
     Reads safetensors, and files of ``torch.save`` by ``torch.load(weights_only=True)``: code in a pickle is refused,
-    not executed. A dictionary under "state_dict", "model_state", "model" or "net" is unwrapped; the prefixes "module."
-    and "_orig_mod." are dropped where every key has them. Strict: names, shapes and kinds of numbers must fit, and
-    every value must be finite; only BatchNorm's ``num_batches_tracked`` may be absent, as it is from old files. Unless
-    all of it fits, the model is left as it was.
+    not executed. What training code wraps around a ``state_dict`` is taken off, in any combination: dictionaries, such
+    as those under "state_dict", "model_state_dict" or "model_ema"; what stands before every name, such as "module." of
+    DistributedDataParallel and AveragedModel, "model." of Lightning, "_orig_mod." of ``torch.compile``. Other entries
+    beside "model." and its like are left out with a warning. Strict apart from that: names, shapes and kinds of numbers
+    must fit, and every value must be finite; only BatchNorm's ``num_batches_tracked`` may be absent, as it is from old
+    files. Unless all of it fits, the model is left as it was.
+
+    Names of other codes are known where their networks are ours: https://github.com/kazuto1011/deeplab-pytorch
+    (``DeepLabV2``), segmentation_models_pytorch (``DeepLabV3``), the FCN article (``FCN``), and files converted from
+    Caffe's SegNet, whose eps all norms of ``SegNet`` and ``SegNetBasic`` are then given. Heads that the model lacks,
+    torchvision's ``aux_classifier``, are left out with a warning.
 
     Args:
         model: filled in place; its devices and dtypes stay.
         path: the file. Nothing is downloaded.
+        key: where the file holds several sets of weights that fit, a name on the way to one, such as "model_ema".
 
     Raises:
         FileNotFoundError: no file is there.
-        ValueError: the file cannot be read, or does not fit the model.
+        ValueError: the file cannot be read, does not fit the model, or holds several sets of weights that do.
     """
-    tensors = _read(path, "load_weights")
-    faults = _faults(tensors, model.state_dict())
-    if faults:
-        raise ValueError(f"load_weights: {path} does not fit {type(model).__name__}: {'; '.join(faults)}")
-    model.load_state_dict(tensors, strict=False)  # not strict about num_batches_tracked; the rest is checked
+    path = _file(path, "load_weights")
+    found = checked(read_payload(path), path, type(model).__name__, model.state_dict(), model_forms(model), key=key)
+    fill(model, found)
 
 
-def load_encoder_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Load torchvision's classification weights into the encoder of ``model``: vgg16, vgg16_bn, resnet18 to resnet101.
+def load_encoder_weights(model: nn.Module, path: str | os.PathLike, *, key: str | None = None) -> None:
+    """Load classification weights into the encoder of ``model``.
 
-    Reads and checks the file as ``load_weights`` does. Its classifier is left out, but for FCN on VGG16, whose fc6 and
-    fc7 are the first two layers of it. Unless the encoder fits, the model is left as it was.
+    Known are torchvision's vgg16, vgg16_bn, resnet18 to resnet101 and mobilenet_v2; the files of MobileNetV2 and
+    Xception that the code of the DeepLabV3+ article begins with; timm's xception65, for ``preset="google"``; and
+    https://github.com/kazuto1011/deeplab-pytorch's ResNet, for ``DeepLabV2``. Reads and checks the file as
+    ``load_weights`` does. Its classifier is left out, but for FCN on VGG16, whose fc6 and fc7 are the first two layers
+    of it. Unless the encoder fits, the model is left as it was.
 
     Args:
         model: an encoder, or a model with one; its other tensors stay.
         path: the file. Nothing is downloaded.
+        key: where the file holds several sets of weights that fit, a name on the way to one, such as "model_ema".
 
     Raises:
         FileNotFoundError: no file is there.
         TypeError: the model has no such encoder, or several.
         ValueError: the file cannot be read, or does not fit the encoder.
     """
-    expected = _encoder_state(model)
-    tensors = _read(path, "load_encoder_weights")
-    tensors = {key: value for key, value in tensors.items() if key in expected or not key.startswith(CLASSIFIERS)}
-    faults = _faults(tensors, expected)
-    if faults:
-        raise ValueError(
-            f"load_encoder_weights: {path} does not fit the encoder of {type(model).__name__}: {'; '.join(faults)}"
-        )
+    encoder, expected = _encoder_state(model)
+    path = _file(path, "load_encoder_weights")
+    name = f"the encoder of {type(model).__name__}"
+    forms = encoder_forms(encoder, expected)
+    found = checked(read_payload(path), path, name, expected, forms, key=key, function="load_encoder_weights")
     with torch.no_grad():
-        for key, value in tensors.items():
-            expected[key].copy_(value)
+        for target, value in found.tensors.items():
+            expected[target].copy_(value)
 
 
-def _encoder_state(model: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the model's encoder, in torchvision's names and shapes."""
+def checked(
+    payload: object,
+    path: Path,
+    name: str,
+    expected: Mapping[str, Tensor],
+    forms: list[Form],
+    *,
+    key: str | None = None,
+    function: str = "load_weights",
+) -> Found:
+    """The tensors of ``payload`` under the names of ``expected``, if they fit it in every respect.
+
+    Raises:
+        ValueError: they do not; ``name`` is what they are said not to fit.
+    """
+    found = locate(payload, forms, path, key=key, encoder=function == "load_encoder_weights")
+    if found.form.flat:
+        found = found._replace(tensors={k: _flat(v, expected[k]) for k, v in found.tensors.items()})
+    faults = _faults(found, expected)
+    if faults:
+        under = f", which are looked for under {found.place!r}" if found.place else ""
+        raise ValueError(f"{function}: {path} does not fit {name}: {'; '.join(faults)}{under}")
+    if found.form.refusal:
+        raise ValueError(f"{function}: {path} has names of {found.form.source}: {found.form.refusal}")
+    for note in found.notes:
+        warnings.warn(f"{function}: {path}: {note}", stacklevel=3)
+    return found
+
+
+def fill(model: nn.Module, found: Found) -> None:
+    """Copy checked tensors into ``model``."""
+    state = model.state_dict()
+    constants = {k: torch.full_like(state[k], value) for k, value in found.form.constants.items()}
+    model.load_state_dict(found.tensors | constants, strict=False)  # not strict about num_batches_tracked alone
+    if found.form.eps is not None:
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eps = found.form.eps
+
+
+def _encoder_state(model: nn.Module) -> tuple[nn.Module | None, dict[str, Tensor]]:
+    """The model's encoder, and its tensors in torchvision's names and shapes, or the DeepLabV3+ article's."""
     if hasattr(model, "encoder_state"):  # its own names are others
-        return model.encoder_state()
-    encoders = [module for module in model.modules() if isinstance(module, (VGG16, ResNet))]
+        return None, model.encoder_state()
+    encoders = [module for module in model.modules() if isinstance(module, ENCODER_TYPES)]
     if len(encoders) != 1:
+        kinds = ", ".join(kind.__name__ for kind in ENCODER_TYPES)
         raise TypeError(
-            f"load_encoder_weights: {type(model).__name__} has {len(encoders)} encoders of type VGG16 or ResNet; give "
-            "a model with one, or the encoder itself"
+            f"load_encoder_weights: {type(model).__name__} has {len(encoders)} encoders of type {kinds}; give a model "
+            "with one, or the encoder itself"
         )
-    return encoders[0].state_dict()
+    return encoders[0], encoders[0].state_dict()
 
 
-def _read(path: str | os.PathLike, function: str) -> dict[str, Tensor]:
+def _file(path: str | os.PathLike, function: str) -> Path:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{function}: no file at {path}; weights are read from local files only")
-    return unwrap(read_payload(path), path)
+    return path
 
 
-def read_payload(path: Path) -> object:
-    try:
-        with path.open("rb") as file:
-            head = file.read(9)
-        if head[8:] == b"{":  # eight bytes of length, then JSON
-            return _read_safetensors(path)
-        zipped = head.startswith(b"PK")
-        if zipped:
-            _check_archive(path)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about how the file was written; the reader has one line to read
-            # Mapped, a tensor cannot claim more bytes than the file has.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"load_weights: {path} is damaged, or holds Python objects besides tensors (refused, not executed); "
-            "save model.state_dict() alone"
-        ) from error
-    except Exception as error:  # on a damaged file the readers raise anything from KeyError to RuntimeError
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise ValueError(f"load_weights: cannot read {path} as safetensors or PyTorch weights: {reason}") from error
+def _flat(value: object, expected: Tensor) -> object:
+    """A vector that was saved with more dimensions, as one."""
+    if isinstance(value, Tensor) and expected.dim() == 1 and value.numel() == expected.numel():
+        return value.flatten()
+    return value
 
 
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError("it is a safetensors file; install the package safetensors") from error
-    return load_file(path)
-
-
-def _check_archive(path: Path) -> None:
-    """torch.load looks at neither: compressed records are read as if they were not, checksums not at all."""
-    with zipfile.ZipFile(path) as archive:
-        if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
-            raise ValueError("it is a compressed archive, which torch.save never writes")
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} is wrong; the file is damaged")
-
-
-def unwrap(payload: object, path: Path) -> dict[str, Tensor]:
-    inner = payload
-    while isinstance(inner, Mapping):
-        payload = inner
-        inner = next((payload[key] for key in WRAPPERS if isinstance(payload.get(key), Mapping)), None)
-    if not isinstance(payload, Mapping) or not payload or not all(isinstance(key, str) for key in payload):
-        raise ValueError(f"load_weights: {path} holds a {type(payload).__name__}, not a dictionary of named tensors")
-    tensors = dict(payload)
-    while prefix := next((p for p in PREFIXES if all(key.startswith(p) for key in tensors)), None):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
-
-
-def _faults(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """What keeps ``tensors`` from being loaded, one entry per kind; names and shapes before any value is looked at."""
-    missing = [key for key in expected if key not in tensors and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in tensors if key not in expected]
-    shared = [key for key in tensors if key in expected]
+def _faults(found: Found, expected: Mapping[str, Tensor]) -> list[str]:
+    """What keeps the tensors from being loaded, one entry per kind; names and shapes before any value is looked at."""
+    tensors, names = found.tensors, found.form.names
     mismatched = [
-        f"{key}: {_describe(tensors[key])} in the file, {_describe(expected[key])} in the model"
-        for key in shared
-        if not _fits(tensors[key], expected[key])
+        f"{names[key]}: {_describe(value)} in the file, {_describe(expected[key])} in the model"
+        for key, value in tensors.items()
+        if not _fits(value, expected[key])
     ]
-    kinds = {"missing": missing, "unexpected": unexpected, "mismatched": mismatched}
+    kinds = {"missing": found.missing, "unexpected": found.unexpected, "mismatched": mismatched}
     if not any(kinds.values()):
         # As the model will hold it: a large float32 is infinite in float16.
-        kinds["not finite"] = [key for key in shared if not tensors[key].to(expected[key].dtype).isfinite().all()]
-    return [f"{len(keys)} {kind} ({_first(keys)})" for kind, keys in kinds.items() if keys]
+        kinds["not finite"] = [
+            names[key] for key, value in tensors.items() if not value.to(expected[key].dtype).isfinite().all()
+        ]
+    return [f"{len(keys)} {kind} ({first(keys)})" for kind, keys in kinds.items() if keys]
 
 
 def _fits(value: object, expected: Tensor) -> bool:
@@ -176,7 +177,3 @@ def _describe(value: object) -> str:
     if not isinstance(value, Tensor):
         return type(value).__name__
     return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-
-
-def _first(keys: list[str]) -> str:
-    return ", ".join(keys[:SHOWN]) + (", ..." if len(keys) > SHOWN else "")

@@ -4,9 +4,11 @@ import copy
 import hashlib
 from contextlib import nullcontext
 
+import numpy as np
 import pytest
 import torch
 from nets import unsettle
+from PIL import Image
 from plain_deeplab import Plain, plain_v2, plain_v3, plain_v3plus
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -160,6 +162,14 @@ class TestGolden:
         assert parameters(model) == 44_048_532
         assert parameters(model.aspp) == 1_548_372
 
+    @pytest.mark.parametrize("backbone", ["mobilenet_v2", "xception", "resnet18"])
+    def test_momentum_of_google(self, backbone):
+        """Of every norm, the backbone's too."""
+        model = on_meta("deeplabv3plus", backbone=backbone, preset="google")
+        assert {m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)} == {3e-4}
+        article = on_meta("deeplabv3plus", backbone=backbone)
+        assert {m.momentum for m in article.aspp.modules() if isinstance(m, nn.BatchNorm2d)} == {0.1}
+
     def test_norms_of_google(self):
         """1e-3 in Xception, 1e-5 around it; the last three convolutions dilated twice as much."""
         model = on_meta("deeplabv3plus", backbone="xception", preset="google", output_stride=8)
@@ -214,6 +224,62 @@ def test_loss_of_several_heads(name, form):
         torch.testing.assert_close(model.loss(x, target), want)
 
 
+class TestV2TrainsAsItsReference:
+    """``preset="kazuto"``; the outputs themselves are compared in test_keys.py."""
+
+    @pytest.fixture
+    def model(self):
+        return unsettle(DeepLabV2(4, "resnet50", width=0.05, preset="kazuto")).train()
+
+    def test_momentum(self, model):
+        norms = lambda net: {m.momentum for m in net.modules() if isinstance(m, nn.BatchNorm2d)}
+        assert (norms(model), norms(DeepLabV2(4, "resnet50", width=0.05))) == ({1e-3}, {0.1})
+
+    @pytest.mark.parametrize("sides", [(61, 83), (65, 47), (33, 33)])
+    def test_loss_is_of_labels_shrunk_to_each_output(self, model, sides):
+        """As its script does it, by Pillow; every class, void and class weights."""
+        target = torch.randint(4, (2, *sides))
+        target[:, 3:9, 5:7] = 255
+        x, weight = torch.randn(2, 3, *sides, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+        with reference():
+            outputs = model(x)
+            shrunk = [
+                torch.stack([
+                    torch.from_numpy(np.array(Image.fromarray(t.numpy().astype(np.float32)).resize(
+                        y.shape[:1:-1], Image.Resampling.NEAREST))) for t in target
+                ]).long() for y in outputs
+            ]  # fmt: skip
+            options = {"ignore_index": 255, "weight": weight}
+            losses = [F.cross_entropy(y, t, **options) for y, t in zip(outputs, shrunk, strict=True)]
+            assert len(losses) == 4
+            torch.testing.assert_close(model.loss(x, target, **options), sum(losses), rtol=1e-9, atol=0)
+            # A label counts as often as it stands for a pixel of the image.
+            sums = [
+                F.cross_entropy(y, t, **options, reduction="sum") * (target.numel() / t.numel())
+                for y, t in zip(outputs, shrunk, strict=True)
+            ]
+            torch.testing.assert_close(model.loss(x, target, **options, reduction="sum"), sum(sums), rtol=1e-9, atol=0)
+            with pytest.raises(ValueError, match='reduction is "none", and there are several sizes'):
+                model.loss(x, target, reduction="none")
+
+    def test_evaluation_is_the_same_net(self, model):
+        other = DeepLabV2(4, "resnet50", width=0.05).double().eval()
+        other.load_state_dict(model.eval().state_dict())
+        x, target = torch.randn(2, 3, 33, 33, dtype=torch.float64), torch.randint(4, (2, 33, 33))
+        with reference(), torch.no_grad():
+            assert torch.equal(model(x), other(x))
+            assert torch.equal(model.loss(x, target), other.loss(x, target))
+
+    def test_one_scale(self):
+        model = unsettle(DeepLabV2(4, "resnet50", width=0.05, scales=(), preset="kazuto")).train()
+        x, target = torch.randn(2, 3, 32, 32, dtype=torch.float64), torch.randint(4, (2, 32, 32))
+        with reference():
+            (logits,) = model(x)
+            centres = torch.tensor([3, 9, 16, 22, 28])  # of 5 pixels of 6.4
+            want = F.cross_entropy(logits, target[:, centres][:, :, centres])
+            torch.testing.assert_close(model.loss(x, target), want)
+
+
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
@@ -227,6 +293,8 @@ def test_loss_of_several_heads(name, form):
         ("deeplabv3", {"backbone": "vgg16"}, "no backbone 'vgg16'"),
         ("deeplabv3", {"output_stride": 4}, "output_stride is 4"),
         ("deeplabv2", {"backbone": "resnet18"}, "no backbone 'resnet18'"),
+        ("deeplabv2", {"preset": "google"}, "no preset 'google'; use \"kazuto\" or None"),
+        ("deeplabv3", {"dilation_style": "timm"}, "dilation_style is 'timm'"),
         ("deeplabv2", {"scales": (1.5,)}, r"scales are \(1.5,\)"),
     ],
 )

@@ -1,6 +1,7 @@
 """UNet++: golden counts, the nets written with torch alone, deep supervision, pruning, errors."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 import fastseg
 from fastseg.inference.comparison import eager_form
 from fastseg.models import UNetPlusPlus, create, fading_weights
+from fastseg.models.unetplusplus import _mean_of_sigmoids
 
 WIDTHS = (4, 6, 8, 10)
 FORMS = {
@@ -123,18 +125,39 @@ def test_training_equals_plain_pytorch(form, kernels, device):
 
 @EACH
 def test_modes(form):
-    """In evaluation "accurate" is the mean of the heads, "fast" the last; folded and unfolded."""
+    """In evaluation "accurate" is the mean of the heads' sigmoids, or of their logits; "fast" the last head."""
     model, x = narrow(form).eval(), image()
-    fast = UNetPlusPlus(3, **FORMS[form], widths=WIDTHS, deep_supervision=True, mode="fast").double().eval()
-    fast.load_state_dict(model.state_dict())
+    others = [narrow(form, mode="fast").eval(), narrow(form, average="logits").eval()]
+    for other in others:
+        other.load_state_dict(model.state_dict())
+    fast, logits = others
     with torch.no_grad(), fastseg.reference():
         heads = plain(model, x, form, False)
-        mean = torch.stack(heads).mean(0)
-        for net, want in ((model, mean), (fast, heads[-1]), (eager_form(model), mean)):
+        probabilities = torch.stack(heads).sigmoid().mean(0)
+        mean = (probabilities / (1 - probabilities)).log()
+        for net, want in (
+            (model, mean), (fast, heads[-1]), (logits, torch.stack(heads).mean(0)), (eager_form(model), mean)
+        ):  # fmt: skip
             torch.testing.assert_close(net(x), want, rtol=1e-9, atol=1e-10)
-        assert torch.equal(model.predict(x).long(), model(x).argmax(1))
-        target = torch.randint(3, (2, 22, 13))
-        torch.testing.assert_close(model.loss(x, target), F.cross_entropy(mean, target))
+            torch.testing.assert_close(net.logits(x), want, rtol=1e-9, atol=1e-10)
+            assert torch.equal(net.predict(x).long(), want.argmax(1))
+            target = torch.randint(3, (2, 22, 13))
+            torch.testing.assert_close(net.loss(x, target), F.cross_entropy(want, target))
+        torch.testing.assert_close(model(x).sigmoid(), probabilities, rtol=1e-9, atol=1e-10)
+        assert not torch.equal(model.predict(x), logits.predict(x))  # they are not the same
+        assert model.prune(3).average == "probabilities" and logits.prune(3).average == "logits"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_mean_of_sigmoids_of_large_logits(dtype):
+    """Where a sigmoid rounds to 0 or 1 the logits go on: the sigmoid of -z is e^-z there."""
+    first, second = torch.tensor([-60.0, 60.0, -1000.0, 1000.0, 2.0]), torch.tensor([-60.0, 62.0, -1001.0, 3.0, -2.0])
+    rare = 1 / (1 + math.exp(3)) / 2
+    want = [-60, 60 - math.log((1 + math.exp(-2)) / 2), -1000 + math.log((1 + math.exp(-1)) / 2),
+            math.log((1 - rare) / rare), 0.0]  # fmt: skip
+    got = _mean_of_sigmoids([first.to(dtype), second.to(dtype)])
+    assert got.dtype == dtype
+    assert got.tolist() == pytest.approx(want, rel=1e-5 if dtype == torch.float32 else 1e-2, abs=1e-5)
 
 
 def test_the_losss_weights():
@@ -208,6 +231,7 @@ def test_bad_level(level, options, message):
     [
         ({"num_classes": 0}, "UNetPlusPlus: num_classes is 0"),
         ({"mode": "slow"}, "UNetPlusPlus: mode is 'slow'; use"),
+        ({"average": "votes"}, "UNetPlusPlus: average is 'votes'; use"),
         ({"up": "nearest"}, "UNetPlusPlus: up is 'nearest'; use"),
         ({"widths": ()}, r"UNetPlusPlus: widths are \(\); give two or more"),
     ],

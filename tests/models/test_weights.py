@@ -291,8 +291,8 @@ class TestEncoderWeights:
 
     def test_no_encoder_to_fill(self, tmp_path):
         torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "w.pth")
-        model = create("deeplabv3plus", 3, width=0.1, decoder_channels=16)
-        with pytest.raises(TypeError, match="DeepLabV3Plus has 0 encoders of type VGG16 or ResNet"):
+        model = create("unet", 3, widths=(4, 8))
+        with pytest.raises(TypeError, match="UNet has 0 encoders of type VGG16, ResNet, MobileNetV2, Xception65"):
             load_encoder_weights(model, tmp_path / "w.pth")
         with pytest.raises(FileNotFoundError, match="load_encoder_weights: no file at"):
             load_encoder_weights(ENCODERS["vgg16"](width=0.05), tmp_path / "absent.pth")

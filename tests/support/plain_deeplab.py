@@ -136,11 +136,11 @@ def resize(y: Tensor, size: tuple[int, int], align_corners: bool = True) -> Tens
 
 def plain_v3plus(net: Plain, x: Tensor, backbone: str = "mobilenet_v2", preset: str = "bubbliiiing") -> Tensor:
     """DeepLabV3+: logits of full size."""
+    net.momentum = 3e-4 if preset == "google" else 0.1
     if backbone.startswith("resnet"):
         low, *_, y = net.resnet(x)
     else:
         low, y = net.mobilenet(x) if backbone == "mobilenet_v2" else net.xception(x, preset)
-    net.momentum = 3e-4 if preset == "google" else 0.1
     rates = RATES[net.output_stride]
     both = zip((2, 3, 4), rates, strict=True)
     if preset == "google":

@@ -118,9 +118,9 @@ class BasicBlock(nn.Module):
         super().__init__()
         self.conv1 = _conv3x3(in_channels, channels, stride, dilation)
         self.bn1 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)  # of both; in torchvision's place, so that the block prints alike
         self.conv2 = _conv3x3(channels, channels, 1, dilation)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.relu = nn.ReLU()
         self.downsample = _projection(in_channels, channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,7 +153,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(channels)
         self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU()
+        self.relu = nn.ReLU(inplace=True)  # of all three
         self.downsample = _projection(in_channels, out_channels, stride) if project else None
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,0 +1,48 @@
+"""A form in which weights of a model are saved: the names that some code gives to its tensors."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+COUNTER = "num_batches_tracked"  # of batch norm; absent from old files, and not needed
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one code names the tensors of a model.
+
+    Attributes:
+        source: the code, in words; empty: fastseg's own names.
+        names: {the model's name: the name in the file}.
+        constants: {the model's name: its value}, of tensors that the source does not have.
+        unused: beginnings of further names in the file that say nothing to the model; they are left out.
+        noted: {beginning of further names: what a user is told where they are left out}.
+        refusal: why these weights would give other outputs in this model; empty: they do not.
+        eps: of all norms, which is set where these weights are loaded; None leaves them.
+        flat: whether a vector may be saved with more dimensions, as Caffe does.
+    """
+
+    source: str
+    names: Mapping[str, str]
+    constants: Mapping[str, float] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    noted: Mapping[str, str] = field(default_factory=dict)
+    refusal: str = ""
+    eps: float | None = None
+    flat: bool = False
+
+
+def renamed(keys: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:
+    """{key: rename(key)}, checked: two keys with one name would lose a tensor."""
+    names = {key: rename(key) for key in keys}
+    assert len(set(names.values())) == len(names), "two tensors have one name"
+    return names
+
+
+def by_parts(key: str, parts: Mapping[str, str]) -> str:
+    """``key`` with its longest beginning (of whole segments) that ``parts`` names replaced."""
+    head = key
+    while head not in parts:
+        head, _, _ = head.rpartition(".")
+        if not head:
+            return key
+    return parts[head] + key[len(head) :]
