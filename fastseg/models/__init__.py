@@ -5,6 +5,7 @@ import inspect
 from torch import nn
 
 from fastseg.models.deconvnet import DeconvNet
+from fastseg.models.deep_supervision import DeepSupervision
 from fastseg.models.deeplabv2 import DeepLabV2
 from fastseg.models.deeplabv3 import DeepLabV3
 from fastseg.models.deeplabv3plus import DeepLabV3Plus
@@ -33,6 +34,7 @@ __all__ = [
     "DeepLabV2",
     "DeepLabV3",
     "DeepLabV3Plus",
+    "DeepSupervision",
     "SegNet",
     "SegNetBasic",
     "UNet",
