@@ -1,6 +1,6 @@
 """Deep supervision for any net: auxiliary heads at chosen depths, trained and then left out."""
 
-import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 
-SIDE = 192  # pixels of the square image that is followed through the net: all strides to 64 divide it
+SIDE = 64  # pixels of the square image that is followed through the net: it tells depths 0 to 5 apart
 
 
 class DeepSupervision(nn.Module):
@@ -151,38 +151,32 @@ def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def _followed(model: nn.Module, at: Sequence[str | int], in_channels: int | None) -> tuple[list[str], list[int], int]:
-    """Names and widths of the maps that ``at`` means, and the number of classes, by a run without values."""
-    name, kinds = type(model).__name__, dict(model.named_modules())
-    if in_channels is None:
-        convs = (module for module in kinds.values() if isinstance(module, nn.Conv2d))
-        in_channels = next(convs).in_channels
-    tensors = (*model.parameters(), *model.buffers())
-    hollow = lambda t: torch.empty_like(t, device="meta")
-    memo = {
-        id(t): nn.Parameter(hollow(t), t.requires_grad) if isinstance(t, nn.Parameter) else hollow(t) for t in tensors
-    }
-    hull = copy.deepcopy(model, memo).eval()
-    modules = {key: module for key, module in hull.named_modules() if key}
+    """Names and widths of the maps that ``at`` means, and the number of classes, from two small runs."""
+    name, modules = type(model).__name__, {key: module for key, module in model.named_modules() if key}
     missing = [key for key in at if not isinstance(key, int) and key not in modules]
     if missing:
-        raise ValueError(f"DeepSupervision: {name} has no submodule {missing[0]!r}; its children are "
-                         f"{', '.join(key for key, _ in hull.named_children())}")  # fmt: skip
-    x = torch.empty(1, in_channels, SIDE, SIDE, device="meta", dtype=next(model.parameters()).dtype)
-    with torch.no_grad(), _outputs(modules) as all_maps:
-        logits = hull.logits(x)
-    is_map = lambda y: isinstance(y, Tensor) and y.dim() == 4 and y is not logits
-    by_depth = {}
-    for key, y in all_maps.items():
-        if is_map(y) and y.shape[2] == y.shape[3] and SIDE % y.shape[2] == 0:
-            by_depth[SIDE // y.shape[2]] = key
-    strides = {i: 2**i for i in at if isinstance(i, int) and i >= 0}
-    absent = [i for i in at if isinstance(i, int) and strides.get(i) not in by_depth]
-    if absent:
-        depths = sorted(stride.bit_length() - 1 for stride in by_depth if stride.bit_count() == 1)
-        raise ValueError(f"DeepSupervision: {name} has no map at depth {absent[0]}; it has {depths}")
-    names = [by_depth[strides[i]] if isinstance(i, int) else i for i in at]
-    with torch.no_grad(), _outputs({key: modules[key] for key in names}) as maps:
-        hull.logits(x)
+        children = ", ".join(key for key, _ in model.named_children())
+        raise ValueError(f"DeepSupervision: {name} has no submodule {missing[0]!r}; its children are {children}")
+    if in_channels is None:
+        in_channels = next(module.in_channels for module in modules.values() if isinstance(module, nn.Conv2d))
+    like = next(model.parameters())
+    x = torch.zeros(1, in_channels, SIDE, SIDE, device=like.device, dtype=like.dtype)
+    with _evaluating(model), torch.no_grad():
+        with _outputs(modules) as every:
+            logits = model.logits(x)
+        is_map = lambda y: isinstance(y, Tensor) and y.dim() == 4 and y is not logits
+        depths: dict[int, str] = {}
+        for key, y in every.items():
+            if is_map(y) and 1 < y.shape[2] == y.shape[3]:
+                i = round(math.log2(SIDE / y.shape[2]))
+                if i >= 0 and abs(y.shape[2] - SIDE / 2**i) <= 1:  # a pool that rounds up may add a pixel
+                    depths[i] = key
+        absent = [i for i in at if isinstance(i, int) and i not in depths]
+        if absent:
+            raise ValueError(f"DeepSupervision: {name} has no map at depth {absent[0]}; it has {sorted(depths)}")
+        names = [depths[i] if isinstance(i, int) else i for i in at]
+        with _outputs({key: modules[key] for key in names}) as maps:
+            logits = model.logits(x)
     for key in names:
         if key not in maps:
             raise ValueError(f"DeepSupervision: {name} does not call {key!r}; name what is inside of it, or around it")
@@ -191,6 +185,13 @@ def _followed(model: nn.Module, at: Sequence[str | int], in_channels: int | None
     return names, [maps[key].shape[1] for key in names], logits.shape[1]
 
 
-def _hollow(t: Tensor) -> Tensor:
-    empty = torch.empty_like(t, device="meta")
-    return nn.Parameter(empty, t.requires_grad) if isinstance(t, nn.Parameter) else empty
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside of the block; then each module's own mode again, such as a frozen norm's."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -88,6 +88,16 @@ def test_evaluation_is_the_models_own():
     assert copy.deepcopy(model).at == model.at
 
 
+def test_what_was_frozen_stays_frozen():
+    """The run that finds the maps changes no mode and no statistic."""
+    model = create("segnet", 3, **NARROW["segnet"])
+    frozen = model.decoder[0][1].eval()
+    before = copy.deepcopy(model.state_dict())
+    DeepSupervision(model, [4])
+    assert model.training and model.decoder[1].training and not frozen.training
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
 def test_weights_of_the_constructor_and_fading_ones():
     model = supervised("unet", [1, 2], weights=[0.5, 0.0])
     x, target = torch.randn(1, 3, 16, 16, dtype=torch.float64), torch.randint(3, (1, 16, 16))
