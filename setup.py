@@ -43,7 +43,10 @@ setup(
         "fastseg.kernels",
         *(f"fastseg.kernels.{name}" for name in find_packages("kernels")),
     ],
-    package_data={"fastseg": ["py.typed"], "fastseg.kernels": ["tuned/*.json"]},
+    package_data={
+        "fastseg": ["py.typed", "training/recipes/*.json", "training/recipes/datasets/*.json"],
+        "fastseg.kernels": ["tuned/*.json"],
+    },
     install_requires=["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", "numpy>=1.26", "pillow>=12.2"],
     extras_require={
         "test": [*TEST, *DEMO, *PLOT],

@@ -9,12 +9,14 @@ import torch
 from PIL import Image
 
 from fastseg.cli.common import add_device, positive_int
+from fastseg.cli.recipe import add_layout
 from fastseg.cli.weights import add_weights, read_weights
 from fastseg.inference.images import atomic_write, class_map, figure, write_png
 from fastseg.inference.processes import processes
 from fastseg.training.batches import Shard, collate, scoring_batches
-from fastseg.training.dataset import SPLITS, FolderDataset, read_spec
+from fastseg.training.dataset import SPLITS
 from fastseg.training.evaluation import evaluate, pixels, report, window
+from fastseg.training.layouts import open_dataset
 
 PANEL = 320  # pixels of a panel's longer side
 
@@ -31,13 +33,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--batch", type=positive_int, default=1, help="pictures at once, all of one size (default: %(default)s)")
     add("--worst", type=int, default=4, metavar="N", help="pictures to show (default: %(default)s)")
     add("--workers", type=int, default=0, metavar="N", help="processes that read pictures (default: %(default)s)")
+    add_layout(parser)
     add_device(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Score; 0. Bad data or weights raise ``ValueError``."""
-    spec = read_spec(args.dataset or args.data / "dataset.json")
-    dataset = FolderDataset(args.data, args.split, spec)
+    dataset = open_dataset(args.layout, args.data, args.split, args.dataset)
+    spec = dataset.spec
     model, _ = read_weights(args, len(spec.classes))
     size = None if args.size is None else tuple(args.size)
     with processes(args.device) as group:

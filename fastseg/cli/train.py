@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from fastseg.cli.common import add_device, model_option, positive_float, positive_int
+from fastseg.cli.recipe import add_recipe, introduce, model_options, open_splits, supervised
 from fastseg.inference.processes import processes
 from fastseg.models import create, load_encoder_weights, names
-from fastseg.training.dataset import FolderDataset, read_spec
 from fastseg.training.run import Settings, train
 from fastseg.training.signals import sigterm
 
@@ -56,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="default: %(default)s")
     add("--save-every", type=positive_int, metavar="STEPS", help="a checkpoint within epochs too")
     add("--max-seconds", type=positive_float, metavar="S", help="then stop with a checkpoint, to be resumed")
+    add_recipe(parser)
     add_device(parser)
 
 
@@ -64,22 +65,25 @@ def run(args: argparse.Namespace) -> int:
 
     Bad data raises ``ValueError``, a full disk ``OSError``.
     """
-    spec = read_spec(args.dataset or args.data / "dataset.json")
-    splits = [FolderDataset(args.data, split, spec) for split in ("train", "val")]
-    options = dict(args.option)
+    splits = open_splits(args)
+    spec = splits[0].spec
+    options = model_options(args)
     pair = lambda values: None if values is None else tuple(values)
     with ExitStack() as to_the_end, processes(args.device) as group:
         for split in splits:
             split.check(range(group.rank, len(split), group.count), shown=group.first)
-        settings = Settings(
-            args.model, options, spec.classes, args.epochs, args.batch, args.optimizer, args.lr, args.momentum,
-            args.weight_decay, args.schedule, args.class_weights, pair(args.size), pair(args.crop), pair(args.scale),
-            args.flip, _amp(args.amp, group.device), args.seed,
-        )  # fmt: skip
         torch.manual_seed(args.seed)
         model = create(args.model, len(spec.classes), **options)
         if args.encoder_weights is not None:
             load_encoder_weights(model, args.encoder_weights)
+        model = supervised(model, args)
+        settings = Settings(
+            args.model, options, spec.classes, args.epochs, args.batch, args.optimizer, args.lr, args.momentum,
+            args.weight_decay, args.schedule, args.class_weights, pair(args.size), pair(args.crop), pair(args.scale),
+            args.flip, _amp(args.amp, group.device), args.seed, args.deep_supervision, pair(args.supervise),
+        )  # fmt: skip
+        if group.first and args.recipe:
+            print(f"fastseg train: {introduce(args)}", file=sys.stderr)
         args.output.mkdir(parents=True, exist_ok=True)
         came = to_the_end.enter_context(sigterm())  # while the processes part, too
         history = train(

@@ -4,6 +4,8 @@ import inspect
 
 from torch import nn
 
+from fastseg.models.deconvnet import DeconvNet
+from fastseg.models.deep_supervision import DeepSupervision
 from fastseg.models.deeplabv2 import DeepLabV2
 from fastseg.models.deeplabv3 import DeepLabV3
 from fastseg.models.deeplabv3plus import DeepLabV3Plus
@@ -14,6 +16,7 @@ from fastseg.models.unetplusplus import UNetPlusPlus, fading_weights
 from fastseg.models.weights import load_encoder_weights, load_weights
 
 MODELS: dict[str, type[nn.Module]] = {
+    "deconvnet": DeconvNet,
     "deeplabv2": DeepLabV2,
     "deeplabv3": DeepLabV3,
     "deeplabv3plus": DeepLabV3Plus,
@@ -27,9 +30,11 @@ MODELS: dict[str, type[nn.Module]] = {
 __all__ = [
     "FCN",
     "MODELS",
+    "DeconvNet",
     "DeepLabV2",
     "DeepLabV3",
     "DeepLabV3Plus",
+    "DeepSupervision",
     "SegNet",
     "SegNetBasic",
     "UNet",

@@ -6,7 +6,8 @@ from torch.nn import functional as F
 from fastseg.models.encoders.vgg import VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.full_size import FullSizeNet, he_
-from fastseg.nn.fold import convolve
+from fastseg.models.segnet_up import Up, rises
+from fastseg.nn.fold import convolve, run_conv_norm_act
 from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d, PoolIndices, run_conv_norm_act_pool, run_unpool
 from fastseg.nn.sequential import Sequential, opened, run_layers
 from fastseg.nn.watch import watched
@@ -19,15 +20,23 @@ NORM_SHIFT = 0.001  # the reference's initial batch norm bias
 
 
 class _SegNet(FullSizeNet):
-    """What both nets share: the pooling that remembers."""
+    """What both nets share: the pooling that remembers, and the way up."""
 
-    def __init__(self, num_classes: int, index_format: IndexFormat, eps: float):
+    def __init__(self, num_classes: int, index_format: IndexFormat, eps: float, up: Up):
         super().__init__(num_classes)
         if not 0 < eps < 1:
             raise ValueError(f"{type(self).__name__}: eps is {eps}; use a number above 0 and below 1, such as 1e-5")
-        self._eps = eps
-        self.pool = MaxPool2d(2, 2, ceil_mode=True, return_indices=True, index_format=index_format)
+        self._eps, self.up = eps, up
+        self.pool = MaxPool2d(2, 2, ceil_mode=True, return_indices=up == "unpool", index_format=index_format)
         self.unpool = MaxUnpool2d(2, 2)
+
+    def _risen(
+        self, stage: int, x: Tensor, indices: Tensor | PoolIndices | None, size: tuple[int, int], layers: nn.Module
+    ) -> Tensor:
+        """The way up to ``size``, and the decoder's ``layers`` of a stage."""
+        if self.up == "unpool":
+            return run_unpool(x, indices, self.unpool, size, layers)
+        return layers(self.rise[stage](x, size))
 
     def _initialise(self) -> None:
         """He's weights and small shifts, as the reference; the norms' eps."""
@@ -52,6 +61,9 @@ class SegNet(_SegNet):
         in_channels: channels of the image.
         width: multiplier of every width; the results are rounded to multiples of 8.
         eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
+        up: how a decoder stage gets to the size before its pooling: "unpool", with the pooling's indices; "bilinear",
+            an interpolation (``align_corners=False``); or "transpose", a learnt 2x2 transposed convolution. The last
+            two keep no indices.
 
     Raises:
         ValueError: an option has a value that it cannot take.
@@ -69,8 +81,9 @@ class SegNet(_SegNet):
         in_channels: int = 3,
         width: float = 1.0,
         eps: float = 1e-5,
+        up: Up = "unpool",
     ):
-        super().__init__(num_classes, index_format, eps)
+        super().__init__(num_classes, index_format, eps, up)
         self.encoder = VGG16(in_channels, width=width, norm=True, ceil_mode=True)
         channels = self.encoder.out_channels[-1]
         self.decoder = nn.ModuleList()
@@ -82,12 +95,13 @@ class SegNet(_SegNet):
                 channels = out_channels
             self.decoder.append(Sequential(*layers))
         self.classifier = nn.Conv2d(channels, num_classes, 3, padding=1)
+        self.rise = rises(up, [stage[0].in_channels for stage in self.decoder], "SegNet")
         self._initialise()
 
     def logits(self, x: Tensor) -> Tensor:
         x, pooled = self._encode(x)
-        for stage, (indices, size) in zip(self.decoder, reversed(pooled), strict=True):
-            x = run_unpool(x, indices, self.unpool, size, stage)
+        for i, (stage, (indices, size)) in enumerate(zip(self.decoder, reversed(pooled), strict=True)):
+            x = self._risen(i, x, indices, size, stage)
         return convolve(self.classifier, x)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, list[Pooled]]:
@@ -97,6 +111,9 @@ class SegNet(_SegNet):
         watches. Else they run, and ``pool`` gives the indices.
         """
         encoder, pooled = self.encoder, []
+        if self.up != "unpool":
+            *maps, y = encoder(x)
+            return y, [(None, m.shape[-2:]) for m in maps]
         layers = None if watched(encoder, VGG16) else opened(encoder.features)
         if layers is None or not all(self._alike(layers[place]) for place in encoder.pools):
             *maps, y = encoder(x)
@@ -130,6 +147,7 @@ class SegNetBasic(_SegNet):
         in_channels: channels of the image.
         channels: width of every layer.
         eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
+        up: "unpool", "bilinear" or "transpose", as in ``SegNet``.
 
     Raises:
         ValueError: an option has a value that it cannot take.
@@ -147,8 +165,9 @@ class SegNetBasic(_SegNet):
         in_channels: int = 3,
         channels: int = BASIC_CHANNELS,
         eps: float = 1e-5,
+        up: Up = "unpool",
     ):
-        super().__init__(num_classes, index_format, eps)
+        super().__init__(num_classes, index_format, eps, up)
         if channels < 1:
             raise ValueError(f"SegNetBasic: channels is {channels}; use a positive number")
         self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
@@ -156,6 +175,7 @@ class SegNetBasic(_SegNet):
         self.encoder = nn.ModuleList(stage(in_channels if i == 0 else channels) for i in range(BASIC_STAGES))
         self.decoder = nn.ModuleList(stage(channels) for _ in range(BASIC_STAGES))
         self.classifier = nn.Conv2d(channels, num_classes, 1)
+        self.rise = rises(up, [channels] * BASIC_STAGES, "SegNetBasic")
         self._initialise()
 
     def logits(self, x: Tensor) -> Tensor:
@@ -163,14 +183,15 @@ class SegNetBasic(_SegNet):
         pooled = []
         for stage in self.encoder:
             layers = opened(stage)
-            if layers is None or len(layers) != 2:
-                x = F.relu(stage(x))
-                size = x.shape[-2:]
-                x, indices = self.pool(x)
-            else:
+            fused = layers is not None and len(layers) == 2
+            if fused and self.up == "unpool":
                 size = x.shape[-2:]
                 x, indices = run_conv_norm_act_pool(x, *layers, "relu", self.pool)
+            else:
+                x = run_conv_norm_act(x, *layers, "relu") if fused else F.relu(stage(x))
+                size = x.shape[-2:]
+                x, indices = self.pool(x) if self.up == "unpool" else (self.pool(x), None)
             pooled.append((indices, size))
-        for stage, (indices, size) in zip(self.decoder, reversed(pooled), strict=True):
-            x = run_unpool(x, indices, self.unpool, size, stage)
+        for i, (stage, (indices, size)) in enumerate(zip(self.decoder, reversed(pooled), strict=True)):
+            x = self._risen(i, x, indices, size, stage)
         return convolve(self.classifier, x)

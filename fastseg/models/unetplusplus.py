@@ -103,6 +103,11 @@ class UNetPlusPlus(FullSizeNet):
         """Image pixels per pixel of the deepest map."""
         return 2**self.levels
 
+    @property
+    def supervised(self) -> int:
+        """The number of heads, each of which has a loss in training."""
+        return len(self._heads())
+
     @leaf
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """(N, in_channels, H, W) -> logits (N, num_classes, H, W); in training with deep supervision a list of them."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from fastseg.inference.checkpoint import save_checkpoint
 from fastseg.inference.processes import Processes
 from fastseg.inference.progress import progress
 from fastseg.metrics import median_frequency_weights
+from fastseg.models import DeepSupervision, fading_weights
 from fastseg.nn import SyncBatchNorm
 from fastseg.training.batches import scoring_batches, training_batches
 from fastseg.training.checkpoints import read_checkpoint, write_checkpoint
@@ -49,6 +50,8 @@ class Settings:
     flip: bool = True
     amp: str = "none"
     seed: int = 0
+    deep_supervision: Literal["constant", "fading"] | None = None
+    supervise: tuple[str | int, ...] | None = None  # where the heads of a ``DeepSupervision`` are
 
 
 class ShareOfLoss(nn.Module):
@@ -64,8 +67,10 @@ class ShareOfLoss(nn.Module):
         self.model, self.void = model, void
         self.register_buffer("weight", weight, persistent=False)
 
-    def forward(self, x: Tensor, labels: Tensor, total: Tensor) -> Tensor:
-        loss = self.model.loss(x, labels, weight=self.weight, ignore_index=self.void, reduction="sum")
+    def forward(self, x: Tensor, labels: Tensor, total: Tensor, heads: Sequence[float] | None = None) -> Tensor:
+        """``heads``: factors of the losses of deep supervision."""
+        more = {} if heads is None else {"weights": heads}
+        loss = self.model.loss(x, labels, weight=self.weight, ignore_index=self.void, reduction="sum", **more)
         return loss / total
 
     def weights_in(self, labels: Tensor, processes: Processes) -> Tensor:
@@ -117,8 +122,11 @@ def train(
     if settings.class_weights == "median-frequency":
         labels = (torch.from_numpy(label) for label in train_set.labels())
         weight = median_frequency_weights(labels, len(spec.classes), ignore_index=spec.ignore_index).to(device)
+    inner = lambda: model.model if isinstance(model, DeepSupervision) else model  # without the heads, as it is used
     if saved is not None:
-        model.load_state_dict(saved["state_dict"])
+        inner().load_state_dict(saved["state_dict"])
+        if inner() is not model:
+            model.heads.load_state_dict(saved["training"]["heads"])
     model = model.to(device, memory_format=torch.channels_last)
     if processes.count > 1:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
@@ -141,7 +149,9 @@ def train(
         if processes.first:
             parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
             training = {name: part.state_dict() for name, part in parts.items()} | state | {"settings": described}
-            weights = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+            if inner() is not model:
+                training["heads"] = {key: value.detach().cpu() for key, value in model.heads.state_dict().items()}
+            weights = {key: value.detach().cpu() for key, value in inner().state_dict().items()}
             about = {"model": settings.model, "options": settings.options, "classes": list(settings.classes)}
             write_checkpoint(last, about | {"state_dict": weights, "training": training})
 
@@ -159,7 +169,7 @@ def train(
                 labels = window(labels, model).to(device, non_blocking=True)
                 total = share.weights_in(labels, processes)
                 with torch.autocast(device.type, amp or torch.bfloat16, enabled=amp is not None):
-                    loss = step_of(pixels(images, device), labels, total)
+                    loss = step_of(pixels(images, device), labels, total, _heads(model, settings, step, steps))
                 optimizer.zero_grad()
                 scaler.scale(loss).backward()
                 scaler.step(optimizer)
@@ -213,11 +223,18 @@ def train(
                 f"pixel accuracy {scores.pixel_accuracy:.4f}, {row['seconds']:.0f} s{', the best so far' * better}"
             )
             if better:
-                save_checkpoint(output / "best.pt", model, settings.model, settings.options, settings.classes)
+                save_checkpoint(output / "best.pt", inner(), settings.model, settings.options, settings.classes)
             write_curves(output, state["history"])
         if stop:
             break
     return state["history"]
+
+
+def _heads(model: nn.Module, settings: Settings, step: int, steps: int) -> list[float] | None:
+    """Factors of the losses of deep supervision in this step, of ``steps`` an epoch; None: the model's own."""
+    if settings.deep_supervision != "fading":
+        return None
+    return fading_weights(model.supervised, step / (steps * settings.epochs))
 
 
 def _finite(loss: Tensor, step: int) -> float:

@@ -11,6 +11,7 @@ from fastseg.models import create, names
 from fastseg.models.encoders import MobileNetV2
 
 FUSED = {
+    "deconvnet": {"max_pool2d", "max_unpool2d", "batch_norm_act"},
     "deeplabv2": {"batch_norm_act"},
     "deeplabv3": {"batch_norm_act"},
     "deeplabv3plus": {"separable_conv2d"},

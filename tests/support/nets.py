@@ -18,6 +18,7 @@ def unsettle(model: nn.Module) -> nn.Module:
 
 # The smallest form of each model that still has all its parts: arguments of `create`.
 NARROW = {
+    "deconvnet": {"width": 0.02, "bottleneck": 1},
     "deeplabv2": {"backbone": "resnet50", "width": 0.05, "scales": (0.5,)},
     "deeplabv3": {"backbone": "resnet18", "aux": True, "width": 0.05, "channels": 16},
     "deeplabv3plus": {"width": 0.1, "decoder_channels": 16},
