@@ -1,4 +1,4 @@
-"""Files of anyone: regular ones alone are opened, text is made fit for a terminal, what is written is whole or not there."""
+"""Files of anyone: regular ones alone are opened, what is written is whole or not there; text fit for a terminal."""
 
 import errno
 import json
@@ -13,8 +13,10 @@ from typing import BinaryIO
 
 MAX_JSON = 2**28  # bytes; a long latency study has some 10^6
 NAME = 255  # bytes of a file's name, on every file system in use
-_UNFIT = re.compile(  # control characters, line separators, marks that turn the direction of text, halves of a character
-    "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+_UNFIT = (
+    re.compile(  # control characters, line separators, marks that turn the direction of text, halves of a character
+        "[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+    )
 )
 
 
@@ -54,8 +56,8 @@ def read_json(path: str | Path) -> object:
     """Read a JSON file in UTF-8.
 
     Raises:
-        ValueError: it cannot be opened, is larger than ``MAX_JSON``, no JSON, nested too deeply, or says a name twice in
-            one object.
+        ValueError: it cannot be opened, is larger than ``MAX_JSON``, no JSON, nested too deeply, or says a name twice
+            in one object.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -90,7 +92,7 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
     token = f".{secrets.token_hex(8)}.tmp"
     known = os.fsdecode(os.fsencode(path.name)[: NAME - len(token) - 1])
     temporary = path.with_name(f".{known}{token}")  # the same folder: a rename does not cross file systems
-    file = open(temporary, "xb")  # noqa: SIM115: closed before it is renamed
+    file = open(temporary, "xb")  # noqa: SIM115
     try:
         with file:
             yield file

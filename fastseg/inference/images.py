@@ -1,7 +1,7 @@
 """Images in and out: safe reading of files from anyone, whole files or none on the way out.
 
-A file is opened only if it is a regular one, and only in the formats below; its size is checked from the header before a
-pixel is decoded, and whatever a decoder raises on a broken file becomes one ``ValueError`` that names the file.
+A file is opened only if it is a regular one, and only in the formats below; its size is checked from the header before
+a pixel is decoded, and whatever a decoder raises on a broken file becomes one ``ValueError`` that names the file.
 
 What is read of the less usual ones: of 16 bits a pixel the high byte, of several pages (TIFF, GIF, APNG) the first.
 """
@@ -21,7 +21,7 @@ from fastseg.inference.files import atomic_write, first_line, open_regular, prin
 
 T = TypeVar("T")
 
-# Pillow's name of a format -> its files' suffixes; none that runs a program, as EPS does, or that has no mark of its own.
+# Pillow's name of a format -> its files' suffixes. None runs a program, as EPS does, or has no mark of its own.
 FORMATS = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),

@@ -266,6 +266,7 @@ def test_atomic_write_does_not_follow_what_is_planted(tmp_path, monkeypatch):
         file.write(b"new")
     assert victim.read_bytes() == b"mine" and not path.exists()
 
+
 def test_class_map_holds_indices_and_colours(tmp_path):
     labels = np.array([[0, 1, 2], [18, 255, 7]])
     path = tmp_path / "map.png"
