@@ -205,9 +205,9 @@ def test_whatever_holds_integers_is_counted(as_given):
 
 @pytest.mark.parametrize("values", [[0.0, 1.0], np.array([0.5, 1]), ["a", "b"], [[0], [0, 1]], None], ids=str)
 def test_what_holds_no_integers_is_refused(values):
-    with pytest.raises(TypeError, match=r"update: pred is"):
+    with pytest.raises(TypeError, match="pred is"):
         ConfusionMatrix(2).update(values, [0, 1])
-    with pytest.raises(TypeError, match="num_classes is 2.5"):
+    with pytest.raises(TypeError, match=r"num_classes is 2\.5"):
         ConfusionMatrix(2.5)
     with pytest.raises(TypeError, match="ignore_index is 'void'"):
         ConfusionMatrix(2, ignore_index="void")
