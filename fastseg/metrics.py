@@ -93,7 +93,7 @@ class ConfusionMatrix:
     def reset(self) -> None:
         """Forget all counts."""
         # The C x C counts, then one each for ignored pixels, targets out of range and predictions out of range.
-        self._counts = torch.zeros(self.num_classes**2 + 3, dtype=torch.int64)
+        self._counts = torch.zeros(self.num_classes**2 + 3, dtype=torch.int64, device="cpu")
 
     def update(self, pred: ArrayLike, target: ArrayLike) -> None:
         """Count the pixels of a batch.
@@ -258,7 +258,7 @@ def median_frequency_weights(targets: Iterable[Tensor], num_classes: int, *, ign
 
     Reference: Eigen and Fergus, arXiv:1411.4734; used by SegNet, arXiv:1511.00561.
     """
-    pixels, around = torch.zeros(num_classes, dtype=torch.int64), torch.zeros(num_classes, dtype=torch.int64)
+    pixels, around = torch.zeros(2, num_classes, dtype=torch.int64, device="cpu")
     images = 0
     for images, target in enumerate(targets, 1):
         if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
@@ -277,6 +277,6 @@ def median_frequency_weights(targets: Iterable[Tensor], num_classes: int, *, ign
         raise ValueError("median_frequency_weights: no targets were given")
     present = pixels > 0
     frequency = pixels[present].double() / around[present]
-    weights = torch.zeros(num_classes)
+    weights = torch.zeros(num_classes, device="cpu")
     weights[present] = (frequency.quantile(0.5) / frequency).float()
     return weights

@@ -175,10 +175,13 @@ def to_tensor(images: np.ndarray) -> Tensor:
 
 def normalised(pixels: Tensor) -> Tensor:
     """RGB (N, 3, H, W), floating point, 0 to 255, to what models take: ``(pixels / 255 - MEAN) / STD``."""
-    mean, std = (
-        torch.tensor(values, device=pixels.device, dtype=pixels.dtype)[:, None, None] for values in (MEAN, STD)
-    )
+    mean, std = (_channels(values, pixels) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
+
+
+def _channels(values: Sequence[float], like: Tensor) -> Tensor:
+    """(C, 1, 1), filled where ``like`` is: a copy to a GPU would wait for it, and one that is kept be of one mode."""
+    return torch.cat([like.new_full((1, 1, 1), value) for value in values])
 
 
 def write_png(path: str | Path, image: Image.Image) -> None:
