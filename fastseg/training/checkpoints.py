@@ -1,6 +1,7 @@
 """Checkpoints of a training run: the weights as ``fastseg predict`` reads them, and beside them all that goes on."""
 
 import io
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -44,11 +45,46 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"{path}: is no checkpoint of fastseg train")
     old = training["settings"]
     for name, value in settings.items():
-        if old.get(name) != value:
+        if not _equal(old.get(name), value):
             raise ValueError(f"{path}: its run had {name} = {old.get(name)!r}, this one {value!r}; use the same")
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):  # of a run that was killed while it wrote
         leftover.unlink(missing_ok=True)
     return payload
+
+
+def require_kind(saved: object, fresh: object, what: str) -> None:
+    """What was saved has the types of what a new run begins with, entry by entry.
+
+    Raises:
+        ValueError: it has not.
+    """
+    if isinstance(fresh, Mapping):
+        if not isinstance(saved, Mapping):
+            raise ValueError(f"{what} is a {type(saved).__name__}, no dictionary")
+        for name, value in fresh.items():
+            if name not in saved:
+                raise ValueError(f"{what} has no {name!r}")
+            require_kind(saved[name], value, f"{what} {name!r}")
+    elif isinstance(fresh, list):
+        if not isinstance(saved, list) or len(saved) < len(fresh):
+            raise ValueError(f"{what} is no list of {len(fresh)} entries or more")
+        for one, value in zip(saved, fresh, strict=False):
+            require_kind(one, value, f"an entry of {what}")
+    elif isinstance(fresh, (int, float)) and not isinstance(fresh, bool):
+        kinds = (int,) if isinstance(fresh, int) else (int, float)
+        if type(saved) not in kinds or not -math.inf < saved < math.inf:
+            raise ValueError(f"{what} is {saved!r:.60}, no finite number")
+        if fresh == 0 and saved < 0:
+            raise ValueError(f"{what} is {saved}, less than 0")
+    elif fresh is not None and type(saved) is not type(fresh):
+        raise ValueError(f"{what} is a {type(saved).__name__}, no {type(fresh).__name__}")
+
+
+def _equal(one: object, other: object) -> bool:
+    try:
+        return bool(one == other)
+    except (RuntimeError, ValueError):  # a tensor, which no setting is
+        return False
 
 
 def refuse_other_data(path: Path, training: Mapping[str, Any], data: Mapping[str, Any], allowed: bool) -> bool:
@@ -58,7 +94,7 @@ def refuse_other_data(path: Path, training: Mapping[str, Any], data: Mapping[str
         ValueError: it differs, and that is not allowed.
     """
     old = training.get("data")
-    if not isinstance(old, Mapping) or not old or not data or dict(old) == dict(data):
+    if not isinstance(old, Mapping) or not old or not data or _equal(dict(old), dict(data)):
         return False
     if allowed:
         return True

@@ -26,6 +26,7 @@ from fastseg.training.checkpoints import (
     read_checkpoint,
     refuse_other_data,
     require_finite,
+    require_kind,
     write_checkpoint,
 )
 from fastseg.training.curves import write_curves
@@ -165,6 +166,10 @@ def train(
     parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if saved is not None:
         with _of_this_run(last):
+            for name, part in (("state", state), *((name, part.state_dict()) for name, part in parts.items())):
+                require_kind(saved["training"] if name == "state" else saved["training"][name], part, name)
+            for row in saved["training"]["history"]:
+                require_kind(row, {"epoch": 1, "mean_iou": 0.0}, "a row of the history")
             state = {key: saved["training"][key] for key in state}
             fresh = [{k: value for k, value in group.items() if k != "params"} for group in optimizer.param_groups]
             for name, part in parts.items():
