@@ -1,5 +1,6 @@
 """`fastseg train` on data sets, folders and signals as they come: nothing silent, nothing lost."""
 
+import json
 import os
 import re
 import signal
@@ -96,6 +97,13 @@ def test_classes_that_no_label_holds_are_named_before_training(data, capsys):
     assert len(lines) == 2
     assert "no label of train holds 'sea', 'snow': what no label holds cannot be learned" in lines[0]
     assert "no label of val holds 'sky', 'snow': what no label holds has no IoU of its own" in lines[1]
+
+
+def test_all_label_values_are_classes(data, capsys):
+    """256 classes leave no value for what padding adds: it would be class 255."""
+    (data / "dataset.json").write_text(json.dumps({"classes": [f"c{index}" for index in range(256)]}))
+    assert _train(data) == 1
+    assert "256 classes leave no label value for padding; give an ignore_index, or fewer" in _lines(capsys)[0]
 
 
 @pytest.mark.parametrize(("value", "mode"), [(7, "I;16"), (300, "I;16"), (-3, "I"), (70_000, "I"), (2, "L")])
