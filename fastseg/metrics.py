@@ -1,13 +1,16 @@
 """Confusion matrix, and the segmentation scores computed from it."""
 
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+ArrayLike = Tensor | np.ndarray | Sequence | int
 Absent = Literal["nan", "zero", "one"]
 ABSENT: dict[str, float] = {"nan": float("nan"), "zero": 0.0, "one": 1.0}
 
@@ -63,9 +66,12 @@ class ConfusionMatrix:
 
     Args:
         num_classes: classes, background included.
-        ignore_index: target value whose pixels are not counted, whatever was predicted there.
+        ignore_index: target value whose pixels are not counted, whatever was predicted there. Where it is one of the
+            classes, that class has no scores: pixels of other classes predicted as it are wrong, and the means leave it
+            out, as torchmetrics does.
 
     Raises:
+        TypeError: a number is no integer.
         ValueError: ``num_classes`` is less than one.
 
     Example:
@@ -76,6 +82,8 @@ class ConfusionMatrix:
     """
 
     def __init__(self, num_classes: int, *, ignore_index: int | None = None):
+        num_classes = _integer("num_classes", num_classes)
+        ignore_index = None if ignore_index is None else _integer("ignore_index", ignore_index)
         if num_classes < 1:
             raise ValueError(f"ConfusionMatrix: num_classes is {num_classes}; at least one class is needed")
         self.num_classes = num_classes
@@ -87,18 +95,19 @@ class ConfusionMatrix:
         # The C x C counts, then one each for ignored pixels, targets out of range and predictions out of range.
         self._counts = torch.zeros(self.num_classes**2 + 3, dtype=torch.int64, device="cpu")
 
-    def update(self, pred: Tensor, target: Tensor) -> None:
+    def update(self, pred: ArrayLike, target: ArrayLike) -> None:
         """Count the pixels of a batch.
 
         Args:
-            pred: predicted class indices, of any shape and integer dtype.
+            pred: predicted class indices, of any shape and integer dtype: a tensor, or an array, a list, a number.
             target: true class indices or ``ignore_index``, same shape and device.
 
         Raises:
-            TypeError: not integers.
+            TypeError: not integers, or not of one shape.
             ValueError: shapes or devices differ, or an index is out of range. On the CPU nothing of the batch is then
                 counted; elsewhere the device is not stopped for a look, and ``compute`` and ``matrix`` raise instead.
         """
+        pred, target = _indices("pred", pred), _indices("target", target)
         if pred.shape != target.shape:
             raise ValueError(
                 f"ConfusionMatrix.update: pred is {tuple(pred.shape)}, target is {tuple(target.shape)}; "
@@ -106,9 +115,6 @@ class ConfusionMatrix:
             )
         if pred.device != target.device:
             raise ValueError(f"ConfusionMatrix.update: pred is on {pred.device}, target on {target.device}")
-        for name, t in (("pred", pred), ("target", target)):
-            if t.is_floating_point() or t.is_complex():
-                raise TypeError(f"ConfusionMatrix.update: {name} is {t.dtype}; give integer class indices")
         pred, target = pred.flatten().long(), target.flatten().long()
         bins = self._bins(pred, target)
         if bins.device.type == "cpu":
@@ -184,6 +190,9 @@ class ConfusionMatrix:
         iou = _ratio(correct, in_target + in_pred - correct, undefined)
         precision = _ratio(correct, in_pred, undefined)
         recall = _ratio(correct, in_target, undefined)
+        if self.ignore_index is not None and 0 <= self.ignore_index < self.num_classes:
+            for column in (iou, precision, recall):
+                column[self.ignore_index] = float("nan")  # whatever ``absent`` says: it is no class
         present = in_target > 0
         return Scores(
             pixel_accuracy=_ratio(correct.sum(), matrix.sum(), undefined).item(),
@@ -200,6 +209,30 @@ class ConfusionMatrix:
 
     def __repr__(self) -> str:
         return f"ConfusionMatrix(num_classes={self.num_classes}, ignore_index={self.ignore_index})"
+
+
+def _integer(name: str, value: object) -> int:
+    try:
+        return operator.index(value)  # numpy's and torch's integers too
+    except TypeError:
+        raise TypeError(f"ConfusionMatrix: {name} is {value!r}; give an integer") from None
+
+
+def _indices(name: str, values: ArrayLike) -> Tensor:
+    """Class indices as a tensor."""
+    if not isinstance(values, Tensor):
+        try:
+            array = np.asarray(values)
+        except ValueError as error:  # rows of different lengths
+            raise TypeError(f"ConfusionMatrix.update: {name} is no array: {error}") from None
+        if array.dtype.kind not in "iub" and array.size:
+            raise TypeError(f"ConfusionMatrix.update: {name} is {array.dtype}; give integer class indices")
+        if array.dtype == np.uint64:
+            array = np.minimum(array, np.uint64(2**63 - 1))  # out of range all the same
+        values = torch.from_numpy(np.array(array, np.int64))
+    if values.is_floating_point() or values.is_complex():
+        raise TypeError(f"ConfusionMatrix.update: {name} is {values.dtype}; give integer class indices")
+    return values
 
 
 def _ratio(numerator: Tensor, denominator: Tensor, undefined: float) -> Tensor:

@@ -9,6 +9,7 @@ heuristic that the kernel's file registers, with its reason written beside it. N
 import functools
 import json
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -18,8 +19,17 @@ import torch
 import triton
 from torch import Tensor
 
+
+def _home() -> Path:
+    """The user's folder; where a container gives the user none, one in which nothing is and nothing can be made."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path(os.devnull)
+
+
 SHIPPED = Path(__file__).parent / "tuned"
-USER = Path.home() / ".cache" / "fastseg" / "tuned"
+USER = _home() / ".cache" / "fastseg" / "tuned"
 
 POWERS = ("BLOCK", "LANES", "num_warps")  # beginnings of names: what a kernel's ranges are made of
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}

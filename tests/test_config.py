@@ -284,3 +284,16 @@ def test_intercept_stands_in_for_the_launch_and_may_run_it():
     config.launch(kernel, (4,), x)
     assert [(launch[1], launch[3]) for launch in seen] == [((1,), {"BLOCK": 2}), ((3,), {})]
     assert [launch[0] for launch in kernel.launches] == [(2,), (4,)]
+
+
+def test_a_user_without_a_home(monkeypatch):
+    """As in containers that run under a number of their own: nothing is found there, and nothing can be made."""
+
+    def nobody(cls):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("pathlib.Path.home", classmethod(nobody))
+    folder = config._home() / ".cache" / "fastseg" / "tuned"
+    assert not (folder / "sm_90.json").is_file()
+    with pytest.raises(OSError):
+        folder.mkdir(parents=True)

@@ -7,9 +7,10 @@ import pytest
 import torch
 from torch import nn
 
+import fastseg
 from fastseg.cli import main
 from fastseg.latency import study
-from fastseg.latency.paths import PATHS, Unavailable
+from fastseg.latency.paths import PATHS, Built, Unavailable
 from fastseg.latency.report import compare, ratios, read_results, table, write_results
 from fastseg.latency.study import Case, measure, statistics_of
 
@@ -178,3 +179,53 @@ def test_sizes(size, capsys):
     with pytest.raises(SystemExit):
         main(["latency", "--sizes", size])
     assert "no size" in capsys.readouterr().err
+
+
+def test_what_fails_is_a_row_and_ends_nothing(tiny, tmp_path, capsys, monkeypatch):
+    """In building, in the first call, in the model itself: the study goes on and says why."""
+
+    def breaks(model, x, dtype):
+        raise RuntimeError("no such kernel\nat all")
+
+    def breaks_late(model, x, dtype):
+        return Built(lambda: {}["key"], counts=False)
+
+    monkeypatch.setitem(PATHS, "openvino", breaks)
+    monkeypatch.setitem(PATHS, "onnxruntime", breaks_late)
+    rows = measure(Case("tiny", 8, 8, 1, "fp32"), ["openvino", "eager", "onnxruntime", "eager"], CPU, repetitions=2)
+    assert [r["path"] for r in rows] == ["openvino", "eager", "onnxruntime"]
+    assert rows[0]["unavailable"] == "RuntimeError: no such kernel" and rows[2]["unavailable"] == "KeyError: 'key'"
+    assert rows[1]["median_ms"] > 0
+    monkeypatch.setattr("fastseg.cli.latency.roofs", lambda device, dtype: {"gflops": 1.0, "gbytes": 1.0})
+    create = study.create
+
+    def too_large(name, classes, **options):
+        return create(name, classes, **options) if name == "segnet" else breaks(None, None, None)
+
+    monkeypatch.setattr(study, "create", too_large)
+    command = ["latency", "--sizes", "8", "--paths", "eager", "openvino", "--repetitions", "2", "--device", "cpu"]
+    assert main([*command, "--models", "fcn", "segnet", "-o", str(tmp_path)]) == 0
+    rows = read_results(tmp_path / "latency.json")["rows"]
+    assert [("median_ms" in r, r["model"]) for r in rows] == [(False, "fcn")] * 2 + [
+        (True, "segnet"),
+        (False, "segnet"),
+    ]
+    assert "not measured: RuntimeError: no such kernel" in capsys.readouterr().out
+    assert main([*command, "--models", "fcn"]) == 1
+    assert "nothing could be measured; the rows say why" in capsys.readouterr().err
+
+
+def test_a_peer_below_fp32_says_why_it_is_not_measured(tiny):
+    """Whether or not it is installed: the row is not empty."""
+    for path in ("onnxruntime", "openvino"):
+        (row,) = measure(Case("tiny", 8, 8, 1, "bf16"), [path], CPU, repetitions=2)
+        assert (
+            "not installed" in row["unavailable"] or "fp32 on a CPU only, not in bfloat16 on cpu" in row["unavailable"]
+        )
+
+
+def test_segnet_basic_in_bfloat16_on_a_cpu():
+    with fastseg.reference():
+        paths = ["eager", "fastseg"]
+        rows = measure(Case("segnet_basic", 16, 16, 1, "bf16"), paths, CPU, options={"channels": 4}, repetitions=2)
+    assert [row.get("unavailable") for row in rows] == [None] * 2 and all(row["median_ms"] > 0 for row in rows)

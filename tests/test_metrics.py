@@ -17,8 +17,8 @@ def loop_matrix(pred, target, num_classes, ignore_index):
     return matrix
 
 
-def loop_scores(matrix, undefined):
-    """Scores by their definitions, class by class; ``undefined`` is the value of 0/0."""
+def loop_scores(matrix, undefined, without=None):
+    """Scores by their definitions, class by class; ``undefined`` is the value of 0/0, ``without`` a class with none."""
     classes = range(len(matrix))
     ratio = lambda a, b: a / b if b else undefined
     tp = [matrix[c][c] for c in classes]
@@ -27,6 +27,10 @@ def loop_scores(matrix, undefined):
     iou = [ratio(tp[c], tp[c] + fp[c] + fn[c]) for c in classes]
     precision = [ratio(tp[c], tp[c] + fp[c]) for c in classes]
     recall = [ratio(tp[c], tp[c] + fn[c]) for c in classes]
+    iou, precision, recall = (
+        [math.nan if c == without else value for c, value in zip(classes, column, strict=True)]
+        for column in (iou, precision, recall)
+    )
     total = matrix.sum()
     present = [c for c in classes if tp[c] + fn[c]]
 
@@ -69,7 +73,8 @@ def test_equals_loop(absent, ignore_index, device):
         confusion.update(pred.to(device), target.to(device, torch.int16))
         want += loop_matrix(pred, target, 6, ignore_index)
     assert confusion.matrix.tolist() == want.tolist()
-    assert_scores(confusion.compute(absent), loop_scores(want, {"nan": math.nan, "zero": 0.0, "one": 1.0}[absent]))
+    undefined = {"nan": math.nan, "zero": 0.0, "one": 1.0}[absent]
+    assert_scores(confusion.compute(absent), loop_scores(want, undefined, without=ignore_index))
 
 
 def test_by_hand():
@@ -158,6 +163,54 @@ def test_device_without_a_look():
     confusion.update(torch.tensor([3, 0]), torch.tensor([0, 9]))
     with pytest.raises(ValueError, match="1 target and 1 pred values were out of range"):
         confusion.compute()
+
+
+def test_an_ignored_class_is_left_out_of_the_means():
+    """As torchmetrics' jaccard index does: 0.75, where the class with IoU 0 would make it 0.5."""
+    confusion = ConfusionMatrix(3, ignore_index=0)
+    confusion.update([1, 0, 2, 2, 1], [1, 1, 2, 2, 0])
+    for absent in ("nan", "zero", "one"):
+        scores = confusion.compute(absent)
+        assert scores.mean_iou == pytest.approx(0.75) and scores.iou.tolist()[1:] == [0.5, 1.0]
+        assert math.isnan(scores.iou[0]) and math.isnan(scores.precision[0]) and math.isnan(scores.recall[0])
+        assert scores.mean_recall == pytest.approx(0.75) and scores.mean_precision == 1.0
+        assert scores.frequency_weighted_iou == pytest.approx((2 * 0.5 + 2 * 1.0) / 4)
+        assert scores.pixel_accuracy == 0.75
+
+
+def test_frequency_weighted_by_hand():
+    """A class that is only predicted has no pixels, so no weight; its false positives lower the others' IoU."""
+    confusion = ConfusionMatrix(3)
+    confusion.update(np.array([0, 0, 0, 1, 2, 0]), np.array([0, 0, 0, 1, 1, 1]))
+    scores = confusion.compute("one")
+    assert scores.iou.tolist() == pytest.approx([3 / 4, 1 / 3, 0])
+    assert scores.frequency_weighted_iou == pytest.approx((3 * 3 / 4 + 3 * 1 / 3) / 6)
+
+
+@pytest.mark.parametrize(
+    "as_given",
+    [list, tuple, np.array, lambda v: np.array(v, np.uint16), lambda v: np.array(v, np.uint64), torch.tensor,
+     lambda v: torch.tensor(v, dtype=torch.uint8), lambda v: [np.int32(x) for x in v]],
+    ids=["list", "tuple", "array", "uint16", "uint64", "tensor", "uint8", "numpy integers"],
+)  # fmt: skip
+def test_whatever_holds_integers_is_counted(as_given):
+    confusion = ConfusionMatrix(np.int64(3), ignore_index=np.uint8(255))
+    confusion.update(as_given([0, 1, 2, 2]), as_given([0, 2, 2, 255]))
+    assert confusion.matrix.tolist() == [[1, 0, 0], [0, 0, 0], [0, 1, 1]]
+    confusion.update(np.int64(1), 1)  # one pixel
+    assert confusion.matrix[1, 1] == 1
+    with pytest.raises(ValueError, match="pred 0 to 9"):
+        confusion.update(as_given([0, 9]), as_given([0, 1]))
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], np.array([0.5, 1]), ["a", "b"], [[0], [0, 1]], None], ids=str)
+def test_what_holds_no_integers_is_refused(values):
+    with pytest.raises(TypeError, match="pred is"):
+        ConfusionMatrix(2).update(values, [0, 1])
+    with pytest.raises(TypeError, match=r"num_classes is 2\.5"):
+        ConfusionMatrix(2.5)
+    with pytest.raises(TypeError, match="ignore_index is 'void'"):
+        ConfusionMatrix(2, ignore_index="void")
 
 
 def test_bad_arguments():

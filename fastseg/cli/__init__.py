@@ -6,8 +6,12 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+import torch
+
 from fastseg import __version__
 from fastseg.cli import demo, doctor, evaluate, latency, predict, train, tune
+from fastseg.cli.common import say
+from fastseg.inference.files import first_line
 
 # Each has add_arguments(parser) and run(args) -> exit status; the first line of its docstring is its help.
 COMMANDS = {
@@ -24,7 +28,8 @@ COMMANDS = {
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print the usage first."""
-        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        say(f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)", sys.stderr)
+        self.exit(2)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -34,8 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the arguments after the program's name; None takes the process's own.
 
     Returns:
-        The exit status: 0, or 1 after one line on stderr that says what is wrong; 143 of ``train`` after SIGTERM. Wrong
-        usage exits with 2.
+        The exit status: 0, or 1 after one line on stderr that says what is wrong; of ``train`` 143 after SIGTERM and
+        130 after Ctrl-C. Wrong usage exits with 2.
     """
     parser = _Parser(prog="fastseg", description="Semantic segmentation with fused Triton kernels.")
     parser.add_argument("--version", action="version", version=f"fastseg {__version__}")
@@ -46,11 +51,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         status = COMMANDS[args.command].run(args)
-        if status == train.PREEMPTED and argv is None:  # the process ends: a launcher's second one comes too late
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if status in train.STOPPED and argv is None:  # the process ends: a launcher's second one comes too late
+            for number in train.STOPPED.values():
+                signal.signal(number, signal.SIG_IGN)
         return status
     except (ValueError, OSError, ImportError) as error:  # bad input; anything else is our fault and keeps its traceback
-        print(f"fastseg {args.command}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"fastseg {args.command}: {' '.join(str(error).split())}", sys.stderr)
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        say(f"fastseg {args.command}: {first_line(error)}; out of memory", sys.stderr)
+    except RuntimeError as error:
+        if "allocate memory" not in str(error):  # how torch says on a CPU that memory is out
+            raise
+        say(f"fastseg {args.command}: {first_line(error)}", sys.stderr)
     except KeyboardInterrupt:
-        print(f"fastseg {args.command}: interrupted", file=sys.stderr)
+        say(f"fastseg {args.command}: interrupted", sys.stderr)
     return 1

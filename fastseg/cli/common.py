@@ -1,31 +1,89 @@
-"""What several commands share: argument types, and the device."""
+"""What several commands share: argument types, options of models, printing, and the device."""
 
 import argparse
 import json
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TextIO
 
 import torch
+from torch import nn
+
+from fastseg.cli.options import fault_of
+from fastseg.inference.files import first_line, printable
+from fastseg.inference.images import MAX_PIXELS
+from fastseg.models import create
+
+LARGEST = 2**31 - 1
 
 
-def positive_int(text: str) -> int:
-    """argparse type: an integer of at least 1."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is less than 1")
-    return value
+def integer(low: int, high: int = LARGEST) -> Callable[[str], int]:
+    """argparse type: an integer from ``low`` to ``high``."""
+
+    def parsed(text: str) -> int:
+        value = int(text) if len(text) < 100 else _too_long(text)
+        if value < low:
+            raise argparse.ArgumentTypeError(f"{value} is less than {low}")
+        if value > high:
+            raise argparse.ArgumentTypeError(f"{value} is more than {high}")
+        return value
+
+    parsed.__name__ = "integer"  # argparse: "invalid integer value: 'x'"
+    return parsed
 
 
-positive_int.__name__ = "integer"  # argparse: "invalid integer value: 'x'"
+def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
+    """argparse type: a finite number from ``low`` to ``high``; ``above`` and ``below`` leave the ends out."""
+
+    def parsed(text: str) -> float:
+        value = float(text) if len(text) < 100 else _too_long(text)
+        if math.isnan(value) or value < low or (above and value == low):
+            raise argparse.ArgumentTypeError(
+                f"{text} is {'not above' if above else 'not a number of at least'} {low:g}"
+            )
+        if math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        if value > high or (below and value == high):
+            raise argparse.ArgumentTypeError(f"{text} is not {'below' if below else 'at most'} {high:g}")
+        return value
+
+    parsed.__name__ = "number"
+    return parsed
 
 
-def positive_float(text: str) -> float:
-    """argparse type: a number above 0."""
-    value = float(text)
-    if not value > 0:  # nan as well
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def _too_long(text: str) -> int:
+    raise argparse.ArgumentTypeError(f"a number of {len(text)} characters")
 
 
-positive_float.__name__ = "number"
+positive_int = integer(1)
+positive_float = number(0, above=True)
+seed = integer(0)
+workers = integer(0, 256)  # each is a process
+threads = integer(1, 256)
+
+
+def pixels(option: str, sides: Sequence[int] | None) -> tuple[int, int] | None:
+    """Height and width as a tuple.
+
+    Raises:
+        ValueError: more pixels than a picture may have.
+    """
+    if sides is None:
+        return None
+    height, width = sides
+    if height * width > MAX_PIXELS:
+        raise ValueError(f"{option} {height} {width}: {height * width} pixels, more than the limit of {MAX_PIXELS}")
+    return height, width
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print what may hold names of files and classes: nothing in it steers the terminal, all of it can be printed."""
+    file = sys.stdout if file is None else file
+    fit = "\n".join(map(printable, text.split("\n")))
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    print(fit.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def model_option(text: str) -> tuple[str, object]:
@@ -41,6 +99,34 @@ def model_option(text: str) -> tuple[str, object]:
         return name, value
 
 
+def built(name: str, classes: int, pairs: Sequence[tuple[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model that ``--model`` and ``--option`` name, and its options.
+
+    Raises:
+        ValueError: an option that the model has not, given twice, of a wrong type or a value that it cannot take.
+    """
+    options = dict(pairs)
+    if len(options) < len(pairs):
+        names = [option for option, _ in pairs]
+        raise ValueError(f"--option {next(option for option in names if names.count(option) > 1)} is given twice")
+    fault = fault_of(name, options)
+    if fault:
+        raise ValueError(f"--option {fault}")
+    create_quietly = lambda: create(name, classes, **options)
+    try:
+        with torch.device("meta"):  # what takes no memory shows most faults
+            bytes_ = sum(t.numel() * t.element_size() for t in create_quietly().state_dict().values())
+        if bytes_ > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise MemoryError(f"its weights take {bytes_ / 2**30:.0f} GiB, more than this machine's memory")
+        return create_quietly(), options
+    except (ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"no model {name} with the options {_shown(options)}: {first_line(error)}") from error
+
+
+def _shown(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items()) or "none"
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     """``--device``: by default the GPU where there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,9 +136,9 @@ def add_device(parser: argparse.ArgumentParser) -> None:
 def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f"no device {text!r} here: {str(error).splitlines()[0]}") from None
+        torch.zeros(1, device=device).item()  # a meta tensor has no value
+    except Exception as error:  # what a backend that is not there raises is of any type
+        raise argparse.ArgumentTypeError(f"no device {text!r} here: {first_line(error)}") from None
     return device
 
 

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from fastseg.cli.common import add_device, describe, positive_int
+from fastseg.cli.common import add_device, describe, positive_int, say, seed
 from fastseg.inference import comparison
 from fastseg.inference.checkpoint import save_checkpoint
+from fastseg.inference.files import make_folder
 from fastseg.inference.images import class_map, figure, to_tensor, write_png
 from fastseg.inference.mosaic import CLASSES, halves, load_photographs, mosaics
 from fastseg.inference.progress import progress
@@ -34,6 +35,7 @@ OPTIONS = {
 }
 # The full-size model that is timed, where the default cannot take any image: U-Net's would leave out a margin.
 FULL_SIZE = {"unet": {"padding": "same", "norm": True}, "unetplusplus": {"norm": True, "up": "bilinear"}}
+FILES = ("mosaics.png", "mosaic.png", "weights.pt")
 STEPS, BATCH, SIDE = 400, 6, 160
 LEARNING_RATE = 0.02
 TEST_MOSAICS = 32
@@ -53,7 +55,7 @@ EXPECTED_MIOU = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--model", choices=names(), default="deeplabv3plus", help="default: %(default)s")
-    parser.add_argument("--seed", type=int, default=0, help="of mosaics, weights and training (default: %(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of mosaics, weights and training (default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=STEPS, help="training steps (default: %(default)s)")
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
     add_device(parser)
@@ -62,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train, score, draw and time; 0, or ``ValueError`` where the training diverged or scores poorly."""
     start = time.perf_counter()
-    args.output.mkdir(parents=True, exist_ok=True)
+    make_folder(args.output, FILES)
     photographs = load_photographs()
     train_textures, test_textures = halves(photographs)
     print(f"{args.model} on {describe(args.device)}; CC0 photographs from scikit-image: {', '.join(CLASSES)}")
@@ -86,8 +88,8 @@ def run(args: argparse.Namespace) -> int:
     write_png(args.output / "mosaics.png", figure(rows, ("photograph", "truth", "prediction"), CLASSES))
     write_png(args.output / "mosaic.png", rows[0][0])
     save_checkpoint(args.output / "weights.pt", model, args.model, options, CLASSES)
-    print(f"\nlook at {args.output / 'mosaics.png'}; to segment a picture with these weights:")
-    print(f"  fastseg predict {args.output / 'mosaic.png'} --weights {args.output / 'weights.pt'} -o {args.output}\n")
+    say(f"\nlook at {args.output / 'mosaics.png'}; to segment a picture with these weights:")
+    say(f"  fastseg predict {args.output / 'mosaic.png'} --weights {args.output / 'weights.pt'} -o {args.output}\n")
     print(latency(args.model, model, args.device))
     print(f"\n{time.perf_counter() - start:.0f} s in all")
     expected = EXPECTED_MIOU.get(args.model, 0.0)

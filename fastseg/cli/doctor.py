@@ -11,8 +11,9 @@ import torch
 
 import fastseg
 from fastseg import ops
+from fastseg.cli.common import say
 from fastseg.inference.comparison import op_cases
-from fastseg.inference.images import first_line
+from fastseg.inference.files import first_line, printable
 from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, Report
 
 DISTRIBUTION = "fastseg-kernels"
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"fastseg {fastseg.__version__} on {platform.platform()}\n\nVersions")
     for name in VERSIONS:
         line, inside = version_line(name)
-        print(f"  {name:<8}{line}")
+        say(f"  {name:<8}{printable(line)}")
         if not inside:
             problems.append(f"{name} {line}")
     interpreter = interpreter_line()
@@ -46,10 +47,10 @@ def run(args: argparse.Namespace) -> int:
         problems.append(f"{', '.join(others)} also installs the package `fastseg`: pip uninstall {' '.join(others)}")
     print("\nDevices")
     for line in device_lines():
-        print(f"  {line}")
+        say(f"  {printable(line)}")
     print("\nTuned tables")
     for line in table_lines():
-        print(f"  {line}")
+        say(f"  {printable(line)}")
     for device, dtype in probes():
         print(f"\nPaths on {device}, {str(dtype).removeprefix('torch.')}")
         report, failures = explain_ops(device, dtype)
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         problems += failures
     print()
     for problem in problems:
-        print(f"PROBLEM: {problem}")
+        say(f"PROBLEM: {printable(problem)}")
     print(f"{len(problems)} problem{'s' * (len(problems) != 1)} found")
     return 1 if problems else 0
 

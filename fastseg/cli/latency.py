@@ -2,15 +2,18 @@
 
 import argparse
 import re
+import sys
 from itertools import product
 from pathlib import Path
 
 import torch
 
-from fastseg.cli.common import add_device, describe, positive_int
+from fastseg.cli.common import add_device, describe, integer, positive_int, say, threads
+from fastseg.inference.files import first_line, look_at_folder, make_folder, printable
+from fastseg.inference.images import MAX_PIXELS
 from fastseg.inference.progress import progress
 from fastseg.latency.paths import PATHS
-from fastseg.latency.report import compare, ratios, read_results, table, write_results
+from fastseg.latency.report import FILES, compare, ratios, read_results, table, write_results
 from fastseg.latency.study import DTYPES, Case, machine, measure, roofs
 from fastseg.models import names
 
@@ -33,8 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"of {', '.join(PATHS)}",
     )  # fmt: skip
     parser.add_argument("--classes", type=positive_int, default=21)
-    parser.add_argument("--repetitions", type=positive_int, default=20, metavar="N", help="timed calls of each path")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="of a CPU (default: torch's)")
+    parser.add_argument(
+        "--repetitions", type=integer(1, 10**6), default=20, metavar="N", help="timed calls of each path"
+    )
+    parser.add_argument("--threads", type=threads, metavar="N", help="of a CPU (default: torch's)")
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="latency.json, latency.csv and plots go there")
     parser.add_argument(
         "--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"), help="compare two latency.json; measures nothing"
@@ -56,13 +61,15 @@ def run(args: argparse.Namespace) -> int:
     if args.device.type == "cuda":
         torch.backends.cudnn.benchmark = True
     if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
+        look_at_folder(args.output, FILES)
+        make_folder(args.output, FILES)
     cases = [
         Case(model, *size, batch, dtype)
         for model, size, batch, dtype in product(args.models, args.sizes, args.batches, args.dtypes)
     ]
+    cases = list(dict.fromkeys(cases))  # named twice, measured once
     results = {"machine": machine(args.device), "rows": []}
-    results["roofs"] = {dtype: roofs(args.device, dtype) for dtype in args.dtypes}
+    results["roofs"] = _roofs(args)
     bar = progress(cases, "latency", unit="case")
     for case in bar:
         bar.set_postfix_str(str(case))
@@ -70,11 +77,24 @@ def run(args: argparse.Namespace) -> int:
         results["rows"] += measure(case, args.paths, args.device, **options)
         if args.output is not None:  # after each case: an interrupted study keeps what it has
             write_results(args.output, results)
-    print(f"{describe(args.device)}, torch {results['machine']['torch']}")
-    print(table(results["rows"]))
+    say(f"{describe(args.device)}, torch {results['machine']['torch']}")
+    say(table(results["rows"]))
     if "eager" in args.paths and len(cases) > 1:
         print("geometric means over eager: " + ", ".join(f"{p} {r:.2f}" for p, r in ratios(results["rows"]).items()))
+    if not any("median_ms" in row for row in results["rows"]):
+        raise ValueError("nothing could be measured; the rows say why")
     return 0
+
+
+def _roofs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Of each dtype; one that the device does not do is left out, and its rows say why."""
+    found = {}
+    for dtype in args.dtypes:
+        try:
+            found[dtype] = roofs(args.device, dtype)
+        except RuntimeError as error:
+            say(f"fastseg latency: no roofline in {dtype}: {first_line(error)}", sys.stderr)
+    return found
 
 
 def _compare(before: Path, after: Path) -> int:
@@ -83,14 +103,18 @@ def _compare(before: Path, after: Path) -> int:
     if not verdicts:
         raise ValueError(f"{before} and {after} have no case and path in common")
     for name in ("chip", "threads", "torch"):
-        if old.get("machine", {}).get(name) != new.get("machine", {}).get(name):
-            print(f"note: {name} differs: {old['machine'].get(name)}, then {new['machine'].get(name)}")
-    print("\n".join(map(str, verdicts)))
+        if old["machine"].get(name) != new["machine"].get(name):
+            then, now = (printable(results["machine"].get(name)) for results in (old, new))
+            say(f"note: {name} differs: {then}, then {now}")
+    say("\n".join(printable(verdict) for verdict in verdicts))
     return int(any(verdict.word == "slower" for verdict in verdicts))
 
 
 def _size(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)(?:x(\d+))?", text)
+    found = re.fullmatch(r"([0-9]{1,20})(?:x([0-9]{1,20}))?", text)
     if not found or int(found[1]) < 1 or int(found[2] or 1) < 1:
-        raise argparse.ArgumentTypeError(f"no size: {text!r}; write 512 or 360x480")
-    return int(found[1]), int(found[2] or found[1])
+        raise argparse.ArgumentTypeError(f"no size: {text[:60]!r}; write 512 or 360x480")
+    height, width = int(found[1]), int(found[2] or found[1])
+    if height * width > MAX_PIXELS:
+        raise argparse.ArgumentTypeError(f"no size: {text!r} is more than {MAX_PIXELS} pixels")
+    return height, width

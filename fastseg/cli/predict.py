@@ -1,35 +1,57 @@
 """Segment photographs: class maps as palette PNGs, and colour overlays; under torchrun with several processes."""
 
 import argparse
-import errno
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
-from fastseg.cli.common import add_device, positive_int
+from fastseg.cli.common import add_device, integer, positive_int, say
 from fastseg.cli.weights import add_weights, read_weights
-from fastseg.inference.images import MAX_CLASSES, class_map, first_line, is_image, overlay, read_image, write_png
+from fastseg.inference.files import NAME, first_line, look_at_folder, make_folder, printable
+from fastseg.inference.images import (
+    MAX_CLASSES,
+    class_map,
+    is_image,
+    overlay,
+    read,
+    read_image,
+    several_pages,
+    write_png,
+)
 from fastseg.inference.processes import Processes, processes
 from fastseg.inference.progress import progress
 from fastseg.inference.segment import segment
 from fastseg.inference.tiling import plan_tiles
 
+SIDE = 2**16  # of a tile, at most
 PATIENCE = timedelta(days=7)  # for the process with the largest images; torchrun ends them all where one dies
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="PNG or JPEG files, or folders of them")
+    parser.add_argument(
+        "images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE",
+        help="pictures (PNG, JPEG, TIFF, BMP, WEBP, GIF ...), or folders of them",
+    )
     add_weights(parser)
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="where the results go")
     parser.add_argument("--classes", type=positive_int, metavar="N", help="classes (default: what the weights say)")
     parser.add_argument(
         "--overlay", action=argparse.BooleanOptionalAction, default=True, help="write overlays too (default: yes)"
     )
-    parser.add_argument("--tile", type=positive_int, metavar="N", help="work in tiles of N x N pixels (default: whole)")
     parser.add_argument(
-        "--overlap", type=int, metavar="N", help="pixels that tiles share (default: what the model needs)"
+        "--tile", type=integer(1, SIDE), metavar="N", help="work in tiles of N x N pixels (default: whole)"
+    )
+    parser.add_argument(
+        "--overlap",
+        type=integer(-SIDE, SIDE),
+        metavar="N",
+        help="pixels that tiles share (default: what the model needs)",
     )
     parser.add_argument("--tile-batch", type=positive_int, default=1, metavar="N", help="tiles at once (default: 1)")
     add_device(parser)
@@ -40,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
     Bad weights and folders raise ``ValueError`` or ``OSError``.
     """
+    look_at_folder(args.output)
     model, classes = read_weights(args, args.classes)
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
@@ -51,8 +74,10 @@ def run(args: argparse.Namespace) -> int:
             return 1
         model = model.to(group.device)
         plan = plan_tiles(model, args.tile, args.overlap) if args.tile else None
-        _make_folder(args.output)
-        inputs = {path.resolve() for path in paths}
+        for line in _left_out(args.images) if group.first else ():
+            say(f"fastseg predict: {printable(line)}", sys.stderr)
+        make_folder(args.output)
+        inputs = {os.path.realpath(path) for path in paths}
         named = list(zip(paths, _output_stems(paths), strict=True))
         bar = progress(named[group.rank :: group.count], "predict", unit="image", shown=group.first)
         failed = 0
@@ -60,9 +85,14 @@ def run(args: argparse.Namespace) -> int:
             try:
                 targets = [args.output / f"{stem}_{kind}.png" for kind in ("classes", "overlay")[: 1 + args.overlay]]
                 for target in targets:
-                    if target.resolve() in inputs:
+                    if os.path.realpath(target) in inputs:
                         raise ValueError(f"{path}: the result would overwrite the input {target}; use another -o")
                 image = read_image(path)
+                if read(path, several_pages):
+                    bar.write(f"fastseg predict: {printable(path)}: has several pages; the first is taken")
+                if stem != path.stem and len(stem) < len(path.stem):
+                    short = f"its name is too long for that of a result, which is {stem}"
+                    bar.write(f"fastseg predict: {printable(path)}: {printable(short)}")
                 labels = segment(model, image[None], plan, batch_size=args.tile_batch, progress=group.first)[0]
                 if labels.shape != image.shape[:2]:
                     raise ValueError(
@@ -73,14 +103,14 @@ def run(args: argparse.Namespace) -> int:
                     write_png(targets[1], overlay(image, labels, len(classes)))
             except (ValueError, OSError) as error:
                 failed += 1
-                bar.write(f"fastseg predict: {first_line(error)}")
+                bar.write(f"fastseg predict: {printable(first_line(error))}")
             except (RuntimeError, MemoryError) as error:  # out of memory, on this image
                 failed += 1
-                bar.write(f"fastseg predict: {path}: {first_line(error)}")
+                bar.write(f"fastseg predict: {printable(path)}: {printable(first_line(error))}")
         failed = int(group.sum(failed)[0])
         if group.first:
             done = f"{len(paths) - failed} of {len(paths)} images"
-            print(f"{done} segmented into {args.output}; classes: {', '.join(classes)}")
+            say(f"{done} segmented into {args.output}; classes: {', '.join(map(printable, classes))}")
     return 1 if failed else 0
 
 
@@ -106,7 +136,7 @@ def _images(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(filter(is_image, path.iterdir()), key=lambda inner: inner.name)
+            inside = [inner for inner in _entries(path) if is_image(inner) and not inner.is_dir()]
             if not inside:
                 raise ValueError(f"{path}: no PNG or JPEG image is in this folder")
             found += inside
@@ -115,25 +145,39 @@ def _images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        message = f"{folder}: cannot be made or written to ({error.strerror}); choose another folder with -o"
-        raise OSError(message) from error
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder, by name; files that a system hides are not looked at."""
+    return sorted((inner for inner in folder.iterdir() if not inner.name.startswith(".")), key=lambda inner: inner.name)
+
+
+def _left_out(paths: Sequence[Path]) -> Iterator[str]:
+    """A line for each folder that holds something besides images."""
+    for path in paths:
+        if path.is_dir():
+            there = _entries(path)
+            others = [inner.name for inner in there if inner.is_dir() or not is_image(inner)]
+            if others:
+                yield f"{path}: left out: {len(others)} of {len(there)} entries, which are no images, as {others[0]}"
 
 
 def _output_stems(paths: list[Path]) -> list[str]:
-    """The stem of each path; where several have the same, the later ones get ``-2``, ``-3``, ..."""
+    """The stem of each path, cut where the results' names would be too long; where several have the same, the later
+    ones get ``-2``, ``-3``, ...
+    """
     originals, used = {path.stem for path in paths}, set()
     stems = []
     for path in paths:
-        stem, number = path.stem, 1
+        stem, number = _cut(path.stem, ""), 1
         while stem in used or (number > 1 and stem in originals):
             number += 1
-            stem = f"{path.stem}-{number}"
+            stem = _cut(path.stem, f"-{number}")
         used.add(stem)
         stems.append(stem)
     return stems
+
+
+def _cut(stem: str, end: str) -> str:
+    """``stem`` and ``end``, with less of the stem where a result's name would have more than ``NAME`` bytes."""
+    while len(os.fsencode(f"{stem}{end}_classes.png")) > NAME:
+        stem = stem[:-1]
+    return stem + end

@@ -75,10 +75,11 @@ def introduce(args: argparse.Namespace) -> str | None:
     return f"{args.recipe}: after {about['source']}; differs: {about['differs']}; {UNTRIED}"
 
 
-def model_options(args: argparse.Namespace) -> dict[str, object]:
-    """``--option``, the last of a name; UNet++ gets its heads where ``--deep-supervision`` wants them."""
+def model_options(args: argparse.Namespace) -> list[tuple[str, object]]:
+    """``--option``, which go before a recipe's; UNet++ gets its heads where ``--deep-supervision`` wants them."""
+    pairs = list(args.option) if args.recipe is None else list(dict(args.option).items())
     heads = args.deep_supervision and args.model == "unetplusplus" and not args.supervise
-    return ({"deep_supervision": True} if heads else {}) | dict(args.option)
+    return [*pairs, ("deep_supervision", True)] if heads and "deep_supervision" not in dict(pairs) else pairs
 
 
 def supervised(model: nn.Module, args: argparse.Namespace) -> nn.Module:

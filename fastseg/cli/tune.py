@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fastseg.cli.common import positive_float, positive_int
+from fastseg.cli.common import pixels, positive_float, positive_int, say
+from fastseg.inference.files import make_folder
 from fastseg.inference.progress import progress
 from fastseg.models import create, names
 from fastseg.ops._dispatch import HAS_TRITON
@@ -42,6 +43,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: there is no GPU, or no such kernel.
         OSError: the table cannot be written.
     """
+    pixels("--size", options.size)
     if not HAS_TRITON or not torch.cuda.is_available():
         raise ValueError("needs Triton and a CUDA device; kernels are not tuned on a CPU")
     from fastseg.kernels import config
@@ -73,7 +75,7 @@ def tune_steps(
     """
     from fastseg.kernels import observe, tune
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent, (path.name,))
     calls = [call for step in steps for call in observe.op_calls(step)]
     rows = observe.rows_of(calls, lambda kernel: not ops or kernel.startswith(tuple(ops)))
     bar = progress(rows, "tune", unit="row")
@@ -86,7 +88,7 @@ def tune_steps(
     if len(left) == len(rows):
         print("fastseg tune: nothing was tuned", file=sys.stderr)
         return 1
-    print(f"wrote {path}")
+    say(f"wrote {path}")
     return 0
 
 

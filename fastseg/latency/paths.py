@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.inference.comparison import eager_form
+from fastseg.inference.files import first_line
 from fastseg.inference.graphs import captured
-from fastseg.inference.images import first_line
 from fastseg.inference.runner import Runner
 
 CL = torch.channels_last
@@ -84,7 +84,7 @@ def _compiled(mode: str | None, freezing: bool = False) -> Callable[..., Built]:
 def _onnx(model: nn.Module, x: Tensor, dtype: torch.dtype) -> bytes:
     """The eager form as an ONNX file."""
     if dtype != torch.float32 or x.device.type != "cpu":
-        raise Unavailable("measured in fp32 on a CPU")
+        raise Unavailable(f"it is measured in fp32 on a CPU only, not in {str(dtype)[6:]} on {x.device.type}")
     for package in ("onnx", "onnxscript"):
         if importlib.util.find_spec(package) is None:
             raise Unavailable(f"{package} is not installed")

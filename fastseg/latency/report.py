@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from fastseg.inference.images import atomic_write
+from fastseg.inference.files import atomic_write, printable, read_json
 from fastseg.latency.study import Case
 
 KEY = ("model", "height", "width", "batch", "dtype", "path")
@@ -31,20 +31,49 @@ def write_results(folder: Path, results: Mapping) -> list[Path]:
     return written + _plots(folder, results)
 
 
+FILES = ("latency.json", "latency.csv", "latency_batch.png", "latency_size.png", "roofline.png")  # that are written
+_TEXTS = ("model", "dtype", "path")
+_COUNTS = ("height", "width", "batch")
+
+
 def read_results(path: Path) -> dict:
     """Read a ``latency.json``.
 
     Raises:
-        ValueError: it is no such file.
+        ValueError: it is no such file, or an entry that is compared is not there or of another type.
     """
     try:
-        results = json.loads(path.read_text())
-        rows = results["rows"]
-        if not all(isinstance(row, dict) and set(KEY) <= set(row) for row in rows):
-            raise KeyError("rows")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: is not the JSON of a latency study") from error
+        results = read_json(path)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: is not the JSON of a latency study: {reason}") from None
+    rows = results.get("rows") if isinstance(results, dict) else None
+    if not isinstance(rows, list):
+        raise ValueError(f"{path}: is not the JSON of a latency study: it has no list of rows")
+    machine = results.setdefault("machine", {})
+    if not isinstance(machine, dict):
+        raise ValueError(f"{path}: is not the JSON of a latency study: machine is {type(machine).__name__}, no object")
+    for index, row in enumerate(rows):
+        fault = _fault(row)
+        if fault:
+            raise ValueError(f"{path}: is not the JSON of a latency study: row {index} {fault}")
     return results
+
+
+def _fault(row: object) -> str | None:
+    """What is wrong with a row, or None."""
+    if not isinstance(row, dict):
+        return f"is a {type(row).__name__}, no object"
+    missing = [name for name in KEY if name not in row]
+    if missing:
+        return f"has no {missing[0]}"
+    wrong = [name for name in _TEXTS if not isinstance(row[name], str)]
+    wrong += [name for name in _COUNTS if type(row[name]) is not int]
+    if not wrong and "median_ms" in row:
+        number = lambda name: type(row.get(name)) in (int, float) and 0 <= row[name] < 1e12
+        wrong = [name for name in ("median_ms", "spread") if not number(name)]
+        wrong = wrong or ["median_ms"] * (not row["median_ms"] > 0)
+    return f"has {wrong[0]} = {row.get(wrong[0])!r}" if wrong else None
 
 
 def table(rows: Sequence[Mapping], base: str = "eager") -> str:
@@ -56,7 +85,7 @@ def table(rows: Sequence[Mapping], base: str = "eager") -> str:
             previous = _case(row)
             lines.append(str(Case(*previous)))
         if "unavailable" in row:
-            lines.append(f"  {row['path']:<15} {row['unavailable']}")
+            lines.append(f"  {row['path']:<15} not measured: {printable(row['unavailable'])}")
             continue
         ratio = f"{row['median_ms'] / of_base[previous]:6.2f} of {base}" if previous in of_base else ""
         memory = "" if row["peak_mib"] is None else f"{row['peak_mib']:8.0f} MiB"

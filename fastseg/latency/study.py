@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastseg.inference.comparison import eager_form
+from fastseg.inference.files import first_line
 from fastseg.inference.timing import interleaved
 from fastseg.latency.paths import CL, PATHS, Built, Unavailable
 from fastseg.models import create
@@ -61,27 +62,40 @@ def measure(
         One row for each path: the case, ``path``, milliseconds ``median_ms``, ``p95_ms``, ``p99_ms``, ``spread`` (the
         range of the middle half over the median), ``images_per_s``, ``peak_mib`` above weights and input, ``launches``
         (kernels on CUDA, else ops that write a tensor; None where that cannot be seen), ``gflop`` and ``mbytes`` of the
-        eager forward; or ``unavailable`` and why.
+        eager forward; or ``unavailable`` and why: what fails is a row too, and ends nothing. A path named twice is one.
     """
+    paths = list(dict.fromkeys(paths))
+    built: dict[str, Built] = {}
+    rows: dict[str, dict] = {}
+
+    def failed(path: str, error: Exception) -> None:
+        built.pop(path, None)
+        why = first_line(error) if isinstance(error, Unavailable) else f"{type(error).__name__}: {first_line(error)}"
+        rows[path] = asdict(case) | {"path": path, "unavailable": why}
+
     torch.manual_seed(0)
-    model = create(case.model, classes, **(options or {})).eval().to(device)
-    x = torch.randn(case.batch, 3, case.height, case.width, device=device)
-    built, rows = {}, {}
+    try:
+        model = create(case.model, classes, **(options or {})).eval().to(device)
+        x = torch.randn(case.batch, 3, case.height, case.width, device=device)
+        work = _work(eager_form(model), x)
+    except Exception as error:  # too large for the memory, a size that the model does not take
+        for path in paths:
+            failed(path, error)
+        return [rows[path] for path in paths]
     for path in paths:
         try:
             built[path] = PATHS[path](model, x, DTYPES[case.dtype])
-        except Unavailable as error:
-            rows[path] = asdict(case) | {"path": path, "unavailable": str(error)}
-    work = _work(eager_form(model), x)
+            built[path].call()  # what fails, fails here and not among the timed
+        except Exception as error:
+            failed(path, error)
     samples = interleaved({path: b.call for path, b in built.items()}, repetitions=repetitions, warmup=warmup)
     for path, seconds in samples.items():
-        rows[path] = (
-            asdict(case)
-            | {"path": path}
-            | statistics_of(seconds, case.batch)
-            | {"peak_mib": _peak_mib(built[path], device), "launches": _launches(built[path], device)}
-            | work
-        )
+        try:
+            counted = {"peak_mib": _peak_mib(built[path], device), "launches": _launches(built[path], device)}
+        except Exception as error:  # the profiler, a dispatch mode
+            failed(path, error)
+            continue
+        rows[path] = asdict(case) | {"path": path} | statistics_of(seconds, case.batch) | counted | work
     return [rows[path] for path in paths]
 
 

@@ -1,5 +1,6 @@
 """SegNet: an encoder-decoder that unpools with the encoder's own pooling indices."""
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -135,6 +136,15 @@ class SegNet(_SegNet):
         return windows(pool) == windows(self.pool)
 
 
+class ResponseNorm(nn.LocalResponseNorm):
+    """As torch's, which knows no 16 bits on a CPU; difference: 16-bit input is normalised in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype in (torch.bfloat16, torch.float16):
+            return super().forward(x.float()).to(x.dtype)
+        return super().forward(x)
+
+
 class SegNetBasic(_SegNet):
     """SegNet-Basic, the small net of the same paper: four stages of one 7x7 convolution each way.
 
@@ -170,7 +180,7 @@ class SegNetBasic(_SegNet):
         super().__init__(num_classes, index_format, eps, up)
         if channels < 1:
             raise ValueError(f"SegNetBasic: channels is {channels}; use a positive number")
-        self.norm = nn.LocalResponseNorm(5, alpha=1e-4, beta=0.75)
+        self.norm = ResponseNorm(5, alpha=1e-4, beta=0.75)
         stage = lambda inputs: Sequential(nn.Conv2d(inputs, channels, 7, padding=3), nn.BatchNorm2d(channels))
         self.encoder = nn.ModuleList(stage(in_channels if i == 0 else channels) for i in range(BASIC_STAGES))
         self.decoder = nn.ModuleList(stage(channels) for _ in range(BASIC_STAGES))

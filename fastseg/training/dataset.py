@@ -1,22 +1,36 @@
 """Folders of pictures and label PNGs, and the small file beside them that names the classes.
 
     DIR/dataset.json                    {"classes": ["sky", "road"], "ignore_index": 255, "palette": [[0, 0, 128], ...]}
-    DIR/train|val|test/images/NAME.png  or .jpg
-    DIR/train|val|test/labels/NAME.png  palette or grey: the pixel values are class indices
+    DIR/train|val|test/images/NAME.png  or .jpg, .bmp, .tif, .webp, .gif ...: as ``fastseg.inference.images``
+    DIR/train|val|test/labels/NAME.png  or .tif, .bmp ...; palette or grey: the pixel values are class indices
 
-Whatever is wrong with a file is one ``ValueError`` that names it.
+Whatever is wrong with a file is one ``ValueError`` that names it; what is left out of a folder is counted.
 """
 
-import json
-from collections.abc import Iterator, Sequence
+import hashlib
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fastseg.inference.images import MAX_CLASSES, SUFFIXES, first_line, palette, read_image, read_label, read_palette
+from fastseg.inference.files import open_regular, read_json
+from fastseg.inference.images import (
+    MAX_CLASSES,
+    is_image,
+    palette,
+    read,
+    read_image,
+    read_label,
+    read_palette,
+    several_pages,
+)
 from fastseg.inference.progress import progress
+from fastseg.training.census import Census
 
 SPLITS = ("train", "val", "test")
 
@@ -48,12 +62,9 @@ def read_spec(path: str | Path) -> DatasetSpec:
         ValueError: it is missing, no JSON, or says something that cannot be.
     """
     path = Path(path)
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise ValueError(f'{path}: no such file; it names the classes: {{"classes": ["sky", "road"]}}') from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read as JSON: {first_line(error)}") from None
+    if not os.path.lexists(path):
+        raise ValueError(f'{path}: no such file; it names the classes: {{"classes": ["sky", "road"]}}')
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds a {type(content).__name__}, not an object with classes")
     unknown = sorted(set(content) - {"classes", "ignore_index", "palette"})
@@ -64,6 +75,9 @@ def read_spec(path: str | Path) -> DatasetSpec:
         raise ValueError(f"{path}: classes is {classes!r}; give a list of names")
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{path}: {len(classes)} classes; a label PNG holds at most {MAX_CLASSES}")
+    twice = [name for name, count in Counter(classes).items() if count > 1]
+    if twice:
+        raise ValueError(f"{path}: the class {twice[0]!r} is there twice; each class has a name of its own")
     ignore = content.get("ignore_index")
     if ignore is not None and (type(ignore) is not int or not 0 <= ignore < 256):
         raise ValueError(f"{path}: ignore_index is {ignore!r}; use a label value from 0 to 255, or leave it out")
@@ -89,7 +103,12 @@ class FolderDataset:
         spec: of the labels.
 
     Raises:
-        ValueError: a folder is missing or empty, or a picture has no label.
+        ValueError: a folder is missing or empty, a picture has no label, or what is named as one is no regular file.
+
+    Attributes:
+        names: of the pictures, without suffixes, in order.
+        pairs: the files of picture and label.
+        left_out: a line for each folder that holds something else.
 
     Example:
         >>> dataset = FolderDataset("camvid", "train", read_spec("camvid/dataset.json"))  # doctest: +SKIP
@@ -99,15 +118,27 @@ class FolderDataset:
     def __init__(self, data: str | Path, split: str, spec: DatasetSpec):
         self.spec, self.split = spec, split
         folder = Path(data) / split
-        images, labels = _by_stem(folder / "images", SUFFIXES), _by_stem(folder / "labels", (".png",))
+        images, strange = _by_stem(folder / "images")
+        labels, strange_labels = _by_stem(folder / "labels")
         if not images:
-            raise ValueError(f"{folder / 'images'}: no PNG or JPEG picture is there; the split {split!r} is empty")
+            others = f"; what is there: {_counted(strange)}" if strange else ""
+            raise ValueError(
+                f"{folder / 'images'}: no PNG or JPEG picture is there; the split {split!r} is empty{others}"
+            )
         lonely = [name for name in images if name not in labels]
         if lonely:
             raise ValueError(
                 f"{images[lonely[0]]}: has no label {folder / 'labels' / lonely[0]}.png"
                 + (f", as {len(lonely) - 1} others" if len(lonely) > 1 else "")
             )
+        without = [labels[name].name for name in labels if name not in images]
+        if without:
+            strange_labels["label(s) without a picture, as " + without[0]] = len(without)
+        self.left_out = [
+            f"{folder / kind}: left out: {_counted(found)}"
+            for kind, found in (("images", strange), ("labels", strange_labels))
+            if found
+        ]
         self.names = sorted(images)
         self.pairs = [(images[name], labels[name]) for name in self.names]
 
@@ -129,14 +160,14 @@ class FolderDataset:
         """
         path, (classes, ignore) = self.pairs[index][1], (self.spec.classes, self.spec.ignore_index)
         label = read_label(path)
-        if label.size and label.max() >= len(classes):
+        if label.size and not 0 <= label.min() <= label.max() < len(classes):
             values = np.unique(label)
-            wrong = [int(value) for value in values if value >= len(classes) and value != ignore]
+            wrong = [int(value) for value in values if not 0 <= value < len(classes) and value != ignore]
             if wrong:
                 raise ValueError(
                     f"{path}: has the label {wrong[0]}; classes are 0 to {len(classes) - 1}, ignore_index is {ignore}"
                 )
-        return label
+        return label.astype(np.uint8, copy=False)
 
     def colours(self) -> np.ndarray:
         """(classes, 3), uint8: the spec's palette, else that of the first label PNG, else the library's own.
@@ -157,38 +188,78 @@ class FolderDataset:
         """The class indices of one picture after another."""
         return (self.label(index) for index in range(len(self)))
 
-    def check(self, indices: Sequence[int] | None = None, shown: bool = True) -> None:
+    def check(self, indices: Iterable[int] | None = None, shown: bool = True) -> Census:
         """Read every label, and the header of every picture: an error now, and not in the third hour.
+
+        Returns:
+            What the labels hold, and marks by which changed pairs are known.
 
         Raises:
             ValueError: as indexing, but for pictures that are damaged behind their header.
         """
-        for index in progress(indices or range(len(self)), f"check {self.split}", "pair", leave=False, shown=shown):
+        census = Census(len(self.spec.classes))
+        indices = range(len(self)) if indices is None else indices
+        for index in progress(indices, f"check {self.split}", "pair", leave=False, shown=shown):
             path, label_path = self.pairs[index]
             label = self.label(index)
-            try:
-                with Image.open(path) as image:  # reads the header
-                    size = (image.height, image.width)
-                    turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5  # by 90 degrees
-            except Exception as error:  # as in read_image
-                raise ValueError(f"{path}: cannot be read: {first_line(error)}") from None
-            size = size[::-1] if turned else size
+            size, pages = read(path, _header)
             if label.shape != size:
                 raise ValueError(_other_size(label_path, label.shape, size))
+            census.add(index, label, pages or read(label_path, several_pages), self._mark(index, label))
+        return census
+
+    def _mark(self, index: int, label: np.ndarray) -> str:
+        """Of the label's values, and of the picture's size and its first and last 64 KiB."""
+        mark = hashlib.blake2b(os.fsencode(self.names[index]), digest_size=16)
+        mark.update(str(label.shape).encode() + label.tobytes())
+        with open_regular(self.pairs[index][0]) as file:
+            size = file.seek(0, os.SEEK_END)
+            for start in (0, max(0, size - 2**16)):
+                file.seek(start)
+                mark.update(file.read(2**16))
+        mark.update(str(size).encode())
+        return mark.hexdigest()
 
 
-def _by_stem(folder: Path, suffixes: Sequence[str]) -> dict[str, Path]:
+def _header(image: Image.Image) -> tuple[tuple[int, int], bool]:
+    """Height and width of the upright picture, and whether it has several pages."""
+    turned = "exif" in image.info and image.getexif().get(0x0112, 1) >= 5  # by 90 degrees
+    size = (image.height, image.width)
+    return size[::-1] if turned else size, several_pages(image)
+
+
+def _by_stem(folder: Path) -> tuple[dict[str, Path], Counter]:
+    """The pictures of a folder, and what else is there; files that a system hides are not looked at."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a data set has DIR/train, val and test with images/ and labels/")
     found: dict[str, Path] = {}
+    strange: Counter = Counter()
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in suffixes and not path.name.startswith("."):
-            if path.stem in found:
-                raise ValueError(
-                    f"{path}: {found[path.stem].name} has the same name; which one does the label go with?"
-                )
+        if path.name.startswith("."):
+            continue
+        mode = _mode(path)
+        if stat.S_ISDIR(mode):
+            strange["folder(s)"] += 1
+        elif not is_image(path):
+            strange[f"{path.suffix.lower() or 'nameless'} file(s)"] += 1
+        elif not stat.S_ISREG(mode):
+            raise ValueError(f"{path}: {'not a regular file' if mode else 'a link to nowhere, or in a circle'}")
+        elif path.stem in found:
+            raise ValueError(f"{path}: {found[path.stem].name} has the same name; which one does the label go with?")
+        else:
             found[path.stem] = path
-    return found
+    return found, strange
+
+
+def _mode(path: Path) -> int:
+    try:
+        return path.stat().st_mode
+    except OSError:
+        return 0
+
+
+def _counted(found: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {what}" for what, count in found.items())
 
 
 def _other_size(path: Path, label: Sequence[int], image: Sequence[int]) -> str:

@@ -1,6 +1,6 @@
 """Scores of a model on a split, over all processes, without logits of full resolution."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,6 +48,28 @@ def window(labels: Tensor, model: nn.Module) -> Tensor:
     return labels[..., m:-m, m:-m] if m else labels
 
 
+def class_mapping(names: Sequence[str], spec: DatasetSpec) -> Tensor | None:
+    """Which of the data set's classes each of a model's is, by name; None where the order is the same.
+
+    Raises:
+        ValueError: the names are not the same.
+    """
+    if tuple(names) == spec.classes:
+        return None
+    if sorted(names) != sorted(spec.classes):
+        others = [name for name in names if name not in spec.classes]
+        missing = [name for name in spec.classes if name not in names]
+        raise ValueError(
+            f"the weights are of {len(names)} classes, the data set has {len(spec.classes)}, and the names differ: "
+            f"only the weights have {_few(others)}, only the data set has {_few(missing)}"
+        )
+    return torch.tensor([spec.classes.index(name) for name in names])
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "") or "none"
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -57,8 +79,9 @@ def evaluate(
     *,
     amp: torch.dtype | None = None,
     worst: int = 0,
+    mapping: Tensor | None = None,
     title: str = "evaluate",
-    stop: Callable[[], bool] = lambda: False,
+    stop: Callable[[], object] = lambda: False,
 ) -> Evaluation:
     """Score ``model.predict`` on the batches of ``scoring_batches``; the model's mode is left as it was.
 
@@ -68,6 +91,7 @@ def evaluate(
         spec: of the labels.
         processes: whose counts are added up; all of them get the result.
         amp: dtype of autocast; None: none.
+        mapping: (classes,) integer: entry i is the index in ``spec.classes`` of the model's class i; None: the same.
         worst: pictures to name, those with the lowest mean IoU over the classes in them.
         title: of the progress bar.
         stop: asked before each batch; where it is true the rest of this process's share is left out.
@@ -81,6 +105,7 @@ def evaluate(
         labels = window(labels, model).to(processes.device)
         with torch.autocast(processes.device.type, amp or torch.bfloat16, enabled=amp is not None):
             predicted = model.predict(pixels(images, processes.device))
+        predicted = predicted if mapping is None else mapping.to(predicted.device)[predicted.long()]
         total.update(predicted, labels)
         for one, label, index in zip(predicted, labels, indices.tolist(), strict=True) if worst else ():
             alone = counts()

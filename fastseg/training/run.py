@@ -2,7 +2,9 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +15,27 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, PolynomialLR
 
-from fastseg.inference.checkpoint import save_checkpoint
+from fastseg.inference.files import first_line
 from fastseg.inference.processes import Processes
 from fastseg.inference.progress import progress
 from fastseg.metrics import median_frequency_weights
 from fastseg.models import DeepSupervision, fading_weights
 from fastseg.nn import SyncBatchNorm
 from fastseg.training.batches import scoring_batches, training_batches
-from fastseg.training.checkpoints import read_checkpoint, write_checkpoint
+from fastseg.training.checkpoints import (
+    Diverged,
+    read_checkpoint,
+    refuse_other_data,
+    require_finite,
+    require_kind,
+    write_checkpoint,
+)
 from fastseg.training.curves import write_curves
 from fastseg.training.dataset import FolderDataset
 from fastseg.training.evaluation import Listed, evaluate, pixels, window
 from fastseg.training.transforms import Augment
 
+FILES = ("last.pt", "best.pt", "curves.csv", "curves.json", "curves.png")  # that a training writes
 LOOK = 10  # steps between looks at the loss, which wait for the device
 
 
@@ -97,18 +107,37 @@ def train(
     resume: bool = False,
     save_every: int | None = None,
     max_seconds: float | None = None,
-    stop_asked: Callable[[], bool] = lambda: False,
+    stop_asked: Callable[[], object] = lambda: False,
+    data: Mapping[str, Any] | None = None,
+    changed_data: bool = False,
 ) -> list[dict]:
     """Train, write ``last.pt`` and ``best.pt`` (by mean IoU on ``val_set``) and the curves into ``output``.
 
     Where ``stop_asked()`` is true in one process, all stop with a checkpoint: after the step, or in the midst of the
-    scoring, which a resumed run then begins anew. Several GPUs look every ``LOOK`` steps.
+    scoring, which a resumed run then begins anew. Several GPUs look every ``LOOK`` steps. ``best.pt`` is written before
+    ``last.pt`` says so: whatever ends the process in between, the best is there.
+
+    Args:
+        model: with ``loss`` and ``predict``.
+        settings: what decides the curve.
+        train_set: pairs to learn from.
+        val_set: pairs to score each epoch on.
+        output: an existing folder.
+        processes: that work together.
+        workers: processes that read pictures.
+        resume: go on with the run in ``output``.
+        save_every: steps between checkpoints within an epoch.
+        max_seconds: then stop with a checkpoint.
+        stop_asked: asked after each step.
+        data: marks of the data set, plain data; a resumed run with others is refused.
+        changed_data: go on with other data all the same: the epoch begins anew.
 
     Returns:
         The curve: a row for each finished epoch.
 
     Raises:
-        ValueError: bad data, a loss that is not finite, or a run that is there already and not to be resumed.
+        ValueError: bad data, a loss or weights that are not finite, a run that is there already and not to be resumed,
+            or a resumed one with other settings or other data.
         OSError: a checkpoint cannot be written.
     """
     last, start = output / "last.pt", time.perf_counter()
@@ -123,10 +152,12 @@ def train(
         labels = (torch.from_numpy(label) for label in train_set.labels())
         weight = median_frequency_weights(labels, len(spec.classes), ignore_index=spec.ignore_index).to(device)
     inner = lambda: model.model if isinstance(model, DeepSupervision) else model  # without the heads, as it is used
+    changed = saved is not None and refuse_other_data(last, saved["training"], data or {}, changed_data)
     if saved is not None:
-        inner().load_state_dict(saved["state_dict"])
-        if inner() is not model:
-            model.heads.load_state_dict(saved["training"]["heads"])
+        with _of_this_run(last):
+            inner().load_state_dict(saved["state_dict"])
+            if inner() is not model:
+                model.heads.load_state_dict(saved["training"]["heads"])
     model = model.to(device, memory_format=torch.channels_last)
     if processes.count > 1:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
@@ -140,20 +171,40 @@ def train(
     amp = None if settings.amp == "none" else getattr(torch, settings.amp)
     scaler = torch.amp.GradScaler(device.type, enabled=amp is torch.float16)
     state = {"epoch": 0, "done": 0, "loss": 0.0, "best": -1.0, "history": []}
+    parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     if saved is not None:
-        state = {key: saved["training"][key] for key in state}
-        for part, name in ((optimizer, "optimizer"), (schedule, "schedule"), (scaler, "scaler")):
-            part.load_state_dict(saved["training"][name])
+        with _of_this_run(last):
+            for name, part in (("state", state), *((name, part.state_dict()) for name, part in parts.items())):
+                require_kind(saved["training"] if name == "state" else saved["training"][name], part, name)
+            for row in saved["training"]["history"]:
+                require_kind(row, {"epoch": 1, "mean_iou": 0.0}, "a row of the history")
+            state = {key: saved["training"][key] for key in state}
+            fresh = [{k: value for k, value in group.items() if k != "params"} for group in optimizer.param_groups]
+            for name, part in parts.items():
+                if not (changed and name == "schedule"):
+                    part.load_state_dict(saved["training"][name])
+        if changed:  # other pictures, perhaps another number of steps: the epoch begins anew
+            state |= {"done": 0, "loss": 0.0}
+            for group, begun in zip(optimizer.param_groups, fresh, strict=True):
+                group.update(begun)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # no step of the optimiser came before
+                for _ in range(state["epoch"] * steps):
+                    schedule.step()
 
-    def save() -> None:
+    def described_weights() -> dict[str, Any]:
+        weights = {key: value.detach().cpu() for key, value in inner().state_dict().items()}
+        about = {"model": settings.model, "options": settings.options, "classes": list(settings.classes)}
+        return about | {"state_dict": weights}
+
+    def save(marks: Mapping[str, Any] = data or {}) -> None:
+        require_finite(model.state_dict(), state["epoch"] * steps + state["done"])  # in all processes alike
         if processes.first:
-            parts = {"optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-            training = {name: part.state_dict() for name, part in parts.items()} | state | {"settings": described}
+            training = {name: part.state_dict() for name, part in parts.items()} | state
+            training |= {"settings": described, "data": dict(marks)}
             if inner() is not model:
                 training["heads"] = {key: value.detach().cpu() for key, value in model.heads.state_dict().items()}
-            weights = {key: value.detach().cpu() for key, value in inner().state_dict().items()}
-            about = {"model": settings.model, "options": settings.options, "classes": list(settings.classes)}
-            write_checkpoint(last, about | {"state_dict": weights, "training": training})
+            write_checkpoint(last, described_weights() | {"training": training})
 
     stop = False
     while state["epoch"] < settings.epochs:
@@ -184,22 +235,25 @@ def train(
                     rate = (state["done"] - first) * settings.batch / (time.perf_counter() - began)
                     bar.set_postfix_str(f"loss {_finite(loss, step):.3f}, {rate:.1f} images/s")
                 cheap = processes.count == 1 or device.type == "cpu"  # to ask the others
-                stop = (look or cheap) and processes.sum(late or stop_asked())[0] > 0
+                stop = (look or cheap) and processes.sum(late or bool(stop_asked()))[0] > 0
                 if (stop or (save_every and state["done"] % save_every == 0)) and not end:
                     _finite(loss, step)
                     state["loss"] = processes.sum(running.item())[0] / processes.count
                     save()
                     if stop:
                         return state["history"]
-        except ValueError as error:
-            if "diverged" not in str(error) and processes.count == 1:  # bad data: nothing is lost
-                state["loss"] = running.item()
-                save()
+        except Diverged:
             raise
+        except ValueError:
+            if processes.count == 1:  # bad data: nothing is lost, and the file at fault will have to change
+                state["loss"] = running.item()
+                save(marks={})
+            raise
+        require_finite(model.state_dict(), (epoch + 1) * steps)  # in all processes
         mean = processes.sum(running.item())[0] / processes.count
         title = f"score {epoch + 1}/{settings.epochs}"
         scores = evaluate(model, val_loader, spec, processes, amp=amp, title=title, stop=stop_asked).scores
-        if processes.sum(stop_asked())[0] > 0:  # in all processes, as one of them may have left pictures out
+        if processes.sum(bool(stop_asked()))[0] > 0:  # in all processes, as one of them may have left pictures out
             state["loss"] = mean
             save()
             return state["history"]
@@ -214,6 +268,13 @@ def train(
             "seconds": time.perf_counter() - began,
         }
         better = scores.mean_iou > state["best"]
+        if better and processes.first:
+            try:
+                write_checkpoint(output / "best.pt", described_weights())
+            except OSError:
+                state["loss"] = mean  # a resumed run scores this epoch again
+                save()
+                raise
         state |= {"epoch": epoch + 1, "done": 0, "loss": 0.0, "history": [*state["history"], row]}
         state["best"] = max(state["best"], scores.mean_iou)
         save()
@@ -222,8 +283,6 @@ def train(
                 f"epoch {row['epoch']}/{settings.epochs}: loss {row['loss']:.4f}, val mIoU {scores.mean_iou:.4f}, "
                 f"pixel accuracy {scores.pixel_accuracy:.4f}, {row['seconds']:.0f} s{', the best so far' * better}"
             )
-            if better:
-                save_checkpoint(output / "best.pt", inner(), settings.model, settings.options, settings.classes)
             write_curves(output, state["history"])
         if stop:
             break
@@ -240,8 +299,17 @@ def _heads(model: nn.Module, settings: Settings, step: int, steps: int) -> list[
 def _finite(loss: Tensor, step: int) -> float:
     value = loss.item()
     if value != value or abs(value) == float("inf"):
-        raise ValueError(f"training diverged: the loss is {value} at step {step}; try a smaller --lr")
+        raise Diverged(f"training diverged: the loss is {value} at step {step}; try a smaller --lr")
     return value
+
+
+@contextmanager
+def _of_this_run(path: Path) -> Iterator[None]:
+    """What is taken from a checkpoint fits, or is one error."""
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: is no checkpoint of this run: {first_line(error)}") from error
 
 
 def _optimizer(model: nn.Module, settings: Settings, steps: int) -> tuple[torch.optim.Optimizer, Any]:

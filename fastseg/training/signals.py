@@ -1,4 +1,4 @@
-"""SIGTERM, with which a cluster takes its machine back: a flag to look at, and readers that outlive it."""
+"""SIGTERM, with which a cluster takes its machine back, and Ctrl-C: a flag, and readers that outlive both."""
 
 import os
 import signal
@@ -8,32 +8,40 @@ from contextlib import contextmanager
 
 
 @contextmanager
-def sigterm() -> Iterator[Callable[[], bool]]:
-    """Whether a SIGTERM has come since the block began; within it none ends the process, however many come.
+def stop_signals() -> Iterator[Callable[[], int]]:
+    """The number of the SIGTERM or SIGINT that has come since the block began, or 0.
 
-    A launcher and its scheduler may each send one. Outside the main thread, which alone gets signals, it is False.
+    Within the block no SIGTERM ends the process, however many come: a launcher and its scheduler may each send one. A
+    second Ctrl-C raises KeyboardInterrupt, as one does outside the block. Outside the main thread, which alone gets
+    signals, it is 0.
     """
-    came = False
+    came = 0
 
     def heard(number: int, frame: object) -> None:
         nonlocal came
-        came = True
+        if number == signal.SIGINT and came == signal.SIGINT:
+            raise KeyboardInterrupt
+        came = came or number
 
     if threading.current_thread() is not threading.main_thread():
-        yield lambda: False
+        yield lambda: 0
         return
-    before = signal.signal(signal.SIGTERM, heard)
+    before = {number: signal.signal(number, heard) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield lambda: came
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def obey_parent_alone(worker: int) -> None:
-    """What a DataLoader's worker does first: SIGTERM ends it only if the process that reads from it is the sender.
+    """What a DataLoader's worker does first: SIGTERM ends it only if the process that reads from it is the sender, and
+    Ctrl-C does not.
 
-    Launchers send one to the whole process group; a worker that dies takes the step down before there is a checkpoint.
+    Launchers send one to the whole process group, as terminals do; a worker that dies takes the step down before there
+    is a checkpoint.
     """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if not hasattr(signal, "sigwaitinfo"):  # macOS
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})

@@ -1,12 +1,16 @@
 """Images in and out: what is read is exact or refused in one line; what is written is whole or not there."""
 
 import os
+import secrets
+import struct
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._subclasses import FakeTensorMode
 
 from fastseg.inference import images
 
@@ -60,10 +64,14 @@ def _bad_file(kind, folder):
             path.mkdir()
         case "empty":
             path.touch()
+        case "pipe":
+            os.mkfifo(path)
+        case "circle":
+            path.symlink_to(path)
         case "text":
             path.write_text("<svg><script>alert(1)</script></svg>")
-        case "gif":
-            _save(rgb, path, format="GIF")
+        case "eps" | "pcx":  # EPS runs Ghostscript
+            _save(rgb, path, format=kind.upper())
         case "truncated png" | "truncated jpeg":
             _save(rgb, path, format=kind.split()[1].upper())
             path.write_bytes(path.read_bytes()[: path.stat().st_size * 2 // 3])
@@ -80,10 +88,13 @@ def _bad_file(kind, folder):
 
 BAD = {
     "missing": "no such file",
-    "directory": "not a file",
+    "directory": "a folder, not a file",
     "empty": "not a PNG or JPEG",
     "text": "not a PNG or JPEG",
-    "gif": "not a PNG or JPEG",
+    "eps": "not a PNG or JPEG",
+    "pcx": "not a PNG or JPEG",
+    "pipe": "not a regular file",
+    "circle": "cannot be opened: Too many levels of symbolic links",
     "truncated png": "cannot be read: ",
     "truncated jpeg": "cannot be read: ",
     "header only": "",  # Pillow's versions differ on whether such a file is recognised
@@ -103,6 +114,105 @@ def test_bad_file_is_one_clear_error(kind, tmp_path):
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
     assert not [w for w in leaked if issubclass(w.category, Image.DecompressionBombWarning)]
+
+
+@pytest.mark.parametrize("suffix", ["bmp", "tif", "webp", "gif", "ppm", "jp2"])
+def test_the_other_formats(tmp_path, suffix):
+    rgb = _random_image()
+    lossless = {"webp": {"lossless": True}, "jp2": {"irreversible": False}}
+    path = _save(Image.fromarray(rgb), tmp_path / f"a.{suffix}", **lossless.get(suffix, {}))
+    assert images.is_image(path)
+    if suffix == "gif":  # of 35 colours none is lost
+        rgb = np.asarray(Image.open(path).convert("RGB"))
+    np.testing.assert_array_equal(images.read_image(path), rgb)
+
+
+def test_of_several_pages_the_first(tmp_path):
+    pages = [Image.fromarray(_random_image(seed=seed)) for seed in range(3)]
+    for name in ("pages.tif", "pages.png"):
+        path = _save(pages[0], tmp_path / name, save_all=True, append_images=pages[1:])
+        np.testing.assert_array_equal(images.read_image(path), np.asarray(pages[0]))
+        assert images.read(path, images.several_pages)
+    assert not images.read(_save(pages[0], tmp_path / "one.tif"), images.several_pages)
+
+
+def test_pictures_of_more_than_8_bits(tmp_path):
+    """16 bits: the high byte, in TIFF as in PNG, grey and colour; what has no 16 bits is refused."""
+    deep = np.array([[0x00FF, 0x0100, 0xABCD, 0xFFFF]], np.uint16)
+    high = [0x00, 0x01, 0xAB, 0xFF]
+    assert images.read_image(_save(Image.fromarray(deep), tmp_path / "deep.tif"))[0, :, 0].tolist() == high
+    wide = _save(Image.fromarray(deep.astype(np.int32)), tmp_path / "wide.tif")
+    assert images.read_image(wide)[0, :, 2].tolist() == high
+    for name, values, words in (
+        ("large", np.array([[0, 70_000]], np.int32), "0 to 70000"),
+        ("below", np.array([[-1, 9]], np.int32), "-1 to 9"),
+        ("real", np.array([[0.5, 1.0]], np.float32), "floating-point"),
+    ):
+        with pytest.raises(ValueError, match=words) as error:
+            images.read_image(_save(Image.fromarray(values), tmp_path / f"{name}.tif"))
+        assert str(error.value).startswith(str(tmp_path / f"{name}.tif"))
+
+
+@pytest.mark.parametrize("kind", ["P png", "L png", "I;16 png", "P tif", "L tif", "I;16 tif", "I tif", "L bmp", "P bmp",
+                                  "L gif", "L pgm", "I pgm", "L tif lzw"])  # fmt: skip
+def test_labels_are_as_stored(tmp_path, kind):
+    mode, suffix, *packed = kind.split()
+    want = np.array([[0, 2, 3], [9, 250, 255]])  # with holes, which writers of GIF close
+    dtype = {"P": np.uint8, "L": np.uint8, "I;16": np.uint16, "I": np.int32}[mode]
+    label = Image.fromarray(want.astype(dtype))
+    if mode == "P":
+        label.putpalette(images.palette(256).tobytes())
+    assert label.mode == mode
+    path = _save(label, tmp_path / f"a.{suffix}", **({"compression": "tiff_lzw"} if packed else {}))
+    got = images.read_label(path)
+    np.testing.assert_array_equal(got, want)
+    assert got.dtype == (np.uint8 if dtype is np.uint8 else np.int64)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_labels_of_few_bits(tmp_path, bits):
+    """Pillow spreads grey of 2 and 4 bits over 0 to 255."""
+    want = np.arange(2**bits, dtype=np.uint8)[None]
+    packed = np.packbits(np.unpackbits(want[..., None], axis=-1)[..., -bits:].reshape(1, -1), axis=-1)
+    chunk = lambda name, data: struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+    header = struct.pack(">IIBBBBB", want.size, 1, bits, 0, 0, 0, 0)
+    body = zlib.compress(b"\0" + packed.tobytes())
+    path = tmp_path / "grey.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b""))
+    np.testing.assert_array_equal(images.read_label(path), want)
+
+
+@pytest.mark.parametrize(
+    ("mode", "name", "words"),
+    [("RGB", "a.png", "mode RGB"), ("RGBA", "a.tif", "mode RGBA"), ("LA", "a.png", "mode LA"), ("F", "a.tif", "mode F"),
+     ("CMYK", "a.tif", "mode CMYK"), ("L", "a.jpg", "JPEG, which may change"), ("L", "a.webp", "WEBP, which may"),
+     ("RGB", "a.gif", "GIF with colours")],
+)  # fmt: skip
+def test_labels_that_hold_no_indices(tmp_path, mode, name, words):
+    path = tmp_path / name
+    Image.new(mode, (4, 3), 1.0 if mode == "F" else 1).save(path)
+    with pytest.raises(ValueError, match=words) as error:
+        images.read_label(path)
+    assert str(error.value).startswith(f"{path}: cannot be read: it ")
+
+
+def test_a_spread_pgm_is_no_label(tmp_path):
+    path = tmp_path / "a.pgm"
+    path.write_bytes(b"P5 3 1 20\n" + bytes([0, 1, 20]))
+    with pytest.raises(ValueError, match="largest value is neither"):
+        images.read_label(path)
+
+
+def test_normalising_remembers_nothing():
+    """A first call under inference mode or with fake tensors once decided what later ones got."""
+    pixels = torch.full((1, 3, 2, 2), 255.0)
+    want = (1 - torch.tensor(images.MEAN)) / torch.tensor(images.STD)
+    with FakeTensorMode():
+        images.normalised(torch.empty(1, 3, 2, 2))
+    with torch.inference_mode():
+        images.normalised(pixels)
+    torch.testing.assert_close(images.normalised(pixels.requires_grad_())[0, :, 0, 0], want)
+    images.normalised(pixels).sum().backward()
 
 
 def test_bomb_is_not_decoded(tmp_path, monkeypatch):
@@ -135,6 +245,26 @@ def test_atomic_write_keeps_the_old_file_on_error(tmp_path):
         assert path.read_bytes() == b"old"  # nothing is seen before the end
     assert path.read_bytes() == b"new"
     assert os.listdir(tmp_path) == ["result.png"]
+
+
+@pytest.mark.parametrize("length", [251, 255])
+def test_atomic_write_of_the_longest_names(tmp_path, length):
+    path = tmp_path / ("\N{GREEK SMALL LETTER ALPHA}" * 120 + "x" * (length - 244) + ".png")
+    with images.atomic_write(path) as file:
+        file.write(b"new")
+    assert os.listdir(tmp_path) == [path.name] and path.read_bytes() == b"new"
+
+
+def test_atomic_write_does_not_follow_what_is_planted(tmp_path, monkeypatch):
+    """Not even where its temporary's name is guessed."""
+    victim, path = tmp_path / "victim", tmp_path / "result.png"
+    victim.write_bytes(b"mine")
+    monkeypatch.setattr(secrets, "token_hex", lambda count: "ab")
+    (tmp_path / ".result.png.ab.tmp").symlink_to(victim)
+    (tmp_path / f".result.png.{os.getpid()}.tmp").symlink_to(victim)
+    with pytest.raises(FileExistsError), images.atomic_write(path) as file:
+        file.write(b"new")
+    assert victim.read_bytes() == b"mine" and not path.exists()
 
 
 def test_class_map_holds_indices_and_colours(tmp_path):
