@@ -111,7 +111,7 @@ def use_kernel(
         if t is not None and t.device != x.device:
             raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
     if torch.compiler.is_compiling():
-        return not (_reference_depth or unsupported or _no_kernel(x))
+        return not (in_reference() or unsupported or _no_kernel(x))
     why = IN_REFERENCE if _in_reference.get() else unsupported or _no_kernel(x) or _follower((x, *others))
     if _report.get() is not None:
         record(op, x, *(("reference", why) if why else ("triton", form())))
