@@ -75,7 +75,7 @@ bench: setup
 	TRITON_INTERPRET=0 $(BIN)/pytest benchmarks
 
 kernel-report: setup
-	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.report
+	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.tools.report
 
 roofline: setup
 	$(BIN)/python benchmarks/roofline.py

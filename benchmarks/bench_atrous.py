@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from useful_macs import region_fraction
 from workloads import ATROUS, ATROUS_OTHERS, AsppShape
 
-from fastseg.ops._atrous import atrous_branches
+from fastseg.ops.atrous_conv2d import atrous_branches
 
 OP = "atrous_branches"
 MODES = ("eval", "train-backward")

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from workloads import BLOCKS, BlockShape
 
 from fastseg.models.encoders.mobilenet_v2 import InvertedResidual
-from fastseg.nn.conv import run_separable
-from fastseg.nn.fold import folded, run_conv_norm_act
-from fastseg.ops._inverted_residual import inverted_residual
+from fastseg.nn.fuse.conv_norm_act import folded, run_conv_norm_act
+from fastseg.nn.fuse.separable import run_separable
+from fastseg.ops.inverted_residual import inverted_residual
 
 OP = "inverted_residual"
 MODES = ("eval",)

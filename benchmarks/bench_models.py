@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from workloads import MODELS, MODELS_TRAINING, MODELS_WITHOUT_FLOOR, ModelShape
 
-from fastseg.inference.comparison import eager_form
+from fastseg.measure.comparison import eager_form
 from fastseg.models import create
 
 # model of `workloads` -> arguments of `create`; the others have floors already and no network yet.

@@ -88,8 +88,8 @@ class Problem(problem.Problem):
 @contextmanager
 def forced(form: str) -> Iterator[None]:
     """Inside the block the op's kernels take ``form`` ("fused" or "split"), whatever the cost model says."""
-    from fastseg.kernels import separable_conv
-    from fastseg.kernels.separable_conv_plan import Plan
+    from fastseg.kernels.separable_conv import launch as separable_conv
+    from fastseg.kernels.separable_conv.cost import Plan
 
     nan = float("nan")
     with mock.patch.object(separable_conv, "plan", lambda *sizes, **options: Plan(form, nan, nan)):

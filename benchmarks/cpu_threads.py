@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.inference import Runner
-from fastseg.inference.comparison import eager_form
+from fastseg.measure.comparison import eager_form
 from fastseg.models import create, names
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.ops import (
@@ -39,7 +39,7 @@ from fastseg.ops import (
     upsample_bilinear,
     upsample_cross_entropy,
 )
-from fastseg.ops._cpu_conv import PackedWeights, conv2d, packed_weights
+from fastseg.ops.cpu.packed import PackedWeights, conv2d, packed_weights
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 LOAD = "import os\nparent = os.getppid()\nwhile os.getppid() == parent:\n    sum(range(10**6))"

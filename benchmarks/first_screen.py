@@ -16,10 +16,10 @@ import peers
 import record
 from matplotlib.figure import Figure
 
+from fastseg.demo.mosaic import CLASSES, halves, load_photographs, mosaics
 from fastseg.inference import Predictor
-from fastseg.inference.images import class_map
-from fastseg.inference.mosaic import CLASSES, halves, load_photographs, mosaics
-from fastseg.latency.report import read_results
+from fastseg.io.images import class_map
+from fastseg.measure.report import read_results
 
 SIDE, SEED = 160, 1
 SHOWN = {  # path -> what it is called, and its colour

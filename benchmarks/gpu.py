@@ -61,7 +61,7 @@ def _default_results() -> Path:
 
     if not torch.cuda.is_available():
         raise RuntimeError("no CUDA device here; run this on a machine with one, or try it out with --rehearse")
-    from fastseg.kernels.config import gpu_name
+    from fastseg.kernels.runtime.config import gpu_name
 
     return record.RESULTS / f"{gpu_name(0)}.json"
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from fastseg.inference.graphs import captured
-from fastseg.ops._dispatch import HAS_TRITON
+from fastseg.kernels.runtime.launch import intercept, run
+from fastseg.ops.core.dispatch import HAS_TRITON
 
 GRAPH_BELOW = 100e-6  # seconds; under this the host's time to launch shows in a time taken between events
 
@@ -117,16 +118,15 @@ def launch_count(fn: Function) -> int:
     """fastseg's own kernel launches in one call."""
     if not HAS_TRITON:
         return 0
-    from fastseg.kernels import config
 
     count = 0
 
     def on_launch(*launch) -> None:
         nonlocal count
         count += 1
-        config.run(*launch)
+        run(*launch)
 
-    with config.intercept(on_launch):
+    with intercept(on_launch):
         fn()
     return count
 
@@ -146,7 +146,7 @@ def config_sources(fn: Function, device: torch.device) -> list[str]:
     """``kernel[row]: where its configuration came from``, for each question to ``select`` in one call."""
     if not HAS_TRITON:
         return []
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
     asked: list[tuple[str, int, dict]] = []
     with config.observe_selects(lambda kernel, size, key: asked.append((kernel, size, key))):

@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastseg import nn as fnn
-from fastseg.inference.comparison import eager_form
-from fastseg.inference.timing import interleaved, medians
-from fastseg.kernels import config
+from fastseg.kernels.runtime.launch import intercept
+from fastseg.measure.comparison import eager_form
+from fastseg.measure.timing import interleaved, medians
 
 
 def pairs() -> dict[str, tuple]:
@@ -66,7 +66,7 @@ def main() -> None:
     """Print a line for each module."""
     torch.set_num_threads(1)
     x = sample()
-    with config.intercept(lambda *launch: None), torch.no_grad():
+    with intercept(lambda *launch: None), torch.no_grad():
         for name, (ours, eager) in pairs().items():
             functions = {"ours": lambda f=ours: f(x), "eager": lambda f=eager: f(x)}
             us = {key: 1e6 * t for key, t in medians(interleaved(functions, repetitions=400, warmup=20)).items()}

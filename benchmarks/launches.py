@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_map_only
 
 import fastseg
-from fastseg.inference.comparison import eager_form
-from fastseg.kernels import config
+from fastseg.kernels.runtime.launch import intercept
+from fastseg.measure.comparison import eager_form
 from fastseg.models import create
-from fastseg.ops import _conv_act
+from fastseg.ops import conv_act as _conv_act
 
 NO_LAUNCH = (
     "_unsafe_view",
@@ -103,7 +103,7 @@ def count() -> Iterator[Counter[str]]:
         ),
         mock.patch.object(torch, "cudnn_convolution_relu", fused),
         mock.patch.object(torch, "cudnn_convolution_add_relu", fused_add),
-        config.intercept(on_launch),
+        intercept(on_launch),
     )
     with ExitStack() as stack:
         for each in as_on_cuda:

@@ -27,11 +27,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastseg.cli.common import positive_float, positive_int
-from fastseg.inference.checkpoint import load_checkpoint
-from fastseg.inference.comparison import eager_form
-from fastseg.inference.processes import Processes
-from fastseg.inference.progress import progress
-from fastseg.inference.timing import interleaved
+from fastseg.io.checkpoint import load_checkpoint
+from fastseg.io.processes import Processes
+from fastseg.io.progress import progress
+from fastseg.measure.comparison import eager_form
+from fastseg.measure.timing import interleaved
 from fastseg.metrics import ConfusionMatrix
 from fastseg.models import UNetPlusPlus, create
 from fastseg.training.batches import scoring_batches

@@ -20,7 +20,7 @@ import tables
 import torch
 from floors import DEVICES, Cost, Device
 
-from fastseg.inference.progress import progress
+from fastseg.io.progress import progress
 
 # op -> its kernel files, and the topic of its ahead-of-time cases
 KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
@@ -110,7 +110,7 @@ def compiled(topic: str, files: Sequence[str], target: str) -> str:
     """One line for each kernel of ``files`` in each case of the topic."""
     import importlib
 
-    from fastseg.kernels.report import compile_launches, table
+    from fastseg.kernels.tools.report import compile_launches, table
 
     cases = importlib.import_module(f"fastseg.kernels.cases_{topic}").CASES
     text = {name: (record.ROOT / "kernels" / f"{name}.py").read_text() for name in files}

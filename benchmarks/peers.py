@@ -16,10 +16,10 @@ from pathlib import Path
 import record
 import torch
 
-from fastseg.inference.progress import progress
-from fastseg.latency.paths import PATHS
-from fastseg.latency.report import read_results, write_results
-from fastseg.latency.study import Case, machine, measure, roofs
+from fastseg.io.progress import progress
+from fastseg.measure.paths import PATHS
+from fastseg.measure.report import read_results, write_results
+from fastseg.measure.study import Case, machine, measure, roofs
 
 FOLDER = record.RESULTS / "peers"
 CASES = {  # -> options of `create`

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.cli.common import add_device, describe, positive_float, positive_int
-from fastseg.inference.comparison import eager_form
+from fastseg.measure.comparison import eager_form
 from fastseg.models import create, names
-from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED
+from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.training.batches import collate
 from fastseg.training.dataset import FolderDataset, read_spec
 from fastseg.training.evaluation import pixels, window

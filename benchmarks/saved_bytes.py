@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from workloads import SEGNET_STAGES, ModelShape, PoolShape
 
-from fastseg.inference.comparison import eager_form
+from fastseg.measure.comparison import eager_form
 from fastseg.models import create
 from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d, max_pool2d
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastseg.cli.common import positive_int
-from fastseg.inference.images import to_tensor
+from fastseg.io.images import to_tensor
 from fastseg.metrics import ConfusionMatrix, median_frequency_weights
 from fastseg.models import create
 from fastseg.training.dataset import FolderDataset, read_spec

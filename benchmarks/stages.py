@@ -36,8 +36,8 @@ from problem import Case, Problem
 from record import Log
 
 from fastseg.inference.graphs import captured
-from fastseg.inference.timing import interleaved
-from fastseg.ops._dispatch import explain
+from fastseg.measure.timing import interleaved
+from fastseg.ops.core.explain import explain
 
 OPS = (
     bench,
@@ -259,8 +259,9 @@ def _path(problem: Problem, provider: str) -> str:
 
 
 def tune(log: Log, device: torch.device, tiny: bool) -> None:
-    from fastseg.kernels import config, observe
-    from fastseg.kernels import tune as search
+    from fastseg.kernels.runtime import config
+    from fastseg.kernels.tools import tune as search
+    from fastseg.kernels.tools import watch as observe
 
     name = config.gpu_name(device.index) if device.type == "cuda" else "cpu"
     path = (log.path.parent / "tuned" if tiny else config.SHIPPED) / f"{name}.json"

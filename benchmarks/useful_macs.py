@@ -12,7 +12,7 @@ units a pixel, and its shares are taken over those 28; a scheme pays for its rag
 from fractions import Fraction
 from math import ceil
 
-from fastseg.kernels.atrous_plan import Branch, executed_fraction, valid
+from fastseg.kernels.atrous_conv.regions import Branch, executed_fraction, valid
 
 TAPS = 9
 

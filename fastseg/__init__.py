@@ -2,8 +2,8 @@
 
 import importlib
 
-from fastseg.ops._dispatch import explain, reference
-from fastseg.ops._kept import frozen
+from fastseg.ops.core.explain import explain, reference
+from fastseg.ops.core.kept import frozen
 
 __version__ = "0.1.0"
 __all__ = ["explain", "frozen", "reference"]

@@ -20,7 +20,7 @@ if "ttsem" in sys.modules:
 if importlib.util.find_spec("fastseg") is None or importlib.util.find_spec("fastseg.kernels") is None:
     pytest.exit("fastseg is not installed: run `pip install -e .` in the repository's root", returncode=4)
 
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.testing import poison
 
 if INTERPRETED:

@@ -125,7 +125,7 @@ def no_nn_and_no_autograd(tree: ast.Module, path: Path) -> Iterator[Finding]:
             yield node.lineno, f"kernels use {ast.unparse(node)}"
 
 
-WITHOUT_TRITON = {"fastseg.kernels.geometry"}  # test_import_needs_no_triton imports them
+WITHOUT_TRITON = {"fastseg.kernels.runtime.sizes"}  # test_import_needs_no_triton imports them
 
 
 def kernels_only_with_triton(tree: ast.Module, path: Path) -> Iterator[Finding]:
@@ -165,16 +165,19 @@ def dot_names_precision(tree: ast.Module, path: Path) -> Iterator[Finding]:
 
 
 def no_maximum_of_data(tree: ast.Module, path: Path) -> Iterator[Finding]:
-    """Outside the functions of kernels/common.py whose name says nan."""
+    """Outside the functions of kernels/common/norm_act.py whose name says nan."""
     helpers = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef) and path == Path("kernels/common.py") and "nan" in node.name
+        if isinstance(node, ast.FunctionDef) and path == Path("kernels/common/norm_act.py") and "nan" in node.name
         for inner in ast.walk(node)
     }
     for call, name in calls(tree):
         if name in ("tl.max", "tl.argmax", "tl.maximum") and id(call) not in helpers:
-            yield call.lineno, f"{name}: NaN is lost; write the comparison, or use the helper of kernels/common.py"
+            yield (
+                call.lineno,
+                f"{name}: NaN is lost; write the comparison, or use the helper of kernels/common/norm_act.py",
+            )
 
 
 def launches_through_the_guard(tree: ast.Module, path: Path) -> Iterator[Finding]:
@@ -182,7 +185,7 @@ def launches_through_the_guard(tree: ast.Module, path: Path) -> Iterator[Finding
     guard = {
         id(inner)
         for node in tree.body
-        if isinstance(node, ast.FunctionDef) and path == Path("kernels/config.py") and node.name == "run"
+        if isinstance(node, ast.FunctionDef) and path == Path("kernels/runtime/config.py") and node.name == "run"
         for inner in ast.walk(node)
     }
     for call, name in calls(tree):
@@ -191,7 +194,7 @@ def launches_through_the_guard(tree: ast.Module, path: Path) -> Iterator[Finding
         index = call.func.slice
         grid = isinstance(index, (ast.Tuple, ast.Lambda)) or ast.unparse(index).endswith("grid")
         if grid or ast.unparse(call.func.value).endswith("kernel"):
-            yield call.lineno, f"{name}(...): launch through fastseg.kernels.config.launch"
+            yield call.lineno, f"{name}(...): launch through fastseg.kernels.runtime.launch.launch"
 
 
 def no_float_atomics(tree: ast.Module, path: Path) -> Iterator[Finding]:
@@ -282,7 +285,12 @@ PLANTED = [  # rule, path, source with one violation on its last line, the same 
     (import_directions, "fastseg/ops/x.py", "import triton", "import torch.nn.functional as F"),
     (import_directions, "fastseg/ops/x.py", "from fastseg import nn", "from fastseg import kernels"),
     (import_directions, "fastseg/models/x.py", "import fastseg.ops.x", "import fastseg.nn.x"),
-    (import_directions, "kernels/x.py", "from fastseg.ops.x import x", "from fastseg.kernels.common import relu"),
+    (
+        import_directions,
+        "kernels/x.py",
+        "from fastseg.ops.x import x",
+        "from fastseg.kernels.common.norm_act import relu",
+    ),
     (import_directions, "kernels/x.py", "import numpy", "import math"),
     (import_directions, "fastseg/metrics.py", "from PIL import Image", "import numpy"),
     (import_directions, "fastseg/testing.py", "import pytest", "import torch"),
@@ -307,7 +315,7 @@ PLANTED = [  # rule, path, source with one violation on its last line, the same 
     (no_maximum_of_data, "kernels/x.py", "tl.max(x, 1)", "tl.where(x > y, x, y)"),
     (
         no_maximum_of_data,
-        "kernels/common.py",
+        "kernels/common/norm_act.py",
         "def peak(x):\n    return tl.maximum(x, 0)",
         "def nan_max(x):\n    return tl.max(x)",
     ),
@@ -315,7 +323,7 @@ PLANTED = [  # rule, path, source with one violation on its last line, the same 
     (launches_through_the_guard, "kernels/x.py", "_x_kernel[blocks](x, n)", "_heuristics[kernel](n)"),
     (
         launches_through_the_guard,
-        "kernels/config.py",
+        "kernels/runtime/config.py",
         "def launch(k):\n    k[grid](x)",
         "def run(k, grid):\n    k[grid](x)",
     ),

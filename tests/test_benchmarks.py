@@ -17,6 +17,8 @@ import tables
 import torch
 import workloads
 
+from fastseg.kernels.runtime.launch import intercept, run
+
 CPU = torch.device("cpu")
 
 
@@ -111,7 +113,6 @@ def test_a_backward_holds_no_forward():
 
 
 def test_forced_forms_launch_what_they_name(device):
-    from fastseg.kernels import config
 
     problem = bench.Problem(workloads.tiny(workloads.SEPARABLE[0]), "eval", torch.device(device))
     launched = {}
@@ -120,9 +121,9 @@ def test_forced_forms_launch_what_they_name(device):
 
         def note(*launch, names=names):
             names.append(launch[0].fn.__name__)
-            config.run(*launch)
+            run(*launch)
 
-        with problem.context(), bench.forced(form), config.intercept(note):
+        with problem.context(), bench.forced(form), intercept(note):
             problem.function(problem.fused)()
     assert launched["fused"] == ["_separable_conv_fwd_fused_kernel"]
     assert launched["split"] == ["_separable_conv_fwd_dw_kernel", "_separable_conv_fwd_pw_kernel"]

@@ -15,10 +15,11 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import demo, doctor, main, predict
-from fastseg.inference import comparison, progress
-from fastseg.inference.checkpoint import load_checkpoint, save_checkpoint
-from fastseg.inference.images import palette, read_image
 from fastseg.inference.segment import segment
+from fastseg.io import progress
+from fastseg.io.checkpoint import load_checkpoint, save_checkpoint
+from fastseg.io.images import palette, read_image
+from fastseg.measure import comparison
 from fastseg.models import create
 
 OPTIONS = {"width": 0.1, "decoder_channels": 16}

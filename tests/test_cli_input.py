@@ -14,8 +14,8 @@ from PIL import Image
 import fastseg
 from fastseg.cli import main
 from fastseg.cli.options import options_of
-from fastseg.inference.checkpoint import save_checkpoint
-from fastseg.inference.images import read_label
+from fastseg.io.checkpoint import save_checkpoint
+from fastseg.io.images import read_label
 from fastseg.models import create, names
 
 ESCAPE = "\x1b]0;owned\x07\x1b[31m"

@@ -11,8 +11,8 @@ from PIL import Image
 import fastseg
 from fastseg.cli import main
 from fastseg.inference import overlap_tile
-from fastseg.inference.checkpoint import load_checkpoint, save_checkpoint
-from fastseg.inference.images import read_image, to_tensor
+from fastseg.io.checkpoint import load_checkpoint, save_checkpoint
+from fastseg.io.images import read_image, to_tensor
 from fastseg.models import create
 
 OPTIONS = {"width": 0.1, "decoder_channels": 16}

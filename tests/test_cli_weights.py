@@ -8,8 +8,8 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import main
-from fastseg.inference.images import read_image
 from fastseg.inference.segment import segment
+from fastseg.io.images import read_image
 from fastseg.models import create
 
 OPTIONS = {"backbone": "resnet18", "width": 0.05, "channels": 8}

@@ -1,4 +1,4 @@
-"""kernels/config.py: which configuration a launch gets, and what the launch guard lets through, on made-up GPUs."""
+"""kernels/runtime/config.py: which configuration a launch gets, and what the launch guard lets through, on made-up GPUs."""
 
 import json
 import warnings
@@ -7,7 +7,9 @@ import pytest
 import torch
 import triton
 
-from fastseg.kernels import config
+from fastseg.kernels.runtime import config
+from fastseg.kernels.runtime.launch import intercept, run
+from fastseg.kernels.runtime.launch import launch as launch_kernel
 
 CUDA = torch.device("cuda", 0)
 OTHER = torch.device("cuda", 1)
@@ -236,7 +238,7 @@ def test_a_launch_enters_the_tensors_device(monkeypatch):
 
     x = torch.ones(2).as_subclass(OnDevice)
     monkeypatch.setattr(torch.cuda, "device", Entered)
-    config.launch(kernel, (3,), 7, x, BLOCK=4)
+    launch_kernel(kernel, (3,), 7, x, BLOCK=4)
     grid, args, kwargs, device = kernel.launches[0]
     assert (grid, args[0], kwargs, device) == ((3,), 7, {"BLOCK": 4}, OTHER)
     assert kernel.current is None
@@ -245,14 +247,14 @@ def test_a_launch_enters_the_tensors_device(monkeypatch):
 def test_a_launch_on_the_cpu_enters_no_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", lambda device: pytest.fail(f"entered {device}"))
     kernel = Kernel()
-    config.launch(kernel, (1,), torch.ones(1))
+    launch_kernel(kernel, (1,), torch.ones(1))
     assert len(kernel.launches) == 1
 
 
 def test_mixed_devices_are_refused():
     kernel = Kernel()
     with pytest.raises(AssertionError, match="tensors on cpu and meta"):
-        config.launch(kernel, (1,), torch.ones(1), 3, torch.ones(1, device="meta"))
+        launch_kernel(kernel, (1,), torch.ones(1), 3, torch.ones(1, device="meta"))
     assert kernel.launches == []
 
 
@@ -260,28 +262,28 @@ def test_mixed_devices_are_refused():
 def test_grids_past_the_limits_are_refused(grid):
     kernel = Kernel()
     with pytest.raises(AssertionError, match=r"grid \(.*limits"):
-        config.launch(kernel, grid, torch.ones(1))
+        launch_kernel(kernel, grid, torch.ones(1))
     assert kernel.launches == []
 
 
 @pytest.mark.parametrize("grid", [(2**31 - 1,), (1, 65535), (1, 1, 65535)], ids=str)
 def test_grids_at_the_limits_pass(grid):
     kernel = Kernel()
-    config.launch(kernel, grid, torch.ones(1))
+    launch_kernel(kernel, grid, torch.ones(1))
     assert kernel.launches[0][0] == grid
 
 
 def test_intercept_stands_in_for_the_launch_and_may_run_it():
     kernel, seen = Kernel(), []
     x = torch.ones(1)
-    with config.intercept(lambda *launch: seen.append(launch)):
-        config.launch(kernel, (1,), x, BLOCK=2)
+    with intercept(lambda *launch: seen.append(launch)):
+        launch_kernel(kernel, (1,), x, BLOCK=2)
         with pytest.raises(AssertionError, match="limits"):
-            config.launch(kernel, (1, 65536), x)
-        with config.intercept(config.run):
-            config.launch(kernel, (2,), x)
-        config.launch(kernel, (3,), x)
-    config.launch(kernel, (4,), x)
+            launch_kernel(kernel, (1, 65536), x)
+        with intercept(run):
+            launch_kernel(kernel, (2,), x)
+        launch_kernel(kernel, (3,), x)
+    launch_kernel(kernel, (4,), x)
     assert [(launch[1], launch[3]) for launch in seen] == [((1,), {"BLOCK": 2}), ((3,), {})]
     assert [launch[0] for launch in kernel.launches] == [(2,), (4,)]
 

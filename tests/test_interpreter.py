@@ -10,8 +10,8 @@ from traffic import count_launches, count_traffic
 from triton.runtime.errors import InterpreterError
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastseg.kernels.config import launch
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.kernels.runtime.launch import launch
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.testing import compare
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the checker hooks the interpreter")

@@ -9,10 +9,10 @@ from torch import nn
 
 import fastseg
 from fastseg.cli import main
-from fastseg.latency import study
-from fastseg.latency.paths import PATHS, Built, Unavailable
-from fastseg.latency.report import compare, ratios, read_results, table, write_results
-from fastseg.latency.study import Case, measure, statistics_of
+from fastseg.measure import study
+from fastseg.measure.paths import PATHS, Built, Unavailable
+from fastseg.measure.report import compare, ratios, read_results, table, write_results
+from fastseg.measure.study import Case, measure, statistics_of
 
 CPU = torch.device("cpu")
 

@@ -23,7 +23,7 @@ from pruned_argmax import adjacent_logits, check_pruning, smooth_logits, to_bf16
 from useful_macs import aspp_fraction, region_fraction, strip_shape, tile_fraction, useful_fraction
 from workloads import ASPP, ASPP_MAPS, SEPARABLE, ModelShape, tiny
 
-from fastseg.kernels import separable_conv_plan as plan
+from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES
 
 H200 = DEVICES["H200"]
 SHAPES = {shape.name: shape for shape in SEPARABLE}
@@ -325,7 +325,7 @@ def test_devices_are_found_by_the_name_a_gpu_reports():
 
 
 def test_the_cost_model_and_the_floors_have_the_same_ceilings():
-    assert (plan.BANDWIDTH, plan.LANES, plan.DOT[torch.bfloat16]) == (H200.bandwidth, H200.fma, H200.tensor)
+    assert (BANDWIDTH, LANES, DOT[torch.bfloat16]) == (H200.bandwidth, H200.fma, H200.tensor)
 
 
 def test_tiny_shapes_keep_the_kind_of_case():

@@ -10,8 +10,12 @@ import triton
 import triton.language as tl
 
 from fastseg.cli import tune as command
-from fastseg.kernels import config, observe, tune
-from fastseg.kernels.config import launch, select
+from fastseg.kernels.runtime import config
+from fastseg.kernels.runtime.config import select
+from fastseg.kernels.runtime.launch import launch
+from fastseg.kernels.runtime.launch import run as run_kernel
+from fastseg.kernels.tools import tune
+from fastseg.kernels.tools import watch as observe
 
 SPEED = {16: 10.0, 32: 5.0, 64: 1.0, 128: 0.5, 256: 0.1}  # microseconds by BLOCK: the smaller ones are the right ones
 
@@ -120,7 +124,7 @@ def test_a_store_left_out_shows_where_freed_memory_held_the_right_value(x, monke
 
 def test_an_implausible_candidate_is_never_launched(x, monkeypatch):
     launched = []
-    run = config.run
+    run = run_kernel
     monkeypatch.setattr(config, "run", lambda *launch: (launched.append(launch[3]["BLOCK"]), run(*launch)))
     _trials(x, implausible=_spills)
     assert 64 in launched

@@ -11,7 +11,7 @@ import torch
 from fastseg import __version__
 from fastseg.cli import demo, doctor, evaluate, latency, predict, train, tune
 from fastseg.cli.common import say
-from fastseg.inference.files import first_line
+from fastseg.io.files import first_line
 
 # Each has add_arguments(parser) and run(args) -> exit status; the first line of its docstring is its help.
 COMMANDS = {

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fastseg.cli.options import fault_of
-from fastseg.inference.files import first_line, printable
-from fastseg.inference.images import MAX_PIXELS
+from fastseg.io.files import first_line, printable
+from fastseg.io.images import MAX_PIXELS
 from fastseg.models import create
 
 LARGEST = 2**31 - 1

@@ -10,13 +10,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fastseg.cli.common import add_device, describe, positive_int, say, seed
-from fastseg.inference import comparison
-from fastseg.inference.checkpoint import save_checkpoint
-from fastseg.inference.files import make_folder
-from fastseg.inference.images import class_map, figure, to_tensor, write_png
-from fastseg.inference.mosaic import CLASSES, halves, load_photographs, mosaics
-from fastseg.inference.progress import progress
+from fastseg.demo.mosaic import CLASSES, halves, load_photographs, mosaics
 from fastseg.inference.segment import segment
+from fastseg.io.checkpoint import save_checkpoint
+from fastseg.io.files import make_folder
+from fastseg.io.images import class_map, figure, to_tensor, write_png
+from fastseg.io.progress import progress
+from fastseg.measure import comparison
 from fastseg.metrics import ConfusionMatrix, Scores
 from fastseg.models import create, names
 

@@ -12,9 +12,10 @@ import torch
 import fastseg
 from fastseg import ops
 from fastseg.cli.common import say
-from fastseg.inference.comparison import op_cases
-from fastseg.inference.files import first_line, printable
-from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED, Report
+from fastseg.io.files import first_line, printable
+from fastseg.measure.comparison import op_cases
+from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
+from fastseg.ops.core.explain import Report
 
 DISTRIBUTION = "fastseg-kernels"
 # First and last version that the project supports; None: whatever is newer should do.
@@ -113,7 +114,7 @@ def table_lines() -> Iterator[str]:
     if not HAS_TRITON:
         yield "none: Triton is not installed"
         return
-    from fastseg.kernels import config  # needs Triton
+    from fastseg.kernels.runtime import config
 
     folders = {"the user's": config.USER, "shipped": config.SHIPPED}
     if not torch.cuda.is_available():

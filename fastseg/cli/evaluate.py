@@ -13,9 +13,9 @@ from fastseg.cli.common import add_device, integer, positive_int, say, workers
 from fastseg.cli.common import pixels as checked_pixels
 from fastseg.cli.recipe import add_layout
 from fastseg.cli.weights import add_weights, read_weights
-from fastseg.inference.files import atomic_write, look_at_folder, make_folder, printable
-from fastseg.inference.images import class_map, figure, write_png
-from fastseg.inference.processes import processes
+from fastseg.io.files import atomic_write, look_at_folder, make_folder, printable
+from fastseg.io.images import class_map, figure, write_png
+from fastseg.io.processes import processes
 from fastseg.training.batches import Shard, collate, scoring_batches
 from fastseg.training.dataset import SPLITS, DatasetSpec
 from fastseg.training.evaluation import class_mapping, evaluate, pixels, report, window

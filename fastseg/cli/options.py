@@ -6,7 +6,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin
 
-from fastseg.inference.files import printable
+from fastseg.io.files import printable
 from fastseg.models import MODELS, names
 
 FIXED = {"num_classes": "it follows from the data set's classes", "in_channels": "pictures are RGB, of 3 channels"}

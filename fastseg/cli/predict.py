@@ -9,21 +9,12 @@ from pathlib import Path
 
 from fastseg.cli.common import add_device, integer, positive_int, say
 from fastseg.cli.weights import add_weights, read_weights
-from fastseg.inference.files import NAME, first_line, look_at_folder, make_folder, printable
-from fastseg.inference.images import (
-    MAX_CLASSES,
-    class_map,
-    is_image,
-    overlay,
-    read,
-    read_image,
-    several_pages,
-    write_png,
-)
-from fastseg.inference.processes import Processes, processes
-from fastseg.inference.progress import progress
 from fastseg.inference.segment import segment
 from fastseg.inference.tiling import plan_tiles
+from fastseg.io.files import NAME, first_line, look_at_folder, make_folder, printable
+from fastseg.io.images import MAX_CLASSES, class_map, is_image, overlay, read, read_image, several_pages, write_png
+from fastseg.io.processes import Processes, processes
+from fastseg.io.progress import progress
 
 SIDE = 2**16  # of a tile, at most
 PATIENCE = timedelta(days=7)  # for the process with the largest images; torchrun ends them all where one dies

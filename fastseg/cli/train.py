@@ -24,9 +24,9 @@ from fastseg.cli.common import (
 )
 from fastseg.cli.options import describe_options
 from fastseg.cli.recipe import add_recipe, introduce, model_options, open_splits, supervised
-from fastseg.inference.files import look_at_folder, make_folder, printable
-from fastseg.inference.images import MAX_PIXELS
-from fastseg.inference.processes import Processes, processes
+from fastseg.io.files import look_at_folder, make_folder, printable
+from fastseg.io.images import MAX_PIXELS
+from fastseg.io.processes import Processes, processes
 from fastseg.models import load_encoder_weights, names
 from fastseg.training.census import Census
 from fastseg.training.dataset import FolderDataset

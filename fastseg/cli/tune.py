@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastseg.cli.common import pixels, positive_float, positive_int, say
-from fastseg.inference.files import make_folder
-from fastseg.inference.progress import progress
+from fastseg.io.files import make_folder
+from fastseg.io.progress import progress
 from fastseg.models import create, names
-from fastseg.ops._dispatch import HAS_TRITON
+from fastseg.ops.core.dispatch import HAS_TRITON
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace) -> int:
     pixels("--size", options.size)
     if not HAS_TRITON or not torch.cuda.is_available():
         raise ValueError("needs Triton and a CUDA device; kernels are not tuned on a CPU")
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
     unknown = [op for op in options.ops if not any(kernel.startswith(op) for kernel in config.kernels())]
     if unknown:
@@ -73,7 +73,8 @@ def tune_steps(
     Returns:
         The command's exit status.
     """
-    from fastseg.kernels import observe, tune
+    from fastseg.kernels.tools import tune
+    from fastseg.kernels.tools import watch as observe
 
     make_folder(path.parent, (path.name,))
     calls = [call for step in steps for call in observe.op_calls(step)]
@@ -112,7 +113,7 @@ def _steps(options: argparse.Namespace, device: torch.device) -> list[Callable[[
 
 def _note(show: Callable[[str], None], path: Path, row, trials) -> None:
     """Write what one row's search found, and show it."""
-    from fastseg.kernels import tune
+    from fastseg.kernels.tools import tune
 
     chosen = tune.best(trials)
     if chosen is None:

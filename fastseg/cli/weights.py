@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import nn
 
 from fastseg.cli.common import model_option
-from fastseg.inference.checkpoint import load_checkpoint
+from fastseg.io.checkpoint import load_checkpoint
 from fastseg.models import names
 
 

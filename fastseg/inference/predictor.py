@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from fastseg.inference.checkpoint import load_checkpoint
 from fastseg.inference.segment import segment
+from fastseg.io.checkpoint import load_checkpoint
 
 
 class Predictor:

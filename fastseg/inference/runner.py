@@ -14,10 +14,10 @@ from torch.utils._pytree import tree_map_only
 
 from fastseg.inference.classes import class_map
 from fastseg.inference.graphs import captured
-from fastseg.inference.images import first_line
 from fastseg.inference.marks import CHECKS, Check, Marks
-from fastseg.ops._cpu_conv import PackedWeights, packed_weights
-from fastseg.ops._kept import Kept, keeping, tensors_of
+from fastseg.io.images import first_line
+from fastseg.ops.core.kept import Kept, keeping, tensors_of
+from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 
 FORWARD, PREDICT = "forward", "predict"
 

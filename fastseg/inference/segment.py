@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.inference.classes import class_map
-from fastseg.inference.images import normalised, to_tensor
 from fastseg.inference.tiling import TilePlan, run_tiles
+from fastseg.io.images import normalised, to_tensor
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastseg.inference.geometry import TileGeometry, placement, tile_geometry
-from fastseg.inference.progress import progress as progress_bar
 from fastseg.inference.stitching import BLENDS, Axis, Blend, Stitcher, jobs
+from fastseg.inference.tile_probe import TileGeometry, placement, tile_geometry
+from fastseg.io.progress import progress as progress_bar
 
 PadMode = Literal["reflect", "replicate", "constant"]
 PAD_MODES = ("reflect", "replicate", "constant")

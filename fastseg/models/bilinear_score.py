@@ -9,9 +9,9 @@ the bilinear kernel, the full scores are built.
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseg.nn.fuse.watch import watched
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
-from fastseg.nn.watch import watched
 
 
 def upsampled(

@@ -6,9 +6,10 @@ from torch.nn import functional as F
 from fastseg.models.encoders.vgg import VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.full_size import FullSizeNet
-from fastseg.nn.fold import convolve, run_conv_norm_act
-from fastseg.nn.norm import run_norm_act
-from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d, run_conv_norm_act_pool
+from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
+from fastseg.nn.fuse.norm import run_norm_act
+from fastseg.nn.fuse.pooling import run_conv_norm_act_pool
+from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d
 
 # Widths of the transposed convolutions after each unpooling, deepest stage first.
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64, 64))

@@ -9,8 +9,8 @@ from fastseg.models.encoders.resnet import DilationStyle
 from fastseg.models.fcn_head import fcn_head
 from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
+from fastseg.nn.fuse.sequential import Sequential
 from fastseg.nn.leaf import leaf
-from fastseg.nn.sequential import Sequential
 
 BACKBONES = ("resnet50", "resnet101", "resnet18", "resnet34")
 RATES = (12, 24, 36)  # at output stride 8; half of that at 16

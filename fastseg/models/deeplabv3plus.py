@@ -6,12 +6,13 @@ from torch import Tensor, nn
 
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.upsampled import UpsampledNet
-from fastseg.nn.aspp import ASPP, run_aspp
+from fastseg.nn.aspp import ASPP
 from fastseg.nn.conv import SeparableConv2d
-from fastseg.nn.fold import convolve
+from fastseg.nn.fuse.aspp import run_aspp
+from fastseg.nn.fuse.conv_norm_act import convolve
+from fastseg.nn.fuse.sequential import Sequential, run_layers
+from fastseg.nn.fuse.upsample_concat import run_upsample_concat
 from fastseg.nn.leaf import leaf
-from fastseg.nn.sequential import Sequential, run_layers
-from fastseg.nn.skip import run_upsample_concat
 
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")

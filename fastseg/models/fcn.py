@@ -12,10 +12,10 @@ from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.fcn_head import fcn_head
-from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.fuse.conv_norm_act import run_conv_norm_act
+from fastseg.nn.fuse.sequential import Sequential, run_layers
 from fastseg.nn.leaf import leaf
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
-from fastseg.nn.sequential import Sequential, run_layers
 from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
 
 # The strides of the finest scores that each backbone has.

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from fastseg.nn.sequential import Sequential
+from fastseg.nn.fuse.sequential import Sequential
 
 
 def fcn_head(in_channels: int, num_classes: int) -> Sequential:

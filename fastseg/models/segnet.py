@@ -8,10 +8,11 @@ from fastseg.models.encoders.vgg import VGG16
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.full_size import FullSizeNet, he_
 from fastseg.models.segnet_up import Up, rises
-from fastseg.nn.fold import convolve, run_conv_norm_act
-from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d, PoolIndices, run_conv_norm_act_pool, run_unpool
-from fastseg.nn.sequential import Sequential, opened, run_layers
-from fastseg.nn.watch import watched
+from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
+from fastseg.nn.fuse.pooling import run_conv_norm_act_pool, run_unpool
+from fastseg.nn.fuse.sequential import Sequential, opened, run_layers
+from fastseg.nn.fuse.watch import watched
+from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d, PoolIndices
 
 # Widths of the decoder's convolutions, deepest stage first; the last of each is the next stage's input.
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.models.full_size import FullSizeNet, he_
-from fastseg.nn.fold import convolve
+from fastseg.nn.fuse.conv_norm_act import convolve
+from fastseg.nn.fuse.sequential import Sequential
+from fastseg.nn.fuse.upsample_concat import upsample_concat
 from fastseg.nn.pooling import MaxPool2d
-from fastseg.nn.sequential import Sequential
-from fastseg.nn.skip import upsample_concat
 from fastseg.nn.upsampling import UpsamplingBilinear2d
 
 WIDTHS = (64, 128, 256, 512, 1024)

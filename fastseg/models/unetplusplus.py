@@ -10,10 +10,10 @@ from torch.nn import functional as F
 
 from fastseg.models.full_size import FullSizeNet, he_
 from fastseg.models.unet import Up, check_form, innermost, up_module
-from fastseg.nn.fold import convolve, run_conv_norm_act
+from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
+from fastseg.nn.fuse.upsample_concat import upsample_concat
 from fastseg.nn.leaf import leaf
 from fastseg.nn.pooling import MaxPool2d
-from fastseg.nn.skip import upsample_concat
 
 WIDTHS = (32, 64, 128, 256, 512)
 

@@ -3,15 +3,11 @@
 import torch
 from torch import Tensor, nn
 
+from fastseg.nn.fuse.children import check_activations
+from fastseg.nn.fuse.separable import run_separable
 from fastseg.nn.leaf import leaf
-from fastseg.nn.watch import apply_act, split_act, watched
-from fastseg.ops import BatchNormArgs, separable_conv2d
-from fastseg.ops._batch_norm import ACTIVATIONS, Activation
-from fastseg.ops._dispatch import record_reference
-from fastseg.ops._recompute import kept_as_recipe
-from fastseg.ops._sizes import whole
-
-Act = Activation | nn.Module | None  # by its name, or the module that a model has for it
+from fastseg.ops.core.norm import Activation
+from fastseg.ops.core.sizes import whole
 
 
 class SeparableConv2d(nn.Module):
@@ -104,82 +100,3 @@ class SeparableConv2d(nn.Module):
 
     def extra_repr(self) -> str:
         return f"pre_act={self.pre_act!r}, mid_act={self.mid_act!r}, post_act={self.post_act!r}"
-
-
-def run_separable(
-    x: Tensor,
-    depthwise: nn.Conv2d,
-    mid_norm: nn.BatchNorm2d | None,
-    mid_act: Act,
-    pointwise: nn.Conv2d,
-    post_norm: nn.BatchNorm2d | None,
-    post_act: Act,
-    *,
-    pre_act: Act = None,
-    residual: Tensor | None = None,
-    out_act: Activation | None = None,
-) -> Tensor:
-    """Run torch modules, wherever they live and whatever they are called, as one separable convolution.
-
-    Activations are names or modules. Modules that the op cannot stand for (SyncBatchNorm, a quantised or parametrised
-    child, one with hooks, string padding, another activation) are called one after the other instead, with the same
-    result; ``fastseg.explain()`` says why.
-    """
-    acts = (pre_act, mid_act, post_act)
-    other = None
-    if isinstance(pre_act, nn.Module) or isinstance(mid_act, nn.Module) or isinstance(post_act, nn.Module):
-        (pre_act, mid_act, post_act), modules = zip(*map(split_act, acts), strict=True)
-        other = next(filter(None, modules), None)
-    why = not_fusible(depthwise, mid_norm, pointwise, post_norm)
-    why = why or ("" if other is None else f"an activation is {type(other).__name__}, or watched")
-    if why:
-        check_activations("run_separable", pre_act=pre_act, mid_act=mid_act, post_act=post_act, out_act=out_act)
-        record_reference("separable_conv2d", x, why)
-        before, between, after = acts
-        norm = lambda module, v: v if module is None else module(v)
-        u = apply_act(between, norm(mid_norm, depthwise(apply_act(before, x))))
-        y = apply_act(after, norm(post_norm, pointwise(u)))
-        return ACTIVATIONS[out_act or "none"](y if residual is None else y + residual)
-    with kept_as_recipe(x):
-        return separable_conv2d(
-            x, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias,
-            stride=depthwise.stride[0], padding=depthwise.padding[0], dilation=depthwise.dilation[0],
-            pre_act=pre_act, mid_norm=batch_norm_args(mid_norm), mid_act=mid_act,
-            post_norm=batch_norm_args(post_norm), post_act=post_act, residual=residual, out_act=out_act,
-        )  # fmt: skip
-
-
-def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
-    """What ``nn.BatchNorm2d.forward`` hands to ``batch_norm``; counts the batch, as it does."""
-    if norm is None:
-        return None
-    momentum = norm.momentum
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-        if momentum is None:  # cumulative average
-            momentum = 1.0 / float(norm.num_batches_tracked)
-    mean, var = norm.running_mean, norm.running_var
-    training = norm.training or mean is None
-    if norm.training and not norm.track_running_stats:
-        mean = var = None
-    return BatchNormArgs(mean, var, norm.weight, norm.bias, training, 0.0 if momentum is None else momentum, norm.eps)
-
-
-def check_activations(name: str, **acts: str | None) -> None:
-    for label, act in acts.items():
-        if act is not None and act not in ACTIVATIONS:
-            raise ValueError(f'{name}: {label} is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
-
-
-def not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
-    """Why these modules must be called as they are, or ""."""
-    pairs = ((depthwise, nn.Conv2d), (mid_norm, nn.BatchNorm2d), (pointwise, nn.Conv2d), (post_norm, nn.BatchNorm2d))
-    if why := next(filter(None, (watched(module, plain) for module, plain in pairs)), ""):
-        return why
-    d, p = depthwise, pointwise
-    square = all(isinstance(v, tuple) and v[0] == v[1] for v in (d.kernel_size, d.stride, d.padding, d.dilation))
-    if not square or d.padding_mode != "zeros" or not d.groups == d.in_channels == d.out_channels:
-        return "the depthwise convolution has uneven sizes, a padding mode, or more than one filter a channel"
-    if p.kernel_size != (1, 1) or p.stride != (1, 1) or p.padding != (0, 0) or p.groups != 1:
-        return "the pointwise convolution is not a plain 1x1"
-    return ""

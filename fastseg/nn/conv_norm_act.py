@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.conv import check_activations
-from fastseg.nn.fold import run_conv_norm_act
+from fastseg.nn.fuse.children import check_activations
+from fastseg.nn.fuse.conv_norm_act import run_conv_norm_act
 from fastseg.nn.leaf import leaf
-from fastseg.ops._batch_norm import Activation
-from fastseg.ops._sizes import whole
+from fastseg.ops.core.norm import Activation
+from fastseg.ops.core.sizes import whole
 
 
 class ConvNormAct2d(nn.Module):

@@ -5,12 +5,10 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.overrides import has_torch_function_unary
 
-from fastseg.nn.conv import Act, batch_norm_args, check_activations
+from fastseg.nn.fuse.children import batch_norm_args, check_activations
 from fastseg.nn.leaf import leaf
-from fastseg.nn.watch import apply_act, split_act, watched
 from fastseg.ops import batch_norm_act
-from fastseg.ops._batch_norm import Activation
-from fastseg.ops._dispatch import record_reference
+from fastseg.ops.core.norm import Activation
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -126,29 +124,3 @@ class SyncBatchNorm(nn.SyncBatchNorm):
             module.sync, module.process_group = True, process_group
             return module
         return super().convert_sync_batchnorm(module, process_group)
-
-
-def watched_norm(norm: nn.BatchNorm2d) -> str:
-    """As ``watched``; a ``BatchNormAct2d`` without activation is as good as a ``BatchNorm2d``."""
-    return watched(norm, BatchNormAct2d if type(norm) is BatchNormAct2d and norm.act is None else nn.BatchNorm2d)
-
-
-def norm_group(norm: nn.BatchNorm2d) -> "dist.ProcessGroup | None":
-    """The processes that ``norm`` shares its statistics with now."""
-    return norm._group() if isinstance(norm, BatchNormAct2d) else None
-
-
-def run_norm_act(x: Tensor, norm: nn.Module, act: Act, residual: Tensor | None = None) -> Tensor:
-    """``act(norm(x) + residual)`` over an existing ``norm``, as one op.
-
-    A norm that the op cannot stand for (torch's SyncBatchNorm, another norm, one with hooks) is called, and the rest
-    follows; an activation that is not one of the op's is called on its result.
-    """
-    why = watched_norm(norm)
-    if not why:
-        name, module = split_act(act) if isinstance(act, nn.Module) else (act, None)
-        y = batch_norm_act(x, batch_norm_args(norm), name, residual, process_group=norm_group(norm))
-        return y if module is None else module(y)
-    record_reference("batch_norm_act", x, why)
-    y = norm(x)
-    return apply_act(act, y if residual is None else y + residual)

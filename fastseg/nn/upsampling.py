@@ -6,16 +6,16 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fastseg.nn.fuse.watch import rewritten
 from fastseg.nn.leaf import leaf
-from fastseg.nn.watch import rewritten
-from fastseg.ops._dispatch import record_reference
-from fastseg.ops._kept import made_once
 from fastseg.ops.bilinear_conv_transpose import (
     bilinear_conv_transpose2d,
     bilinear_geometry,
     bilinear_kernel,
     conv_transpose2d_plus,
 )
+from fastseg.ops.core.dispatch import record_reference
+from fastseg.ops.core.kept import made_once
 from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.ops.upsample_bilinear import upsample_bilinear
 

@@ -1,11 +1,11 @@
 """Differentiable functions: the functional API."""
 
-from fastseg.ops._batch_norm import BatchNormArgs
 from fastseg.ops.aspp import aspp
 from fastseg.ops.atrous_conv2d import atrous_conv2d
 from fastseg.ops.batch_norm_act import batch_norm_act
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilinear_kernel
+from fastseg.ops.core.norm import BatchNormArgs
 from fastseg.ops.max_pool import max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from fastseg.ops.max_unpool_conv import max_unpool_conv2d

@@ -5,10 +5,9 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._atrous import atrous_maps
-from fastseg.ops._batch_norm import ACTIVATIONS, Activation
-from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops.atrous_conv2d import atrous_conv2d
+from fastseg.ops.atrous_conv2d import atrous_conv2d, atrous_maps
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.norm import ACTIVATIONS, Activation
 
 
 def aspp(

@@ -1,9 +1,17 @@
 """A dilated convolution that does not multiply its padding."""
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
-from fastseg.ops._atrous import atrous_branches, atrous_branches_ref
-from fastseg.ops._batch_norm import Activation
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, kernels_run, needs_grad, use_kernel
+from fastseg.ops.core.explain import in_reference
+from fastseg.ops.core.layout import like
+from fastseg.ops.core.norm import ACTIVATIONS, Activation
+from fastseg.ops.core.sizes import whole
+from fastseg.ops.registered.atrous_conv import MOST_BRANCHES, NAME, _AtrousBranches, _plan, atrous_branches_ref, fwd_op
 
 
 def atrous_conv2d(
@@ -58,3 +66,145 @@ def atrous_conv2d_ref(
 ) -> Tensor:
     """``atrous_conv2d`` in plain PyTorch."""
     return atrous_branches_ref(x, [weight], None if bias is None else [bias], [dilation], act, residual)
+
+
+def atrous_branches(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    dilations: Sequence[int],
+    act: Activation | None = None,
+    residual: Tensor | None = None,
+    *,
+    name: str = NAME,
+    as_x: bool = False,
+) -> Tensor:
+    """``act(cat([conv2d(x, w, b, padding=d * (K // 2), dilation=d) ...], 1) + residual)``, as one launch.
+
+    Products with padding are left out where the cost model finds that this pays (``explain`` shows its numbers): one
+    decision for all branches. ``x`` is kept once for the backward.
+
+    Args:
+        x: (N, C, H, W).
+        weights: of each branch (COUT, C, K, K), one COUT, K odd; the kernel takes 1 and 3.
+        biases: of each branch (COUT,), or None.
+        dilations: of each branch, in pixels.
+        act: None, "relu", "relu6" or "leaky_relu".
+        residual: (N, B * COUT, H, W), added before the activation.
+        name: what messages and ``explain`` call the op.
+        as_x: give the result in the memory format of ``x``.
+
+    Returns:
+        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran,
+        unless ``as_x``. Under autocast in autocast's dtype, as torch's convolutions.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation, tensors on different devices.
+        TypeError: dtypes of ``x``, weights and residual that differ outside autocast, or are no floating point.
+
+    Reference: Chen et al., DeepLabV3, arXiv:1706.05587.
+    """
+    maps = _run(name, x, weights, biases, dilations, act, residual, as_x)
+    return maps[0] if len(maps) == 1 else torch.cat(maps, 1)
+
+
+def atrous_maps(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor] | None,
+    dilations: Sequence[int],
+    act: Activation | None = None,
+) -> list[Tensor]:
+    """The parts of ``atrous_branches`` as they come, nothing copied: the kernel's one map, or the library's of each."""
+    return _run(NAME, x, weights, biases, dilations, act, None, False)
+
+
+def are_one_map(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
+    """Whether ``atrous_branches`` writes all branches into one map, or copies what a GPU's library gave there."""
+    if torch.compiler.is_compiling() or not kernels_run(x):
+        return True
+    return not _unsupported(x, weights, (), dilations, None, None)[0]
+
+
+def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool) -> list[Tensor]:
+    weights, biases, dilations = list(weights), list(biases or ()), [whole(d) for d in dilations]
+    x = x.to(autocast_dtype(x))
+    residual = None if residual is None else residual.to(autocast_dtype(residual))
+    _check(name, x, weights, biases, dilations, act, residual)
+    unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
+    if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
+        if residual is None and _nothing_follows(x, *weights, *biases):
+            return _one_by_one(x, weights, biases, dilations, act)
+        return [atrous_branches_ref(x, weights, biases, dilations, act, residual)]
+    if needs_grad(x, *weights, *biases, residual):
+        y = _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
+    else:
+        y = fwd_op(x, weights, biases, residual, dilations, act or "none")
+    return [like(x, y) if as_x else y]
+
+
+def _nothing_follows(*tensors: Tensor) -> bool:
+    """Whether no gradient is wanted, no compiler looks on, and it is not the reference that is asked for."""
+    if followed(*tensors) or in_reference():
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+def _one_by_one(x, weights, biases, dilations, act) -> list[Tensor]:
+    """The library's convolutions, each with its bias and activation in its own call where it has one."""
+    cast = lambda t: t if t is None or torch.is_autocast_enabled(x.device.type) else t.to(x.dtype)
+    return [
+        conv2d_act(x, cast(w), cast(b), act, (1, 1), (d * (w.shape[-1] // 2),) * 2, (d, d), 1)
+        for w, b, d in zip(weights, biases or [None] * len(weights), dilations, strict=True)
+    ]
+
+
+def _check(name, x, weights, biases, dilations, act, residual) -> None:
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if x.dim() != 4:
+        raise ValueError(f"{name}: x is {tuple(x.shape)}; it must be (N, C, H, W)")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: x is {x.dtype}; it must be a floating-point tensor")
+    if not weights or len(weights) != len(dilations) or len(biases) not in (0, len(weights)):
+        raise ValueError(
+            f"{name}: {len(weights)} weights, {len(biases)} biases, {len(dilations)} dilations; give one of each for "
+            "every branch, or no biases"
+        )
+    for w, d in zip(weights, dilations, strict=True):
+        K = w.shape[-1]
+        if w.dim() != 4 or w.shape[1:] != (x.shape[1], K, K) or K % 2 == 0 or w.shape[0] != weights[0].shape[0]:
+            raise ValueError(
+                f"{name}: a weight is {tuple(w.shape)}; x has {x.shape[1]} channels: use (COUT, {x.shape[1]}, K, K), K "
+                "odd, one COUT, no groups"
+            )
+        if not isinstance(d, (int, torch.SymInt)) or isinstance(d, bool) or d < 1:
+            raise ValueError(f"{name}: dilation is {d!r}; it must be a whole number of pixels >= 1, for both axes")
+    COUT = weights[0].shape[0]
+    for b in biases:
+        if b.shape != (COUT,):
+            raise ValueError(f"{name}: a bias is {tuple(b.shape)}; it must be ({COUT},)")
+    out = (x.shape[0], COUT * len(weights), *x.shape[2:])
+    if residual is not None and residual.shape != out:
+        raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for label, t in (*(("a weight", w) for w in weights), ("residual", residual)):
+        if t is not None and t.dtype != x.dtype:
+            raise TypeError(
+                f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
+            )
+
+
+def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str]:
+    """Why torch's convolutions run, or ""; and what the cost model says, which a captured graph asks when it runs."""
+    kernels = [w.shape[-1] for w in weights]
+    if any(K not in (1, 3) for K in kernels):
+        return f"kernel size {max(kernels)}: the kernel takes 1 and 3", ""
+    if len(weights) > MOST_BRANCHES:
+        return f"{len(weights)} branches: the kernel takes {MOST_BRANCHES}", ""
+    if not HAS_TRITON or followed(x):
+        return "", ""
+    passes = (act is not None) + (residual is not None)
+    chosen = _plan(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations, passes)
+    return chosen if isinstance(chosen, str) else "" if chosen.own else str(chosen), str(chosen)

@@ -5,7 +5,10 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.overrides import handle_torch_function, has_torch_function
 
-from fastseg.ops._batch_norm import (
+from fastseg.ops.core.autograd import derived, differentiable, refused
+from fastseg.ops.core.dispatch import needs_grad, use_kernel
+from fastseg.ops.core.layout import like
+from fastseg.ops.core.norm import (
     ACTIVATION_GRADS,
     ACTIVATIONS,
     Activation,
@@ -19,10 +22,9 @@ from fastseg.ops._batch_norm import (
     torch_norm,
     update_running,
 )
-from fastseg.ops._batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
-from fastseg.ops._dispatch import needs_grad, use_kernel
-from fastseg.ops._recompute import remember
-from fastseg.ops._register import DECOMPOSITIONS, derived, differentiable, like, qualified, refused
+from fastseg.ops.core.recompute import remember
+from fastseg.ops.core.register import DECOMPOSITIONS, qualified
+from fastseg.ops.registered.batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
 
 MOST_CHANNELS = 65535  # one to a block, blocks along a grid axis of CUDA
 

@@ -3,7 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops._batch_norm import (
+from fastseg.ops.core.autograd import derived, differentiable
+from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad, transforms_active, use_kernel
+from fastseg.ops.core.layout import channels_last, like, new_map
+from fastseg.ops.core.norm import (
     ACTIVATIONS,
     Activation,
     BatchNormArgs,
@@ -17,17 +20,16 @@ from fastseg.ops._batch_norm import (
     torch_norm,
     update_running,
 )
-from fastseg.ops._dispatch import HAS_TRITON, needs_grad, transforms_active, use_kernel
-from fastseg.ops._pooling import Geometry, fake_index, plain_pick, plain_pool, plain_unpool
-from fastseg.ops._register import channels_last, derived, differentiable, like, new_map, qualified, register
+from fastseg.ops.core.register import qualified, register
 from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
 from fastseg.ops.pool_indices import PoolIndices, bits_of
+from fastseg.ops.registered.pooling import Geometry, fake_index, plain_pick, plain_pool, plain_unpool
 
 if HAS_TRITON:
-    from fastseg.kernels.batch_norm_act import Norm
-    from fastseg.kernels.batch_norm_stats import batch_norm_stats
-    from fastseg.kernels.max_pool import max_pool_fwd
-    from fastseg.kernels.norm_max_pool_bwd import norm_max_pool_bwd
+    from fastseg.kernels.batch_norm.stats import batch_norm_stats
+    from fastseg.kernels.common.norm_args import Norm
+    from fastseg.kernels.pooling.max_pool import max_pool_fwd
+    from fastseg.kernels.pooling.norm_max_pool_bwd import norm_max_pool_bwd
 
 
 def batch_norm_act_max_pool2d(

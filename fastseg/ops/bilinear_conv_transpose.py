@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._bilinear_taps import LEAST_STRIDE, grouped_taps, is_plain, line, sized_conv_transpose2d, two_passes
-from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, followed, use_kernel
-from fastseg.ops._register import memory_format_of, new_map, qualified, register, run, settle
-from fastseg.ops._sizes import whole
+from fastseg.ops.core.autograd import run
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, use_kernel
+from fastseg.ops.core.layout import memory_format_of, new_map, settle
+from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.sizes import whole
+from fastseg.ops.cpu.bilinear_taps import LEAST_STRIDE, grouped_taps, is_plain, line, sized_conv_transpose2d, two_passes
 
 if HAS_TRITON:
-    from fastseg.kernels.bilinear import Taps, bilinear_fwd, unsupported
-    from fastseg.kernels.bilinear_bwd import bilinear_bwd
+    from fastseg.kernels.upsample.bilinear import Taps, bilinear_fwd, unsupported
+    from fastseg.kernels.upsample.bilinear_bwd import bilinear_bwd
 
 NAME = "bilinear_conv_transpose2d"
 

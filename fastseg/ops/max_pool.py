@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.kernels.geometry import memoized_as_given
-from fastseg.ops._dispatch import HAS_TRITON, is_tracing, use_kernel
-from fastseg.ops._pooling import INT64, POOL, Geometry, is_last, pool, pool_in_windows
-from fastseg.ops._sizes import whole
+from fastseg.kernels.runtime.sizes import memoized_as_given
+from fastseg.ops.core.dispatch import HAS_TRITON, is_tracing, use_kernel
+from fastseg.ops.core.sizes import whole
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
+from fastseg.ops.registered.pooling import INT64, POOL, Geometry, is_last, pool, pool_in_windows
 
 IndexFormat = Literal["int64", "compact"]
 Sizes = int | tuple[int, ...] | list[int]

@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
-from fastseg.ops._pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
-from fastseg.ops._register import like
-from fastseg.ops._sizes import whole
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.layout import like
+from fastseg.ops.core.sizes import whole
 from fastseg.ops.max_pool import Sizes, spatial
 from fastseg.ops.pool_indices import PoolIndices
+from fastseg.ops.registered.pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
 
 CheckIndices = Literal["async", "sync"]
 

@@ -6,16 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops._batch_norm import ACTIVATIONS, Activation
-from fastseg.ops._cpu_conv import conv2d
-from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
-from fastseg.ops._pooling import Geometry
-from fastseg.ops._register import channels_last, register
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.layout import channels_last
+from fastseg.ops.core.norm import ACTIVATIONS, Activation
+from fastseg.ops.core.register import register
+from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.max_unpool import max_unpool2d
 from fastseg.ops.pool_indices import PoolIndices, bits_of
+from fastseg.ops.registered.pooling import Geometry
 
 if HAS_TRITON:
-    from fastseg.kernels.max_unpool_conv import max_unpool_conv_fwd, plan
+    from fastseg.kernels.pooling.max_unpool_conv import max_unpool_conv_fwd, plan
 
 
 def max_unpool_conv2d(

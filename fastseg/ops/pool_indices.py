@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fastseg.kernels.geometry import MOST_TAPS
+from fastseg.kernels.runtime.sizes import MOST_TAPS
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastseg.ops._batch_norm import (
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
+from fastseg.ops.core.kept import made_once
+from fastseg.ops.core.norm import (
     ACTIVATIONS,
     Activation,
     BatchNormArgs,
@@ -16,14 +18,13 @@ from fastseg.ops._batch_norm import (
     torch_norm,
     update_running,
 )
-from fastseg.ops._dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
-from fastseg.ops._fold_norm import fold_norm
-from fastseg.ops._kept import made_once
-from fastseg.ops._separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
-from fastseg.ops._sizes import whole
+from fastseg.ops.core.sizes import whole
+from fastseg.ops.registered.fold_norm import fold_norm
+from fastseg.ops.registered.separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
 
 if HAS_TRITON:
-    from fastseg.kernels.separable_conv_plan import Geometry, plan
+    from fastseg.kernels.runtime.conv_sizes import Geometry
+    from fastseg.kernels.separable_conv.cost import plan
 
 
 def separable_conv2d(

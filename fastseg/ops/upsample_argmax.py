@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops._dispatch import HAS_TRITON, followed, use_kernel
-from fastseg.ops._register import channels_last, register
-from fastseg.ops._threads import each
-from fastseg.ops._upsample import (
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.layout import channels_last
+from fastseg.ops.core.register import register
+from fastseg.ops.core.upsample import (
     Factors,
     along_x,
     interpolate,
@@ -16,9 +16,10 @@ from fastseg.ops._upsample import (
     unsupported,
     upsampling,
 )
+from fastseg.ops.cpu.threads import each
 
 if HAS_TRITON:
-    from fastseg.kernels.upsample_argmax import prunes, upsample_argmax_fwd
+    from fastseg.kernels.upsample.argmax import prunes, upsample_argmax_fwd
 
 UINT8_CLASSES = 256
 _FEW = 4  # classes, below which each is compared with the best before it

@@ -4,14 +4,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.kernels.geometry import memoized_as_given
-from fastseg.ops._dispatch import HAS_TRITON, use_kernel
-from fastseg.ops._register import memory_format_of, new_map, qualified, register, run, settle
-from fastseg.ops._sizes import whole
+from fastseg.kernels.runtime.sizes import memoized_as_given
+from fastseg.ops.core.autograd import run
+from fastseg.ops.core.dispatch import HAS_TRITON, use_kernel
+from fastseg.ops.core.layout import memory_format_of, new_map, settle
+from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.sizes import whole
 
 if HAS_TRITON:
-    from fastseg.kernels.bilinear import bilinear_fwd, held_channels, interpolation, unsupported
-    from fastseg.kernels.bilinear_bwd import bilinear_bwd
+    from fastseg.kernels.upsample.bilinear import bilinear_fwd, held_channels, interpolation, unsupported
+    from fastseg.kernels.upsample.bilinear_bwd import bilinear_bwd
 
 
 def upsample_bilinear(

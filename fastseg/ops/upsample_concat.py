@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._dispatch import HAS_TRITON, needs_grad, use_kernel
-from fastseg.ops._register import memory_format_of, new_map, qualified, register, settle
+from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad, use_kernel
+from fastseg.ops.core.layout import memory_format_of, new_map, settle
+from fastseg.ops.core.register import qualified, register
 from fastseg.ops.upsample_bilinear import transposed
 
 if HAS_TRITON:
-    from fastseg.kernels.bilinear import bilinear_fwd, interpolation, unsupported
+    from fastseg.kernels.upsample.bilinear import bilinear_fwd, interpolation, unsupported
 
 NAME = "upsample_concat"
 

@@ -6,27 +6,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._batch_norm import ACTIVATIONS, Activation, activate
-from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops._cpu_conv import conv2d
-from fastseg.ops._dispatch import (
-    HAS_TRITON,
-    autocast_dtype,
-    followed,
-    in_reference,
-    kernels_run,
-    needs_grad,
-    record,
-    use_kernel,
-)
-from fastseg.ops._kept import made_once
-from fastseg.ops._register import channels_last, like
-from fastseg.ops._upsample import is_finite
-from fastseg.ops._upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, kernels_run, needs_grad, use_kernel
+from fastseg.ops.core.explain import in_reference, record
+from fastseg.ops.core.kept import made_once
+from fastseg.ops.core.layout import channels_last, like
+from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
+from fastseg.ops.core.upsample import is_finite
+from fastseg.ops.cpu.packed import conv2d
+from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
 from fastseg.ops.upsample_concat import upsample_concat, upsample_concat_ref
 
 if HAS_TRITON:
-    from fastseg.kernels.upsample_conv import plan, unsupported
+    from fastseg.kernels.upsample.conv import plan, unsupported
 
 NAME = "upsample_concat_conv2d"
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from fastseg.inference.processes import Processes
+from fastseg.io.processes import Processes
 from fastseg.training.dataset import FolderDataset
 from fastseg.training.signals import obey_parent_alone
 from fastseg.training.transforms import Augment, resized

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fastseg.inference.processes import Processes
+from fastseg.io.processes import Processes
 
 
 class Census:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseg.inference.files import atomic_write, open_regular
+from fastseg.io.files import atomic_write, open_regular
 from fastseg.models.weights import read_payload
 
 

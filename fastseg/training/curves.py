@@ -5,7 +5,7 @@ import io
 import json
 from pathlib import Path
 
-from fastseg.inference.files import atomic_write
+from fastseg.io.files import atomic_write
 
 
 def write_curves(folder: Path, history: list[dict]) -> None:

@@ -1,7 +1,7 @@
 """Folders of pictures and label PNGs, and the small file beside them that names the classes.
 
     DIR/dataset.json                    {"classes": ["sky", "road"], "ignore_index": 255, "palette": [[0, 0, 128], ...]}
-    DIR/train|val|test/images/NAME.png  or .jpg, .bmp, .tif, .webp, .gif ...: as ``fastseg.inference.images``
+    DIR/train|val|test/images/NAME.png  or .jpg, .bmp, .tif, .webp, .gif ...: as ``fastseg.io.images``
     DIR/train|val|test/labels/NAME.png  or .tif, .bmp ...; palette or grey: the pixel values are class indices
 
 Whatever is wrong with a file is one ``ValueError`` that names it; what is left out of a folder is counted.
@@ -18,18 +18,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastseg.inference.files import open_regular, read_json
-from fastseg.inference.images import (
-    MAX_CLASSES,
-    is_image,
-    palette,
-    read,
-    read_image,
-    read_label,
-    read_palette,
-    several_pages,
-)
-from fastseg.inference.progress import progress
+from fastseg.io.files import open_regular, read_json
+from fastseg.io.images import MAX_CLASSES, is_image, palette, read, read_image, read_label, read_palette, several_pages
+from fastseg.io.progress import progress
 from fastseg.training.census import Census
 
 SPLITS = ("train", "val", "test")

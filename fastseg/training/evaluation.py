@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from fastseg.inference.images import normalised
-from fastseg.inference.processes import Processes
-from fastseg.inference.progress import progress
+from fastseg.io.images import normalised
+from fastseg.io.processes import Processes
+from fastseg.io.progress import progress
 from fastseg.metrics import ConfusionMatrix, Scores
 from fastseg.training.batches import plain_errors
 from fastseg.training.dataset import DatasetSpec

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastseg.inference.images import read_label
+from fastseg.io.images import read_label
 from fastseg.training.dataset import DatasetSpec, FolderDataset, read_spec
 
 VOC_CLASSES = (

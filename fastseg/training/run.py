@@ -15,9 +15,9 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, PolynomialLR
 
-from fastseg.inference.files import first_line
-from fastseg.inference.processes import Processes
-from fastseg.inference.progress import progress
+from fastseg.io.files import first_line
+from fastseg.io.processes import Processes
+from fastseg.io.progress import progress
 from fastseg.metrics import median_frequency_weights
 from fastseg.models import DeepSupervision, fading_weights
 from fastseg.nn import SyncBatchNorm

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from fastseg.inference.images import MEAN
+from fastseg.io.images import MEAN
 
 PADDING = tuple(round(255 * value) for value in MEAN)  # the colour that normalisation turns into 0
 

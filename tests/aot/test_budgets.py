@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fastseg.kernels import cases
-from fastseg.kernels.report import TARGETS, KernelReport, broken_claims, compile_launches
+from fastseg.kernels.tools import cases
+from fastseg.kernels.tools.report import TARGETS, KernelReport, broken_claims, compile_launches
 
 KERNELS = Path(cases.__file__).parent
 ROWS = [pytest.param(c, d, id=f"{c}-{str(d).removeprefix('torch.')}") for c in cases.CASES for d in cases.DTYPES]
@@ -38,7 +38,7 @@ def test_every_kernel_has_a_case_and_a_large_one():
         found = reports(case, dtype, "sm_90")
         for r in found:
             largest[r.kernel] = max(largest.get(r.kernel, 0), *(other.elements for other in found))
-    assert sorted(written - set(largest)) == [], "no case of kernels/cases.py launches these kernels"
+    assert sorted(written - set(largest)) == [], "no case of kernels/tools/cases/__init__.py launches these kernels"
     assert sorted(k for k in largest if largest[k] <= 2**31) == [], "no case with these goes past 2^31 elements"
 
 

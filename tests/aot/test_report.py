@@ -7,10 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
-from fastseg.kernels.cases import Claims
-from fastseg.kernels.config import launch
-from fastseg.kernels.report import TARGETS, broken_claims, compile_launches, main, occupancy, table
-from fastseg.kernels.sass import Code, read_amdgcn, read_sass
+from fastseg.kernels.runtime.launch import launch
+from fastseg.kernels.tools.cases import Claims
+from fastseg.kernels.tools.machine_code import Code, read_amdgcn, read_sass
+from fastseg.kernels.tools.report import TARGETS, broken_claims, compile_launches, main, occupancy, table
 
 
 @triton.jit
@@ -350,9 +350,9 @@ def test_kernel_that_does_not_compile_is_named():
 
 def test_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
-        "fastseg.kernels.cases.CASES", {"good": lambda dtype: copy(8192), "bad": lambda dtype: copy(8191)}
+        "fastseg.kernels.tools.cases.CASES", {"good": lambda dtype: copy(8192), "bad": lambda dtype: copy(8191)}
     )
-    monkeypatch.setattr("fastseg.kernels.cases.DTYPES", (torch.float16,))
+    monkeypatch.setattr("fastseg.kernels.tools.cases.DTYPES", (torch.float16,))
     assert main(["--target", "sm_90", "--case", "good", "--json", str(tmp_path / "report.json")]) == 0
     assert '"LDG.128": 2' in (tmp_path / "report.json").read_text()
     assert "good float16: copy_kernel for sm_90" in capsys.readouterr().err

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 import fastseg
-from fastseg.inference import checkpoint
-from fastseg.inference.checkpoint import load_checkpoint, save_checkpoint
+from fastseg.io import checkpoint
+from fastseg.io.checkpoint import load_checkpoint, save_checkpoint
 from fastseg.models import create
 
 OPTIONS = {"width": 0.1, "decoder_channels": 16, "output_stride": 8}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fastseg
-from fastseg.inference import comparison
-from fastseg.inference.timing import interleaved
+from fastseg.measure import comparison
+from fastseg.measure.timing import interleaved
 from fastseg.models import create
 from fastseg.nn.conv import SeparableConv2d
 

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch._subclasses import FakeTensorMode
 
-from fastseg.inference import images
+from fastseg.io import images
 
 
 def _random_image(height=7, width=5, seed=0):

@@ -6,7 +6,7 @@ import socket
 import numpy as np
 import pytest
 
-from fastseg.inference import mosaic
+from fastseg.demo import mosaic
 
 
 def test_photographs_come_from_the_wheel(monkeypatch):

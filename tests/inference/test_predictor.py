@@ -9,9 +9,9 @@ import torch
 from torch.utils.data import DataLoader
 
 import fastseg
-from fastseg.inference.checkpoint import save_checkpoint
 from fastseg.inference.predictor import Predictor
 from fastseg.inference.segment import segment
+from fastseg.io.checkpoint import save_checkpoint
 from fastseg.models import create
 
 PICTURES = np.random.default_rng(0).integers(0, 256, (3, 16, 24, 3), np.uint8)

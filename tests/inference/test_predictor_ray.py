@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 import fastseg
-from fastseg.inference.checkpoint import save_checkpoint
 from fastseg.inference.segment import segment
+from fastseg.io.checkpoint import save_checkpoint
 from fastseg.models import create
 
 PAGE = Path(__file__).parents[2] / "docs" / "inference.md"

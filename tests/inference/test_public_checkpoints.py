@@ -7,8 +7,8 @@ import torch
 from nets import NARROW
 
 import fastseg
-from fastseg.inference import checkpoint
-from fastseg.inference.checkpoint import load_checkpoint, save_checkpoint
+from fastseg.io import checkpoint
+from fastseg.io.checkpoint import load_checkpoint, save_checkpoint
 from fastseg.models import create, load_weights, names
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg.inference import overlap_tile, stitching
-from fastseg.inference.geometry import tile_geometry
+from fastseg.inference.tile_probe import tile_geometry
 from fastseg.inference.tiling import plan_tiles, run_tiles
 from fastseg.models import create
 

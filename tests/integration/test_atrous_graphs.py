@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.ops import atrous_conv2d
-from fastseg.ops._atrous import atrous_branches, fwd_op
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops.atrous_conv2d import atrous_branches
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
+from fastseg.ops.registered.atrous_conv import fwd_op
 from fastseg.testing import check_op
 
 CL, NCHW = torch.channels_last, torch.contiguous_format

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from fastseg.models.encoders.resnet import BasicBlock
 from fastseg.nn import BatchNormAct2d
 from fastseg.ops import BatchNormArgs, batch_norm_act
-from fastseg.ops._batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
+from fastseg.ops.registered.batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 ACTS = ("none", "relu", "relu6", "leaky_relu")

@@ -6,11 +6,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fastseg
+from fastseg.kernels.runtime.launch import intercept
 from fastseg.nn import BilinearConvTranspose2d, UpsamplingBilinear2d
 from fastseg.ops import bilinear_conv_transpose2d, upsample_bilinear, upsample_concat
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d_ref
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
 from fastseg.ops.upsample_bilinear import upsample_bilinear_ref
 from fastseg.ops.upsample_concat import upsample_concat_ref
 from fastseg.testing import check_op
@@ -144,7 +145,7 @@ def test_ops_look_at_sizes_again(monkeypatch, request):
     """A graph of any size meets one that no kernel takes: the registered ops, forward and backward, run torch's."""
     if not INTERPRETED:
         pytest.skip("a CPU tensor: no kernel runs")
-    from fastseg.kernels import bilinear, config
+    from fastseg.kernels.upsample import bilinear
 
     x, dy = torch.randn(1, 3, 4, 5), torch.randn(1, 3, 8, 10)
     calls = {
@@ -158,7 +159,7 @@ def test_ops_look_at_sizes_again(monkeypatch, request):
     monkeypatch.setattr(bilinear, "LARGEST_SIDE", 9)
     bilinear.unsupported.cache_clear()
     request.addfinalizer(bilinear.unsupported.cache_clear)
-    with config.intercept(lambda *arguments: launched.append(arguments)):
+    with intercept(lambda *arguments: launched.append(arguments)):
         for op, args in calls.items():
             torch.testing.assert_close(op(*args), want[op])
     assert not launched

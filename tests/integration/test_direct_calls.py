@@ -7,8 +7,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastseg.ops._pooling import Geometry, pool_op
-from fastseg.ops._register import _is_bare
+from fastseg.ops.core.torch_private import _is_bare
+from fastseg.ops.registered.pooling import Geometry, pool_op
 
 ARGS = (*Geometry((4, 6), (2, 3), (2, 2), (2, 2), (0, 0), (1, 1)), 8)
 NAME = "fastseg::max_pool"

@@ -8,8 +8,8 @@ from torch.export import Dim
 
 from fastseg.inference import Runner
 from fastseg.models import create, names
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the ops' graphs are tested one by one; whole models take minutes")
 

@@ -5,7 +5,7 @@ import torch
 from torch.export import Dim
 
 from fastseg.models import FCN
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 
 @pytest.fixture

@@ -17,17 +17,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseg
 from fastseg.inference import Predictor, Runner, class_map
-from fastseg.inference.images import MEAN, STD, normalised
 from fastseg.inference.marks import Marks
+from fastseg.io.images import MEAN, STD, normalised
 from fastseg.nn import ConvNormAct2d
-from fastseg.nn.conv import run_separable
-from fastseg.nn.fold import folded, run_conv_norm_act
-from fastseg.ops import _kept, upsample_concat_conv2d
-from fastseg.ops._constants import constant
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._upsample_taps import strips
-from fastseg.ops._winograd import blocks as winograd_blocks
+from fastseg.nn.fuse.conv_norm_act import folded, run_conv_norm_act
+from fastseg.nn.fuse.separable import run_separable
+from fastseg.ops import upsample_concat_conv2d
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d
+from fastseg.ops.core import kept as _kept
+from fastseg.ops.core.constants import constant
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.cpu.winograd import blocks as winograd_blocks
+from fastseg.ops.registered.upsample_taps import strips
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="minutes; tests/nn and tests/models have the kernels' path")
 
@@ -171,7 +172,9 @@ def test_helper_tensors_are_of_no_mode(name):
 
 
 def _constants_forgotten() -> None:
-    from fastseg.ops import _bilinear_taps, _upsample_taps, _winograd
+    from fastseg.ops.cpu import bilinear_taps as _bilinear_taps
+    from fastseg.ops.cpu import winograd as _winograd
+    from fastseg.ops.registered import upsample_taps as _upsample_taps
 
     for made in (_bilinear_taps._kept_taps, _upsample_taps.strips, _winograd.blocks, _winograd.matrices):
         made.cache_clear()
@@ -380,7 +383,7 @@ class Giver(nn.Module):
 )
 def test_classes_of_any_model(give):
     model, pixels = Giver(give).eval(), np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), np.uint8)
-    x = fastseg.inference.images.to_tensor(pixels)
+    x = fastseg.io.images.to_tensor(pixels)
     logits = give(model.conv(x))
     logits = logits if isinstance(logits, torch.Tensor) else getattr(logits, "logits", None)
     if logits is None:

@@ -14,9 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastseg.ops
-from fastseg.ops import _atrous, _dispatch, batch_norm_act_max_pool, max_unpool_conv, upsample_concat_conv
-from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops import batch_norm_act_max_pool, max_unpool_conv, upsample_concat_conv
+from fastseg.ops.core import dispatch as _dispatch
+from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
+from fastseg.ops.registered import atrous_conv as _atrous
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:max_unpool"),
@@ -47,7 +49,7 @@ def _every_op_is_reached(monkeypatch):
         chosen = lambda *sizes, plan=module.plan, field=field: plan(*sizes)._replace(**{field: True})
         monkeypatch.setattr(module, "plan", chosen)
     if INTERPRETED:
-        from fastseg.kernels.config import override
+        from fastseg.kernels.runtime.config import override
 
         with override("upsample_conv_fwd", ROWS=8):
             yield

@@ -13,9 +13,9 @@ import fastseg
 from fastseg.models import SegNetBasic
 from fastseg.nn import MaxPool2d, MaxUnpool2d
 from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d, max_pool2d, max_unpool2d
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._pooling import Geometry, pick_op, pool_op, unpool_op
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
+from fastseg.ops.registered.pooling import Geometry, pick_op, pool_op, unpool_op
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")

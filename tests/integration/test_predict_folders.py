@@ -10,7 +10,7 @@ from processes import run_two
 
 import fastseg
 from fastseg.cli import main, predict
-from fastseg.inference.checkpoint import save_checkpoint
+from fastseg.io.checkpoint import save_checkpoint
 from fastseg.models import create
 
 WORKER = """

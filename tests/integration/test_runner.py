@@ -14,11 +14,11 @@ from fastseg.inference import Runner
 from fastseg.inference import runner as module
 from fastseg.models import create
 from fastseg.nn import ConvNormAct2d
-from fastseg.nn.fold import convolve
-from fastseg.ops import _cpu_conv
-from fastseg.ops._cpu_conv import PackedWeights, packed_weights
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._kept import Kept
+from fastseg.nn.fuse.conv_norm_act import convolve
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.kept import Kept
+from fastseg.ops.cpu import packed as _cpu_conv
+from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 
 
 class Net(nn.Module):

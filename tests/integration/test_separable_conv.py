@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastseg.ops import BatchNormArgs
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
-from fastseg.ops._separable_conv import Call
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
+from fastseg.ops.registered.separable_conv import Call
 from fastseg.ops.separable_conv import separable_conv2d_ref
 from fastseg.testing import Tolerance, compare
 

@@ -18,8 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg.nn import SeparableConv2d
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 
@@ -262,7 +262,7 @@ w = block.depthwise.weight, block.pointwise.weight
 u = torch.ops.fastseg.separable_conv2d(x, *w, *[None] * 11, 1, 1, 1, "none", "none", "none", "none", 0.0, "none", 0.0)
 torch.testing.assert_close(u, block.pointwise(block.depthwise(x)))
 kernels = {name for name in sys.modules if name.startswith("fastseg.kernels.")}
-assert kernels <= {"fastseg.kernels.geometry"}, kernels  # numbers, no Triton
+assert kernels <= {"fastseg.kernels.runtime.sizes"}, kernels  # numbers, no Triton
 """
 
 

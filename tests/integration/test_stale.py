@@ -15,7 +15,7 @@ import fastseg
 from fastseg.inference import Runner
 from fastseg.models import create
 from fastseg.nn import ConvNormAct2d, SeparableConv2d
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="whole models; tests/nn has the kernels' path")
 

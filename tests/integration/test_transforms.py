@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg import nn
-from fastseg.ops import _atrous, upsample_argmax
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops import upsample_argmax
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.registered import atrous_conv as _atrous
 from fastseg.ops.upsample_bilinear import _fwd
 
 EVERY = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
@@ -186,7 +187,7 @@ def test_reference_restores():
     """Left in another thread than it was entered in, as generators may be, it leaves nothing behind in either."""
     import threading
 
-    from fastseg.ops._dispatch import in_reference
+    from fastseg.ops.core.explain import in_reference
 
     seen = []
 

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor, nn
 
 import fastseg
-from fastseg.nn.skip import run_upsample_concat_conv
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.nn.fuse.upsample_concat import run_upsample_concat_conv
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
 
 CL = torch.channels_last
 OPS = torch.ops.fastseg
@@ -31,7 +31,7 @@ def inputs(h=2, w=2) -> tuple[Tensor, Tensor]:
 @pytest.fixture(autouse=True)
 def _few_programs():
     if INTERPRETED:
-        from fastseg.kernels.config import override
+        from fastseg.kernels.runtime.config import override
 
         with override("upsample_conv_fwd", ROWS=8):
             yield

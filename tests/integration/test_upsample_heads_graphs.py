@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.upsampling import UpsampleArgmax
 from fastseg.ops import upsample_cross_entropy
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._register import DECOMPOSITIONS
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.register import DECOMPOSITIONS
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 argmax_op = torch.ops.fastseg.upsample_argmax.default

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.inference.comparison import eager_form
+from fastseg.measure.comparison import eager_form
 from fastseg.models import DeconvNet, create, load_encoder_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")  # torch's own is the reference, and not deterministic

@@ -17,7 +17,7 @@ from fastseg import explain, reference
 from fastseg.models import DeepLabV2, DeepLabV3, DeepLabV3Plus, create
 from fastseg.models.encoders import Xception65
 from fastseg.models.encoders.xception import _Block
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 SMALL = {"width": 0.05, "decoder_channels": 16}
 XCEPTION = {**SMALL, "backbone": "xception", "encoder_options": {"middle_blocks": 2}}

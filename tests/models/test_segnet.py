@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.inference.comparison import eager_form
+from fastseg.measure.comparison import eager_form
 from fastseg.models import SegNet, SegNetBasic, create, load_encoder_weights
 from fastseg.ops import PoolIndices
 

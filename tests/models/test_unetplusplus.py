@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.inference.comparison import eager_form
+from fastseg.measure.comparison import eager_form
 from fastseg.models import UNetPlusPlus, create, fading_weights
 from fastseg.models.unetplusplus import _mean_of_sigmoids
 

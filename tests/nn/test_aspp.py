@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.nn import ASPP
-from fastseg.ops import _atrous
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.registered import atrous_conv as _atrous
 
 FORMS = {
     "torchvision": {},

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn import ASPP, ConvNormAct2d, SeparableConv2d
-from fastseg.nn.sequential import Sequential
-from fastseg.nn.watch import split_act
+from fastseg.nn.fuse.sequential import Sequential
+from fastseg.nn.fuse.watch import split_act
 
 NORMS = {
     "group": lambda: nn.GroupNorm(2, 4),

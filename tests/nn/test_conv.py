@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.nn import SeparableConv2d
-from fastseg.nn.conv import run_separable
+from fastseg.nn.fuse.separable import run_separable
 from fastseg.testing import Tolerance, compare
 
 ACTIVATIONS = {"relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu, None: lambda v: v}

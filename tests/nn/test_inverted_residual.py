@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.models.encoders.mobilenet_v2 import InvertedResidual, MobileNetV2
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 CL = torch.channels_last
 RESIDUAL = {"in_channels": 8, "out_channels": 8, "stride": 1, "dilation": 1, "expansion": 3, "residual": True}
@@ -47,7 +47,7 @@ def whole(monkeypatch):
 
 def force(monkeypatch, whole: bool) -> None:
     pytest.importorskip("triton")
-    from fastseg.ops import _inverted_residual as op
+    from fastseg.ops import inverted_residual as op
 
     original = op.plan
     monkeypatch.setattr(op, "plan", lambda *args, **kwargs: original(*args, **kwargs)._replace(whole=whole))

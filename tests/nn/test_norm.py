@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.nn import BatchNormAct2d, SyncBatchNorm
-from fastseg.nn.fold import run_conv_norm_act
-from fastseg.nn.norm import run_norm_act
+from fastseg.nn.fuse.conv_norm_act import run_conv_norm_act
+from fastseg.nn.fuse.norm import run_norm_act
 
 OPTIONS = {
     "default": {},

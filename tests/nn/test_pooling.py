@@ -10,8 +10,8 @@ from torch import nn
 
 import fastseg
 import fastseg.nn
-from fastseg.nn.fold import folded, run_conv_norm_act
-from fastseg.nn.pooling import run_conv_norm_act_pool, run_unpool_conv_norm_act
+from fastseg.nn.fuse.conv_norm_act import folded, run_conv_norm_act
+from fastseg.nn.fuse.pooling import run_conv_norm_act_pool, run_unpool_conv_norm_act
 
 CL = torch.channels_last
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")  # torch's own is the reference, and not deterministic

@@ -12,10 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg.nn import ConvNormAct2d, MaxPool2d, MaxUnpool2d, SeparableConv2d, UpsamplingBilinear2d
-from fastseg.nn.pooling import run_conv_norm_act_pool, run_unpool_conv_norm_act
-from fastseg.nn.skip import upsample_concat
-from fastseg.ops import _recompute
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.nn.fuse.pooling import run_conv_norm_act_pool, run_unpool_conv_norm_act
+from fastseg.nn.fuse.upsample_concat import upsample_concat
+from fastseg.ops.core import recompute as _recompute
+from fastseg.ops.core.dispatch import INTERPRETED
 
 CHANNELS, SIDE = 8, 7
 MAP = 2 * CHANNELS * SIDE * SIDE * 4  # bytes of a map of two images in fp32

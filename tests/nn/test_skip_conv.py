@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.nn.skip import run_upsample_concat_conv
+from fastseg.nn.fuse.upsample_concat import run_upsample_concat_conv
 
 
 def made(groups=1, bias=True):

@@ -18,7 +18,7 @@ from fastseg.nn import (
     UpsamplingNearest2d,
     bilinear_kernel,
 )
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 PAIRS = [
     (Upsample, nn.Upsample, {"scale_factor": 2, "mode": "bilinear"}),

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.ops import _atrous as atrous_module
 from fastseg.ops import aspp
+from fastseg.ops.registered import atrous_conv as atrous_module
 
 DILATIONS = (5, 1, 4)  # a 1x1 has any
 ACTS = {None: lambda v: v, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu}

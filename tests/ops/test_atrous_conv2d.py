@@ -5,11 +5,14 @@ import torch
 from torch import Tensor
 
 import fastseg
-from fastseg.kernels import config
-from fastseg.ops import _atrous, atrous_conv2d
-from fastseg.ops._atrous import atrous_branches, atrous_branches_ref
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops.atrous_conv2d import atrous_conv2d_ref
+from fastseg.kernels.runtime import config
+from fastseg.kernels.runtime.launch import intercept
+from fastseg.kernels.runtime.launch import run as run_kernel
+from fastseg.ops import atrous_conv2d
+from fastseg.ops.atrous_conv2d import atrous_branches, atrous_conv2d_ref
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.registered import atrous_conv as _atrous
+from fastseg.ops.registered.atrous_conv import atrous_branches_ref
 from fastseg.testing import Tolerance, check_op, compare, guard, guarded
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
@@ -125,7 +128,7 @@ def test_weights_begin_where_the_kernel_says_they_do(device):
 @pytest.mark.parametrize("parts", [1, 3])
 def test_sums_of_weights_walk_over_rows_and_images(parts, own, device, monkeypatch):
     """Several steps a part, whose rectangles are narrower and lower than a step is long, and no multiple of it."""
-    from fastseg.kernels import atrous_conv_bwd
+    from fastseg.kernels.atrous_conv import bwd as atrous_conv_bwd
 
     monkeypatch.setattr(atrous_conv_bwd, "PROGRAMS", 9 * parts)
     x, (w,), _, (dilation,), _ = make((3,), (2,), N=7, H=4, W=5, bias=False, device=device)
@@ -201,7 +204,7 @@ def test_weights_of_taps_in_padding_are_not_read(H, W, dilation, own, device):
 
 def test_what_is_launched_is_what_the_planner_counts(own, device):
     """The launch's own tables: rows times taps, tile by tile."""
-    from fastseg.kernels.atrous_plan import REGION, TAPS, Branch, executed, forward_regions, input_regions
+    from fastseg.kernels.atrous_conv.regions import REGION, TAPS, Branch, executed, forward_regions, input_regions
 
     x, weights, _, dilations, _ = make((1, 3), (1, 3), N=3, H=7, W=4, C=4, COUT=4, bias=False, device=device)
     branches = tuple(Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True))
@@ -213,9 +216,9 @@ def test_what_is_launched_is_what_the_planner_counts(own, device):
             taps = [sum(r[REGION + 3 + i] * r[REGION + 4 + i] for i in range(0, r[5] * TAPS, TAPS)) for r in regions]
             assert grid == (len(items) * -(-kwargs["COUT"] // kwargs["BLOCK_N"]),)
             launched.append(sum(taps[index] for index, _ in items) * kwargs["BLOCK_M"])
-        config.run(kernel, grid, args, kwargs)
+        run_kernel(kernel, grid, args, kwargs)
 
-    with config.override("atrous_conv_fwd", BLOCK_M=16), config.intercept(watch):
+    with config.override("atrous_conv_fwd", BLOCK_M=16), intercept(watch):
         y = atrous_branches(x, weights, None, dilations)
         torch.autograd.grad(y, x, torch.ones_like(y))
     assert launched == [executed(f(7, 4, branches), 3, 16) for f in (forward_regions, input_regions)]
@@ -240,8 +243,8 @@ def test_one_decision_holds_for_a_captured_call(device, monkeypatch):
     x, weights, biases, dilations, residual = make(residual=True, device=device)
     arguments = (x, weights, biases, residual, dilations, "relu")
     launches = []
-    count = lambda kernel, grid, args, kwargs: (launches.append(kernel), config.run(kernel, grid, args, kwargs))
-    with config.intercept(count), torch.no_grad():
+    count = lambda kernel, grid, args, kwargs: (launches.append(kernel), run_kernel(kernel, grid, args, kwargs))
+    with intercept(count), torch.no_grad():
         own = _atrous.fwd_op(*arguments)
         original = _atrous.plan
         monkeypatch.setattr(_atrous, "plan", lambda *sizes: original(*sizes)._replace(own=False))

@@ -6,8 +6,9 @@ from candidates import check_candidates
 from torch import Tensor
 
 import fastseg
-from fastseg.ops import _atrous, atrous_conv2d
-from fastseg.ops._atrous import atrous_branches
+from fastseg.ops import atrous_conv2d
+from fastseg.ops.atrous_conv2d import atrous_branches
+from fastseg.ops.registered import atrous_conv as _atrous
 
 pytestmark = pytest.mark.gpu
 

@@ -6,8 +6,8 @@ from fractions import Fraction
 import pytest
 from useful_macs import aspp_fraction, region_fraction
 
-from fastseg.kernels.atrous_conv_configs import plan
-from fastseg.kernels.atrous_plan import (
+from fastseg.kernels.atrous_conv.cost import plan
+from fastseg.kernels.atrous_conv.regions import (
     Branch,
     Region,
     dense,

@@ -1,12 +1,13 @@
-"""Counted traffic and launches of the atrous convolution: the figures in the header of kernels/atrous_conv.py."""
+"""Counted traffic and launches of the atrous convolution: the figures in the header of kernels/atrous_conv/fwd.py."""
 
 import pytest
 import torch
 
-from fastseg.kernels import config
-from fastseg.ops import _atrous, atrous_conv2d
-from fastseg.ops._atrous import atrous_branches
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.kernels.runtime import config
+from fastseg.ops import atrous_conv2d
+from fastseg.ops.atrous_conv2d import atrous_branches
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.registered import atrous_conv as _atrous
 
 if INTERPRETED:
     from traffic import count_traffic

@@ -68,8 +68,8 @@ def test_dtypes(dtype, layout, device):
 def test_over_several_programs(programs, layout, device):
     """Programs that walk several blocks, blocks of several images; of 5 x 2 (NCHW) and 10 (channels_last) blocks, by 2
     or 3 channel blocks, the last programs get few or none. Nothing past the buffers is read."""
-    from fastseg.kernels import batch_norm_act as kernels
-    from fastseg.kernels import config
+    from fastseg.kernels.batch_norm import fwd as kernels
+    from fastseg.kernels.runtime import config
 
     names = ("batch_norm_tile_stats", "batch_norm_act_fwd", "batch_norm_act_bwd_reduce", "batch_norm_act_bwd_input")
     with pytest.MonkeyPatch.context() as patch, ExitStack() as stack:

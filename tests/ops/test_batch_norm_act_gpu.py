@@ -5,7 +5,7 @@ import torch
 from candidates import check_candidates
 from torch.nn import functional as F
 
-from fastseg.kernels import config
+from fastseg.kernels.runtime import config
 from fastseg.ops import BatchNormArgs, batch_norm_act
 
 pytestmark = pytest.mark.gpu

@@ -92,8 +92,9 @@ def test_statistics_of_a_large_mean(device):
 
 def test_statistics_over_several_programs(device):
     """Rows that no block divides, more than a program walks, the last program with few of them."""
-    from fastseg.kernels import batch_norm_act, config
-    from fastseg.kernels.batch_norm_stats import batch_norm_stats
+    from fastseg.kernels.batch_norm import fwd as batch_norm_act
+    from fastseg.kernels.batch_norm.stats import batch_norm_stats
+    from fastseg.kernels.runtime import config
 
     z = torch.randn(3, 5, 13, 11, device=device).contiguous(memory_format=CL) * 3 + 7
     with config.override("batch_norm_tile_stats", BLOCK_M=32, BLOCK_C=16), pytest.MonkeyPatch.context() as patch:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops import BatchNormArgs, batch_norm_act
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 if INTERPRETED:
     from traffic import count_traffic

@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg.ops import bilinear_conv_transpose2d, bilinear_kernel, upsample_bilinear
-from fastseg.ops._dispatch import INTERPRETED
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d_ref
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.testing import check_op, guard, guarded
 
 if INTERPRETED:
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 LAYOUT = pytest.mark.parametrize("layout", [NCHW, CL], ids=["nchw", "nhwc"])

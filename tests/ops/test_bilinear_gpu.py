@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.kernels import config
+from fastseg.kernels.runtime import config
 from fastseg.nn import BilinearConvTranspose2d
 from fastseg.ops import bilinear_conv_transpose2d, upsample_bilinear
 

@@ -9,8 +9,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.ops import _conv_act
-from fastseg.ops._conv_act import Request, conv2d_act, unsupported
+from fastseg.ops import conv_act as _conv_act
+from fastseg.ops.conv_act import Request, conv2d_act, unsupported
 
 GOOD = Request(
     device="cuda", cudnn=True, deterministic=False, plain=True, dtypes=(torch.bfloat16,) * 3, act="relu",

@@ -7,10 +7,11 @@ import torch
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.ops import BatchNormArgs, _cpu_conv, separable_conv2d
-from fastseg.ops._cpu_conv import PackedWeights, conv2d, packed_weights
-from fastseg.ops._kept import Kept, keeping, made_once
-from fastseg.ops._onednn import why_not
+from fastseg.ops import BatchNormArgs, separable_conv2d
+from fastseg.ops.core.kept import Kept, keeping, made_once
+from fastseg.ops.cpu import packed as _cpu_conv
+from fastseg.ops.cpu.onednn import why_not
+from fastseg.ops.cpu.packed import PackedWeights, conv2d, packed_weights
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 CL = torch.channels_last

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseg
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
-from fastseg.ops._threads import each
+from fastseg.ops.cpu.threads import each
 
 CLASSES = [1, 2, 3, 21, 150]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastseg.kernels import config
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._fold_norm import fold_norm
+from fastseg.kernels.runtime.launch import intercept
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.registered.fold_norm import fold_norm
 
 CL = torch.channels_last
 
@@ -44,6 +44,6 @@ def test_dtypes_and_slices(device):
 def test_is_one_launch():
     seen = []
     vectors = torch.rand(4, 6)
-    with config.intercept(lambda kernel, *_: seen.append(kernel.fn.__name__)):
+    with intercept(lambda kernel, *_: seen.append(kernel.fn.__name__)):
         fold_norm(torch.randn(6, 7, 3, 3), None, *vectors, 1e-5, torch.bfloat16, False)
     assert seen == ["_fold_norm_fwd_kernel"]

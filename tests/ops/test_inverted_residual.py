@@ -5,14 +5,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._inverted_residual import inverted_residual
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.inverted_residual import inverted_residual
 from fastseg.testing import compare
 
 pytest.importorskip("triton")
-from fastseg.kernels import config
-from fastseg.kernels.inverted_residual_plan import group_of, plan
-from fastseg.kernels.separable_conv_plan import Geometry
+from fastseg.kernels.inverted_residual.cost import group_of, plan
+from fastseg.kernels.runtime import config
+from fastseg.kernels.runtime.conv_sizes import Geometry
 
 CL = torch.channels_last
 

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import fastseg
 import fastseg.nn
+from fastseg.kernels.runtime.launch import intercept
 from fastseg.ops import max_pool1d, max_pool2d, max_pool3d
 
 OURS = {1: max_pool1d, 2: max_pool2d, 3: max_pool3d}
@@ -157,10 +158,9 @@ def test_integers_take_torchs_path(dtype, device):
 
 
 def test_no_index_is_made_where_nobody_wants_one(device):
-    from fastseg.kernels import config
 
     flags = []
-    with config.intercept(lambda kernel, grid, args, kwargs: flags.append(kwargs["BITS"])):
+    with intercept(lambda kernel, grid, args, kwargs: flags.append(kwargs["BITS"])):
         for grad, options in itertools.product((False, True), ({}, {"return_indices": True})):
             max_pool2d(torch.zeros(1, 1, 4, 4, device=device, requires_grad=grad), 2, **options)
     assert flags == [0, 64, 2, 64]

@@ -122,7 +122,7 @@ def test_an_index_outside_is_an_error_and_never_followed(bad, last, device):
             RuntimeError, match=rf"Found an invalid max index: {bad} \(output volumes are of size 4x4\)"
         ):
             max_unpool2d(v, indices, 2, check_indices=check)
-    from fastseg.ops._pooling import Geometry, pick_op, unpool_op
+    from fastseg.ops.registered.pooling import Geometry, pick_op, unpool_op
 
     geometry = Geometry([4, 4], [2, 2], [2, 2], [2, 2], [0, 0], [1, 1])
     dy = torch.randn(2, 3, 4, 4, device=device).contiguous(memory_format=fmt)

@@ -57,7 +57,7 @@ def test_many_channels(fold, device):
 
 def test_the_cost_model_decides():
     """A 1x1 does not build its operand nine times; SegNet's 3x3 do, at every stage."""
-    from fastseg.kernels.max_unpool_conv import plan
+    from fastseg.kernels.pooling.max_unpool_conv import plan
 
     for C, COUT, H, W in ((64, 64, 360, 480), (128, 128, 180, 240), (256, 256, 90, 120), (512, 512, 45, 60)):
         sizes = 16 * H * W, 16 * (H // 2) * (W // 2), C, COUT

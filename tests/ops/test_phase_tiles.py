@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fastseg.kernels import config
-from fastseg.kernels.separable_conv_plan import Geometry
+from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.ops import separable_conv2d
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
 
-from fastseg.kernels.common import in_phase_order
+from fastseg.kernels.common.tiles import in_phase_order
+from fastseg.kernels.runtime.launch import intercept, launch
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def _order_kernel(out_ptr, size, phases, BLOCK: tl.constexpr):
 @pytest.mark.parametrize("phases", [1, 2, 6, 18, 40])
 def test_the_order(size, phases, device):
     out = torch.empty(size, dtype=torch.int32, device=device)
-    config.launch(_order_kernel, (1,), out, size, phases, BLOCK=64)
+    launch(_order_kernel, (1,), out, size, phases, BLOCK=64)
     assert out.tolist() == sorted(range(size), key=lambda i: (i % phases, i))
 
 
@@ -59,7 +59,7 @@ def test_dilated_convolutions_ask_for_it(options, phased):
         if "PHASED" in kwargs:
             asked.add((kernel.fn.__name__, kwargs["PHASED"]))
 
-    with config.intercept(look):
+    with intercept(look):
         separable_conv2d(x, torch.randn(8, 1, 3, 3), torch.randn(8, 8, 1, 1), **options).sum().backward()
     assert {flag for _, flag in asked} == {phased}
     assert any("bwd_dw_input" in name for name, _ in asked) and any("fwd" in name for name, _ in asked)

@@ -6,10 +6,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.ops._batch_norm import ACTIVATIONS
-from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._pointwise_conv import pointwise_conv2d
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.norm import ACTIVATIONS
+from fastseg.ops.registered.pointwise_conv import pointwise_conv2d
 from fastseg.testing import compare
 
 CL = torch.channels_last
@@ -126,7 +126,7 @@ def test_shapes_are_checked(device):
 
 def test_the_cost_model():
     """Where cuDNN's call does it all it is used; bias, ReLU6 or no activation behind it make the difference."""
-    from fastseg.kernels.pointwise_conv import plan
+    from fastseg.kernels.dense_conv.pointwise import plan
 
     half = torch.bfloat16
     for pixels, C, COUT in ((16 * 128**2, 24, 144), (1024, 160, 960), (16 * 1024, 1280, 256)):

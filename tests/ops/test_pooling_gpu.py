@@ -8,7 +8,7 @@ import torch
 from candidates import check_candidates
 from torch.nn import functional as F
 
-from fastseg.kernels import config
+from fastseg.kernels.runtime import config
 from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d, max_pool2d, max_unpool2d
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:max_unpool")]

@@ -1,4 +1,4 @@
-"""Counted traffic of pooling and unpooling: the floors in the headers of kernels/max_pool.py and max_unpool.py.
+"""Counted traffic of pooling and unpooling: the floors in the headers of kernels/pooling/max_pool.py and max_unpool.py.
 
 Bytes are distinct bytes per launch, counted by the interpreter's checker; hi cells, lo windows, in fp32.
 """
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastseg.ops import BatchNormArgs, batch_norm_act_max_pool2d, max_pool2d, max_unpool2d
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 if INTERPRETED:
     from traffic import count_launches, count_traffic

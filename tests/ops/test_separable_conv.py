@@ -7,7 +7,8 @@ from separable_inputs import ORDERS, make
 from torch import Tensor
 
 import fastseg
-from fastseg.kernels import config
+from fastseg.kernels.runtime.launch import intercept
+from fastseg.kernels.runtime.launch import run as run_kernel
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops.separable_conv import separable_conv2d_ref
 from fastseg.testing import Tolerance, check_op, compare, guard, guarded
@@ -19,7 +20,7 @@ HALF = {torch.float16: Tolerance(2**-9, 2**-9), torch.bfloat16: Tolerance(2**-6,
 @pytest.fixture(params=["fused", "split"])
 def form(request, monkeypatch):
     """Run the op in one form whatever the cost model says."""
-    separable = pytest.importorskip("fastseg.kernels.separable_conv")
+    separable = pytest.importorskip("fastseg.kernels.separable_conv.launch")
     original = separable.plan
     monkeypatch.setattr(separable, "plan", lambda *a, **k: original(*a, **k)._replace(form=request.param))
     return request.param
@@ -46,7 +47,7 @@ def test_activation_after_the_residual(order, residual, form, device):
     with torch.no_grad():
         want = separable_conv2d_ref(*inputs, **kwargs, out_act="relu")
         compare(separable_conv2d(*inputs, **kwargs, out_act="relu"), want.double(), terms=200)
-        with config.intercept(lambda kernel, *_: launched.append(kernel.fn.__name__)):
+        with intercept(lambda kernel, *_: launched.append(kernel.fn.__name__)):
             separable_conv2d(*inputs, **kwargs, out_act="relu")
     assert len(launched) == (1 if form == "fused" else 2)
 
@@ -100,10 +101,10 @@ def test_precision_follows_torchs_switch(allowed, device, monkeypatch):
 
     def watch(kernel, grid, args, kwargs):
         seen.append(kwargs.get("PRECISION"))
-        config.run(kernel, grid, args, kwargs)
+        run_kernel(kernel, grid, args, kwargs)
 
     inputs, kwargs = make("smp", device=device)
-    with config.intercept(watch):
+    with intercept(watch):
         check_op(separable_conv2d, separable_conv2d_ref, inputs, terms=100,
                  tolerance=Tolerance(2**-10, 2**-10) if allowed else None, **kwargs)  # fmt: skip
     assert {p for p in seen if p} == {"tf32" if allowed else "ieee"}

@@ -9,14 +9,19 @@ import pytest
 import torch
 from separable_inputs import make
 
-from fastseg.ops import BatchNormArgs, _separable_conv, separable_conv2d
-from fastseg.ops._separable_conv import ACTIVATIONS
+from fastseg.ops import BatchNormArgs, separable_conv2d
+from fastseg.ops.registered import separable_conv as _separable_conv
+from fastseg.ops.registered.separable_conv import ACTIVATIONS
 from fastseg.ops.separable_conv import separable_conv2d_ref
 from fastseg.testing import check_op
 
 pytest.importorskip("triton")
-from fastseg.kernels import batch_norm_act, config, separable_conv, separable_conv_fwd
-from fastseg.kernels.separable_conv_plan import Geometry, plan
+from fastseg.kernels.batch_norm import fwd as batch_norm_act
+from fastseg.kernels.runtime import config
+from fastseg.kernels.runtime.conv_sizes import Geometry
+from fastseg.kernels.separable_conv import fwd as separable_conv_fwd
+from fastseg.kernels.separable_conv import launch as separable_conv
+from fastseg.kernels.separable_conv.cost import plan
 
 SMALL = {
     "separable_conv_fwd_fused": {"BLOCK_H": 4, "BLOCK_W": 4, "BLOCK_N": 16, "BLOCK_K": 16},

@@ -9,7 +9,7 @@ from separable_inputs import make
 from torch import Tensor
 
 import fastseg
-from fastseg.kernels import config
+from fastseg.kernels.runtime import config
 from fastseg.ops import separable_conv2d
 
 pytestmark = pytest.mark.gpu

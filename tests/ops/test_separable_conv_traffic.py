@@ -1,4 +1,4 @@
-"""Counted traffic and launches of the separable convolution: the figures in the header of kernels/separable_conv.py.
+"""Counted traffic and launches of the separable convolution: the figures in the header of kernels/separable_conv/launch.py.
 
 A = x, U = the depthwise map, Y = the output; bytes are distinct bytes per launch, counted by the interpreter's checker.
 """
@@ -8,7 +8,7 @@ import torch
 from separable_inputs import make
 
 from fastseg.ops import separable_conv2d
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 if INTERPRETED:
     from traffic import count_launches, count_traffic
@@ -24,7 +24,7 @@ NORMS = 4 * 4 * (C + COUT)  # four vectors each
 
 @pytest.fixture(params=["fused", "split"])
 def form(request, monkeypatch):
-    import fastseg.kernels.separable_conv as separable
+    import fastseg.kernels.separable_conv.launch as separable
 
     original = separable.plan
     monkeypatch.setattr(separable, "plan", lambda *a, **k: original(*a, **k)._replace(form=request.param))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import fastseg
 import fastseg.nn as fnn
 from fastseg import ops
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 N = np.int64
 X = torch.arange(96.0).view(1, 2, 6, 8).sin()

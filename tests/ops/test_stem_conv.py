@@ -6,13 +6,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.ops._conv_act import conv2d_act
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.testing import compare
 
 pytest.importorskip("triton")
-from fastseg.kernels.separable_conv_plan import Geometry
-from fastseg.kernels.stem_conv import plan
+from fastseg.kernels.dense_conv.stem import plan
+from fastseg.kernels.runtime.conv_sizes import Geometry
 
 CL = torch.channels_last
 

@@ -8,7 +8,7 @@ from head_inputs import AC, LAYOUTS, SIZES, allocations, interpolate
 
 import fastseg
 from fastseg.ops import upsample_argmax
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.upsample_argmax import upsample_argmax_ref
 from fastseg.testing import guard, guarded
 
@@ -221,7 +221,7 @@ def test_every_class_can_win(classes):
 def test_pruning_changes_nothing(kind, monkeypatch):
     """Ties and near ties, where a class that is pruned could have won by a rounding."""
     op = sys.modules["fastseg.ops.upsample_argmax"]
-    kernel = sys.modules["fastseg.kernels.upsample_argmax"]
+    kernel = sys.modules["fastseg.kernels.upsample.argmax"]
     for seed in range(2):
         torch.manual_seed(seed)
         logits = {

@@ -8,12 +8,12 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg.ops import upsample_bilinear
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.upsample_bilinear import upsample_bilinear_ref
 from fastseg.testing import check_op, guard, guarded
 
 if INTERPRETED:
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
 CL, NCHW = torch.channels_last, torch.contiguous_format
 AC = pytest.mark.parametrize("align_corners", [False, True], ids=["centres", "corners"])

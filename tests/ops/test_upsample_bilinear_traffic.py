@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from fastseg.ops import bilinear_conv_transpose2d, upsample_bilinear
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 if INTERPRETED:
     from traffic import count_traffic
 
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="traffic is counted under the interpreter")
 

@@ -6,7 +6,7 @@ from torch.autograd import forward_ad
 
 import fastseg
 from fastseg.ops import upsample_concat
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.upsample_concat import upsample_concat_ref
 from fastseg.testing import check_op, guard, guarded
 
@@ -87,7 +87,7 @@ def test_every_byte_once(C, layout):
         pytest.skip("traffic is counted under the interpreter")
     from traffic import count_traffic
 
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
     x, skip = draw((2, C, 3, 4), layout), draw((2, C, 6, 8), layout)
     with config.override("bilinear_fwd", ROWS=8), config.override("bilinear_bwd", ROWS=8), count_traffic() as traffic:

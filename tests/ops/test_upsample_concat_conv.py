@@ -7,10 +7,11 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import fastseg
-from fastseg.ops import _upsample_taps, upsample_concat_conv
+from fastseg.ops import upsample_concat_conv
 from fastseg.ops import upsample_concat_conv2d as op
-from fastseg.ops._dispatch import INTERPRETED
-from fastseg.ops._upsample_taps import add_upsampled, strips
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.registered import upsample_taps as _upsample_taps
+from fastseg.ops.registered.upsample_taps import add_upsampled, strips
 from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d_ref as ref
 from fastseg.testing import check_op, guard, guarded
 
@@ -48,7 +49,7 @@ def on_cpu(*tensors, act=None, align_corners=False, up_first=True):
 def low_resolution(monkeypatch):
     """Nine taps, whatever the cost models say; interpreted, in few programs."""
     if INTERPRETED:
-        from fastseg.kernels.config import override
+        from fastseg.kernels.runtime.config import override
 
         with override("upsample_conv_fwd", ROWS=8):
             yield from _low_resolution(monkeypatch)
@@ -85,7 +86,7 @@ def test_kernel_in_strips(low_resolution, device):
     """Rows that begin a strip, end one, and several columns of tiles."""
     if not upsample_concat_conv.HAS_TRITON:
         pytest.skip("no Triton")
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
     tensors = draw(((1, 4, 3, 2), (2, 7, 6), 4), device=device, grad=False)
     for rows, width in ((4, 4), (2, 8)):
@@ -246,7 +247,7 @@ def test_every_byte_once(low_resolution):
     """Nine taps and the other half's convolution read, the result written; and what L1 carries."""
     from traffic import count_traffic
 
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
     deep, low, weight, bias = draw(((1, 4, 3, 3), (2, 12, 12), 8), grad=False)
     with config.override("upsample_conv_fwd", ROWS=16), count_traffic() as traffic:

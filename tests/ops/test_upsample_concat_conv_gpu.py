@@ -6,7 +6,7 @@ from candidates import check_candidates
 
 import fastseg
 from fastseg.ops import upsample_concat_conv2d as op
-from fastseg.ops._upsample_taps import fused_taps
+from fastseg.ops.registered.upsample_taps import fused_taps
 from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d_ref as ref
 
 pytestmark = pytest.mark.gpu

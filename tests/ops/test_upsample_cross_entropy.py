@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from head_inputs import AC, LAYOUTS, SIZES, allocations, interpolate
 
 import fastseg
+from fastseg.kernels.runtime.launch import intercept
 from fastseg.ops import upsample_cross_entropy
-from fastseg.ops._dispatch import HAS_TRITON, INTERPRETED
-from fastseg.ops._upsample_cross_entropy import Call, _launch_bwd, _launch_fwd
+from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
+from fastseg.ops.registered.upsample_cross_entropy import Call, _launch_bwd, _launch_fwd
 from fastseg.testing import check_op, guard, guarded
 
 NAN, INF = float("nan"), float("inf")
@@ -173,12 +174,11 @@ def test_memory_at_ade20k_size(layout):
     """16 x 150 x 512^2 in bf16, on tensors without memory: all that is allocated, against eager's peak."""
     if not HAS_TRITON:
         pytest.skip("needs Triton's launchers")
-    from fastseg.kernels import config
 
     logits = torch.empty(16, 150, 128, 128, dtype=torch.bfloat16, device="meta", memory_format=layout)
     call = Call(logits, torch.empty(16, 512, 512, dtype=torch.int64, device="meta"), None, 255, "mean", 0.0, False,
                 False, True)  # fmt: skip
-    with allocations() as seen, config.intercept(lambda *launch: None):
+    with allocations() as seen, intercept(lambda *launch: None):
         _, lse, total = _launch_fwd(*call)
         dx = _launch_bwd(total, lse, total, *call)
     assert dx.stride() == logits.stride()
@@ -287,7 +287,7 @@ def small_blocks():
     if not HAS_TRITON:
         yield
         return
-    from fastseg.kernels import config
+    from fastseg.kernels.runtime import config
 
     fwd = config.override("upsample_cross_entropy_fwd", BLOCK_H=2, BLOCK_W=8, BLOCK_C=16)
     with fwd, config.override("upsample_cross_entropy_bwd", BLOCK_H=2, BLOCK_X=4, LANES=1, BLOCK_C=16):

@@ -10,7 +10,7 @@ from head_inputs import interpolate
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.kernels import config
+from fastseg.kernels.runtime import config
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
 
 pytestmark = pytest.mark.gpu

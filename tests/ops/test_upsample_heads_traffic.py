@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
-from fastseg.ops._dispatch import INTERPRETED
+from fastseg.ops.core.dispatch import INTERPRETED
 
 if INTERPRETED:
     from traffic import count_traffic

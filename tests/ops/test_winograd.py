@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fastseg.ops._onednn import why_not
-from fastseg.ops._winograd import blocks, matrices, plan, transform, transformed_bytes, winograd_conv2d
+from fastseg.ops.cpu.onednn import why_not
+from fastseg.ops.cpu.winograd import blocks, matrices, plan, transform, transformed_bytes, winograd_conv2d
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 CL = torch.channels_last

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg import nn as fnn
-from fastseg.nn.sequential import Sequential
+from fastseg.nn.fuse.sequential import Sequential
 
 CONTAINERS = (nn.Sequential, Sequential)
 

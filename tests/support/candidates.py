@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 from torch import Tensor
 
-from fastseg.kernels import config
+from fastseg.kernels.runtime import config
 
 
 def check_candidates(kernel: str, run: Callable[[], list[Tensor]], close: Callable[[Tensor, Tensor], None]) -> None:

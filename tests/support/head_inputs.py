@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from fastseg.ops._dispatch import HAS_TRITON
+from fastseg.kernels.runtime.launch import intercept, run
+from fastseg.ops.core.dispatch import HAS_TRITON
 
 # Logits (N, C, h, w) and full size (H, W).
 SIZES = [
@@ -76,11 +77,10 @@ def allocations() -> Iterator[Allocations]:
         if not HAS_TRITON:
             yield seen
             return
-        from fastseg.kernels import config
 
         def launch(*arguments) -> None:
             with _disable_current_modes():  # the interpreter copies every argument
-                config.run(*arguments)
+                run(*arguments)
 
-        with config.intercept(launch):
+        with intercept(launch):
             yield seen

@@ -29,11 +29,11 @@ from fastseg.ops import (
     upsample_concat_conv2d,
     upsample_cross_entropy,
 )
-from fastseg.ops._atrous import atrous_branches
-from fastseg.ops._inverted_residual import inverted_residual
-from fastseg.ops._pointwise_conv import pointwise_conv2d
-from fastseg.ops._stem_conv import stem_conv2d
-from fastseg.ops._upsample_taps import upsample_taps
+from fastseg.ops.atrous_conv2d import atrous_branches
+from fastseg.ops.inverted_residual import inverted_residual
+from fastseg.ops.registered.pointwise_conv import pointwise_conv2d
+from fastseg.ops.registered.stem_conv import stem_conv2d
+from fastseg.ops.registered.upsample_taps import upsample_taps
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import interpreter
 import numpy as np
 
-from fastseg.kernels import config
+from fastseg.kernels.runtime.launch import intercept, run
 
 
 class LaunchTraffic(NamedTuple):
@@ -77,9 +77,9 @@ def count_launches() -> Iterator[Counter[str]]:
 
     def count(kernel, grid, args, kwargs) -> None:
         counts[kernel.fn.__name__] += 1
-        config.run(kernel, grid, args, kwargs)
+        run(kernel, grid, args, kwargs)
 
-    with config.intercept(count):
+    with intercept(count):
         yield counts
 
 

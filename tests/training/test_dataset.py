@@ -8,8 +8,8 @@ import torch
 from folders import CLASSES, VOID, make_folders
 from PIL import Image
 
-from fastseg.inference.images import palette
-from fastseg.inference.processes import Processes
+from fastseg.io.images import palette
+from fastseg.io.processes import Processes
 from fastseg.training.batches import collate, plain_errors, scoring_batches, training_batches
 from fastseg.training.dataset import DatasetSpec, FolderDataset, read_spec
 from fastseg.training.transforms import PADDING, Augment, resized

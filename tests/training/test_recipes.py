@@ -12,7 +12,7 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import main, train
-from fastseg.inference.checkpoint import load_checkpoint
+from fastseg.io.checkpoint import load_checkpoint
 from fastseg.models import UNetPlusPlus, create
 from fastseg.models.weights import read_payload
 from fastseg.training.dataset import read_spec

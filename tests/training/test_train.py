@@ -10,7 +10,7 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import main
-from fastseg.inference.checkpoint import load_checkpoint
+from fastseg.io.checkpoint import load_checkpoint
 from fastseg.models.weights import read_payload
 
 

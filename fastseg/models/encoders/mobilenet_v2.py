@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
-from fastseg.nn.conv import run_separable
-from fastseg.nn.inverted_residual import run_inverted_residual
-from fastseg.nn.sequential import Sequential, opened, run_tapped
+from fastseg.nn.fuse.inverted_residual import run_inverted_residual
+from fastseg.nn.fuse.separable import run_separable
+from fastseg.nn.fuse.sequential import Sequential, opened, run_tapped
 
 STEM_CHANNELS = 32
 # Expansion, output channels, number of blocks, stride of the first block.

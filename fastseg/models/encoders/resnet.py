@@ -6,8 +6,8 @@ from typing import Literal
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
-from fastseg.nn.fold import run_conv_norm_act
-from fastseg.nn.sequential import Sequential
+from fastseg.nn.fuse.conv_norm_act import run_conv_norm_act
+from fastseg.nn.fuse.sequential import Sequential
 
 # Depth: whether blocks are bottlenecks, and the number of blocks of the four layers.
 LAYERS = {18: (False, (2, 2, 2, 2)), 34: (False, (3, 4, 6, 3)), 50: (True, (3, 4, 6, 3)), 101: (True, (3, 4, 23, 3))}

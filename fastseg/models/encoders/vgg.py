@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
-from fastseg.nn.sequential import Sequential, run_tapped
+from fastseg.nn.fuse.sequential import Sequential, run_tapped
 
 # The widths of each stage's convolutions; a 2x2 max pool follows each stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))

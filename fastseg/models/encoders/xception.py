@@ -3,10 +3,10 @@
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
-from fastseg.nn.conv import run_separable
-from fastseg.nn.fold import run_conv_norm_act
-from fastseg.nn.sequential import noting
-from fastseg.nn.watch import watched
+from fastseg.nn.fuse.conv_norm_act import run_conv_norm_act
+from fastseg.nn.fuse.separable import run_separable
+from fastseg.nn.fuse.sequential import noting
+from fastseg.nn.fuse.watch import watched
 
 MIDDLE_BLOCKS = 16
 MOMENTUM = 3e-4  # of the running statistics, in the two codes

@@ -1,0 +1,1 @@
+"""The demo: texture mosaics of real photographs to learn from."""

@@ -1,0 +1,1 @@
+"""Files, processes and progress: what commands and tools read, write and print."""

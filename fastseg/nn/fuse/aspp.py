@@ -1,0 +1,209 @@
+"""Run the branches and the projection of an atrous spatial pyramid as few launches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastseg import ops
+from fastseg.nn.conv import SeparableConv2d
+from fastseg.nn.fuse.children import batch_norm_args
+from fastseg.nn.fuse.conv_norm_act import can_fold, folded, run_conv_norm_act
+from fastseg.nn.fuse.sequential import next_group, opened, run_layers
+from fastseg.nn.fuse.watch import split_act, watched
+from fastseg.ops import BatchNormArgs, batch_norm_act
+from fastseg.ops.aspp import pool_share, project, split_projection
+from fastseg.ops.atrous_conv2d import are_one_map, atrous_branches, atrous_maps
+from fastseg.ops.core.dispatch import kernels_run, record_reference
+from fastseg.ops.core.recompute import kept_as_recipe
+
+CONCAT, SUM = "concat", "sum"
+
+
+class _Dense(NamedTuple):
+    """The children of a branch that is a convolution, a norm and a ReLU."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+
+
+def run_aspp(
+    x: Tensor,
+    branches: Sequence[nn.Module],
+    pool: Callable[[Tensor], Tensor] | None,
+    projection: nn.Module,
+    *,
+    pool_first: bool = False,
+) -> Tensor:
+    """``projection(cat([*branches(x), pool(x)], 1))`` over existing modules, whatever they are called.
+
+    Args:
+        x: (N, C, H, W).
+        branches: each a ``nn.Sequential`` of convolution, norm and ReLU, or any module that gives (N, *, H, W). Where
+            all are the former, and undisturbed by hooks and the like, they run as one op; else one after the other.
+        pool: gives the image's vector, (N, *, 1, 1), which is spread over the map; or None.
+        projection: a ``nn.Sequential`` that begins with a 1x1 convolution takes the maps one by one, and the vector as
+            a bias of each image; any other module gets them side by side.
+        pool_first: whether the pool's channels come first in the projection's weight, not last.
+
+    Returns:
+        (N, OUT, H, W).
+    """
+    parts = _run_branches(x, branches)
+    vector = None if pool is None else pool(x)
+    if vector is not None and vector.shape[2:] != (1, 1):  # another pooling: its map is interpolated
+        resized = F.interpolate(vector, parts[0].shape[2:], mode="bilinear", align_corners=False)
+        parts, vector = [resized, *parts] if pool_first else [*parts, resized], None
+    layers = opened(projection)
+    conv, norm, act, stop = next_group(layers or ())
+    if conv is None or watched(conv, nn.Conv2d) or not _pointwise(conv):
+        maps = parts if vector is None else [*parts, vector.expand(-1, -1, *parts[0].shape[2:])]
+        maps = [*maps[-1:], *maps[:-1]] if pool_first and vector is not None else maps
+        return projection(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
+    name, module = split_act(act)
+    if norm is not None and can_fold(parts[0], conv, norm) and (len(parts) > 1 or vector is not None):
+        y = _project_folded(x, parts, vector, conv, norm, name, pool_first)
+        return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
+    if len(parts) > 1 and kernels_run(x):
+        return run_layers(_project_each(x, parts, vector, conv, pool_first), layers[1:])
+    maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    if vector is None:
+        return projection(maps)
+    # The pooled branch is constant over an image, and so is its share of the projection: a bias per image and channel.
+    weight, pooled_weight = split_projection(conv.weight, maps.shape[1], pool_first)
+    share = pool_share(vector, pooled_weight, conv.bias)
+    with kept_as_recipe(maps):
+        y = project([maps], [weight], share, None)
+    return run_layers(y, layers[1:])
+
+
+def _pointwise(conv: nn.Conv2d) -> bool:
+    return conv.kernel_size == (1, 1) and conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+
+
+def _project_each(x: Tensor, parts: Sequence[Tensor], vector, conv: nn.Conv2d, pool_first: bool) -> Tensor:
+    """The projection, for gradients: one matrix product takes up the sum of the one before, and no map is copied."""
+    channels = [part.shape[1] for part in parts]
+    weight, pooled_weight = split_projection(conv.weight, sum(channels), pool_first)
+    if vector is not None:
+        share = pool_share(vector, pooled_weight, conv.bias)
+    else:
+        zero = parts[0].new_zeros(conv.out_channels)
+        share = (zero if conv.bias is None else conv.bias.to(zero.dtype)).expand(x.shape[0], -1)
+    y = share[:, None]
+    for part, own in zip(parts, weight.flatten(1).split(channels, 1), strict=True):
+        y = torch.baddbmm(y, part.flatten(2).transpose(1, 2), own.t().expand(x.shape[0], -1, -1))
+    return y.transpose(1, 2).unflatten(2, parts[0].shape[2:])
+
+
+def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, conv, norm, act, pool_first: bool) -> Tensor:
+    """The projection with folded norm, each map through its own slice of the weight: nobody puts them side by side."""
+    pooled_channels = 0 if vector is None else conv.in_channels - sum(part.shape[1] for part in parts)
+    place = start = pooled_channels if pool_first else 0
+    weights = []
+    for part in parts:
+        weights.append(folded(part, conv, norm, (place, place + part.shape[1]))[0])
+        place += part.shape[1]
+    pooled_weight, bias = folded(parts[0], conv, norm, (0, start) if pool_first else (place, conv.in_channels))
+    share = bias.expand(x.shape[0], -1) if vector is None else pool_share(vector, pooled_weight, bias)
+    return project(parts, weights, share, act)
+
+
+def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
+    """The sum of ``conv(x)`` over existing dilated convolutions with padding that keeps H and W."""
+    why = next(filter(None, map(_not_plain, convs)), "")
+    if why:
+        record_reference("aspp", x, why)
+        return sum(conv(x) for conv in convs)
+    biases = [conv.bias for conv in convs]
+    return ops.aspp(
+        x, [conv.weight for conv in convs], [conv.dilation[0] for conv in convs],
+        None if None in biases else biases, fusion=SUM,
+    )  # fmt: skip
+
+
+def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
+    """The branches' maps side by side, (N, sum of channels, H, W); or each, where they are not one op."""
+    parts = [_dense(branch) for branch in branches]
+    why = next((part for part in parts if isinstance(part, str)), "") or _different(parts)
+    if why:
+        record_reference("aspp", x, why)
+        return [
+            run_conv_norm_act(x, *part, "relu") if isinstance(part, _Dense) else branch(x)
+            for part, branch in zip(parts, branches, strict=True)
+        ]
+    convs, norms = zip(*parts, strict=True)
+    dilations = [conv.dilation[0] for conv in convs]
+    if all(can_fold(x, *part) for part in parts):
+        weights, biases = zip(*(folded(x, *part) for part in parts), strict=True)
+        return atrous_maps(x, weights, biases, dilations, "relu")
+    if not are_one_map(x, [conv.weight for conv in convs], dilations):
+        return [run_conv_norm_act(x, *part, "relu") for part in parts]
+    biases = None if convs[0].bias is None else [conv.bias for conv in convs]
+    z = atrous_branches(x, [conv.weight for conv in convs], biases, dilations, None)
+    return [_norm_relu(z, norms)]
+
+
+def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+    """Norms of one kind, each over its own channels of ``z``, and ReLU, as one: batch statistics are per channel."""
+    each = [batch_norm_args(norm) for norm in norms]
+    first = each[0]
+    with torch.no_grad():
+        running = [None if first.running_mean is None else torch.cat(tensors) for tensors in _columns(each, 0, 2)]
+    affine = [None if first.weight is None else torch.cat(tensors) for tensors in _columns(each, 2, 4)]
+    y = batch_norm_act(z, BatchNormArgs(*running, *affine, *first[4:]), "relu")
+    if first.training and first.running_mean is not None:
+        widths = [norm.num_features for norm in norms]
+        for merged, own in zip(running, _columns(each, 0, 2), strict=True):
+            torch._foreach_copy_(own, merged.split(widths))
+    return y
+
+
+def _columns(each: Sequence[BatchNormArgs], start: int, stop: int) -> Iterator[list]:
+    return (list(column) for column in list(zip(*each, strict=True))[start:stop])
+
+
+def _dense(branch: nn.Module) -> _Dense | str:
+    """Convolution and norm of a branch that ends with a ReLU, or why it must be called."""
+    if isinstance(branch, SeparableConv2d):
+        return "a separable branch"
+    layers = opened(branch)
+    if layers is None or [type(child) for child in layers][2:] != [nn.ReLU]:
+        return f"a branch is {type(branch).__name__}, not convolution, norm and ReLU, or watched"
+    conv, norm, relu = layers
+    why = watched(norm, nn.BatchNorm2d) or watched(relu, nn.ReLU) or _not_plain(conv)
+    return why or _Dense(conv, norm)
+
+
+def _not_plain(conv: nn.Module) -> str:
+    """Why ``atrous_branches`` cannot stand for the convolution, or ""."""
+    if why := watched(conv, nn.Conv2d):
+        return why
+    (size, across), rate = conv.kernel_size, conv.dilation
+    same = conv.padding == (rate[0] * (size // 2),) * 2 and conv.padding_mode == "zeros"
+    if (
+        size != across
+        or size not in (1, 3)
+        or rate[0] != rate[1]
+        or conv.stride != (1, 1)
+        or conv.groups != 1
+        or not same
+    ):
+        return "a branch's convolution is not 1x1 or 3x3 with stride 1, one group and padding that keeps the size"
+    return ""
+
+
+def _different(parts: Sequence[_Dense]) -> str:
+    """Why the branches cannot share one op and one norm, or ""."""
+    kinds = {
+        (
+            conv.bias is None, norm.training, norm.eps, norm.momentum, norm.track_running_stats, norm.affine,
+            norm.running_mean is None,
+        )
+        for conv, norm in parts
+    }  # fmt: skip
+    if len(kinds) > 1 or any(norm.momentum is None for _, norm in parts):  # a cumulative average counts for itself
+        return "the branches differ in biases, or in options of their norms"
+    return ""

@@ -1,0 +1,45 @@
+"""Which children a fused op may stand for, and what it reads of them."""
+
+from torch import nn
+
+from fastseg.nn.fuse.watch import watched
+from fastseg.ops import BatchNormArgs
+from fastseg.ops.core.norm import ACTIVATIONS, Activation
+
+Act = Activation | nn.Module | None  # by its name, or the module that a model has for it
+
+
+def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
+    """What ``nn.BatchNorm2d.forward`` hands to ``batch_norm``; counts the batch, as it does."""
+    if norm is None:
+        return None
+    momentum = norm.momentum
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:  # cumulative average
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    mean, var = norm.running_mean, norm.running_var
+    training = norm.training or mean is None
+    if norm.training and not norm.track_running_stats:
+        mean = var = None
+    return BatchNormArgs(mean, var, norm.weight, norm.bias, training, 0.0 if momentum is None else momentum, norm.eps)
+
+
+def check_activations(name: str, **acts: str | None) -> None:
+    for label, act in acts.items():
+        if act is not None and act not in ACTIVATIONS:
+            raise ValueError(f'{name}: {label} is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+
+
+def not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
+    """Why these modules must be called as they are, or ""."""
+    pairs = ((depthwise, nn.Conv2d), (mid_norm, nn.BatchNorm2d), (pointwise, nn.Conv2d), (post_norm, nn.BatchNorm2d))
+    if why := next(filter(None, (watched(module, plain) for module, plain in pairs)), ""):
+        return why
+    d, p = depthwise, pointwise
+    square = all(isinstance(v, tuple) and v[0] == v[1] for v in (d.kernel_size, d.stride, d.padding, d.dilation))
+    if not square or d.padding_mode != "zeros" or not d.groups == d.in_channels == d.out_channels:
+        return "the depthwise convolution has uneven sizes, a padding mode, or more than one filter a channel"
+    if p.kernel_size != (1, 1) or p.stride != (1, 1) or p.padding != (0, 0) or p.groups != 1:
+        return "the pointwise convolution is not a plain 1x1"
+    return ""

@@ -1,0 +1,105 @@
+"""Batch norm folded into the convolution before it, in evaluation; modules and ``state_dict`` stay as they are."""
+
+import torch
+from torch import Tensor, nn
+
+from fastseg.nn.fuse.children import Act
+from fastseg.nn.fuse.norm import run_norm_act, watched_norm
+from fastseg.nn.fuse.watch import apply_act, rewritten, split_act, watched
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.dispatch import autocast_dtype, followed
+from fastseg.ops.core.kept import keeper, made_once
+from fastseg.ops.core.norm import activate, add_residual
+from fastseg.ops.core.recompute import kept_as_recipe
+from fastseg.ops.cpu.packed import conv2d, packing
+from fastseg.ops.registered.fold_norm import fold_norm
+
+
+def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether the norm has fixed statistics, nobody wants a gradient, nobody watches either module, and it pays."""
+    if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm) or norm.running_mean is None:
+        return False
+    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
+    # A compiler folds by itself; in a trace or a transform the weights are variables.
+    return not (followed(*tensors) or _differentiated(*tensors)) and _pays(x, conv, norm)
+
+
+def _pays(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
+    """Whether folding costs less than a pass over the map: it is done once, or the map is larger than the weight."""
+    taps = conv.weight.shape[1:].numel()
+    pixels = x.shape[0] * (x.shape[-2] // conv.stride[0]) * (x.shape[-1] // conv.stride[1])
+    return taps <= pixels or keeper(_sources(conv, norm)) is not None
+
+
+def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    return conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+
+
+def _differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def folded(
+    x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, inputs: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``norm(conv(x))`` as one convolution, in the dtype that ``x`` is convolved in.
+
+    ``inputs``, from the first to before the last, are the input channels whose weights are wanted; None: all.
+
+        weight' = weight s,   bias' = (bias - mean) s + shift,   s = norm.weight / sqrt(var + eps)
+
+    Made at each call: a weight may be written to in ways that nothing counts. Kept inside ``fastseg.frozen`` and in a
+    ``Runner``.
+    """
+    dtype = autocast_dtype(x)
+    last = x.is_contiguous(memory_format=torch.channels_last)
+
+    def fold() -> tuple[Tensor, Tensor]:
+        weight = conv.weight if inputs is None else conv.weight[:, slice(*inputs)]
+        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        return fold_norm(weight, conv.bias, *statistics, norm.eps, dtype, last)
+
+    if rewritten(conv) or rewritten(norm):
+        return fold()
+    return made_once(_sources(conv, norm), ("folded", norm.eps, dtype, last, inputs), fold)
+
+
+def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
+    """``norm(conv(x))`` as one convolution with folded weights; only where ``can_fold``."""
+    weight, bias = folded(x, conv, norm)
+    if conv.padding_mode != "zeros":
+        return conv._conv_forward(x, weight, bias)
+    return conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+def convolve(conv: nn.Module, x: Tensor) -> Tensor:
+    """``conv(x)``, which keeps the recipe of ``x`` if there is one; within ``packed_weights``, packed."""
+    if packing() and not watched(conv, nn.Conv2d) and conv.padding_mode == "zeros":
+        return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    with kept_as_recipe(x):
+        return conv(x)
+
+
+def run_conv_norm_act(
+    x: Tensor, conv: nn.Module, norm: nn.Module | None, act: Act, residual: Tensor | None = None
+) -> Tensor:
+    """``act(norm(conv(x)) + residual)``; the norm is folded into the convolution where it can be, else the convolution
+    is followed by norm, residual and activation as one op. Modules that somebody watches, and other kinds, are called.
+    """
+    if isinstance(act, nn.Module):
+        act, module = split_act(act)
+        if module is not None:
+            return module(run_conv_norm_act(x, conv, norm, None, residual))
+    if norm is not None and not can_fold(x, conv, norm):
+        return run_norm_act(convolve(conv, x), norm, act, residual)
+    if norm is None and watched(conv, nn.Conv2d):
+        y = convolve(conv, x)
+        return apply_act(act, y if residual is None else y + residual)
+    own = (x, conv.weight, conv.bias)
+    as_it_is = norm is None and (followed(*own) or _differentiated(*own))
+    if conv.padding_mode == "zeros" and not as_it_is:
+        weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)
+        options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)
+        return conv2d_act(x, weight, bias, *options, residual=residual)
+    y = convolve(conv, x) if norm is None else run_conv(x, conv, norm)
+    return activate(add_residual(y, residual), act, inplace=True)

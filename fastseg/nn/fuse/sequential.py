@@ -1,0 +1,105 @@
+"""A sequence of modules whose convolutions, norms and activations run as one op where nobody watches them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
+from fastseg.nn.fuse.norm import run_norm_act
+from fastseg.nn.fuse.watch import FUSED_ACTS, watched
+from fastseg.nn.norm import BatchNormAct2d
+
+NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+
+
+class Sequential(nn.Sequential):
+    """As ``torch.nn.Sequential``; difference: a ``Conv2d``, the ``BatchNorm2d`` and the activation after it are one op.
+
+    In evaluation the norm is folded into the convolution, as in ``ConvNormAct2d``. What is there decides: a child that
+    is another module, has hooks, or whose options the op does not have, is called as it is.
+
+    Example:
+        >>> Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())(torch.randn(2, 3, 8, 8)).shape
+        torch.Size([2, 8, 6, 6])
+    """
+
+    def forward(self, input: Tensor, *, taps: dict[int, Tensor | None] | None = None) -> Tensor:
+        """The last child's output. ``taps``, with ascending keys, gets the output of child ``key`` at each of them."""
+        layers, start = list(self), 0
+        for i in taps or ():
+            taps[i] = input = run_layers(input, layers[start : i + 1])
+            start = i + 1
+        return run_layers(input, layers[start:])
+
+
+class Group(NamedTuple):
+    """Children that follow each other and can run as one op; ``stop`` is the place after them."""
+
+    conv: nn.Conv2d | None
+    norm: nn.BatchNorm2d | None
+    act: nn.Module | None
+    stop: int
+
+
+def next_group(layers: Sequence[nn.Module], start: int = 0) -> Group:
+    """A convolution, batch norm and activation from place ``start`` on, those that are there; none: ``stop`` is
+    ``start``. They may be watched: what runs them looks."""
+    conv = norm = act = None
+    stop, count = start, len(layers)
+    if stop < count and type(layers[stop]) is nn.Conv2d:
+        conv, stop = layers[stop], stop + 1
+    if stop < count and type(layers[stop]) in NORMS:
+        norm, stop = layers[stop], stop + 1
+    if start < stop < count and type(layers[stop]) in FUSED_ACTS:
+        act, stop = layers[stop], stop + 1
+    return Group(conv, norm, act, stop)
+
+
+def run_layers(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
+    """The modules one after another, in groups."""
+    place = 0
+    while place < len(layers):
+        conv, norm, act, stop = next_group(layers, place)
+        if stop == place:
+            x, stop = layers[place](x), place + 1
+        elif conv is None:
+            x = run_norm_act(x, norm, act)
+        elif stop == place + 1:
+            x = convolve(conv, x)
+        else:
+            x = run_conv_norm_act(x, conv, norm, act)
+        place = stop
+    return x
+
+
+def opened(module: nn.Module) -> list[nn.Module] | None:
+    """The children of a ``Sequential`` that nobody watches, to be run in its place; None: it must be called."""
+    if watched(module, Sequential) and watched(module, nn.Sequential):
+        return None
+    return list(module)
+
+
+def run_tapped(module: nn.Module, x: Tensor, taps: dict[int, Tensor | None]) -> Tensor:
+    """``module(x)``; ``taps`` gets the outputs of its children at its keys.
+
+    Where another module, or another forward, stands in the place of a ``Sequential``, hooks note the outputs.
+    """
+    if type(module) is Sequential and "forward" not in vars(module):
+        return module(x, taps=taps)
+    with ExitStack() as notes:
+        for i in taps:
+            notes.enter_context(noting(module, str(i), partial(taps.__setitem__, i)))
+        return module(x)
+
+
+@contextmanager
+def noting(module: nn.Module, child: str, note: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside the block ``note`` gets what ``child`` of ``module`` gives; not for the traced."""
+    hook = module.get_submodule(child).register_forward_hook(lambda child, args, out: note(out))
+    try:
+        yield
+    finally:
+        hook.remove()

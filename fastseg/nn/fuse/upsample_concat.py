@@ -1,0 +1,164 @@
+"""Skip connections: a coarse map upsampled and put beside finer ones."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastseg import ops
+from fastseg.nn.conv import SeparableConv2d
+from fastseg.nn.fuse.children import Act
+from fastseg.nn.fuse.conv_norm_act import can_fold, convolve, folded, run_conv_norm_act
+from fastseg.nn.fuse.norm import run_norm_act
+from fastseg.nn.fuse.sequential import next_group, opened, run_layers
+from fastseg.nn.fuse.watch import split_act, watched
+from fastseg.nn.upsampling import UpsamplingBilinear2d
+from fastseg.ops.core.dispatch import kernels_run
+from fastseg.ops.core.recompute import recipe_of, remember
+
+
+def upsample_concat(
+    x: Tensor, skips: Sequence[Tensor], up: nn.Module, *, crop: bool = False, up_first: bool = False
+) -> Tensor:
+    """``cat([*skips, up(x)], 1)``; doubled by interpolation, without a copy (``fastseg.ops.upsample_concat``).
+
+    A transposed convolution writes its map, which is copied beside the skips as they are: no library's convolution
+    writes into a part of a map.
+
+    Args:
+        x: (N, C, H, W), the coarse map.
+        skips: (N, *, SH, SW) each, finer maps of one size.
+        up: doubles H and W.
+        crop: cut the skips to the window in their middle that has the size of ``up(x)``, as the U-Net without padding;
+            else ``up(x)`` gets zeros around it up to the size of the skips, whose odd sides were halved downwards.
+        up_first: ``cat([up(x), *skips], 1)``.
+
+    Returns:
+        (N, sum of channels, OH, OW).
+    """
+    doubled = not watched(up, UpsamplingBilinear2d) and up.size is None and up.scale_factor == 2
+    doubled = doubled and up.mode == "bilinear" and up.align_corners
+    y = None if doubled else convolve(up, x)
+    height, width = (2 * n for n in x.shape[-2:]) if y is None else y.shape[-2:]
+    rows, columns = skips[0].shape[-2] - height, skips[0].shape[-1] - width
+    if crop:
+        skips = [s[:, :, rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width] for s in skips]
+    fits = crop or (_is_zero(rows) and _is_zero(columns))
+    if doubled and fits:
+        join = partial(_upsampled_beside, up_first=up_first)
+        return _remembered(join(x, *skips), (x, *skips), join)
+    y = up(x) if y is None else y
+    if not fits:
+        y = _framed(y, rows, columns)
+    parts = (y, *skips) if up_first else (*skips, y)
+    return _remembered(_beside(*parts), parts, _beside)
+
+
+def _is_zero(n: int) -> bool:
+    """Of a graph's symbolic number: whether it always is."""
+    if not isinstance(n, torch.SymInt):
+        return n == 0
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # two seconds, which exports alone pay
+
+    return statically_known_true(n == 0)
+
+
+def _framed(y: Tensor, rows: int, columns: int) -> Tensor:
+    """So many more rows and columns of zeros, half of them before; of symbolic numbers without a guard on them."""
+    if not any(isinstance(n, torch.SymInt) for n in (rows, columns)):
+        return F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+    for axis, more in ((2, rows), (3, columns)):
+        have = y.shape[axis]
+        at = torch.arange(have + more, device=y.device) - more // 2
+        shape = (-1, 1) if axis == 2 else (-1,)
+        inside = ((at >= 0) & (at < have)).view(shape)
+        y = torch.where(inside, y.index_select(axis, at.clamp(0, have - 1)), 0)
+    return y
+
+
+def run_upsample_concat(
+    deep: Tensor, low: Tensor, block: nn.Module, *, align_corners: bool = False, up_first: bool = True
+) -> Tensor:
+    """``block(cat([interpolate(deep, low.shape[2:]), low], 1))`` of an existing block.
+
+    A ``Sequential`` that begins with a convolution takes the upsampled map unwritten, where that is faster.
+    """
+    options = {"align_corners": align_corners, "up_first": up_first}
+    layers = opened(block) or [block]
+    conv, norm, act, stop = next_group(layers)
+    if conv is not None:
+        y = run_upsample_concat_conv(deep, low, conv, norm, act, **options)
+        return run_layers(y, layers[stop:])
+    first = layers[0].depthwise if type(layers[0]) is SeparableConv2d else layers[0]
+    return block(upsampled_beside(deep, low, first, **options))
+
+
+def upsampled_beside(x: Tensor, skip: Tensor, conv: nn.Module, *, align_corners: bool, up_first: bool = True) -> Tensor:
+    """``cat([interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1)`` without a copy of the upsampled map.
+
+    ``conv`` takes the result; where somebody watches it, torch's functions make it.
+    """
+    if watched(conv, nn.Conv2d):
+        y = F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=align_corners)
+        return torch.cat([y, skip] if up_first else [skip, y], 1)
+    join = partial(_upsampled_beside, up_first=up_first, align_corners=align_corners)
+    return _remembered(join(x, skip), (x, skip), join)
+
+
+def run_upsample_concat_conv(
+    deep: Tensor,
+    low: Tensor,
+    conv: nn.Module,
+    norm: nn.Module | None,
+    act: Act,
+    *,
+    align_corners: bool = False,
+    up_first: bool = True,
+) -> Tensor:
+    """``act(norm(conv(cat([interpolate(deep, low.shape[2:]), low], 1))))`` over torch modules, wherever they live.
+
+    A plain 3x3 convolution goes through ``fastseg.ops.upsample_concat_conv2d``, which need not write the upsampled map;
+    its norm is folded into it where it can be. Others are called.
+    """
+    name, module = split_act(act)
+    if module is not None:
+        options = {"align_corners": align_corners, "up_first": up_first}
+        return module(run_upsample_concat_conv(deep, low, conv, norm, None, **options))
+    plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (deep, low, conv.weight))
+    fold = plain and norm is not None and not wanted and can_fold(low, conv, norm)
+    if not plain or (wanted and kernels_run(deep)):  # there is no kernel for its gradients; the joined map has a recipe
+        x = upsampled_beside(deep, low, conv, align_corners=align_corners, up_first=up_first)
+        return run_conv_norm_act(x, conv, norm, name)
+    options = {"align_corners": align_corners, "up_first": up_first}
+    if norm is None:
+        return ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, act=name, **options)
+    if fold:
+        return ops.upsample_concat_conv2d(deep, low, *folded(deep, conv, norm), act=name, **options)
+    y = ops.upsample_concat_conv2d(deep, low, conv.weight, conv.bias, **options)
+    return run_norm_act(y, norm, name)
+
+
+def _plain_3x3(conv: nn.Conv2d) -> bool:
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1)) and conv.groups == 1 and conv.padding_mode == "zeros"
+
+
+def _beside(*maps: Tensor) -> Tensor:
+    return torch.cat(maps, 1)
+
+
+def _upsampled_beside(x: Tensor, *skips: Tensor, up_first: bool, align_corners: bool = True) -> Tensor:
+    return ops.upsample_concat(x, skips, align_corners=align_corners, up_first=up_first)
+
+
+def _remembered(y: Tensor, parts: tuple[Tensor, ...], join: Callable[..., Tensor]) -> Tensor:
+    """``y = join(*parts)``: the convolution after it keeps what the parts are made of, and joins them again.
+
+    Not where the parts would be kept as they are: they are as large as ``y``.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (y.requires_grad and kernels_run(y)):
+        return y
+    return remember(y, parts, join) if any(map(recipe_of, parts)) else y

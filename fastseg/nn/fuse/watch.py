@@ -1,0 +1,72 @@
+"""Which modules must be called, and not only their parameters be read; which activation a module is.
+
+A fused op stands for modules as their classes are written. A hook, another class (a wrapper, a parametrisation, another
+norm), a forward replaced on the instance or an option that the op does not have makes the module run as it is.
+"""
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from fastseg.ops.core.norm import ACTIVATIONS, Activation
+
+# torch's hooks on all modules. The names are private: a torch without one of them is taken for one without such hooks.
+_ON_ALL_MODULES = tuple(
+    getattr(torch_module, name, {})
+    for name in (
+        "_global_forward_hooks",
+        "_global_forward_pre_hooks",
+        "_global_backward_hooks",
+        "_global_backward_pre_hooks",
+    )
+)
+
+FUSED_ACTS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.LeakyReLU: "leaky_relu"}
+SLOPE = 0.01  # of the fused leaky ReLU
+
+
+def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
+    """Why ``module`` must be called, and not only its parameters be read, or ""."""
+    if module is None:
+        return ""
+    if type(module) is not plain:
+        return f"a child is {type(module).__name__}, not {plain.__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        return "a child has hooks"
+    if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
+        return "a child's forward was replaced"
+    if module._compiled_call_impl is not None:
+        return "a child is compiled by itself"
+    if any(_ON_ALL_MODULES):
+        return "all modules have hooks"
+    return ""
+
+
+def rewritten(module: nn.Module) -> bool:
+    """Whether versions may miss writes to its parameters: FSDP gathers new values into the same tensors, uncounted.
+
+    Its ``fully_shard`` can be told by the hook that it puts on every module whose parameters it shards.
+    """
+    return bool(module._load_state_dict_post_hooks)
+
+
+def split_act(act: "nn.Module | Activation | None") -> tuple[Activation | None, nn.Module | None]:
+    """What a fused op makes of ``act``: the name it is given, and the module to call on its result.
+
+    A module that is one of the fused activations, unwatched, is its name; any other is called.
+    """
+    if not isinstance(act, nn.Module):
+        return act, None
+    name = FUSED_ACTS.get(type(act))
+    if name is None or watched(act, type(act)):
+        return None, act
+    if (name == "leaky_relu" and act.negative_slope != SLOPE) or (
+        name == "relu6" and (act.min_val, act.max_val) != (0, 6)
+    ):
+        return None, act
+    return name, None
+
+
+def apply_act(act: "nn.Module | Activation | None", x: Tensor) -> Tensor:
+    """``act(x)``, never in place where the module is one of the fused activations: a hook may keep ``x``."""
+    name, module = split_act(act)
+    return ACTIVATIONS[name or "none"](x) if module is None else module(x)

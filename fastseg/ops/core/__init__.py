@@ -1,0 +1,1 @@
+"""What all ops share: dispatch, explain, registration, layouts, autograd helpers."""

@@ -1,0 +1,83 @@
+"""Helpers for autograd Functions."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastseg.ops.core.dispatch import followed, needs_grad, transforms_active
+from fastseg.ops.core.register import DECOMPOSITIONS
+
+
+def run(function: type[torch.autograd.Function], op: Callable, *args):
+    """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
+    may_be_followed = torch.is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
+    if not may_be_followed or torch.compiler.is_compiling():
+        return op(*args)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    if followed(*tensors):
+        return DECOMPOSITIONS[op.op](*args)
+    return function.apply(*args) if needs_grad(*tensors) else op(*args)
+
+
+def differentiable(gradients: Callable, again: Callable) -> Callable:
+    """A Function's backward whose result has right derivatives itself.
+
+    Args:
+        gradients: ``(ctx, saved, *grad_outputs) -> gradients``, by kernels, with no derivative of their own.
+        again: the same in torch's own ops, where something follows: ``create_graph=True``, forward-mode AD, ``vmap``.
+
+    Saved tensors are read here, once: a checkpoint gives each of them a single time.
+    """
+
+    def backward(ctx, *grad_outputs):
+        saved = ctx.saved_tensors
+        tensors = [t for t in grad_outputs if isinstance(t, Tensor)]
+        batched = followed(*tensors) or any(map(_is_batched, tensors))
+        if torch.is_grad_enabled() or (batched and not torch.compiler.is_compiling()):
+            return again(ctx, saved, *grad_outputs)
+        return gradients(ctx, saved, *grad_outputs)
+
+    return backward
+
+
+# Of ``torch.autograd.grad(..., is_grads_batched=True)``, whose vmap is another than that of ``torch.func``.
+_is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
+
+
+def derived(function: Callable, tensors: Sequence[Tensor | None], wanted: Sequence[bool], *grad_outputs: Tensor):
+    """Gradients of ``function(*tensors)``, which are functions of tensors and ``grad_outputs``; None if not ``wanted``.
+
+    Args:
+        function: of torch's own ops; gives as many tensors as there are ``grad_outputs``.
+        tensors: what it is called with.
+        wanted: of which of them a gradient is.
+    """
+    wanted = [want and t is not None for t, want in zip(tensors, wanted, strict=True)]
+    with torch.enable_grad():  # aliases: one of the tensors may have been made of another
+        aliases = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=True)]
+        outputs = function(*aliases)
+    asked = [t for t, want in zip(aliases, wanted, strict=True) if want]
+    grads = iter(())
+    if asked:
+        grads = iter(torch.autograd.grad(outputs, asked, grad_outputs, create_graph=torch.is_grad_enabled()))
+    return [next(grads) if want else None for want in wanted]
+
+
+class _Refusal(torch.autograd.Function):
+    """Gradients as they are, whose own derivative raises, at whichever of the op's inputs it is asked for."""
+
+    @staticmethod
+    def forward(ctx, name: str, why: str, count: int, *tensors: Tensor | None):
+        ctx.message = f"{name}: {why} its gradients are first order; a second derivative was asked for"
+        return tuple(None if t is None else t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError(ctx.message)
+
+
+def refused(name: str, why: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple:
+    """``grads``, of an op's ``inputs``: to differentiate them raises."""
+    return _Refusal.apply(name, why, len(grads), *grads, *inputs)

@@ -1,0 +1,113 @@
+"""Kernel or reference: the one decision, the switch that forces the reference, and the record of what was decided."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastseg.ops.core.explain import IN_REFERENCE, _in_reference, _report, in_reference, record
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def use_kernel(
+    op: str, x: Tensor, *others: Tensor | None, unsupported: str = "", form: Callable[[], str] = str
+) -> bool:
+    """Whether ``op`` runs its Triton kernel on these tensors; records the decision for ``explain``.
+
+    Args:
+        op: public name, for messages.
+        x: the tensor that decides device and dtype.
+        others: further tensors; they must be on the device of ``x``. None is skipped.
+        unsupported: why the kernel cannot take this configuration, or "".
+        form: says which of the op's kernels runs; called only where a record is kept.
+
+    Raises:
+        ValueError: the tensors are on different devices.
+    """
+    for t in others:
+        if t is not None and t.device != x.device:
+            raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
+    if torch.compiler.is_compiling():
+        return not (in_reference() or unsupported or _no_kernel(x))
+    why = IN_REFERENCE if _in_reference.get() else unsupported or _no_kernel(x) or _follower((x, *others))
+    if _report.get() is not None:
+        record(op, x, *(("reference", why) if why else ("triton", form())))
+    return not why
+
+
+def kernels_run(x: Tensor) -> bool:
+    """Whether kernels run on a tensor like ``x`` at all: for choices of what to ask an op for."""
+    return not (in_reference() or _no_kernel(x) or followed(x))
+
+
+def record_reference(op: str, x: Tensor, why: str) -> None:
+    """Record for ``explain`` that ``op`` has only its reference path."""
+    use_kernel(op, x, unsupported=why)
+
+
+def _no_kernel(x: Tensor) -> str:
+    """Why no kernel can run on a tensor like ``x``, or ""."""
+    if not HAS_TRITON:
+        return "Triton is not installed"
+    if x.device.type == "cuda":
+        return "" if x.dtype in KERNEL_DTYPES else f"no kernel for {x.dtype}"
+    if x.device.type != "cpu":
+        return f"no kernel for a {x.device.type} tensor"
+    if not INTERPRETED:
+        return "CPU tensor"
+    return "" if x.dtype in (*KERNEL_DTYPES, torch.float64) else f"no kernel for {x.dtype}"
+
+
+def needs_grad(*tensors: Tensor | None) -> bool:
+    """Whether the op's own Function shall record this call; a captured graph records the bare op instead."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and any(t is not None and t.requires_grad for t in tensors)
+    )
+
+
+def has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD follows one, in eager code."""
+    if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or torch.compiler.is_compiling():
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+# Private to torch; where a version lacks one, its kind of follower is not seen.
+transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", bool)
+is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", bool)
+
+
+def _follower(tensors: Iterable[Tensor | None]) -> str:
+    """What follows eager calls on these tensors through torch's own ops, and knows no others, or ""."""
+    if transforms_active():
+        return "a transform of functions"
+    if is_tracing():
+        return "torch.jit.trace"
+    return "forward-mode AD" if forward_ad._current_level >= 0 and has_tangent(*tensors) else ""
+
+
+def followed(*tensors: Tensor | None) -> bool:
+    """Whether something follows a call on these tensors: a compiler, a trace, a function transform, forward-mode AD.
+
+    Then torch's own ops must run, one by one, none of them in place on what a transform may have to widen, and no value
+    may be looked at.
+    """
+    if torch.compiler.is_compiling() or transforms_active() or is_tracing():
+        return True
+    return forward_ad._current_level >= 0 and has_tangent(*tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a convolution computes in: autocast's where it is on, else that of ``x`` (float64 stays)."""
+    kind = x.device.type
+    if x.dtype in KERNEL_DTYPES and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype

@@ -1,0 +1,99 @@
+"""The switch that forces the reference, and the record of which path ran and why."""
+
+from collections.abc import Iterator
+from contextlib import ContextDecorator, suppress
+from contextvars import ContextVar, Token
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+IN_REFERENCE = "inside fastseg.reference()"  # a decision's reason
+_in_reference: ContextVar[bool] = ContextVar("fastseg_in_reference", default=False)
+_reference_depth = 0  # the same for compiled code: Dynamo cannot trace ContextVar.get, but guards a module variable
+_report: ContextVar["Report | None"] = ContextVar("fastseg_report", default=None)
+
+
+class reference(ContextDecorator):  # named as it is used: `with fastseg.reference():`
+    """Inside the block (or the decorated function), every fastseg op runs its plain-PyTorch reference.
+
+    The A/B switch for tests, benchmarks and debugging. Scoped to the calling thread or task; code compiled by
+    ``torch.compile`` sees it process-wide.
+    """
+
+    def __init__(self) -> None:
+        self._tokens: list[Token[bool]] = []  # one an entry: a block may be entered again inside itself
+
+    def _recreate_cm(self) -> "reference":
+        return reference()  # a decorated function's calls, in any threads, share nothing
+
+    def __enter__(self) -> "reference":
+        global _reference_depth
+        self._tokens.append(_in_reference.set(True))
+        _reference_depth += 1
+        return self
+
+    def __exit__(self, *exc) -> None:
+        global _reference_depth
+        _reference_depth -= 1
+        with suppress(ValueError):  # left in another thread or task, as a generator may be: there it was never entered
+            _in_reference.reset(self._tokens.pop())
+
+
+class Decision(NamedTuple):
+    op: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    path: str  # "triton", "cudnn", "torch" (an own form in plain PyTorch) or "reference"
+    why: str
+
+
+class Report:
+    """The decisions recorded inside ``fastseg.explain()``, in call order; ``str()`` gives a table."""
+
+    def __init__(self) -> None:
+        self.decisions: list[Decision] = []
+
+    def __iter__(self) -> Iterator[Decision]:
+        return iter(self.decisions)
+
+    def __len__(self) -> int:
+        return len(self.decisions)
+
+    def __str__(self) -> str:
+        rows = [Decision._fields, *([str(field) for field in d] for d in self.decisions)]
+        widths = [max(len(row[i]) for row in rows) for i in range(len(Decision._fields))]
+        return "\n".join("  ".join(f.ljust(w) for f, w in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+class explain:  # named as it is used: `with fastseg.explain() as report:`
+    """Record, for each op called inside the block, which path ran and why.
+
+    Example:
+        >>> with fastseg.explain() as report:
+        ...     model(x)
+        >>> print(report)
+    """
+
+    def __enter__(self) -> Report:
+        report = Report()
+        self._token = _report.set(report)
+        return report
+
+    def __exit__(self, *exc) -> None:
+        _report.reset(self._token)
+
+
+def in_reference() -> bool:
+    """Whether ``fastseg.reference()`` is on."""
+    return bool(_reference_depth if torch.compiler.is_compiling() else _in_reference.get())
+
+
+def record(op: str, x: Tensor, path: str, why: str) -> None:
+    """Record for ``explain`` what was decided for ``op``; not to be called while compiling."""
+    report = _report.get()
+    if report is not None:
+        report.decisions.append(
+            Decision(op, tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), path, why)
+        )

@@ -1,0 +1,68 @@
+"""Registering ops with ``torch.library``, and the layout rules that launcher, plain implementation and fake share."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, has_tangent
+from fastseg.ops.core.torch_private import _is_bare
+
+NAMESPACE = "fastseg"
+DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
+
+
+def qualified(name: str) -> str:
+    """``fastseg::name``; the one place that spells the namespace."""
+    return f"{NAMESPACE}::{name}"
+
+
+def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
+    """Define one op.
+
+    Args:
+        schema: ``name(Tensor x, ...) -> Tensor``.
+        launch: settles the layout and launches; runs for CUDA and ROCm tensors, and for CPU tensors when interpreted.
+        plain: the same in plain PyTorch; runs for CPU tensors, and where an exported program must hold no custom op.
+        fake: shapes, dtypes and strides only.
+
+    Returns:
+        The op, to be called. ``.op`` is its default overload, ``.direct`` its implementation by type of device.
+    """
+    name = schema.partition("(")[0]
+    torch.library.define(qualified(name), schema.removeprefix(name))
+    direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
+    for device, implementation in direct.items():
+        torch.library.impl(qualified(name), device.upper(), _refusing_tangents(name, implementation))
+    torch.library.register_fake(qualified(name), fake)
+    op = getattr(getattr(torch.ops, NAMESPACE), name).default
+    DECOMPOSITIONS[op] = plain
+
+    @functools.wraps(launch)
+    def call(*args):
+        if torch.compiler.is_dynamo_compiling() or not _is_bare(args):
+            return plain(*args) if _have_tangents(args) else op(*args)
+        return direct[args[0].device.type](*args)
+
+    call.op, call.direct = op, direct
+    return call
+
+
+def _have_tangents(args: Iterable) -> bool:
+    flat = itertools.chain.from_iterable(a if isinstance(a, (list, tuple)) else (a,) for a in args)
+    return has_tangent(*(a for a in flat if isinstance(a, Tensor)))
+
+
+def _refusing_tangents(name: str, implementation: Callable) -> Callable:
+    """What the dispatcher calls, as an exported program does: it drops tangents without a word."""
+
+    @functools.wraps(implementation)
+    def call(*args):
+        if forward_ad._current_level >= 0 and _have_tangents(args):
+            raise NotImplementedError(f"{qualified(name)} has no forward-mode derivative; fastseg's functions have one")
+        return implementation(*args)
+
+    return call

@@ -1,0 +1,125 @@
+"""What the ops on bilinearly upsampled maps share: output sizes, scales, and what their kernels cannot take."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastseg.kernels.runtime.sizes import source_scale
+from fastseg.ops.core.dispatch import HAS_TRITON
+from fastseg.ops.core.layout import channels_last
+from fastseg.ops.core.sizes import whole
+
+if HAS_TRITON:
+    from fastseg.kernels.upsample.sizes import Axis, Upsampling
+
+Factors = tuple[float, float]  # of height and width; 0 where the output's size was given instead
+
+
+def output_size(
+    name: str, x: Tensor, size: int | tuple[int, int] | None, scale_factor: float | tuple[float, float] | None
+) -> tuple[int, int, Factors]:
+    """-> output height and width as ``torch.nn.functional.interpolate`` has them, and the factors given."""
+    if (size is None) == (scale_factor is None):
+        raise ValueError(f"{name}: size={size}, scale_factor={scale_factor}; give exactly one of them")
+    if x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f"{name}: logits are {tuple(x.shape)}; there is no pixel to interpolate")
+    factors: Factors = (0.0, 0.0)
+    if size is not None:
+        H, W = map(whole, _pair(name, "size", size))
+        if not all(isinstance(n, (int, torch.SymInt)) for n in (H, W)):
+            raise TypeError(f"{name}: size is {size}; give whole numbers of pixels")
+    else:
+        factors = tuple(float(f) for f in _pair(name, "scale_factor", scale_factor))
+        if not all(0 < f < math.inf for f in factors):
+            raise ValueError(f"{name}: scale_factor is {scale_factor}; it must be positive and finite")
+        H, W = (math.floor(low * f) for low, f in zip(x.shape[2:], factors, strict=True))
+    known = [n for n in (H, W) if isinstance(n, int)]
+    if not all(0 < n < 2**31 for n in known):
+        raise ValueError(f"{name}: the output would be {H} x {W} pixels; both must be at least 1 and below 2^31")
+    return H, W, factors
+
+
+def _pair(name: str, label: str, value) -> tuple:
+    if isinstance(value, (tuple, list, torch.Size)):
+        if len(value) != 2:
+            raise ValueError(f"{name}: {label} is {tuple(value)}; give one number, or (height, width)")
+        return tuple(value)
+    if hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1:
+        return _pair(name, label, value.tolist())
+    return value, value
+
+
+def upsampling(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> "Upsampling":
+    """What the launchers take, for a map x."""
+    axes = [
+        Axis(low, full, source_scale(low, full, align_corners, factor))
+        for low, full, factor in zip(x.shape[2:], (H, W), factors, strict=True)
+    ]
+    return Upsampling(*axes, align_corners)
+
+
+def unsupported(x: Tensor, H: int, W: int) -> str:
+    """Why no kernel takes these sizes, or "": offsets inside one image are 32 bits wide.
+
+    A graph of any size is taken, where a guard would bound its sizes: its ops look at each size again.
+    """
+    if any(isinstance(n, torch.SymInt) for n in (*x.shape, H, W)):
+        return ""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
+    too_large = last >= 2**31 or x[:1].numel() >= 2**31 or H * W >= 2**31
+    return "an image of 2^31 elements or more" if too_large else ""
+
+
+def interpolate(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
+    """torch's own upsampling, to (N, C, H, W)."""
+    target = {"size": (H, W)} if factors[0] == 0 else {"scale_factor": factors}
+    return F.interpolate(x, **target, mode="bilinear", align_corners=align_corners)
+
+
+def cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners) -> Tensor:
+    """The cross entropy of upsampled logits in torch's two steps."""
+    logits = channels_last(logits)
+    full = interpolate(logits, *target.shape[1:], (0.0, 0.0), align_corners)
+    # One row of classes per pixel: the softmax then runs along memory (0.8 of the time of the 4-D form on a CPU).
+    rows = full.permute(0, 2, 3, 1).flatten(0, 2)
+    loss = F.cross_entropy(
+        rows,
+        target.flatten().long(),
+        None if weight is None else weight.to(rows.dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
+    )
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+# --- on a CPU, a few output rows at a time: the rows under them along x once, then each row between two of these
+
+
+def is_finite(logits: Tensor) -> bool:
+    """Whether there are logits, and none is NaN or infinite, which blocks of rows would spread."""
+    if logits.numel() == 0:
+        return False
+    logits = logits.detach()  # a sum in their own type takes a fiftieth of the time, and may overflow
+    return bool(logits.sum().isfinite()) or bool(logits.sum(dtype=torch.float64).isfinite())
+
+
+def along_x(x: Tensor, W: int, align_corners: bool, factor: float = 0.0) -> Tensor:
+    """(C, rows, w) interpolated to (rows, C * W). torch is fastest with all lines as channels, innermost."""
+    C, rows, w = x.shape
+    lines = x.permute(2, 1, 0).reshape(1, 1, w, rows * C).permute(0, 3, 1, 2)
+    wide = torch.ops.aten.upsample_bilinear2d(lines, [1, W], align_corners, None, factor or None)
+    return wide[0, :, 0].contiguous().view(rows, C * W)
+
+
+def neighbours(
+    low: int, full: int, align_corners: bool, dtype: torch.dtype, factor: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """First neighbour, second, and the second's weight, for each output of one axis."""
+    scale = source_scale(low, full, align_corners, factor)
+    source = torch.arange(full, dtype=dtype, device="cpu")
+    source = source * scale if align_corners else ((source + 0.5) * scale - 0.5).clamp_(min=0)
+    first = source.long().clamp_(max=low - 1)
+    return first, (first + 1).clamp_(max=low - 1), (source - first).clamp_(max=1)

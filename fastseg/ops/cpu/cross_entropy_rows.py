@@ -1,0 +1,251 @@
+"""Cross entropy on upsampled logits on a CPU, a few output rows at a time: no full-resolution logits or gradients.
+
+The output is cut into strips of rows, which go to threads. A strip interpolates the rows of logits under it along x,
+once; a block of its rows is then a product of a small matrix with them, and the gradient goes back through the
+transposes of both. Blocks are small enough for the cache. Inside, pixels are neighbours and classes are lines: maxima
+and sums over classes are then vector operations. Where the reduction is known, the gradient is made in the forward.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastseg.ops.core.autograd import derived, differentiable
+from fastseg.ops.core.labels import check_targets
+from fastseg.ops.core.layout import memory_format_of
+from fastseg.ops.core.upsample import along_x, cross_entropy, is_finite, neighbours
+from fastseg.ops.cpu.threads import each
+
+_BLOCK = 2**17  # values of a block: 512 KiB of fp32
+_STRIP, _LEAST_ROWS = 2**17, 32  # values of a strip, and its rows at least
+_LEAST, _LEAST_OF_TWO = 2**19, 2**18  # upsampled logits from which strips are faster than torch's two steps
+_MANY = 5  # classes from which they are faster, and two: 0.4 to 0.9 of the time, where 3 and 4 have 1.0 to 1.4
+
+
+class Criterion(NamedTuple):
+    """The options of a cross entropy."""
+
+    ignore_index: int
+    reduction: str
+    label_smoothing: float
+    align_corners: bool
+
+
+class Strip(NamedTuple):
+    """Output rows [start, stop) of an image, which lie between its rows [first, last)."""
+
+    image: int
+    start: int
+    stop: int
+    first: int
+    last: int
+    matrix: Tensor  # (stop - start, last - first): the interpolation along y
+
+
+class Labels(NamedTuple):
+    """What the loss of some pixels (rows, 1, W) takes from their targets."""
+
+    target: Tensor  # int64, 0 where ignored
+    counts: Tensor | None  # which are not ignored; None: all
+    weight: Tensor | None  # of the targets, 0 where ignored; None: 1
+
+
+def can_walk(logits: Tensor, target: Tensor) -> bool:
+    """Whether the blocks of rows give torch's result: not with NaN or infinity, which their products would spread."""
+    return target.numel() > 0 and is_finite(logits)
+
+
+def pays(logits: Tensor, target: Tensor) -> bool:
+    """Whether strips are faster than torch's two steps; if not, what these write is small or has few classes."""
+    C = logits.shape[1]
+    values = C * target.numel()
+    return values >= _LEAST_OF_TWO if C == 2 else C >= _MANY and values >= _LEAST
+
+
+class _Walk:
+    """One pass over all strips: losses, gradients, or both."""
+
+    def __init__(self, x: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion):
+        self.kind = torch.float64 if x.dtype == torch.float64 else torch.float32
+        self.x, self.target, self.criterion = x.detach(), target, criterion
+        C = self.classes = x.shape[1]
+        self.weight = None if weight is None else weight.detach().to(self.kind)
+        ones = torch.ones(C, dtype=self.kind, device="cpu") if weight is None else self.weight
+        self.spread = (criterion.label_smoothing / C * ones)[:, None]  # of each class, whatever the target
+        self.spread_sum = float(self.spread.sum())
+        self.total = 0.0  # of the losses
+        self.weights = 0.0  # of the targets
+
+    def run(self, *, wants_grad: bool, dy: Tensor | None = None, losses: Tensor | None = None) -> Tensor | None:
+        """-> the gradient at x, (N, h, C, w), of the sum of the losses, each times its element of ``dy`` (N, H, W).
+
+        ``losses``, (N, H, W), is filled where given; ``total`` and ``weights`` are summed up.
+        """
+        N, C, h, w = self.x.shape
+        strips = self._strips()
+        run = lambda strip: self._strip(strip, wants_grad, dy, losses)
+        parts = each(run, strips)
+        dx = torch.zeros(N, h, C, w, dtype=self.kind, device="cpu") if wants_grad else None
+        for strip, (total, weights, part) in zip(strips, parts, strict=True):
+            self.total += total
+            self.weights += weights
+            if wants_grad:
+                dx[strip.image, strip.first : strip.last] += part
+        return dx
+
+    def _strips(self) -> list[Strip]:
+        (N, C, h, _), (_, H, W) = self.x.shape, self.target.shape
+        first, second, weight = neighbours(h, H, self.criterion.align_corners, self.kind)
+        matrix = torch.zeros(H, h, dtype=self.kind, device="cpu").scatter_(1, first[:, None], (1 - weight)[:, None])
+        matrix.scatter_add_(1, second[:, None], weight[:, None])
+        rows, firsts, seconds = max(_LEAST_ROWS, _STRIP // (W * C)), first.tolist(), second.tolist()
+        strips = []
+        for start in range(0, H, rows):
+            stop = min(start + rows, H)
+            low = (firsts[start], seconds[stop - 1] + 1)
+            strips.append((start, stop, *low, matrix[start:stop, low[0] : low[1]]))
+        return [Strip(n, *strip) for n in range(N) for strip in strips]
+
+    def _strip(self, strip: Strip, wants_grad: bool, dy: Tensor | None, losses: Tensor | None):
+        """-> sum of the losses, sum of the targets' weights, gradient at the rows of logits (last - first, C, w)."""
+        n, begin, end, low, high, matrix = strip
+        target, W = self.target[n, begin:end], self.target.shape[2]
+        least, most = (int(v) for v in target.aminmax())
+        some_ignored = least <= self.criterion.ignore_index <= most
+        if least < 0 or most >= self.classes:
+            check_targets(target, self.classes, self.criterion.ignore_index)
+        x = self.x[n, :, low:high].to(self.kind)
+        two = self.classes == 2  # then their difference is enough
+        x = x[1:] - x[:1] if two else x
+        wide = along_x(x, W, self.criterion.align_corners)
+        dwide = torch.zeros_like(wide) if wants_grad else None
+        total = weights = 0.0
+        rows = max(1, _BLOCK // wide.shape[1])
+        for start in range(0, end - begin, rows):
+            stop = min(start + rows, end - begin)
+            labels = self._labels(target[start:stop, None], some_ignored)
+            v = torch.mm(matrix[start:stop], wide).view(stop - start, -1, W)
+            loss = (self._two if two else self._several)(v, labels, wants_grad)
+            loss = loss if labels.counts is None else loss.where(labels.counts, 0)
+            total += float(loss.sum())
+            weights += loss.numel() if labels.weight is None else float(labels.weight.sum())
+            if losses is not None:
+                losses[n, begin + start : begin + stop] = loss[:, 0]
+            if wants_grad:  # in the logits' memory by now
+                if dy is not None:
+                    factor = dy[n, begin + start : begin + stop, None]
+                    v *= factor if labels.counts is None else factor.where(labels.counts, 0)
+                dwide.addmm_(matrix[start:stop].t(), v.view(stop - start, -1))
+        if not wants_grad:
+            return total, weights, None
+        part = self._along_x_backward(dwide, x.shape)
+        return total, weights, torch.cat([-part, part], 1) if two else part
+
+    def _along_x_backward(self, dwide: Tensor, shape: tuple[int, ...]) -> Tensor:
+        C, rows, w = shape
+        lines = dwide.view(rows * C, -1).t().contiguous()[None, None].permute(0, 3, 1, 2)
+        back = torch.ops.aten.upsample_bilinear2d_backward
+        dx = back(lines, lines.shape[2:], [1, rows * C, 1, w], self.criterion.align_corners, None, None)
+        return dx.reshape(rows, C, w)
+
+    def _labels(self, target: Tensor, some_ignored: bool) -> Labels:
+        counts, target = None, target.long()
+        if some_ignored:
+            counts = target != self.criterion.ignore_index
+            target = target.where(counts, 0)
+        weight = counts.to(self.kind) if some_ignored else None
+        if self.weight is not None:
+            weight = self.weight[target] if weight is None else self.weight[target].where(counts, 0)
+        return Labels(target, counts, weight)
+
+    def _several(self, v: Tensor, labels: Labels, wants_grad: bool) -> Tensor:
+        """Losses (rows, 1, W) of logits (rows, C, W), which become their gradient if it is wanted."""
+        smoothing, counts = self.criterion.label_smoothing, labels.counts
+        v -= v.amax(1, keepdim=True)
+        loss = -v.gather(1, labels.target)
+        smooth = (v * self.spread).sum(1, keepdim=True) if smoothing > 0 else None
+        total = v.exp_().sum(1, keepdim=True)
+        lse = total.log()
+        loss += lse
+        named = 1 - smoothing if labels.weight is None else (1 - smoothing) * labels.weight
+        if smoothing > 0 or labels.weight is not None:
+            loss *= named
+        if smoothing > 0:
+            loss += self.spread_sum * lse - smooth
+        if wants_grad:
+            factor = named + (self.spread_sum if counts is None else self.spread_sum * counts)
+            v *= factor / total
+            v.scatter_add_(1, labels.target, -torch.as_tensor(named, dtype=v.dtype, device="cpu").expand_as(loss))
+            if smoothing > 0:
+                v -= self.spread if counts is None else self.spread * counts
+            if self.classes == 1:  # one class is certain: 0, and no rounding
+                v.zero_()
+        return loss
+
+    def _two(self, d: Tensor, labels: Labels, wants_grad: bool) -> Tensor:
+        """The same of the difference d (rows, 1, W) of two classes: a softplus(d) - b d, with a gradient towards d."""
+        smoothing, counts = self.criterion.label_smoothing, labels.counts
+        a, b = labels.weight, labels.target.to(self.kind)
+        if a is not None:
+            b *= a
+        if smoothing > 0:
+            b *= 1 - smoothing
+            b += self.spread[1] if counts is None else self.spread[1] * counts
+            named = 1 - smoothing if a is None else (1 - smoothing) * a
+            a = named + (self.spread_sum if counts is None else self.spread_sum * counts)
+        softplus = d.abs().neg_().exp_().log1p_().add_(d.clamp_min(0))
+        loss = (softplus if a is None else softplus.mul_(a)).sub_(b * d)
+        if wants_grad:
+            d.sigmoid_()
+            d = (d if a is None else d.mul_(a)).sub_(b)
+        return loss
+
+
+def walk(x: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, out: torch.dtype) -> Tensor:
+    """The loss, in dtype ``out``, with its gradient towards x."""
+    return _CrossEntropyRows.apply(x, target, weight, criterion, out)
+
+
+class _CrossEntropyRows(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, out: torch.dtype
+    ) -> Tensor:
+        ctx.criterion, ctx.like, ctx.out = criterion, (x.dtype, memory_format_of(x)), out
+        with torch.autocast("cpu", enabled=False):
+            pass_ = _Walk(x, target, weight, criterion)
+            if criterion.reduction == "none":
+                losses = torch.empty(target.shape, dtype=pass_.kind, device="cpu")
+                pass_.run(wants_grad=False, losses=losses)
+                ctx.save_for_backward(x, target, weight, None)
+                return losses.to(out)
+            dx = pass_.run(wants_grad=ctx.needs_input_grad[0])
+            total = torch.tensor(pass_.total, dtype=torch.float64, device="cpu")
+            if criterion.reduction == "mean":
+                if dx is not None and pass_.weights != 0:  # all ignored: the loss is NaN, the gradient 0
+                    dx /= pass_.weights
+                total /= pass_.weights
+            ctx.save_for_backward(x, target, weight, dx)
+            return total.to(out)
+
+    @staticmethod
+    def gradients(ctx, saved, dy: Tensor):
+        x, target, weight, dx = saved
+        with torch.autocast("cpu", enabled=False):
+            if ctx.criterion.reduction == "none":
+                dx = _Walk(x, target, weight, ctx.criterion).run(wants_grad=True, dy=dy)
+            else:
+                dx = dx * dy.to(dx.dtype)
+        dtype, layout = ctx.like
+        return dx.permute(0, 2, 1, 3).to(dtype).contiguous(memory_format=layout), None, None, None, None
+
+    @staticmethod
+    def again(ctx, saved, dy: Tensor):
+        x, target, weight, _ = saved
+        wide = torch.promote_types(x.dtype, torch.float32)
+        forward = lambda x: cross_entropy(x.to(wide), target, weight, *ctx.criterion).to(ctx.out)
+        with torch.autocast("cpu", enabled=False):
+            return *derived(forward, (x,), ctx.needs_input_grad[:1], dy), None, None, None, None
+
+    backward = staticmethod(differentiable(gradients, again))

@@ -1,0 +1,119 @@
+"""The convolution that CPU paths end in: torch's, or with weights packed once, inside ``packed_weights``.
+
+What runs a model many times over (``fastseg.inference.Runner``) keeps one ``PackedWeights`` and enters it around each
+call. Outside there is no state, and nothing is kept.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.kept import Kept, keeping
+from fastseg.ops.core.norm import Activation, activate
+from fastseg.ops.cpu.onednn import Packed, pack, why_not
+from fastseg.ops.cpu.winograd import Filters, plan, transform, transformed_bytes, winograd_conv2d
+
+PACKED_DTYPES = (torch.float32, torch.bfloat16)
+MOST_BYTES = 512 * 2**20
+MOST_SHAPES = 16  # of maps that one weight is packed for
+
+
+class PackedWeights:
+    """Weights as the fastest convolutions read them, of the tensors of one ``Kept``; others are not packed.
+
+    Args:
+        kept: whose weights and biases; they must not be written to in ways that torch does not count.
+        winograd: whether 3x3 convolutions may take Winograd's form, with its rounding.
+        most_bytes: of filters transformed for it; past them the others are packed as they are.
+    """
+
+    def __init__(self, kept: Kept, *, winograd: bool = True, most_bytes: int = MOST_BYTES):
+        self.kept, self.winograd, self.most_bytes, self.transformed = kept, winograd, most_bytes, 0
+        self._runs: dict[tuple, dict[tuple, Packed | Filters]] = {}
+
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Packed | Filters | None:
+        """What convolves maps like ``x``; None: torch."""
+        if not self.kept.knows((weight, bias)):
+            return None
+        runs = self._runs.setdefault((id(weight), id(bias)), {})  # ids of what is held
+        key = (tuple(x.shape), x.dtype, *geometry)
+        if key not in runs:
+            if len(runs) == MOST_SHAPES:
+                return None
+            runs[key] = self._convolution(tuple(x.shape), x.dtype, weight, bias, geometry)
+        return runs[key]
+
+    def _convolution(self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple) -> Packed | Filters:
+        if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and geometry == _SAME_3X3:
+            tiles, size = (
+                plan(shape[1], weight.shape[0], *shape[2:], torch.get_num_threads()),
+                transformed_bytes(weight),
+            )
+            if tiles is not None and self.transformed + size <= self.most_bytes:
+                self.transformed += size
+                return transform(weight, bias, tiles, *shape[2:])
+        return pack(weight.detach(), None if bias is None else bias.detach(), *geometry, shape)
+
+
+_SAME_3X3 = ((1, 1), (1, 1), (1, 1), 1)
+_active: ContextVar[PackedWeights | None] = ContextVar("fastseg_packed_weights", default=None)
+
+
+@contextmanager
+def packed_weights(packed: PackedWeights) -> Iterator[None]:
+    """Convolutions on a CPU, made in this thread, take their weights from ``packed``."""
+    token = _active.set(packed)
+    try:
+        with keeping(packed.kept):
+            yield
+    finally:
+        _active.reset(token)
+
+
+def _packs() -> PackedWeights | None:
+    """What this thread is inside of; a captured graph packs nothing."""
+    return None if followed() else _active.get()
+
+
+def packing() -> bool:
+    """Whether this thread is inside ``packed_weights``."""
+    return _packs() is not None
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] | str = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    groups: int = 1,
+    act: Activation | None = None,
+) -> Tensor:
+    """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups))``, the activation in place."""
+    packed = _packs()
+    if packed is None or not _packable(x, weight, bias, padding):
+        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act, inplace=True)
+    run = packed.convolution(x, weight, bias, (tuple(stride), tuple(padding), tuple(dilation), groups))
+    if run is None:
+        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act, inplace=True)
+    if isinstance(run, Filters):
+        y = winograd_conv2d(x, run, act == "relu")
+        return y if act == "relu" else activate(y, act, inplace=True)
+    return activate(run(x), act, inplace=True)
+
+
+def _packable(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int] | str) -> bool:
+    tensors = [t for t in (x, weight, bias) if t is not None]
+    if x.device.type != "cpu" or x.dtype not in PACKED_DTYPES or isinstance(padding, str) or x.numel() == 0:
+        return False
+    if any(t.dtype != x.dtype or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors) or x.dim() != 4:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False
+    return not (torch.is_autocast_enabled("cpu") or why_not(x.dtype))

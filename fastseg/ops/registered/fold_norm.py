@@ -1,0 +1,80 @@
+"""A fixed batch norm folded into the weight and bias of the convolution before it, as one registered op."""
+
+import torch
+from torch import Tensor
+
+from fastseg.ops.core.dispatch import HAS_TRITON, kernels_run
+from fastseg.ops.core.register import register
+
+if HAS_TRITON:
+    from fastseg.kernels.batch_norm.fold import fold_norm_fwd
+
+
+def fold_norm(
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    eps: float,
+    dtype: torch.dtype,
+    last: bool,
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias of ``batch_norm(conv(x))`` as one convolution; no gradient.
+
+        weight' = weight s,   bias' = (bias - mean) s + beta,   s = gamma / sqrt(var + eps)
+
+    Args:
+        weight: (COUT, C, KH, KW).
+        dtype: of the results.
+        last: whether the weight comes out channels_last, else contiguous.
+    """
+    args = (weight, bias, mean, var, gamma, beta, eps, dtype, last)
+    with torch.no_grad():
+        return _fold(*args) if kernels_run(weight) and weight.numel() else _plain(*args)
+
+
+def _format(last: bool) -> torch.memory_format:
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _launch(weight, bias, mean, var, gamma, beta, eps, dtype, last) -> tuple[Tensor, Tensor]:
+    row = weight.stride(0)
+    slice_of_1x1 = weight.shape[2:].numel() == 1 and weight.stride(1) == 1
+    if not slice_of_1x1 and not weight.is_contiguous(memory_format=_format(last)):
+        weight = weight.contiguous(memory_format=_format(last))
+        row = weight[0].numel()
+    vectors = (None if t is None else t.contiguous() for t in (bias, mean, var, gamma, beta))
+    y = _fake_weight(weight, dtype, last)
+    return y, fold_norm_fwd(weight, row, *vectors, eps, y)
+
+
+def _plain(weight, bias, mean, var, gamma, beta, eps, dtype, last) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    bias, mean, var, gamma, beta = (None if t is None else t.to(wide) for t in (bias, mean, var, gamma, beta))
+    scale = torch.rsqrt(var + eps)
+    scale = scale if gamma is None else scale * gamma
+    if bias is None:
+        shift = mean * -scale if beta is None else torch.addcmul(beta, mean, scale, value=-1)
+    else:
+        shift = (bias - mean) * scale if beta is None else torch.addcmul(beta, bias - mean, scale)
+    y = (weight * scale[:, None, None, None]).to(dtype).contiguous(memory_format=_format(last))
+    return y, shift.to(dtype)
+
+
+def _fake_weight(weight: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
+    return torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=_format(last))
+
+
+def _fake(weight, bias, mean, var, gamma, beta, eps, dtype, last) -> tuple[Tensor, Tensor]:
+    return _fake_weight(weight, dtype, last), weight.new_empty(weight.shape[0], dtype=dtype)
+
+
+_fold = register(
+    "fold_norm(Tensor weight, Tensor? bias, Tensor mean, Tensor var, Tensor? gamma, Tensor? beta, float eps, "
+    "ScalarType dtype, bool last) -> (Tensor, Tensor)",
+    _launch,
+    _plain,
+    _fake,
+)

@@ -1,0 +1,312 @@
+"""The registered ops behind max pooling and unpooling, and the autograd Functions over them.
+
+    max_pool         (N, C, *size) -> the windows' maxima, and their index
+    max_unpool       values of windows, their index -> (N, C, *size): "spread"
+    max_unpool_bwd   (N, C, *size), index of windows -> values of windows: "pick"
+
+for one to three spatial axes. ``bits`` says what the index is: 64 for torch's int64, shaped as the windows; 2, 4 or 8
+for rows of packed codes; 0 for none. Each op is linear in its values or, given the index, in its gradient: the gradient
+of pooling is a spread that adds, that of a spread is a pick, that of a pick again a spread that adds.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseg.kernels.runtime.sizes import layout_of, memoized
+from fastseg.ops.core.autograd import run
+from fastseg.ops.core.dispatch import HAS_TRITON, followed
+from fastseg.ops.core.layout import memory_format_of, new_map
+from fastseg.ops.core.register import qualified, register
+from fastseg.ops.pool_indices import PoolIndices, encode, pack
+
+if HAS_TRITON:
+    from fastseg.kernels.pooling.max_pool import max_pool_fwd
+    from fastseg.kernels.pooling.max_unpool import max_unpool_bwd, max_unpool_fwd
+    from fastseg.kernels.pooling.windows import Pooling
+
+INT64 = 64
+POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+UNPOOL = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
+_CONTIGUOUS = torch.contiguous_format
+
+
+class Geometry(NamedTuple):
+    """One pooling's sizes, one number each spatial axis; the arguments that the ops have in common."""
+
+    size: tuple[int, ...]  # of the larger map
+    out: tuple[int, ...]  # windows
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+    @classmethod
+    def of(cls, *sizes: Sequence[int]) -> "Geometry":
+        """From what a registered op is called with: lists or tuples."""
+        return cls(*map(tuple, sizes))
+
+    @property
+    def window(self) -> tuple[tuple[int, ...], ...]:
+        """What ``encode`` and ``decode`` take."""
+        return self.size, self.kernel, self.stride, self.padding, self.dilation
+
+    def pooling(self, N: int, C: int, channels_last: bool) -> "Pooling":
+        """As the kernels have it, in three dimensions."""
+        return _lifted(self, N, C, channels_last)
+
+
+@memoized
+def _lifted(geometry: Geometry, N: int, C: int, channels_last: bool) -> "Pooling":
+    dims = len(geometry.size)
+    ones, zeros = (1,) * (3 - dims), (0,) * (3 - dims)
+    fills = (ones, ones, ones, ones, zeros, ones)
+    return Pooling(N, C, *(fill + v for fill, v in zip(fills, geometry, strict=True)), channels_last, dims)
+
+
+def is_last(x: Tensor) -> bool:
+    """Whether ``x`` is laid out as channels_last or channels_last_3d."""
+    return memory_format_of(x) != _CONTIGUOUS
+
+
+# --- with kernels
+
+
+def _launch_pool(x, size, out, kernel, stride, padding, dilation, bits):
+    g, last = Geometry.of(size, out, kernel, stride, padding, dilation), is_last(x)
+    x = x.contiguous(memory_format=memory_format_of(x))
+    return max_pool_fwd(x, g.pooling(*x.shape[:2], last), bits)
+
+
+def _launch_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
+    g = Geometry.of(size, out, kernel, stride, padding, dilation)
+    last = is_last(v) if bits == INT64 else last
+    fmt = layout_of(last, len(size))
+    index = index.contiguous(memory_format=fmt) if bits == INT64 else index.contiguous()
+    pool = g.pooling(*v.shape[:2], last)
+    y, valid = max_unpool_fwd(v.contiguous(memory_format=fmt), index, pool, bits, add=add)
+    if valid is not None:
+        _check_indices(valid, index, size, sync)
+    return y.contiguous(memory_format=memory_format_of(v))
+
+
+def _launch_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
+    g = Geometry.of(size, out, kernel, stride, padding, dilation)
+    last = is_last(dy) if bits == INT64 else last
+    fmt = layout_of(last, len(size))
+    index = index.contiguous(memory_format=fmt) if bits == INT64 else index.contiguous()
+    dx = max_unpool_bwd(dy.contiguous(memory_format=fmt), index, g.pooling(*dy.shape[:2], last), bits)
+    return dx.contiguous(memory_format=memory_format_of(dy))
+
+
+def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) -> None:
+    """Raise where an index is outside the plane: here on a CPU or with ``sync``, else when the device comes to it.
+
+    A GPU must not be waited for: the device itself tests what the kernel found out, as torch's own kernel does.
+    """
+    if not torch.compiler.is_compiling() and followed():  # no value can be looked at
+        return
+    if torch.compiler.is_compiling() or (not sync and valid.device.type != "cpu"):
+        torch._assert_async(valid, "max_unpool: an index is outside its output volume")
+    elif not valid.item():
+        raise RuntimeError(invalid_index(index, size))
+
+
+def invalid_index(index: Tensor, size: list[int]) -> str:
+    """torch's message, with the first index that is outside."""
+    wrong = index[(index < 0) | (index >= math.prod(size))]
+    return f"Found an invalid max index: {wrong[0].item()} (output volumes are of size {_by(size)})"
+
+
+def _by(size: list[int]) -> str:
+    return "x".join(map(str, size if len(size) > 1 else [*size, 1]))
+
+
+# --- in plain PyTorch
+
+
+def plain_pool(x, size, out, kernel, stride, padding, dilation, bits, last=None):
+    """``last`` says how codes are packed; None: as ``x`` is laid out."""
+    ceil = [
+        (n + 2 * p - d * (k - 1) - 1) // s + 1
+        for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
+    ]
+    index_of = POOL[len(size)] if bits == INT64 else pool_in_windows
+    y, index = index_of(x, kernel, stride, padding, dilation, ceil != list(out), return_indices=True)
+    y = y.contiguous(memory_format=memory_format_of(x))
+    if bits == INT64:
+        return y, index.contiguous(memory_format=memory_format_of(x))
+    if bits == 0:
+        return y, x.new_empty(0, dtype=torch.uint8)
+    return y, pack(encode(index, size, kernel, stride, padding, dilation), bits, is_last(x) if last is None else last)
+
+
+def pool_in_windows(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True):
+    """torch's maxima and indices, each index inside its window: channels_last_3d has others where all is -inf."""
+    dims = len(kernel)
+    source = x.contiguous() if dims == 3 else x
+    y, index = POOL[dims](source, kernel, stride, padding, dilation, ceil_mode, return_indices)
+    if source is x:
+        return y, index
+    return tuple(t.contiguous(memory_format=memory_format_of(x)) for t in (y, index))
+
+
+def _as_int64(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:
+    """(N, C, *windows) int64 from either kind of index; -1 where a code names no cell."""
+    if bits == INT64:
+        return index
+    return PoolIndices(index, torch.Size(shape), *(tuple(v) for v in g.window), last).to_torch()
+
+
+def plain_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
+    index = _as_int64(index, v.shape, Geometry.of(size, out, kernel, stride, padding, dilation), bits, last)
+    return spread_ref(v, index, size, add=add, checked=bits == INT64 and not add, sync=sync)
+
+
+def spread_ref(v: Tensor, index: Tensor, size: list[int], *, add: bool, checked: bool, sync: bool) -> Tensor:
+    """Unpooling by ``scatter``, differentiable; index int64, as ``v``. Unchecked, an index outside is dropped."""
+    (N, C), cells, last = v.shape[:2], math.prod(size), is_last(v)
+    ok = (index >= 0) & (index < cells)
+    if checked:
+        _check_indices(ok.all(), index, size, sync)
+    # One long row in the order of memory, whose last cell takes what is dropped: of equal targets the last one wins.
+    planes = torch.arange(N * C, device=v.device).view(N, C, *[1] * len(size))
+    target = (planes // C * cells + index) * C + planes % C if last else planes * cells + index
+    target = torch.where(ok, target, N * C * cells)
+    in_memory = lambda t: (t.movedim(1, -1) if last else t).reshape(-1)
+    row = v.new_zeros(N * C * cells + 1)
+    target, values = in_memory(target), in_memory(v)
+    row = row.scatter_add(0, target, values) if add else row.scatter(0, target, values)
+    shape = (N, *size, C) if last else (N, C, *size)
+    y = row[:-1].view(shape)
+    return (y.movedim(-1, 1) if last else y).clone(memory_format=memory_format_of(v))
+
+
+def plain_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, last):
+    g = Geometry.of(size, out, kernel, stride, padding, dilation)
+    flat = _as_int64(index, (*dy.shape[:2], *out), g, bits, last).flatten(2)
+    ok = (flat >= 0) & (flat < math.prod(size))
+    picked = torch.where(ok, dy.flatten(2).gather(2, torch.where(ok, flat, 0)), 0)
+    return picked.view(*dy.shape[:2], *out).contiguous(memory_format=memory_format_of(dy))
+
+
+# --- shapes, registration
+
+
+def fake_index(x, last: bool, size, out, kernel, stride, padding, dilation, bits) -> Tensor:
+    """The index of a pooling of ``x``, without values."""
+    N, C = x.shape[:2]
+    if bits == INT64:
+        fmt = layout_of(last, len(size))
+        return torch.empty((N, C, *out), dtype=torch.int64, device=x.device, memory_format=fmt)
+    if bits == 0:
+        return x.new_empty(0, dtype=torch.uint8)
+    rows, inner = (N * math.prod(out), C) if last else (N * C * math.prod(out[:-1]), out[-1])
+    return x.new_empty((rows, (inner * bits + 7) // 8), dtype=torch.uint8)
+
+
+def _fake_pool(x, *sizes):
+    return new_map(x, (*x.shape[:2], *sizes[1])), fake_index(x, is_last(x), *sizes)
+
+
+_SIZES = "SymInt[] size, SymInt[] out, int[] kernel, int[] stride, int[] padding, int[] dilation, int bits"
+pool_op = register(f"max_pool(Tensor x, {_SIZES}) -> (Tensor, Tensor)", _launch_pool, plain_pool, _fake_pool)
+unpool_op = register(
+    f"max_unpool(Tensor v, Tensor index, {_SIZES}, bool last, bool add, bool sync) -> Tensor",
+    _launch_unpool,
+    plain_unpool,
+    lambda v, index, size, *_: new_map(v, (*v.shape[:2], *size)),
+)
+pick_op = register(
+    f"max_unpool_bwd(Tensor dy, Tensor index, {_SIZES}, bool last) -> Tensor",
+    _launch_pick,
+    plain_pick,
+    lambda dy, index, size, out, *_: new_map(dy, (*dy.shape[:2], *out)),
+)
+
+
+# --- autograd
+
+
+def pool(x: Tensor, geometry: Geometry, bits: int) -> tuple[Tensor, Tensor]:
+    """The windows' maxima, and their index."""
+    return run(_MaxPool, pool_op, x, *geometry, bits)
+
+
+def unpool(
+    v: Tensor, index: Tensor, geometry: Geometry, bits: int, last: bool, *, add: bool, sync: bool = False
+) -> Tensor:
+    """Spread: each window's value to the cell that its index names; zeros elsewhere."""
+    return run(_MaxUnpool, unpool_op, v, index, *geometry, bits, last, add, sync)
+
+
+def pick(dy: Tensor, index: Tensor, geometry: Geometry, bits: int, last: bool) -> Tensor:
+    """For each window the value of the cell that its index names."""
+    return run(_MaxUnpoolBwd, pick_op, dy, index, *geometry, bits, last)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, *args):
+        y, index = pool_op(x, *args)
+        _MaxPool.save(ctx, (x, *args), (y, index))
+        ctx.mark_non_differentiable(index)
+        return y, index
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        ctx.save_for_backward(output[1])
+        ctx.args = inputs[1:]
+        ctx.last = is_last(inputs[0])
+
+    @staticmethod
+    def backward(ctx, dy, _):
+        (index,) = ctx.saved_tensors
+        *geometry, bits = ctx.args
+        if bits == INT64:  # in the layout of the index: the copy of dy is the smaller one
+            dy = dy.contiguous(memory_format=memory_format_of(index))
+        dx = unpool(dy, index, Geometry(*geometry), bits, ctx.last, add=True)
+        return dx, *(None for _ in ctx.args)
+
+
+class _MaxUnpool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, index, *args):
+        _MaxUnpool.save(ctx, (v, index, *args), None)
+        return unpool_op(v, index, *args)
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.args = inputs[2:]
+
+    @staticmethod
+    def backward(ctx, dy):
+        (index,) = ctx.saved_tensors
+        *geometry, bits, last, _, _ = ctx.args
+        return pick(dy, index, Geometry(*geometry), bits, last), None, *(None for _ in ctx.args)
+
+
+class _MaxUnpoolBwd(torch.autograd.Function):
+    save = _MaxUnpool.save
+
+    @staticmethod
+    def forward(ctx, dy, index, *args):
+        _MaxUnpool.save(ctx, (dy, index, *args), None)
+        return pick_op(dy, index, *args)
+
+    @staticmethod
+    def backward(ctx, dx):
+        (index,) = ctx.saved_tensors
+        *geometry, bits, last = ctx.args
+        if bits == INT64:
+            dx = dx.contiguous(memory_format=memory_format_of(index))
+        return unpool(dx, index, Geometry(*geometry), bits, last, add=True), None, *(None for _ in ctx.args)
+
+
+for _name, _function in (("max_pool", _MaxPool), ("max_unpool", _MaxUnpool), ("max_unpool_bwd", _MaxUnpoolBwd)):
+    torch.library.register_autograd(qualified(_name), _function.backward, setup_context=_function.save)

@@ -1,0 +1,292 @@
+"""The registered ops behind ``separable_conv2d``, each with its implementations, and the autograd Function over them.
+
+``separable_conv2d`` gives y alone; ``separable_conv2d_train`` gives what a backward and running statistics need
+besides; ``separable_conv2d_bwd`` gives every gradient but the residual's, which is dy itself.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastseg.ops.core.autograd import derived, differentiable
+from fastseg.ops.core.dispatch import HAS_TRITON
+from fastseg.ops.core.layout import channels_last, like, memory_format_of, new_map
+from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, plain_norm_bwd, stats_dtype_of
+from fastseg.ops.core.register import qualified, register
+from fastseg.ops.cpu.packed import conv2d
+
+if HAS_TRITON:
+    from fastseg.kernels.common.norm_args import Norm
+    from fastseg.kernels.runtime.conv_sizes import Geometry
+    from fastseg.kernels.separable_conv.fwd import Acts, Weights, tap_weights
+    from fastseg.kernels.separable_conv.launch import Needs, separable_conv_bwd, separable_conv_fwd, with_stats
+
+TENSORS = 14  # of Call's fields; the rest are numbers and names
+
+
+class Call(NamedTuple):
+    """The arguments of the registered ops, in the order of their schemas."""
+
+    x: Tensor
+    dw: Tensor
+    pw: Tensor
+    dw_bias: Tensor | None
+    pw_bias: Tensor | None
+    mid_mean: Tensor | None  # running statistics; None where this batch's are used
+    mid_var: Tensor | None
+    mid_weight: Tensor | None
+    mid_bias: Tensor | None
+    post_mean: Tensor | None
+    post_var: Tensor | None
+    post_weight: Tensor | None
+    post_bias: Tensor | None
+    residual: Tensor | None
+    stride: int
+    padding: int
+    dilation: int
+    pre_act: str
+    mid_act: str
+    post_act: str
+    mid: str  # "none", "running" or "batch"
+    mid_eps: float
+    post: str
+    post_eps: float
+    out_act: str = "none"  # of the sum with the residual; then there is no post_act. Of the op without gradients alone
+
+    @property
+    def out_shape(self) -> tuple[int, int, int, int]:
+        reach = self.dilation * (self.dw.shape[-1] - 1) + 1
+        OH, OW = ((size + 2 * self.padding - reach) // self.stride + 1 for size in self.x.shape[2:])
+        return self.x.shape[0], self.pw.shape[0], OH, OW
+
+    @property
+    def keeps_z(self) -> bool:
+        """Whether a backward reads the pointwise convolution's output."""
+        return self.post != "none" or self.post_act != "none"
+
+
+_TYPES = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", str: "str", float: "float"}
+_DEFAULTS = {name: f'="{value}"' for name, value in Call._field_defaults.items()}
+_SCHEMA = ", ".join(f"{_TYPES[kind]} {name}{_DEFAULTS.get(name, '')}" for name, kind in Call.__annotations__.items())
+
+
+# --- with kernels
+
+
+def _kernel_args(a: Call) -> tuple:
+    """The launchers' arguments from the schema's: layouts settled, norms and sizes gathered."""
+    x = channels_last(a.x)
+    contiguous = lambda t: None if t is None else t.contiguous()
+    out = a.out_shape
+    g = Geometry(*x.shape, out[1], *out[2:], a.dw.shape[-1], a.stride, a.padding, a.dilation)
+    weights = Weights(tap_weights(a.dw, g), *(contiguous(t) for t in (a.pw, a.dw_bias, a.pw_bias)))
+    norms = []
+    for kind, tensors, eps in ((a.mid, a[5:9], a.mid_eps), (a.post, a[9:13], a.post_eps)):
+        norms.append(None if kind == "none" else Norm(*(contiguous(t) for t in tensors), eps, kind == "batch"))
+    return x, weights, g, Acts(a.pre_act, a.mid_act, a.post_act, a.out_act), *norms
+
+
+def _launch_eval(*args) -> Tensor:
+    a = Call(*args)
+    residual = None if a.residual is None else channels_last(a.residual)
+    return like(a.x, separable_conv_fwd(*_kernel_args(a), residual, save_z=False).y)
+
+
+def _launch_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Call(*args)
+    residual = None if a.residual is None else channels_last(a.residual)
+    out = separable_conv_fwd(*_kernel_args(a), residual, save_z=a.keeps_z)
+    empty = lambda t, dtype: a.x.new_empty(0, dtype=dtype) if t is None else t
+    stats = stats_dtype_of(a.x)
+    return like(a.x, out.y), empty(out.z, a.x.dtype), empty(out.mid_stats, stats), empty(out.post_stats, stats)
+
+
+def _launch_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
+    a = Call(*args)
+    x, weights, g, acts, mid, post = _kernel_args(a)
+    mid, post = with_stats(mid, mid_stats), with_stats(post, post_stats)
+    wanted = Needs(*needs)
+    grads = separable_conv_bwd(channels_last(dy), x, z if a.keeps_z else None, weights, g, acts, mid, post, wanted)
+    dx = None if grads.x is None else like(a.x, grads.x)
+    flat = (dx, *grads[1:5], *_norm_grads(grads.mid), *_norm_grads(grads.post))
+    return tuple(
+        x.new_empty(0) if grad is None else grad.to(owner.dtype) for grad, owner in zip(flat, _owners(a), strict=True)
+    )
+
+
+def _norm_grads(sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """(2, C) sums of g and g uhat -> gradients of weight and bias, in tensors of their own."""
+    return (None, None) if sums is None else (sums[1].clone(), sums[0].clone())
+
+
+def per_output(needs: list[bool]) -> tuple[bool, ...]:
+    """``needs`` (x, dw, pw, dw_bias, pw_bias, mid, post) for each output: a norm's weight and bias come together."""
+    *five, mid, post = needs
+    return (*five, mid, mid, post, post)
+
+
+def _owners(a: Call) -> tuple[Tensor, ...]:
+    """Whose gradients the backward op returns, in order; x stands for a tensor that is not there."""
+    tensors = (a.x, a.dw, a.pw, a.dw_bias, a.pw_bias, a.mid_weight, a.mid_bias, a.post_weight, a.post_bias)
+    return tuple(a.x if t is None else t for t in tensors)
+
+
+# --- in plain PyTorch
+
+
+def compose(
+    x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_act, post_act, mid_norm, post_norm
+) -> tuple[Tensor, Tensor]:
+    """The op written out, with the norms as functions. -> y, z."""
+    autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
+    cast = lambda t: t if t is None or autocast else t.to(x.dtype)
+    v = ACTIVATIONS[pre_act](x)
+    u = conv2d(v, cast(dw), cast(dw_bias), (stride,) * 2, (padding,) * 2, (dilation,) * 2, dw.shape[0])
+    z = conv2d(ACTIVATIONS[mid_act](mid_norm(u)), cast(pw), cast(pw_bias))
+    y = ACTIVATIONS[post_act](post_norm(z))
+    return y if residual is None else y + residual, z
+
+
+def _plain_norms(a: Call) -> tuple[PlainNorm, PlainNorm]:
+    return PlainNorm(a.mid, *a[5:9], a.mid_eps, a.x), PlainNorm(a.post, *a[9:13], a.post_eps, a.x)
+
+
+def _plain_eval(*args) -> Tensor:
+    return _plain_train(*args)[0]
+
+
+def _plain_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Call(*args)
+    mid, post = _plain_norms(a)
+    y, z = compose(*a[:5], *a[13:20], mid, post)
+    y = ACTIVATIONS[a.out_act](y)
+    z = channels_last(z) if a.keeps_z else z.new_empty(0)
+    return like(a.x, y.to(a.x.dtype)), z, mid.stats, post.stats
+
+
+def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
+    a = Call(*args)
+    wide = stats_dtype_of(a.x)
+    conv = torch.ops.aten.convolution_backward
+    cast = lambda t: t.to(wide)
+    v = ACTIVATIONS[a.pre_act](cast(a.x))
+    bias = None if a.dw_bias is None else cast(a.dw_bias)
+    geometry = ([a.stride] * 2, [a.padding] * 2, [a.dilation] * 2, False, [0, 0], a.dw.shape[0])
+    u = F.conv2d(v, cast(a.dw), bias, *geometry[:3], groups=geometry[5])
+    mid, post = _plain_norms(a)
+    for norm, stats in ((mid, mid_stats), (post, post_stats)):
+        if norm.kind == "batch":
+            norm.kind, norm.mean, norm.var = "running", stats[0], stats[1]
+    activated = ACTIVATIONS[a.mid_act](mid(u))
+    dz, dpost_weight, dpost_bias = plain_norm_bwd(cast(dy), cast(z), post, a.post == "batch", a.post_act)
+    ones, zeros = [1, 1], [0, 0]
+    da, dpw, dpw_bias = conv(dz, activated, cast(a.pw), [a.pw.shape[0]], ones, zeros, ones, False, zeros, 1, [True] * 3)
+    du, dmid_weight, dmid_bias = plain_norm_bwd(da, u, mid, a.mid == "batch", a.mid_act)
+    dv, ddw, ddw_bias = conv(du, v, cast(a.dw), [a.dw.shape[0]], *geometry, [True] * 3)
+    if a.mid == "batch":  # they take a constant out again: exactly 0, as the kernels have it
+        ddw_bias = torch.zeros_like(ddw_bias)
+    if a.post == "batch":
+        dpw_bias = torch.zeros_like(dpw_bias)
+    dx = like(a.x, ACTIVATION_GRADS[a.pre_act](dv, cast(a.x)))
+    grads = (dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias)
+    return tuple(
+        grad.to(owner.dtype, memory_format=memory_format_of(owner)) if want else a.x.new_empty(0)
+        for grad, want, owner in zip(grads, per_output(needs), _owners(a), strict=True)
+    )
+
+
+# --- shapes, registration, autograd
+
+
+def _fake_eval(*args) -> Tensor:
+    a = Call(*args)
+    return new_map(a.x, a.out_shape)
+
+
+def _fake_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a = Call(*args)
+    N, COUT, OH, OW = a.out_shape
+    z = a.x.new_empty(N, OH, OW, COUT).permute(0, 3, 1, 2) if a.keeps_z else a.x.new_empty(0)
+    dtype = stats_dtype_of(a.x)
+    stats = lambda kind, channels: a.x.new_empty((3, channels) if kind == "batch" else 0, dtype=dtype)
+    return new_map(a.x, a.out_shape), z, stats(a.mid, a.x.shape[1]), stats(a.post, COUT)
+
+
+def _fake_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
+    a = Call(*args)
+    grads = []
+    for want, owner in zip(per_output(needs), _owners(a), strict=True):
+        if not want:
+            grads.append(a.x.new_empty(0))
+        elif owner is a.x:
+            grads.append(new_map(a.x, a.x.shape))
+        else:
+            grads.append(owner.new_empty(owner.shape))
+    return tuple(grads)
+
+
+eval_op = register(f"separable_conv2d({_SCHEMA}) -> Tensor", _launch_eval, _plain_eval, _fake_eval)
+train_op = register(
+    f"separable_conv2d_train({_SCHEMA}) -> (Tensor, Tensor, Tensor, Tensor)", _launch_train, _plain_train, _fake_train
+)
+bwd_op = register(
+    "separable_conv2d_bwd(Tensor dy, Tensor z, Tensor mid_stats, Tensor post_stats, bool[] needs, "
+    f"{_SCHEMA}) -> ({', '.join(['Tensor'] * 9)})",
+    _launch_bwd,
+    _plain_bwd,
+    _fake_bwd,
+)
+
+
+class _SeparableConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        y, z, mid_stats, post_stats = train_op(*args)
+        _SeparableConv2d.save(ctx, args, (y, z, mid_stats, post_stats))
+        ctx.mark_non_differentiable(mid_stats, post_stats)
+        return y, mid_stats, post_stats
+
+    @staticmethod
+    def save(ctx, inputs, output) -> None:
+        *read, _ = inputs[:TENSORS]  # no gradient reads the residual, the last
+        ctx.save_for_backward(*output[1:], *read, None)
+        ctx.options = inputs[TENSORS:]
+
+    @staticmethod
+    def gradients(ctx, saved, dy, *_):
+        z, mid_stats, post_stats, *tensors = saved
+        a = Call(*tensors, *ctx.options)
+        need = Call(*ctx.needs_input_grad)
+        needs = [need.x, need.dw, need.pw, need.dw_bias, need.pw_bias,
+                 bool(need.mid_weight or need.mid_bias), bool(need.post_weight or need.post_bias)]  # fmt: skip
+        grads = bwd_op(dy, z, mid_stats, post_stats, needs, *a)
+        grads = [grad if want else None for grad, want in zip(grads, per_output(needs), strict=True)]
+        dx, ddw, dpw, ddw_bias, dpw_bias, dmid_weight, dmid_bias, dpost_weight, dpost_bias = grads
+        residual = dy if need.residual else None
+        running = (None, None)
+        tensor_grads = (dx, ddw, dpw, ddw_bias, dpw_bias, *running, dmid_weight, dmid_bias, *running, dpost_weight,
+                        dpost_bias, residual)  # fmt: skip
+        return *tensor_grads, *(None for _ in ctx.options)
+
+    @staticmethod
+    def again(ctx, saved, dy, *_):
+        _, _, _, *tensors = saved
+
+        def forward(*tensors):
+            a = Call(*tensors, *ctx.options)
+            return compose(*a[:5], *a[13:20], *_plain_norms(a))[0].to(a.x.dtype)
+
+        need = ctx.needs_input_grad
+        grads = derived(forward, tensors, (*need[: TENSORS - 1], False), dy)
+        return *grads[:-1], dy if need[TENSORS - 1] else None, *(None for _ in ctx.options)
+
+    backward = staticmethod(differentiable(gradients, again))
+
+
+torch.library.register_autograd(
+    qualified("separable_conv2d_train"),
+    lambda ctx, dy, *_: _SeparableConv2d.backward(ctx, dy),
+    setup_context=_SeparableConv2d.save,
+)

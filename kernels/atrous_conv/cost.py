@@ -1,0 +1,122 @@
+"""Launch configurations of the atrous convolution, and the cost model that chooses between it and a library's.
+
+Heuristics with their reasons, and what tuning tries besides; what a GPU would show is an estimate until a table in
+``tuned/`` replaces it. With F the share of products that is left (``atrous_plan``) and D the dense ones:
+
+    own      max(bytes / BW,  F D / (OWN_GEMM rate),  longest program) + 1 launch
+    library  for each branch  max(bytes / BW,  D_b / rate) + 1 launch;  then activation, residual, concatenation
+
+The library is taken at its best, so a tie is its: it may split the sums of the few long programs that a single image
+gives, which the own kernel does not.
+"""
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+from fastseg.kernels.atrous_conv.regions import Branch, dense, executed, forward_regions
+from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, OWN_LANES
+from fastseg.kernels.runtime.config import candidates, heuristic
+from fastseg.kernels.runtime.sizes import next_power_of_2
+
+MULTIPROCESSORS = 132  # of an H200, whose ceilings the model takes
+
+
+class Plan(NamedTuple):
+    own: bool
+    fraction: float  # of the dense products, that the own kernel executes
+    own_us: float
+    library_us: float
+
+    def __str__(self) -> str:
+        form = "taps in padding skipped" if self.own else "the library's dense convolution"
+        return (
+            f"{form}: {self.fraction:.2f} of the products are executed; model says own {self.own_us:.1f} us, "
+            f"library {self.library_us:.1f} us on an H200"
+        )
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(
+    N: int,
+    C: int,
+    H: int,
+    W: int,
+    COUT: int,
+    branches: tuple[Branch, ...],
+    dtype: torch.dtype,
+    passes: int,
+    ieee: bool = False,
+) -> Plan:
+    """Whether the own kernel is faster, by the model in this file's header.
+
+    ``passes``: elementwise passes over the output that the library's way takes and the own one does not: activation,
+    residual. ``ieee``: fp32 without tf32, on lanes instead of matrix units.
+    """
+    rate, share = (2 * LANES, OWN_LANES) if ieee else (DOT[dtype], OWN_GEMM)
+    cfg = _config(N * H * W, C, COUT, dtype)
+    regions, e = forward_regions(H, W, branches), dtype.itemsize
+    A, Y = e * N * H * W * C, e * N * H * W * COUT
+    seconds = lambda pairs, channels: 2 * pairs * C * channels / rate
+    done, nominal = executed(regions, N, cfg["BLOCK_M"]), dense(H, W, branches, N)
+    weights = sum(e * C * COUT * branch.K**2 for branch in branches)
+    longest = MULTIPROCESSORS * seconds(max(r.count for r in regions) * cfg["BLOCK_M"], min(COUT, cfg["BLOCK_N"]))
+    moved = (A + weights + (1 + (passes > 1)) * Y * len(branches)) / BANDWIDTH
+    own = max(moved, max(seconds(done, COUT), longest) / share) + LAUNCH
+    library = sum(max((A + Y) / BANDWIDTH, seconds(dense(H, W, (branch,), N), COUT)) + LAUNCH for branch in branches)
+    after = passes + (len(branches) > 1)  # the concatenation is one more
+    library += after * (2 * Y * len(branches) / BANDWIDTH + LAUNCH)
+    undilated = all(branch.K == 1 or branch.dilation == 1 for branch in branches)
+    return Plan(own < library and not undilated, done / nominal, own * 1e6, library * 1e6)
+
+
+@heuristic("atrous_conv_fwd")
+def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
+    """128 x 128 is the smallest tile whose arithmetic hides its loads on Hopper; wgmma needs 64 rows.
+
+    With few rows, 64: rectangles of one image are small, and what a tile has too many is multiplied for nothing (at
+    32x32 and N = 1 an ASPP executes 0.72 with 64 rows, 0.85 with 128). fp32 operands would fill the registers.
+    """
+    block_n = min(128, max(16, next_power_of_2(COUT)))
+    if dtype.itemsize > 2:
+        return {"BLOCK_M": 64, "BLOCK_N": min(64, block_n), "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+    block_m = 64 if size < 8192 else 128
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": 32 if C <= 32 else 64,
+            "num_warps": 8 if block_m * block_n == 128 * 128 else 4, "num_stages": 3}  # fmt: skip
+
+
+@heuristic("atrous_conv_bwd_weight")
+def _weight_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
+    """128 x 128 outputs a program; a sum over thousands of rows hides the start of its loop.
+
+    fp32 goes through registers (one stage): wgmma wants both operands turned, and a copy that turns has 32 bits.
+    """
+    block_n, block_k = (min(128, max(16, next_power_of_2(channels))) for channels in (COUT, C))
+    if dtype.itemsize > 2:
+        return {"BLOCK_M": 32, "BLOCK_N": min(64, block_n), "BLOCK_K": min(64, block_k), "num_warps": 4,
+                "num_stages": 1}  # fmt: skip
+    return {"BLOCK_M": 64, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "num_warps": 8 if block_n * block_k == 128 * 128 else 4, "num_stages": 3}  # fmt: skip
+
+
+@candidates("atrous_conv_bwd_weight")
+def _weight_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(32, 64, 64, 4), (64, 64, 64, 4), (64, 64, 128, 4), (64, 128, 128, 4), (64, 128, 128, 8),
+             (32, 128, 128, 8), (64, 128, 256, 8), (128, 128, 128, 8)]  # fmt: skip
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (1, 2, 3, 4)
+    ]
+
+
+@candidates("atrous_conv_fwd")
+def _candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
+    tiles = [(64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8),
+             (128, 256, 64, 8), (64, 256, 64, 4), (64, 256, 32, 8), (128, 128, 32, 8), (256, 128, 64, 8)]  # fmt: skip
+    return [
+        {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+        for m, n, k, warps in tiles
+        for stages in (2, 3, 4)
+    ]

@@ -1,0 +1,1 @@
+"""Batch norm + residual + activation: statistics, forward, backward."""

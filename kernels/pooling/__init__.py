@@ -1,0 +1,1 @@
+"""Max pooling with compact indices, max unpooling, and unpooling inside a convolution."""

@@ -1,0 +1,1 @@
+"""Depthwise + pointwise convolution with norms and activations: forward, backward, cost model."""

@@ -1,0 +1,319 @@
+"""Kernels and launchers of the separable convolution's forward; the story is in ``separable_conv.py``."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.batch_norm.stats import batch_stats
+from fastseg.kernels.common.norm_act import activate, norm_act, store_tile_stats
+from fastseg.kernels.common.norm_args import Norm, norm_args
+from fastseg.kernels.common.tiles import dilated_tile_pixels
+from fastseg.kernels.runtime.config import select
+from fastseg.kernels.runtime.conv_sizes import Geometry
+from fastseg.kernels.runtime.launch import launch
+from fastseg.kernels.runtime.sizes import cdiv
+from fastseg.kernels.runtime.tensors import acc_dtype, empty_nhwc, precision, stats_dtype
+
+
+@triton.jit
+def depthwise_tile(
+    x_ptr, dw_ptr, bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
+    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """K x K taps of one image at input positions (iy, ix) of the first tap: -> (BLOCK_M, BLOCK_K), in ACC.
+
+    The loop over tap rows stays a loop: unrolled, all K*K tap tiles are hoisted and spill (1.1 KB of stack at 8x16x64,
+    sm_90, Triton 3.6).
+    """
+    u = tl.zeros((BLOCK_M, BLOCK_K), ACC)
+    for ky in tl.range(0, K, num_stages=1, loop_unroll_factor=1):
+        y = iy + ky * dilation
+        mask_y = mask_m & (y >= 0) & (y < H)
+        for kx in tl.static_range(K):
+            col = ix + kx * dilation
+            mask = (mask_y & (col >= 0) & (col < W))[:, None] & mask_k[None, :]
+            x = tl.load(x_ptr + (y * W + col)[:, None] * C + offs_k[None, :], mask=mask, other=0.0).to(ACC)
+            w = tl.load(dw_ptr + offs_k * DW_C + (ky * K + kx) * DW_T, mask=mask_k, other=0.0).to(ACC)
+            u += activate(x, PRE_ACT) * w[None, :]
+    if HAS_BIAS:
+        u += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(ACC)[None, :]
+    return u
+
+
+@triton.jit
+def finish_tile(
+    z, z_ptr, y_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, tile_stats_ptr, counts_ptr,
+    rows, mask_m, offs_n, eps, tile, pid_n,
+    COUT: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of both GEMM forms. z: (BLOCK_M, BLOCK_N) convolution output, in ACC; rows: int64 pixel numbers.
+
+    STATS: z and its tile statistics are stored, norm and activation wait for them. Else y is stored, and z with SAVE_Z.
+    RESIDUAL: "none", or on which side of the activation it is added, "before" or "after".
+    """
+    mask_n = offs_n < COUT
+    mask = mask_m[:, None] & mask_n[None, :]
+    offs = rows[:, None] * COUT + offs_n[None, :]
+    z = z.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
+    if STATS or SAVE_Z:  # before the statistics: they need the registers
+        tl.store(z_ptr + offs, z.to(z_ptr.dtype.element_ty), mask=mask)
+    if STATS:
+        count = store_tile_stats(z, mask_m, tile, tile_stats_ptr, offs_n, mask_n, COUT, ACC)
+        if pid_n == 0:
+            tl.store(counts_ptr + tile, count)
+    else:
+        FIRST: tl.constexpr = "none" if RESIDUAL == "before" else ACT
+        y = norm_act(z, weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_n, mask_n, eps, NORM, AFFINE, FIRST, ACC)
+        if RESIDUAL != "none":
+            y += tl.load(residual_ptr + offs, mask=mask, other=0.0).to(ACC)
+        if RESIDUAL == "before":
+            y = activate(y, ACT)
+        tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _separable_conv_fwd_fused_kernel(
+    x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
+    pw_ptr, pw_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
+    z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
+    H, W, OH, OW, stride, padding, dilation, mid_eps, post_eps,
+    C: tl.constexpr, COUT: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr,
+    PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
+    MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
+    POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
+    tile = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
+    iy = oy * stride - padding
+    ix = ox * stride - padding
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_w = offs_n[None, :] * C + tl.arange(0, BLOCK_K)[:, None]  # one for all k: 24 spills less
+    x_ptr += n * H * W * C
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for k in tl.range(0, C, BLOCK_K, num_stages=1, loop_unroll_factor=1):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < C
+        a = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
+                           C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_K)  # fmt: skip
+        a = a.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
+        a = norm_act(a, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
+                     MID_NORM, MID_AFFINE, MID_ACT, ACC)  # fmt: skip
+        mask_w = mask_k[:, None] & (offs_n < COUT)[None, :]
+        w = tl.load(pw_ptr + k + offs_w, mask=mask_w, other=0.0)
+        dtype = y_ptr.dtype.element_ty
+        acc = tl.dot(a.to(dtype), w.to(dtype), acc, input_precision=PRECISION, out_dtype=ACC)
+    if PW_BIAS:
+        acc += tl.load(pw_bias_ptr + offs_n, mask=offs_n < COUT, other=0.0).to(ACC)[None, :]
+
+    rows = n * OH * OW + oy * OW + ox
+    finish_tile(acc, z_ptr, y_ptr, residual_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
+                tile_stats_ptr, counts_ptr, rows, mask_m, offs_n, post_eps, tile, pid_n,
+                COUT, POST_NORM, POST_AFFINE, POST_ACT, RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
+
+
+@triton.jit
+def _separable_conv_fwd_dw_kernel(
+    x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
+    u_ptr, tile_stats_ptr, counts_ptr,
+    H, W, OH, OW, stride, padding, dilation, mid_eps,
+    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
+    DW_BIAS: tl.constexpr, MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr,
+    STATS: tl.constexpr, STORE: tl.constexpr, ACC: tl.constexpr,
+    PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
+    tile = tl.program_id(0)
+    pid_c = tl.program_id(1)
+    n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
+    offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < C
+    x_ptr += n * H * W * C
+
+    u = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, oy * stride - padding, ox * stride - padding, mask_m, offs_c, mask_c,
+                       H, W, dilation, C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_C)  # fmt: skip
+    u = u.to(u_ptr.dtype.element_ty).to(ACC)  # statistics are of what torch would have stored
+    if STORE:
+        a = norm_act(u, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_c, mask_c, mid_eps,
+                     MID_NORM, MID_AFFINE, MID_ACT, ACC)  # fmt: skip
+        offs = (n * OH * OW + oy * OW + ox)[:, None] * C + offs_c[None, :]
+        tl.store(u_ptr + offs, a.to(u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
+    if STATS:
+        count = store_tile_stats(u, mask_m, tile, tile_stats_ptr, offs_c, mask_c, C, ACC)
+        if pid_c == 0:
+            tl.store(counts_ptr + tile, count)
+
+
+@triton.jit
+def _separable_conv_fwd_pw_kernel(
+    u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
+    pw_ptr, pw_bias_ptr, image_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
+    z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
+    M, image_pixels, mid_eps, post_eps,
+    C: tl.constexpr, COUT: tl.constexpr,
+    MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
+    IMAGE_BIAS: tl.constexpr, POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    pid_n = tl.program_id(1)
+    row0 = tile.to(tl.int64) * BLOCK_M
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m = row0 + offs_m < M
+    u_ptr += row0 * C
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    for k in range(0, C, BLOCK_K):
+        offs_k = k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < C
+        a = tl.load(u_ptr + offs_m[:, None] * C + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
+        if MID_NORM or MID_ACT != "none":
+            a = norm_act(a.to(ACC), mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
+                         MID_NORM, MID_AFFINE, MID_ACT, ACC).to(u_ptr.dtype.element_ty)  # fmt: skip
+        mask_w = mask_k[:, None] & (offs_n < COUT)[None, :]
+        w = tl.load(pw_ptr + offs_n[None, :] * C + offs_k[:, None], mask=mask_w, other=0.0)
+        acc = tl.dot(a, w.to(u_ptr.dtype.element_ty), acc, input_precision=PRECISION, out_dtype=ACC)
+    if PW_BIAS:
+        acc += tl.load(pw_bias_ptr + offs_n, mask=offs_n < COUT, other=0.0).to(ACC)[None, :]
+    if IMAGE_BIAS:
+        offs = ((row0 + offs_m) // image_pixels * COUT)[:, None] + offs_n[None, :]
+        acc += tl.load(image_bias_ptr + offs, mask=mask_m[:, None] & (offs_n < COUT)[None, :], other=0.0).to(ACC)
+
+    finish_tile(acc, z_ptr, y_ptr, residual_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
+                tile_stats_ptr, counts_ptr, row0 + offs_m, mask_m, offs_n, post_eps, tile, pid_n,
+                COUT, POST_NORM, POST_AFFINE, POST_ACT, RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
+
+
+class Weights(NamedTuple):
+    """Any float dtype; ``dw`` as ``tap_weights`` gives it, the others contiguous."""
+
+    dw: Tensor  # (C, K * K)
+    pw: Tensor  # (COUT, C, 1, 1)
+    dw_bias: Tensor | None  # (C,)
+    pw_bias: Tensor | None  # (COUT,)
+
+
+def tap_weights(dw: Tensor, g: Geometry) -> Tensor:
+    """(C, 1, K, K) -> (C, K*K), with the channels innermost in memory where that is worth a launch.
+
+    A thread holds 8 channels. Taps innermost, it loads their weights one by one, twice the L1 traffic of the pixels;
+    channels innermost, in one 16-byte load. By estimate (a wavefront a cycle, 2 us a launch), that saves more than the
+    copy costs from about 4 M depthwise elements on.
+    """
+    taps = dw.reshape(g.C, g.K * g.K)
+    return taps.t().contiguous().t() if g.pixels * g.C >= 2**22 else taps.contiguous()
+
+
+class Acts(NamedTuple):
+    """Names of the activations: on the input, between the halves, on the output before or after the residual.
+
+    One of ``post`` and ``out`` is "none".
+    """
+
+    pre: str
+    mid: str
+    post: str
+    out: str = "none"
+
+    def ending(self, residual: Tensor | None) -> tuple[str, str]:
+        """On which side of the last activation the residual is added, "none" without one; and that activation."""
+        last = self.post if self.out == "none" else self.out
+        return "none" if residual is None else "after" if self.out == "none" else "before", last
+
+
+def _stats_buffers(x: Tensor, tiles: int, channels: int) -> tuple[Tensor, Tensor]:
+    dtype = stats_dtype(x)
+    return x.new_empty(tiles, 2, channels, dtype=dtype), x.new_empty(tiles, dtype=dtype)
+
+
+def _or(t: Tensor | None, dummy: Tensor) -> Tensor:
+    return dummy if t is None else t
+
+
+def separable_conv_fwd_dw(
+    x: Tensor, w: Weights, g: Geometry, pre_act: str, mid: Norm | None, mid_act: str, *, stats: bool, store: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """x (N, C, H, W) in NHWC memory -> (u (N, C, OH, OW) the same, or None; stats (3, C) of the raw u, or None)."""
+    cfg = select("separable_conv_fwd_dw", size=g.pixels, device=x.device, C=g.C, K=g.K, dtype=x.dtype)
+    tiles = g.N * cdiv(g.OH, cfg.BLOCK_H) * cdiv(g.OW, cfg.BLOCK_W)
+    u = empty_nhwc(x, g, g.C) if store else None
+    tile_stats, counts = _stats_buffers(x, tiles, g.C) if stats else (x, x)
+    (*vectors, eps), norm, affine = norm_args(mid, x)
+    launch(
+        _separable_conv_fwd_dw_kernel, (tiles, cdiv(g.C, cfg.BLOCK_C)),
+        x, w.dw, _or(w.dw_bias, x), *vectors, u if store else x, tile_stats, counts,
+        g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
+        C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
+        DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
+        STATS=stats, STORE=store, ACC=acc_dtype(x), PHASED=g.phased, **cfg.launch,
+    )  # fmt: skip
+    return u, batch_stats(tile_stats, counts) if stats else None
+
+
+def separable_conv_fwd_fused(
+    x: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
+    *, stats: bool, save_z: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """x (N, C, H, W) in NHWC memory -> (y, z, stats (3, COUT)): y, z (N, COUT, OH, OW) the same; or None."""
+    side, act = acts.ending(residual)
+    cfg = select("separable_conv_fwd_fused", size=g.pixels, device=x.device, C=g.C, COUT=g.COUT, K=g.K, dtype=x.dtype,
+                 stats=stats)  # fmt: skip
+    tiles = g.N * cdiv(g.OH, cfg.BLOCK_H) * cdiv(g.OW, cfg.BLOCK_W)
+    y, z, tile_stats, counts = _outputs(x, g, tiles, stats, save_z)
+    (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
+    (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, x)
+    launch(
+        _separable_conv_fwd_fused_kernel, (tiles, cdiv(g.COUT, cfg.BLOCK_N)),
+        x, w.dw, _or(w.dw_bias, x), *mid_vectors, w.pw, _or(w.pw_bias, x), *post_vectors, _or(residual, x),
+        _or(z, y), _or(y, z), tile_stats, counts,
+        g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
+        C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre,
+        DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
+        PW_BIAS=w.pw_bias is not None,
+        POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act, RESIDUAL=side, STATS=stats, SAVE_Z=save_z,
+        ACC=acc_dtype(x), PRECISION=precision(x), PHASED=g.phased, **cfg.launch,
+    )  # fmt: skip
+    return y, z, batch_stats(tile_stats, counts) if stats else None
+
+
+def separable_conv_fwd_pw(
+    u: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
+    *, stats: bool, save_z: bool, image_bias: Tensor | None = None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """u (N, C, OH, OW) in NHWC memory, before ``mid`` and ``acts.mid`` -> as ``separable_conv_fwd_fused``.
+
+    image_bias (N, COUT) is added to z.
+    """
+    side, act = acts.ending(residual)
+    cfg = select("separable_conv_fwd_pw", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
+    tiles = cdiv(g.pixels, cfg.BLOCK_M)
+    y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
+    (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
+    (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
+    launch(
+        _separable_conv_fwd_pw_kernel, (tiles, cdiv(g.COUT, cfg.BLOCK_N)),
+        u, *mid_vectors, w.pw, _or(w.pw_bias, u), _or(image_bias, u), *post_vectors, _or(residual, u),
+        _or(z, y), _or(y, z), tile_stats, counts,
+        g.pixels, g.OH * g.OW, mid_eps, post_eps,
+        C=g.C, COUT=g.COUT, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
+        IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act,
+        RESIDUAL=side, STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,
+    )  # fmt: skip
+    return y, z, batch_stats(tile_stats, counts) if stats else None
+
+
+def _outputs(x: Tensor, g: Geometry, tiles: int, stats: bool, save_z: bool):
+    """-> y, z, tile_stats, counts. With batch statistics to come, only z and its statistics can be written."""
+    y = None if stats else empty_nhwc(x, g, g.COUT)
+    z = empty_nhwc(x, g, g.COUT) if stats or save_z else None
+    return y, z, *(_stats_buffers(x, tiles, g.COUT) if stats else (x, x))

@@ -1,0 +1,77 @@
+"""What is compiled ahead of time: launcher calls on ``meta`` tensors, and what each compiled kernel has to show.
+
+A case is a function of a dtype that calls a launcher (or an op) as a network would, with realistic sizes; ``meta``
+tensors have no memory, so a map of 2^31 elements costs nothing. ``make kernel-report`` prints what the cases compile
+to, ``tests/aot/test_budgets.py`` asserts it. Every kernel is reached by some case, and by one whose largest tensor is
+past 2^31 elements: only there do 32-bit offsets show. The cases stand in ``cases_<topic>.py``, one file for the kernels
+of a topic, with the claims that are special to them:
+
+    CASES            name -> function of a dtype
+    MATRIX_KERNELS   kernels whose sums of products run on matrix units for fp16 and bf16
+    SCALAR_LOADS     kernel or case -> why its global loads cannot be 128 bits wide
+    TF32_CASES       cases that ask for tf32: torch's switch for convolutions is on by default
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastseg.kernels.tools.cases import atrous_conv as cases_atrous
+from fastseg.kernels.tools.cases import batch_norm as cases_batch_norm
+from fastseg.kernels.tools.cases import inverted_residual as cases_inverted_residual
+from fastseg.kernels.tools.cases import pooling as cases_pooling
+from fastseg.kernels.tools.cases import separable_conv as cases_separable
+from fastseg.kernels.tools.cases import upsample as cases_bilinear
+from fastseg.kernels.tools.cases import upsample_heads as cases_upsample_heads
+
+TOPICS = (
+    cases_separable,
+    cases_inverted_residual,
+    cases_atrous,
+    cases_batch_norm,
+    cases_pooling,
+    cases_bilinear,
+    cases_upsample_heads,
+)
+DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)  # fp16 compiles to the same but for the type
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {}
+MATRIX_KERNELS: set[str] = set()
+SCALAR_LOADS: dict[str, str] = {}
+TF32_CASES: set[str] = set()
+for topic in TOPICS:
+    assert not CASES.keys() & topic.CASES.keys(), f"{topic.__name__}: a case of that name exists"
+    CASES |= topic.CASES
+    MATRIX_KERNELS |= getattr(topic, "MATRIX_KERNELS", set())
+    SCALAR_LOADS |= getattr(topic, "SCALAR_LOADS", {})
+    TF32_CASES |= getattr(topic, "TF32_CASES", set())
+# Cases with tiles of fewer than 64 rows by intention: HMMA is then right on sm_90 and sm_100 too.
+SMALL_TILE_CASES: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Claims:
+    """What one kernel promises in one case.
+
+    Attributes:
+        matrix: its products run on the target's own matrix instruction.
+        small_tile: the older HMMA counts as well.
+        vector: it has global loads of 128 bits.
+        tf32: it may use tf32.
+    """
+
+    matrix: bool = False
+    small_tile: bool = False
+    vector: bool = True
+    tf32: bool = False
+
+
+def claims_of(case: str, kernel: str, dtype: torch.dtype) -> Claims:
+    """The claims of ``kernel`` in ``case``, from the tables above."""
+    return Claims(
+        matrix=kernel in MATRIX_KERNELS and dtype in (torch.float16, torch.bfloat16),
+        small_tile=case in SMALL_TILE_CASES,
+        vector=case not in SCALAR_LOADS and kernel not in SCALAR_LOADS,
+        tf32=case in TF32_CASES,
+    )

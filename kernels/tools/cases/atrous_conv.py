@@ -1,0 +1,47 @@
+"""Ahead-of-time cases of the atrous convolution: an ASPP's branches, and one convolution by itself."""
+
+from collections.abc import Callable
+
+import torch
+
+from fastseg.kernels.atrous_conv.bwd import atrous_conv_bwd_weight
+from fastseg.kernels.atrous_conv.fwd import atrous_conv_bwd_input, atrous_conv_fwd
+
+
+def _atrous(
+    dtype: torch.dtype, *, N: int, C: int, H: int, W: int, COUT: int, K: tuple[int, ...] = (1, 3, 3, 3),
+    rates: tuple[int, ...] = (1, 6, 12, 18), residual: bool = False, backward: bool = False, tf32: bool = True,
+) -> None:  # fmt: skip
+    meta = lambda *shape: torch.empty(*shape, dtype=dtype, device="meta")
+    nhwc = lambda n, c, h, w: meta(n, h, w, c).permute(0, 3, 1, 2)
+    x, y = nhwc(N, C, H, W), nhwc(N, COUT * len(K), H, W)
+    weights = [nhwc(COUT, C, k, k) for k in K]
+    saved, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
+    try:
+        if backward:
+            atrous_conv_bwd_input(y, weights, list(rates))
+            atrous_conv_bwd_weight(y, x, list(K), list(rates))
+        else:
+            atrous_conv_fwd(x, weights, [meta(COUT) for _ in K], y if residual else None, list(rates), "relu")
+    finally:
+        torch.backends.cudnn.allow_tf32 = saved
+
+
+# The batch of the large cases puts x past 2^31 elements.
+_LARGE = {"N": 1025, "C": 2048, "H": 32, "W": 32, "COUT": 256}  # ResNet or Xception at 512^2, output stride 16
+_ONE = {"K": (3,), "rates": (12,)}
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "ASPP 2048->256": lambda dtype: _atrous(dtype, **_LARGE),
+    "ASPP 2048->256, backward": lambda dtype: _atrous(dtype, **_LARGE, backward=True),
+    "atrous 512->512, one image, residual, no tf32": lambda dtype: _atrous(
+        dtype, N=1, C=512, H=33, W=33, COUT=512, residual=True, tf32=False, **_ONE
+    ),
+    "atrous, odd channels 33->21": lambda dtype: _atrous(dtype, N=2, C=33, H=33, W=47, COUT=21, **_ONE),
+}
+
+MATRIX_KERNELS = {"_atrous_conv_fwd_kernel", "_atrous_conv_bwd_weight_kernel"}
+SCALAR_LOADS = {
+    "atrous, odd channels 33->21": "33 channels: no pixel but the first begins at a multiple of 16 bytes",
+}
+TF32_CASES = {case for case in CASES if "no tf32" not in case}

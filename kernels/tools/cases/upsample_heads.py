@@ -1,0 +1,72 @@
+"""Ahead-of-time cases of the fused heads: upsampling with argmax, upsampling with cross entropy."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fastseg.kernels.upsample.argmax import upsample_argmax_fwd
+from fastseg.kernels.upsample.cross_entropy import upsample_cross_entropy_bwd, upsample_cross_entropy_fwd
+from fastseg.kernels.upsample.sizes import Axis, Loss, Upsampling
+
+
+def _logits(dtype: torch.dtype, N: int, C: int, low: int, layout: torch.memory_format) -> Tensor:
+    return torch.empty(N, C, low, low, dtype=dtype, device="meta", memory_format=layout)
+
+
+def _upsampling(low: int, full: int, align_corners: bool) -> Upsampling:
+    axis = Axis(low, full, (low - 1) / (full - 1) if align_corners else low / full)
+    return Upsampling(axis, axis, align_corners)
+
+
+def _argmax(
+    dtype: torch.dtype, C: int, *, N: int = 16, low: int = 128, full: int = 512, align_corners: bool = False,
+    nchw: bool = False,
+) -> None:  # fmt: skip
+    layout = torch.contiguous_format if nchw else torch.channels_last
+    upsample_argmax_fwd(_logits(dtype, N, C, low, layout), _upsampling(low, full, align_corners),
+                        torch.uint8 if C <= 256 else torch.int64)  # fmt: skip
+
+
+def _cross_entropy(
+    dtype: torch.dtype, C: int, *, N: int = 16, low: int = 128, full: int = 512, align_corners: bool = False,
+    nhwc: bool = False, options: bool = False, labels: torch.dtype = torch.int64,
+) -> None:  # fmt: skip
+    """Forward and backward; ``options``: class weights, label smoothing, no reduction."""
+    meta = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
+    up, loss = _upsampling(low, full, align_corners), Loss(255, 0.1 if options else 0.0)
+    target, lse = meta(N, full, full, dtype=labels), meta(N, full, full)
+    weight = meta(C) if options else None
+    x = _logits(dtype, N, C, low, torch.contiguous_format)
+    losses = meta(N, full, full, dtype=dtype) if options else None
+    upsample_cross_entropy_fwd(x, target, weight, up, loss, losses=losses, save_lse=True)
+    x = _logits(dtype, N, C, low, torch.channels_last if nhwc else torch.contiguous_format)
+    dy = meta(N, full, full, dtype=dtype) if options else meta()
+    upsample_cross_entropy_bwd(dy, x, target, weight, lse, up, loss)
+
+
+CASES: dict[str, Callable[[torch.dtype], None]] = {
+    "argmax 21, 128 -> 512": lambda dtype: _argmax(dtype, 21),
+    "argmax 19, 128 -> 512, corners": lambda dtype: _argmax(dtype, 19, align_corners=True, nchw=True),
+    "argmax 150, 128 -> 512": lambda dtype: _argmax(dtype, 150, align_corners=True),
+    "argmax 150, 16 -> 512": lambda dtype: _argmax(dtype, 150, low=16),
+    "argmax 19, 256 -> 512, unpruned": lambda dtype: _argmax(dtype, 19, low=256, nchw=True),
+    # 8200 images of 512^2 pixels are past 2^31 outputs
+    "argmax 21, large": lambda dtype: _argmax(dtype, 21, N=8200),
+    "argmax 1000, large": lambda dtype: _argmax(dtype, 1000, N=8200, low=64),
+    "cross entropy 21, 128 -> 512": lambda dtype: _cross_entropy(dtype, 21),
+    "cross entropy 19, 128 -> 512, corners": lambda dtype: _cross_entropy(
+        dtype, 19, align_corners=True, nhwc=True, labels=torch.uint8
+    ),
+    "cross entropy 150, 128 -> 512": lambda dtype: _cross_entropy(dtype, 150, nhwc=True, labels=torch.uint8),
+    "cross entropy 150, 16 -> 512": lambda dtype: _cross_entropy(dtype, 150, low=16),
+    "cross entropy 21, options": lambda dtype: _cross_entropy(dtype, 21, options=True),
+    "cross entropy 21, large": lambda dtype: _cross_entropy(dtype, 21, N=8200),
+}
+
+_GATHER = "the corners of an output are gathered: neighbouring outputs share or skip low-resolution pixels"
+SCALAR_LOADS: dict[str, str] = {
+    "_upsample_argmax_fwd_kernel": _GATHER,
+    "_upsample_cross_entropy_fwd_kernel": _GATHER,
+    "_upsample_cross_entropy_bwd_kernel": _GATHER,
+}

@@ -1,0 +1,1 @@
+"""Bilinear upsampling, its transposed-convolution form, and the heads fused into it."""
