@@ -4,7 +4,7 @@
 
 Tiny CPU tensors take the kernels' path up to the launch, which is intercepted; eager's modules run whole, which on 1 K
 elements is host time as well. A graph, ``Runner``'s or the caller's, pays none of it. Calls of Python functions are
-counted beside: they do not depend on the machine, and ``tests/test_host_cost.py`` holds them down.
+counted beside: they do not depend on the machine, and ``tests/test_budgets.py`` holds them down.
 """
 
 import os

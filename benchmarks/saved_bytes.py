@@ -3,7 +3,7 @@
     python benchmarks/saved_bytes.py
 
 Nothing is computed: the ops run on fake tensors of the full size, and autograd's hooks see what each keeps. Traffic is
-the floor of ``op_floors.pool_bytes``, which ``tests/ops/test_pooling_traffic.py`` counts launch by launch.
+the floor of ``op_floors.pool_bytes``, which ``tests/ops/pooling/test_traffic.py`` counts launch by launch.
 """
 
 import os

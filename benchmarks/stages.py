@@ -134,7 +134,7 @@ def tests(log: Log, device: torch.device, tiny: bool) -> None:
     workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not tiny else []  # compiling takes most of the time
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        paths = ["tests/test_config.py"] if tiny else GPU_TESTS
+        paths = ["tests/kernels/test_config.py"] if tiny else GPU_TESTS
         command = [
             sys.executable,
             "-P",

@@ -89,7 +89,7 @@ def test_onnx(model, tmp_path):
 
 
 def test_runner(model):
-    """At a size that returns and at others; on wide layers: tests/ops/test_cpu_conv.py, test_runner.py."""
+    """At a size that returns and at others; on wide layers: tests/ops/dense_conv/test_packed.py, test_runner.py."""
     x = torch.randn(1, 3, 64, 96)
     runner = Runner(model, x)
     for image in (x, torch.randn(2, 3, 65, 47)):

@@ -2,7 +2,7 @@
 
 A case is a function of a dtype that calls a launcher (or an op) as a network would, with realistic sizes; ``meta``
 tensors have no memory, so a map of 2^31 elements costs nothing. ``make kernel-report`` prints what the cases compile
-to, ``tests/aot/test_budgets.py`` asserts it. Every kernel is reached by some case, and by one whose largest tensor is
+to, ``tests/kernels/aot/test_budgets.py`` asserts it. Every kernel is reached by some case, and by one whose largest tensor is
 past 2^31 elements: only there do 32-bit offsets show. The cases stand in ``cases_<topic>.py``, one file for the kernels
 of a topic, with the claims that are special to them:
 

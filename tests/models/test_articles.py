@@ -49,8 +49,8 @@ def test_every_article_is_there():
 @pytest.mark.parametrize(
     ("row", "why"),
     [
-        ("| a | `fastseg/nothing.py` | `tests/test_articles.py::test_every_row_is_true` |", "no file"),
-        ("| a | `fastseg/metrics.py` | `tests/test_articles.py::test_nothing` |", "no test"),
+        ("| a | `fastseg/nothing.py` | `tests/models/test_articles.py::test_every_row_is_true` |", "no file"),
+        ("| a | `fastseg/metrics.py` | `tests/models/test_articles.py::test_nothing` |", "no test"),
         ("| a | `fastseg/metrics.py` | `tests/nothing.py::test_nothing` |", "no file"),
         ("| a | `fastseg/metrics.py` | soon |", "no test"),
         ("| a | somewhere | **open** |", "no file"),
