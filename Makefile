@@ -8,6 +8,9 @@ export OMP_NUM_THREADS ?= 1
 
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -q --durations=5
 COMPILED := TRITON_INTERPRET=0 $(BIN)/pytest -q
+# Tests among torch's tools (opcheck, torch.compile, export, processes), and all others but those of compiled code.
+GRAPHS = tests/integration $(wildcard tests/ops/*/test_graphs*.py)
+NOT_GRAPHS := tests --ignore=tests/kernels/aot --ignore=tests/integration --ignore-glob='*/test_graphs*.py'
 
 .PHONY: setup demo doctor test test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu tune figures docs
 
@@ -30,8 +33,8 @@ test: setup lint
 	$(MAKE) -j2 --no-print-directory test-kernels test-compiled-and-cpu
 
 test-kernels: setup
-	$(INTERPRETED) --ignore=tests/aot --ignore=tests/integration
-	$(INTERPRETED) tests/integration
+	$(INTERPRETED) $(NOT_GRAPHS)
+	$(INTERPRETED) $(GRAPHS)
 
 .PHONY: test-compiled-and-cpu
 test-compiled-and-cpu: setup
@@ -40,10 +43,10 @@ test-compiled-and-cpu: setup
 	$(MAKE) --no-print-directory test-emulated EMULATED='tests/ops -k "(every_order and aspp) or (half and bfloat16) or duplicates"'
 
 test-compiled: setup
-	$(COMPILED) tests/aot
+	$(COMPILED) tests/kernels/aot
 
 test-cpu: setup
-	$(COMPILED) tests/integration
+	$(COMPILED) $(GRAPHS)
 	$(COMPILED) benchmarks --benchmark-disable
 
 # The second checker executes the compiled TTIR on an emulated device; optional: a young package with pins of its own.
@@ -62,9 +65,9 @@ test-matrix-%:
 	$(PYTHON) -m venv .venv-triton-$*
 	.venv-triton-$*/bin/pip install -q --disable-pip-version-check -c constraints-ci.txt -e '.[dev]'
 	.venv-triton-$*/bin/pip install -q --disable-pip-version-check --no-deps triton==$*
-	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q --ignore=tests/aot --ignore=tests/integration
-	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q tests/integration
-	TRITON_INTERPRET=0 .venv-triton-$*/bin/pytest -q tests/aot
+	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q $(NOT_GRAPHS)
+	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q $(GRAPHS)
+	TRITON_INTERPRET=0 .venv-triton-$*/bin/pytest -q tests/kernels/aot
 	@if [ $* != 3.6.0 ]; then $(MAKE) --no-print-directory test-emulated VENV=.venv-triton-$* READY=; fi  # it needs 3.7
 
 lint: setup

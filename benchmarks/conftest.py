@@ -69,7 +69,7 @@ def run(benchmark, device: torch.device) -> Callable:
 def feed(benchmark, seconds: list[float]) -> None:
     """Put times taken elsewhere into the plugin's statistics: ``--benchmark-json``, compare and groups keep working.
 
-    Private API of pytest-benchmark (5.x), which knows no source of times but its own; tests/benchmarks/test_gpu_run.py pins it.
+    Private API of pytest-benchmark (5.x), which knows no source of times but its own; a test pins it.
     """
     benchmark._mode = "device times"
     stats = benchmark._make_stats(1)

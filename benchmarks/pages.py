@@ -24,21 +24,21 @@ from fastseg.io.progress import progress
 
 # op -> its kernel files, and the topic of its ahead-of-time cases
 KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
-    "separable_conv": (
-        ("separable_conv", "separable_conv_fwd", "separable_conv_bwd"),
-        "separable",
+    "separable_conv": (("separable_conv/launch", "separable_conv/fwd", "separable_conv/bwd"), "separable_conv"),
+    "atrous_branches": (("atrous_conv/fwd", "atrous_conv/bwd", "atrous_conv/regions"), "atrous_conv"),
+    "inverted_residual": (("inverted_residual/fwd", "inverted_residual/cost"), "inverted_residual"),
+    "conv_act": (("dense_conv/pointwise", "dense_conv/stem"), "inverted_residual"),
+    "pooling": (
+        ("pooling/max_pool", "pooling/max_unpool", "pooling/max_unpool_conv", "pooling/norm_max_pool_bwd"),
+        "pooling",
     ),
-    "atrous_branches": (("atrous_conv", "atrous_conv_bwd", "atrous_plan"), "atrous"),
-    "inverted_residual": (("inverted_residual", "inverted_residual_plan"), "inverted_residual"),
-    "conv_act": (("pointwise_conv", "stem_conv"), "inverted_residual"),
-    "pooling": (("max_pool", "max_unpool", "max_unpool_conv", "norm_max_pool_bwd"), "pooling"),
-    "batch_norm_act": (("batch_norm_act", "batch_norm_act_bwd", "batch_norm_stats"), "batch_norm"),
-    "upsample_bilinear": (("bilinear", "bilinear_bwd"), "bilinear"),
-    "upsample_concat": (("bilinear", "bilinear_bwd"), "bilinear"),
-    "upsample_concat_conv2d": (("upsample_conv",), "bilinear"),
-    "bilinear_conv_transpose": (("bilinear", "bilinear_bwd"), "bilinear"),
+    "batch_norm_act": (("batch_norm/fwd", "batch_norm/bwd", "batch_norm/stats"), "batch_norm"),
+    "upsample_bilinear": (("upsample/bilinear", "upsample/bilinear_bwd"), "upsample"),
+    "upsample_concat": (("upsample/bilinear", "upsample/bilinear_bwd"), "upsample"),
+    "upsample_concat_conv2d": (("upsample/conv",), "upsample"),
+    "bilinear_conv_transpose": (("upsample/bilinear", "upsample/bilinear_bwd"), "upsample"),
     "upsample_heads": (
-        ("upsample_argmax", "upsample_cross_entropy_fwd", "upsample_cross_entropy_bwd"),
+        ("upsample/argmax", "upsample/cross_entropy_fwd", "upsample/cross_entropy_bwd"),
         "upsample_heads",
     ),
 }
@@ -112,7 +112,7 @@ def compiled(topic: str, files: Sequence[str], target: str) -> str:
 
     from fastseg.kernels.tools.report import compile_launches, table
 
-    cases = importlib.import_module(f"fastseg.kernels.cases_{topic}").CASES
+    cases = importlib.import_module(f"fastseg.kernels.tools.cases.{topic}").CASES
     text = {name: (record.ROOT / "kernels" / f"{name}.py").read_text() for name in files}
     parts = []
     for name, case in cases.items():

@@ -8,7 +8,20 @@ from fastseg.ops.core.kept import frozen
 __version__ = "0.1.0"
 __all__ = ["explain", "frozen", "reference"]
 
-_PACKAGES = ("cli", "inference", "kernels", "latency", "metrics", "models", "nn", "ops", "testing", "training")
+_PACKAGES = (
+    "cli",
+    "demo",
+    "inference",
+    "io",
+    "kernels",
+    "measure",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "testing",
+    "training",
+)
 
 
 def __getattr__(name: str):

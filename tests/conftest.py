@@ -63,3 +63,14 @@ def _poison():
 def _ieee(monkeypatch) -> None:
     """fp32 means fp32: with tf32 on, torch's default for convolutions, three digits are all that could be compared."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo(request):
+    """Tests among torch's tools, which compile, begin and end with an empty cache."""
+    compiles = request.path.parent.name == "integration" or request.path.name.startswith("test_graphs")
+    if compiles:
+        torch._dynamo.reset()
+    yield
+    if compiles:
+        torch._dynamo.reset()

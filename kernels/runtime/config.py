@@ -27,7 +27,7 @@ def _home() -> Path:
         return Path(os.devnull)
 
 
-SHIPPED = Path(__file__).parent / "tuned"
+SHIPPED = Path(__file__).parents[1] / "tuned"
 USER = _home() / ".cache" / "fastseg" / "tuned"
 
 POWERS = ("BLOCK", "LANES", "num_warps")  # beginnings of names: what a kernel's ranges are made of

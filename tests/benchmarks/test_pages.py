@@ -13,7 +13,7 @@ def test_every_op_has_a_page(tmp_path):
         for name in files:
             assert pages.header(name) in text
         assert "| shape | mode | floor us |" in text
-        assert (pages.record.ROOT / "kernels" / f"cases_{topic}.py").exists()
+        assert (pages.record.ROOT / "kernels/tools/cases" / f"{topic}.py").exists()
         assert ("](" + op + ".png)" in text) == (tmp_path / f"{op}.png").exists()
     index = (tmp_path / "README.md").read_text()
     assert all(f"]({op}.md)" in index for op in pages.KERNELS)

@@ -119,7 +119,7 @@ def test_opcheck_on_a_gpu(name, layout):
 
 
 def test_every_registered_op_has_samples():
-    for module in pkgutil.iter_modules(fastseg.ops.__path__, "fastseg.ops."):
+    for module in pkgutil.walk_packages(fastseg.ops.__path__, "fastseg.ops."):
         importlib.import_module(module.name)
     reached = {op for row in ROWS.values() for op in row.reaches.split()}
     assert reached == {op.name().removeprefix("fastseg::") for op in DECOMPOSITIONS}

@@ -1,4 +1,4 @@
-"""kernels/runtime/config.py: which configuration a launch gets, and what the launch guard lets through, on made-up GPUs."""
+"""Which configuration a launch gets, and what the launch guard lets through, on made-up GPUs."""
 
 import json
 import warnings

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "articles.md"
 HEADS = ("FCN", "U-Net", "UNet++", "SegNet", "DeepLab V1 to V3", "DeepLabV3+")
 

@@ -2,9 +2,9 @@
 
 A case is a function of a dtype that calls a launcher (or an op) as a network would, with realistic sizes; ``meta``
 tensors have no memory, so a map of 2^31 elements costs nothing. ``make kernel-report`` prints what the cases compile
-to, ``tests/kernels/aot/test_budgets.py`` asserts it. Every kernel is reached by some case, and by one whose largest tensor is
-past 2^31 elements: only there do 32-bit offsets show. The cases stand in ``cases_<topic>.py``, one file for the kernels
-of a topic, with the claims that are special to them:
+to, ``tests/kernels/aot/test_budgets.py`` asserts it. Every kernel is reached by some case, and by one whose largest
+tensor is past 2^31 elements: only there do 32-bit offsets show. The cases stand in one
+file for each family of kernels, with the claims that are special to them:
 
     CASES            name -> function of a dtype
     MATRIX_KERNELS   kernels whose sums of products run on matrix units for fp16 and bf16
@@ -17,22 +17,24 @@ from dataclasses import dataclass
 
 import torch
 
-from fastseg.kernels.tools.cases import atrous_conv as cases_atrous
-from fastseg.kernels.tools.cases import batch_norm as cases_batch_norm
-from fastseg.kernels.tools.cases import inverted_residual as cases_inverted_residual
-from fastseg.kernels.tools.cases import pooling as cases_pooling
-from fastseg.kernels.tools.cases import separable_conv as cases_separable
-from fastseg.kernels.tools.cases import upsample as cases_bilinear
-from fastseg.kernels.tools.cases import upsample_heads as cases_upsample_heads
+from fastseg.kernels.tools.cases import (
+    atrous_conv,
+    batch_norm,
+    inverted_residual,
+    pooling,
+    separable_conv,
+    upsample,
+    upsample_heads,
+)
 
 TOPICS = (
-    cases_separable,
-    cases_inverted_residual,
-    cases_atrous,
-    cases_batch_norm,
-    cases_pooling,
-    cases_bilinear,
-    cases_upsample_heads,
+    separable_conv,
+    inverted_residual,
+    atrous_conv,
+    batch_norm,
+    pooling,
+    upsample,
+    upsample_heads,
 )
 DTYPES: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float32)  # fp16 compiles to the same but for the type
 

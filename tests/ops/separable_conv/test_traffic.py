@@ -1,4 +1,4 @@
-"""Counted traffic and launches of the separable convolution: the figures in the header of kernels/separable_conv/launch.py.
+"""Counted traffic and launches of the separable convolution: the figures in its header.
 
 A = x, U = the depthwise map, Y = the output; bytes are distinct bytes per launch, counted by the interpreter's checker.
 """
