@@ -92,3 +92,13 @@ class VGG16(nn.Module):
             elif isinstance(layer, nn.MaxPool2d):
                 stages.append([])
         return stages[:-1]
+
+
+def as_linear(conv: nn.Conv2d) -> Tensor:
+    """The weight of ``conv`` in the shape of the linear layer that torchvision's classifier has; it shares memory.
+
+    A weight in channels_last has no such view and is laid out anew.
+    """
+    if not conv.weight.is_contiguous():
+        conv.weight.data = conv.weight.data.contiguous()
+    return conv.weight.detach().flatten(1)
