@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseg.models.encoders.vgg import VGG16
+from fastseg.models.encoders.vgg import VGG16, as_linear
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.full_size import FullSizeNet
 from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
@@ -122,6 +122,6 @@ class DeconvNet(FullSizeNet):
         state = dict(self.encoder.state_dict())
         for name, index in (("fc6", 0), ("fc7", 3)):
             layer = getattr(self, name)
-            state |= {f"classifier.{index}.weight": layer.weight.detach().flatten(1)}
+            state |= {f"classifier.{index}.weight": as_linear(layer)}
             state |= {f"classifier.{index}.bias": layer.bias.detach()}
         return state

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from fastseg.models import bilinear_score
 from fastseg.models.encoders import ENCODERS, VGG16
+from fastseg.models.encoders.vgg import as_linear
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.fcn_head import fcn_head
 from fastseg.nn.fuse.conv_norm_act import run_conv_norm_act
@@ -193,7 +194,7 @@ class FCN(nn.Module):
             indices = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
             names = {name: f"features.{i}" for name, i in zip(itertools.chain(*VGG16_LAYERS), indices, strict=True)}
             names |= {"fc6": "classifier.0", "fc7": "classifier.3"}
-            state |= {key: state[key].flatten(1) for key in ("fc6.weight", "fc7.weight")}
+            state |= {"fc6.weight": as_linear(self.fc6), "fc7.weight": as_linear(self.fc7)}
         parts = {key: key.partition(".") for key in state}
         return {f"{names[name]}.{rest}": state[key] for key, (name, _, rest) in parts.items() if name in names}
 

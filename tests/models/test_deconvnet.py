@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg.measure.comparison import eager_form
-from fastseg.models import DeconvNet, create, load_encoder_weights
+from fastseg.models import FCN, DeconvNet, create, load_encoder_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")  # torch's own is the reference, and not deterministic
 PARTS = {
@@ -112,7 +112,8 @@ def test_the_papers_bottleneck_makes_one_vector():
     assert sizes == [(1, 1), (1, 1), (2, 4)]
 
 
-def test_loads_torchvisions_file(tmp_path):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "channels_last"])
+def test_loads_torchvisions_file(tmp_path, layout):
     """A file laid out as torchvision's vgg16_bn: features, fc6 and fc7, not its last layer."""
     model, source = DeconvNet(3, width=0.02), unsettle(DeconvNet(3, width=0.02)).float()
     hidden, pixels = source.fc7.out_channels, source.fc6.weight[0].numel()
@@ -125,6 +126,7 @@ def test_loads_torchvisions_file(tmp_path):
         "classifier.6.bias": torch.zeros(5),
     }
     torch.save(file, tmp_path / "vgg16_bn.pth")
+    model = model.to(memory_format=layout)
     before = copy.deepcopy(model.state_dict())
     load_encoder_weights(model, tmp_path / "vgg16_bn.pth")
     want = source.state_dict()
@@ -140,3 +142,11 @@ def test_loads_torchvisions_file(tmp_path):
 def test_bad_option(options, message):
     with pytest.raises(ValueError, match=message):
         create("deconvnet", **{"num_classes": 2, **options})
+
+
+def test_fcn_in_channels_last_takes_fc6_and_fc7(tmp_path):
+    """The same two layers of the file, through the same view of a 7x7 weight."""
+    source, model = FCN(2, width=0.02), FCN(2, width=0.02).to(memory_format=torch.channels_last)
+    torch.save({key: value.clone() for key, value in source.encoder_state().items()}, tmp_path / "vgg16.pth")
+    load_encoder_weights(model, tmp_path / "vgg16.pth")
+    assert torch.equal(model.fc6.weight, source.fc6.weight) and torch.equal(model.fc7.weight, source.fc7.weight)

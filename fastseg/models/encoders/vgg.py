@@ -86,3 +86,13 @@ class VGG16(nn.Module):
             [(layers[i], layers[i + 1] if self.norm else None) for i in range(start, pool, step)]
             for start, pool in zip(starts, self.pools, strict=False)
         ]
+
+
+def as_linear(conv: nn.Conv2d) -> Tensor:
+    """The weight of ``conv`` in the shape of the linear layer that torchvision's classifier has; it shares memory.
+
+    A weight in channels_last has no such view and is laid out anew.
+    """
+    if not conv.weight.is_contiguous():
+        conv.weight.data = conv.weight.data.contiguous()
+    return conv.weight.detach().flatten(1)
