@@ -132,7 +132,7 @@ def max_pool_ref(
         kernel_size, stride, padding, dilation = geometry[2:]
     if not return_indices or index_format == "int64":
         return POOL[dims](input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    y, index = pool_in_windows(input, kernel_size, stride, padding, dilation, ceil_mode)
+    y, index = pool_in_windows(dims, input, kernel_size, stride, padding, dilation, ceil_mode)
     batched = index if input.dim() == dims + 2 else index[None]
     last = is_last(input) and input.dim() == dims + 2
     codes = pack(encode(batched, *geometry.window), bits_of(geometry.kernel), last)

@@ -141,15 +141,16 @@ def test_heads_of_another_net_are_trained_resumed_and_left_out(tmp_path, capsys)
 def test_an_ignored_class(tmp_path):
     """``ignore_index`` may be a class: its pixels count for nothing, in loss, weights and scores."""
     data = make_folders(tmp_path / "data")
-    (data / "dataset.json").write_text(json.dumps({"classes": ["ground", "sky"], "ignore_index": 0}))
-    for path in data.glob("*/labels/*.png"):  # no third value
-        Image.open(path).point(lambda value: min(value, 1)).save(path)
+    (data / "dataset.json").write_text(json.dumps({"classes": ["ground", "sky", "void"], "ignore_index": 0}))
+    for path in data.glob("*/labels/*.png"):  # the strip at the left becomes the third class
+        Image.open(path).point(lambda value: min(value, 2)).save(path)
     net = ("--model", "segnet_basic", "--option", "channels=8", *SMALL, "--class-weights", "median-frequency")
     assert run("--data", data, *net, "--epochs", 2, "-o", tmp_path / "run") == 0
     first, second = losses(tmp_path / "run")
-    assert second < first  # of sky alone, which is easy: all pixels that count are sky
+    assert second < first
     scored = main([str(part) for part in ("evaluate", "--data", data, "--weights", tmp_path / "run/best.pt",
                    "-o", tmp_path / "scores", "--device", "cpu")])  # fmt: skip
     scores = json.loads((tmp_path / "scores/scores.json").read_text())
-    sky = sum(int((np.asarray(Image.open(path)) == 1).sum()) for path in (data / "test/labels").iterdir())
-    assert scored == 0 and [row["pixels"] for row in scores["classes"]] == [0, sky]
+    labels = [np.asarray(Image.open(path)) for path in (data / "test/labels").iterdir()]
+    sky, void = (sum(int((label == value).sum()) for label in labels) for value in (1, 2))
+    assert scored == 0 and [row["pixels"] for row in scores["classes"]] == [0, sky, void]

@@ -63,7 +63,7 @@ def run_aspp(
         maps = [*maps[-1:], *maps[:-1]] if pool_first and vector is not None else maps
         return projection(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
     name, module = split_act(act)
-    if norm is not None and can_fold(parts[0], conv, norm) and (len(parts) > 1 or vector is not None):
+    if norm is not None and can_fold(parts[0], conv, norm, always=True) and (len(parts) > 1 or vector is not None):
         y = _project_folded(x, parts, vector, conv, norm, name, pool_first)
         return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
     if len(parts) > 1 and kernels_run(x):
@@ -136,7 +136,8 @@ def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
         ]
     convs, norms = zip(*parts, strict=True)
     dilations = [conv.dilation[0] for conv in convs]
-    if all(can_fold(x, *part) for part in parts):
+    own = not kernels_run(x)  # plain PyTorch would put the unfolded maps side by side for their norm
+    if all(can_fold(x, *part, always=own) for part in parts):
         weights, biases = zip(*(folded(x, *part) for part in parts), strict=True)
         return atrous_maps(x, weights, biases, dilations, "relu")
     if not are_one_map(x, [conv.weight for conv in convs], dilations):

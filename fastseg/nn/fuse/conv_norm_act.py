@@ -15,13 +15,16 @@ from fastseg.ops.cpu.packed import conv2d, packing
 from fastseg.ops.registered.fold_norm import fold_norm
 
 
-def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Whether the norm has fixed statistics, nobody wants a gradient, nobody watches either module, and it pays."""
+def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, always: bool = False) -> bool:
+    """True if the norm has fixed statistics, nobody wants a gradient or watches either module, and folding pays.
+
+    ``always``: whatever it costs, for what saves more than a pass over the map.
+    """
     if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm) or norm.running_mean is None:
         return False
     tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
     # A compiler folds by itself; in a trace or a transform the weights are variables.
-    return not (followed(*tensors) or _differentiated(*tensors)) and _pays(x, conv, norm)
+    return not (followed(*tensors) or _differentiated(*tensors)) and (always or _pays(x, conv, norm))
 
 
 def _pays(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:

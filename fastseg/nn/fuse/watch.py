@@ -4,6 +4,8 @@ A fused op stands for modules as their classes are written. A hook, another clas
 norm), a forward replaced on the instance or an option that the op does not have makes the module run as it is.
 """
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
@@ -49,7 +51,7 @@ def rewritten(module: nn.Module) -> bool:
     return bool(module._load_state_dict_post_hooks)
 
 
-def split_act(act: "nn.Module | Activation | None") -> tuple[Activation | None, nn.Module | None]:
+def split_act(act: "nn.Module | Activation | None") -> tuple[Activation | None, Callable[[Tensor], Tensor] | None]:
     """What a fused op makes of ``act``: the name it is given, and the module to call on its result.
 
     A module that is one of the fused activations, unwatched, is its name; any other is called.
@@ -57,13 +59,28 @@ def split_act(act: "nn.Module | Activation | None") -> tuple[Activation | None, 
     if not isinstance(act, nn.Module):
         return act, None
     name = FUSED_ACTS.get(type(act))
-    if name is None or watched(act, type(act)):
+    if name is None:
         return None, act
+    if watched(act, type(act)):
+        return None, _out_of_place(act) if act.inplace else act
     if (name == "leaky_relu" and act.negative_slope != SLOPE) or (
         name == "relu6" and (act.min_val, act.max_val) != (0, 6)
     ):
         return None, act
     return name, None
+
+
+def _out_of_place(act: nn.Module) -> Callable[[Tensor], Tensor]:
+    """``act`` without writing into its input: torch's full backward hooks refuse a module that works in place."""
+
+    def call(x: Tensor) -> Tensor:
+        act.inplace = False
+        try:
+            return act(x)
+        finally:
+            act.inplace = True
+
+    return call
 
 
 def apply_act(act: "nn.Module | Activation | None", x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ of pooling is a spread that adds, that of a spread is a pick, that of a pick aga
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -135,7 +136,7 @@ def plain_pool(x, size, out, kernel, stride, padding, dilation, bits, last=None)
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
     ]
-    index_of = POOL[len(size)] if bits == INT64 else pool_in_windows
+    index_of = POOL[len(size)] if bits == INT64 else partial(pool_in_windows, len(size))
     y, index = index_of(x, kernel, stride, padding, dilation, ceil != list(out), return_indices=True)
     y = y.contiguous(memory_format=memory_format_of(x))
     if bits == INT64:
@@ -145,9 +146,8 @@ def plain_pool(x, size, out, kernel, stride, padding, dilation, bits, last=None)
     return y, pack(encode(index, size, kernel, stride, padding, dilation), bits, is_last(x) if last is None else last)
 
 
-def pool_in_windows(x, kernel, stride, padding, dilation, ceil_mode, return_indices=True):
+def pool_in_windows(dims: int, x, kernel, stride, padding, dilation, ceil_mode, return_indices=True):
     """torch's maxima and indices, each index inside its window: channels_last_3d has others where all is -inf."""
-    dims = len(kernel)
     source = x.contiguous() if dims == 3 else x
     y, index = POOL[dims](source, kernel, stride, padding, dilation, ceil_mode, return_indices)
     if source is x:
