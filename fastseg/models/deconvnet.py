@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseg.models.base import SegmentationNet
 from fastseg.models.encoders.vgg import VGG16, as_linear
 from fastseg.models.encoders.widths import scaled
-from fastseg.models.full_size import FullSizeNet
 from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
 from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.pooling import run_conv_norm_act_pool
@@ -17,7 +17,7 @@ HIDDEN = 4096
 NORM_SHIFT, STD = 0.001, 0.01  # of the reference: initial batch norm bias, Gaussian weights
 
 
-class DeconvNet(FullSizeNet):
+class DeconvNet(SegmentationNet):
     """DeconvNet (Noh, Hong and Han, arXiv:1505.04366), the net that SegNet's paper compares itself with.
 
     VGG16 with batch norm down to stride 32; a fully connected bottleneck, ``fc6`` (7x7) and ``fc7`` (1x1) of 4096
@@ -58,7 +58,7 @@ class DeconvNet(FullSizeNet):
         width: float = 1.0,
         bottleneck: int = 7,
     ):
-        super().__init__(num_classes)
+        super().__init__(num_classes, align_corners=None)
         if bottleneck < 1:
             raise ValueError(f"DeconvNet: bottleneck is {bottleneck}; use a kernel size of at least 1")
         self.bottleneck = bottleneck

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseg.models.base import SegmentationNet
 from fastseg.models.encoders import ENCODERS
-from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.leaf import leaf
 
@@ -18,7 +18,7 @@ PRESETS = ("kazuto", None)
 KAZUTO_MOMENTUM = 1e-3  # of all running statistics
 
 
-class DeepLabV2(UpsampledNet):
+class DeepLabV2(SegmentationNet):
     """DeepLabV2 (Chen et al., arXiv:1606.00915) on ResNet, as https://github.com/kazuto1011/deeplab-pytorch builds it.
 
     The head is the sum of four dilated 3x3 convolutions, without norm or activation. The net runs on the image and on

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from fastseg.models.base import SegmentationNet
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.encoders.resnet import DilationStyle
 from fastseg.models.fcn_head import fcn_head
-from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.fuse.sequential import Sequential
 from fastseg.nn.leaf import leaf
@@ -18,7 +18,7 @@ CHANNELS = 256
 AUX_WEIGHT = 0.5  # of the auxiliary loss
 
 
-class DeepLabV3(UpsampledNet):
+class DeepLabV3(SegmentationNet):
     """DeepLabV3 (Chen et al., arXiv:1706.05587), with torchvision's names, which resizes with ``align_corners=False``.
 
     The weights of ``torchvision.models.segmentation.deeplabv3_resnet50`` and ``_resnet101`` load unchanged, with

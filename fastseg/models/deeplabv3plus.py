@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from fastseg.models.base import SegmentationNet
 from fastseg.models.encoders import ENCODERS
-from fastseg.models.upsampled import UpsampledNet
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.fuse.aspp import run_aspp
@@ -21,7 +21,7 @@ ASPP_RATES = (6, 12, 18)  # at output stride 16; twice that at 8
 GOOGLE_MOMENTUM = 3e-4
 
 
-class DeepLabV3Plus(UpsampledNet):
+class DeepLabV3Plus(SegmentationNet):
     """DeepLabV3+ (Chen et al., arXiv:1802.02611).
 
     Two forms, both resizing with ``align_corners=True`` throughout:

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseg.models.base import SegmentationNet, init_kaiming_
 from fastseg.models.encoders.vgg import VGG16
 from fastseg.models.encoders.widths import scaled
-from fastseg.models.full_size import FullSizeNet, he_
 from fastseg.models.segnet_up import Up, rises
 from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
 from fastseg.nn.fuse.pooling import run_conv_norm_act_pool, run_unpool
@@ -21,11 +21,11 @@ Pooled = tuple[Tensor | PoolIndices, tuple[int, int]]
 NORM_SHIFT = 0.001  # the reference's initial batch norm bias
 
 
-class _SegNet(FullSizeNet):
+class _SegNet(SegmentationNet):
     """What both nets share: the pooling that remembers, and the way up."""
 
     def __init__(self, num_classes: int, index_format: IndexFormat, eps: float, up: Up):
-        super().__init__(num_classes)
+        super().__init__(num_classes, align_corners=None)
         if not 0 < eps < 1:
             raise ValueError(f"{type(self).__name__}: eps is {eps}; use a number above 0 and below 1, such as 1e-5")
         self._eps, self.up = eps, up
@@ -42,7 +42,7 @@ class _SegNet(FullSizeNet):
 
     def _initialise(self) -> None:
         """He's weights and small shifts, as the reference; the norms' eps."""
-        he_(self)
+        init_kaiming_(self)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.eps = self._eps

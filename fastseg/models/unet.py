@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from fastseg.models.full_size import FullSizeNet, he_
+from fastseg.models.base import SegmentationNet, init_kaiming_
 from fastseg.nn.fuse.conv_norm_act import convolve
 from fastseg.nn.fuse.sequential import Sequential
 from fastseg.nn.fuse.upsample_concat import upsample_concat
@@ -19,7 +19,7 @@ Padding = Literal["valid", "same"]
 Up = Literal["transpose", "bilinear"]
 
 
-class UNet(FullSizeNet):
+class UNet(SegmentationNet):
     """U-Net (Ronneberger, Fischer and Brox, arXiv:1505.04597), as published and in its padded forms.
 
     At each scale two 3x3 convolutions with ReLU; a 2x2 max pooling down; up by two, beside the encoder's map of that
@@ -63,7 +63,7 @@ class UNet(FullSizeNet):
         *,
         dropout: float = 0.0,
     ):
-        super().__init__(num_classes)
+        super().__init__(num_classes, align_corners=None)
         if padding not in ("valid", "same"):
             raise ValueError(f'UNet: padding is {padding!r}; use "valid" or "same"')
         check_form("UNet", up, widths)
@@ -82,7 +82,7 @@ class UNet(FullSizeNet):
             self.add_module(f"up{i}", _Up(channels, skip, out_channels, bilinear, **form))
             channels = out_channels
         self.outc = _Classifier(channels, num_classes)
-        he_(self)
+        init_kaiming_(self)
 
     @property
     def stride(self) -> int:

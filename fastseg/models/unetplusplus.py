@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseg.models.full_size import FullSizeNet, he_
+from fastseg.models.base import SegmentationNet, init_kaiming_
 from fastseg.models.unet import Up, check_form, innermost, up_module
 from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
 from fastseg.nn.fuse.upsample_concat import upsample_concat
@@ -21,7 +21,7 @@ Mode = Literal["accurate", "fast"]
 Average = Literal["probabilities", "logits"]
 
 
-class UNetPlusPlus(FullSizeNet):
+class UNetPlusPlus(SegmentationNet):
     """UNet++ (Zhou et al., arXiv:1807.10165).
 
     Node ``conv{i}_{j}``, at depth i and position j of its skip path, is two 3x3 convolutions of width ``widths[i]``
@@ -74,7 +74,7 @@ class UNetPlusPlus(FullSizeNet):
         dropout: float | None = None,
         average: Average = "probabilities",
     ):
-        super().__init__(num_classes)
+        super().__init__(num_classes, align_corners=None)
         check_form("UNetPlusPlus", up, widths)
         if mode not in ("accurate", "fast"):
             raise ValueError(f'UNetPlusPlus: mode is {mode!r}; use "accurate" or "fast"')
@@ -96,7 +96,7 @@ class UNetPlusPlus(FullSizeNet):
                 self.add_module(f"conv{i}_{j}", _Node(j * widths[i] + below, widths[i], norm, rate))
         for name in self._heads():
             self.add_module(name, nn.Conv2d(widths[0], num_classes, 1))
-        he_(self)
+        init_kaiming_(self)
 
     @property
     def stride(self) -> int:
