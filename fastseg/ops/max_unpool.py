@@ -172,7 +172,8 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
     # Traces and transforms: torch's own looks at sizes and values, and knows neither vmap nor ONNX.
     composed = dropped or (followed() and not torch.compiler.is_compiling())
     if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
-        return spread_ref(v, index, geometry.size, add=False, checked=not trusted, sync=sync)
+        checked = not trusted and 0 not in geometry.size  # into an empty plane torch looks at no index
+        return spread_ref(v, index, geometry.size, add=False, checked=checked, sync=sync)
     if needs_grad(v):
         index = index.contiguous()  # torch's backward knows no other layout with ``is_grads_batched=True``
     return like(v, UNPOOL[dims](v, index, geometry.kernel, geometry.stride, geometry.padding, geometry.size))

@@ -173,7 +173,7 @@ def risen(net: nn.Module, stage: int, x: Tensor, indices: Tensor | None, size: t
     if indices is not None:
         return net.unpool(x, indices, size)
     if net.up == "bilinear":
-        return resize(x, size, False)
+        return net.rise[stage](x, size)
     return net.rise[stage].deconv(x)[..., : size[0], : size[1]]
 
 
