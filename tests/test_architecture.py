@@ -20,7 +20,7 @@ ROOMS = {
     "kernels": ({"kernels"}, {"torch", "triton"}),
     "ops": ({"ops", "kernels"}, {"torch"}),
     "nn": ({"nn", "ops"}, {"torch"}),
-    "models": ({"models", "nn"}, {"torch", "safetensors"}),
+    "models": ({"models", "nn", "metrics"}, {"torch", "safetensors"}),
     "io": ({"io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "tqdm", "skimage"}),
     "inference": ({"inference", "io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "tqdm"}),
     "measure": (

@@ -58,7 +58,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, choices=names())
     add("--option", action="append", default=[], type=model_option, metavar="NAME=VALUE",
         help="of the model, a JSON value; below is what each model has")  # fmt: skip
-    add("--encoder-weights", type=Path, metavar="FILE", help="torchvision's weights to begin with")
+    add("--encoder-weights", type=Path, metavar="FILE",
+        help="weights to begin with: torchvision's VGG16, ResNet or MobileNetV2, the MobileNetV2 or Xception of the "
+        "DeepLabV3+ article's code, timm's xception65, the ResNet of kazuto1011/deeplab-pytorch")  # fmt: skip
     add("-o", "--output", required=True, type=Path, metavar="DIR", help="for checkpoints and curves")
     add("--resume", action="store_true", help="go on with the run in the output folder")
     add("--changed-data", action="store_true", help="resume though the data set is no longer that of the run")

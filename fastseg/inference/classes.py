@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastseg import ops
@@ -14,7 +15,8 @@ def class_map(model: nn.Module, x: Tensor) -> Tensor:
     fastseg's models have ``predict``. Of any other the logits' argmax is taken, whatever its own ``predict`` may be:
     the output itself, ``output.logits`` (Hugging Face), ``output["out"]`` (torchvision) or ``output["logits"]``, or
     the first of several outputs. Logits of another size than ``x`` are interpolated to it bilinearly, as
-    ``torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear")``.
+    ``torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear")``. One channel of logits, as binary nets
+    give it, is class 1 where it is above 0, a probability of more than 0.5, and else class 0.
 
     Returns:
         (N, H, W), uint8 up to 256 classes, else int64.
@@ -27,6 +29,8 @@ def class_map(model: nn.Module, x: Tensor) -> Tensor:
     logits = logits_of(model(x))
     if logits is None:
         raise TypeError(f"class_map: {type(model).__name__} returns no logits (N, classes, H, W); wrap it")
+    if logits.shape[1] == 1:
+        logits = torch.cat([torch.zeros_like(logits), logits], 1)
     return ops.upsample_argmax(logits, tuple(x.shape[-2:]))
 
 

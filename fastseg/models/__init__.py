@@ -10,6 +10,7 @@ from fastseg.models.deeplabv2 import DeepLabV2
 from fastseg.models.deeplabv3 import DeepLabV3
 from fastseg.models.deeplabv3plus import DeepLabV3Plus
 from fastseg.models.fcn import FCN
+from fastseg.models.pruning import Level, Pruned, auto_prune
 from fastseg.models.segnet import SegNet, SegNetBasic
 from fastseg.models.unet import UNet
 from fastseg.models.unetplusplus import UNetPlusPlus, fading_weights
@@ -35,10 +36,13 @@ __all__ = [
     "DeepLabV3",
     "DeepLabV3Plus",
     "DeepSupervision",
+    "Level",
+    "Pruned",
     "SegNet",
     "SegNetBasic",
     "UNet",
     "UNetPlusPlus",
+    "auto_prune",
     "create",
     "fading_weights",
     "load_encoder_weights",

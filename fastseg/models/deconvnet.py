@@ -4,11 +4,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.models.base import SegmentationNet
-from fastseg.models.encoders.vgg import VGG16, as_linear
+from fastseg.models.encoders.vgg import VGG16, as_linear, pooled_with
 from fastseg.models.encoders.widths import scaled
 from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
 from fastseg.nn.fuse.norm import run_norm_act
-from fastseg.nn.fuse.pooling import run_conv_norm_act_pool
+from fastseg.nn.fuse.pooling import unpooled
 from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d
 
 # Widths of the transposed convolutions after each unpooling, deepest stage first.
@@ -94,16 +94,10 @@ class DeconvNet(SegmentationNet):
                 nn.init.zeros_(module.bias)
 
     def logits(self, x: Tensor) -> Tensor:
-        pooled = []
-        for *convs, last in self.encoder.stages():
-            for conv, norm in convs:
-                x = run_conv_norm_act(x, conv, norm, "relu")
-            size = x.shape[-2:]
-            x, indices = run_conv_norm_act_pool(x, *last, "relu", self.pool)
-            pooled.append((indices, size))
+        x, pooled = pooled_with(self.pool, self.encoder, x)
         x = self._through_the_bottleneck(x)
         for names, (indices, size) in zip(self._stages, reversed(pooled), strict=True):
-            x = self.unpool(x, indices, size)
+            x = unpooled(x, indices, self.unpool, size)
             for deconv, norm in names:
                 x = run_norm_act(getattr(self, deconv)(x), getattr(self, norm), "relu")
         return convolve(self.seg_score_voc, x)

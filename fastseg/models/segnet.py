@@ -5,19 +5,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.models.base import SegmentationNet, init_kaiming_
-from fastseg.models.encoders.vgg import VGG16
+from fastseg.models.encoders.vgg import VGG16, pooled_with
 from fastseg.models.encoders.widths import scaled
 from fastseg.models.segnet_up import Up, rises
 from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
 from fastseg.nn.fuse.pooling import run_conv_norm_act_pool, run_unpool
-from fastseg.nn.fuse.sequential import Sequential, opened, run_layers
-from fastseg.nn.fuse.watch import watched
+from fastseg.nn.fuse.sequential import Sequential, opened
 from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d, PoolIndices
 
 # Widths of the decoder's convolutions, deepest stage first; the last of each is the next stage's input.
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64,))
 BASIC_CHANNELS, BASIC_STAGES = 64, 4
-Pooled = tuple[Tensor | PoolIndices, tuple[int, int]]
 NORM_SHIFT = 0.001  # the reference's initial batch norm bias
 
 
@@ -101,40 +99,14 @@ class SegNet(_SegNet):
         self._initialise()
 
     def logits(self, x: Tensor) -> Tensor:
-        x, pooled = self._encode(x)
+        if self.up == "unpool":
+            x, pooled = pooled_with(self.pool, self.encoder, x)
+        else:
+            *maps, x = self.encoder(x)
+            pooled = [(None, y.shape[-2:]) for y in maps]
         for i, (stage, (indices, size)) in enumerate(zip(self.decoder, reversed(pooled), strict=True)):
             x = self._risen(i, x, indices, size, stage)
         return convolve(self.classifier, x)
-
-    def _encode(self, x: Tensor) -> tuple[Tensor, list[Pooled]]:
-        """The deepest map, and each pooling's indices and the size before it.
-
-        The encoder's own poolings give no indices: ``pool`` stands in their place, where they are alike and nobody
-        watches. Else they run, and ``pool`` gives the indices.
-        """
-        encoder, pooled = self.encoder, []
-        if self.up != "unpool":
-            *maps, y = encoder(x)
-            return y, [(None, m.shape[-2:]) for m in maps]
-        layers = None if watched(encoder, VGG16) else opened(encoder.features)
-        if layers is None or not all(self._alike(layers[place]) for place in encoder.pools):
-            *maps, y = encoder(x)
-            return y, [(self.pool(m)[1], m.shape[-2:]) for m in maps]
-        start = 0
-        for place in encoder.pools:
-            x = run_layers(x, layers[start : place - 3])
-            *_, rows, columns = x.shape
-            x, indices = run_conv_norm_act_pool(x, *layers[place - 3 : place], self.pool)
-            pooled.append((indices, (rows, columns)))
-            start = place + 1
-        return x, pooled
-
-    def _alike(self, pool: nn.Module) -> bool:
-        """Whether ``pool``, of the encoder, is unwatched and has the windows of this net's."""
-        if watched(pool, nn.MaxPool2d) or not isinstance(self.pool, nn.MaxPool2d):
-            return False
-        windows = lambda pool: (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
-        return windows(pool) == windows(self.pool)
 
 
 class ResponseNorm(nn.LocalResponseNorm):

@@ -92,7 +92,9 @@ def bilinear_conv_transpose2d(
     Equal everywhere, borders included: zeros lie around ``x``, where ``interpolate`` would repeat its last pixel. An
     output takes four taps of its own channel, not C K K / S S. FCN's crops need no copies: to crop a skip at n is
     ``skip_offset=n``; to crop the output at n to an image's size is ``padding=n, output_size=size``. The map is linear:
-    second and forward-mode derivatives work; its backward gathers, and gives the same bits in every run.
+    second and forward-mode derivatives work; its backward gathers, and gives the same bits in every run. A NaN or an
+    infinity reaches the outputs that its taps reach, of its own channel; the dense convolution, whose kernel has zeros
+    between channels and may have some at its edge, multiplies these by NaN too and spreads it further.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; neither is copied.

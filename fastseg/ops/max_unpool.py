@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, needs_grad, use_kernel
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.max_pool import Sizes, spatial
@@ -172,7 +172,10 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
     # Traces and transforms: torch's own looks at sizes and values, and knows neither vmap nor ONNX.
     composed = dropped or (followed() and not torch.compiler.is_compiling())
     if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
-        return spread_ref(v, index, geometry.size, add=False, checked=not trusted, sync=sync)
+        checked = not trusted and 0 not in geometry.size  # into an empty plane torch looks at no index
+        return spread_ref(v, index, geometry.size, add=False, checked=checked, sync=sync)
+    if needs_grad(v):
+        index = index.contiguous()  # torch's backward knows no other layout with ``is_grads_batched=True``
     return like(v, UNPOOL[dims](v, index, geometry.kernel, geometry.stride, geometry.padding, geometry.size))
 
 

@@ -1,5 +1,5 @@
 """Training and evaluation on folders of pictures: torch's loaders, optimisers, schedules and processes at work."""
 
-from fastseg.training.pruning import Level, Pruned, auto_prune
+from fastseg.models.pruning import Level, Pruned, auto_prune
 
 __all__ = ["Level", "Pruned", "auto_prune"]

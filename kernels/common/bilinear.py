@@ -10,15 +10,17 @@ from fastseg.kernels.common.tiles import clamp_index
 def source_position(o, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
     """Where output pixel ``o`` lies in the input, in pixels: torch's rule in torch's order of operations, not clamped.
 
+    torch's is compiled to one rounding: a weight of 0 and one of 1e-8 differ where the tap is infinite.
+
     ``scale`` is input pixels per output pixel, rounded to fp32; ``scale_rest`` what fp64 adds to it.
     """
     p = o.to(ACC)
     if not ALIGN_CORNERS:
         p += 0.5
-    p = p * scale + p * scale_rest if ACC == tl.float64 else p * scale  # noqa: SIM300
-    if not ALIGN_CORNERS:
-        p -= 0.5
-    return p
+    if ACC == tl.float64:  # noqa: SIM300
+        p = p * scale + p * scale_rest
+        return p if ALIGN_CORNERS else p - 0.5
+    return p * scale if ALIGN_CORNERS else tl.fma(p, scale, -0.5)
 
 
 @triton.jit

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 import fastseg
+from fastseg.inference import Runner, class_map
 from fastseg.inference.predictor import Predictor
 from fastseg.inference.segment import segment
 from fastseg.io.checkpoint import save_checkpoint
@@ -52,6 +53,17 @@ def test_batches_that_cannot_be(model):
         Predictor(model)({"path": []})
     with pytest.raises(ValueError, match="float64"):
         Predictor(model, device="cpu")({"image": PICTURES / 255})
+
+
+@pytest.mark.parametrize("scale", [1, 4])
+def test_one_channel_of_logits_is_cut_at_0(scale):
+    """A binary net's class map: probabilities of more than a half, at the picture's size."""
+    net = torch.nn.Conv2d(3, 1, 1, scale)
+    x = torch.randn(2, 3, 16, 24)
+    want = torch.nn.functional.interpolate(net(x).detach(), (16, 24), mode="bilinear")[:, 0].sigmoid() > 0.5
+    got = class_map(net, x)
+    assert 0 < got.float().mean() < 1 and torch.equal(got, want.to(torch.uint8))
+    assert torch.equal(Runner(net, x, winograd=False).predict(x), got)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")

@@ -173,6 +173,9 @@ def test_tangents_of_registered_ops():
         close(forward_ad.unpack_dual(_fwd(dual, *args)).tangent, want)
         with pytest.raises(NotImplementedError, match="fastseg::upsample_bilinear has no forward-mode derivative"):
             _fwd.op(dual, *args)
+    for transform in (lambda f: jvp(f, (x,), (t,)), lambda f: jacfwd(f)(x), lambda f: vmap(jacfwd(f))(x)):
+        with pytest.raises(NotImplementedError, match="fastseg::upsample_bilinear has no forward-mode derivative"):
+            transform(lambda v: _fwd.op(v, *args))
 
 
 def test_functional_call():

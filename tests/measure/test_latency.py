@@ -9,10 +9,12 @@ from torch import nn
 
 import fastseg
 from fastseg.cli import main
-from fastseg.measure import study
+from fastseg.measure import paths, study
 from fastseg.measure.paths import PATHS, Built, Unavailable
 from fastseg.measure.report import compare, ratios, read_results, table, write_results
 from fastseg.measure.study import Case, measure, statistics_of
+from fastseg.models import create
+from fastseg.nn.fuse import conv_norm_act
 
 CPU = torch.device("cpu")
 
@@ -229,3 +231,14 @@ def test_segnet_basic_in_bfloat16_on_a_cpu():
         paths = ["eager", "fastseg"]
         rows = measure(Case("segnet_basic", 16, 16, 1, "bf16"), paths, CPU, options={"channels": 4}, repetitions=2)
     assert [row.get("unavailable") for row in rows] == [None] * 2 and all(row["median_ms"] > 0 for row in rows)
+
+
+def test_graphs_fold_norms_once(monkeypatch):
+    """Once a model, not once a replay; the path holds what its graph reads."""
+    folds, own = [], conv_norm_act.fold_norm
+    monkeypatch.setattr(conv_norm_act, "fold_norm", lambda *args: folds.append(1) or own(*args))
+    model, x = create("segnet_basic", 3, channels=8).eval(), torch.randn(1, 3, 32, 32)
+    built = paths._frozen(model, x, torch.float32)
+    results = [built.call() for _ in range(3)]
+    assert 0 < len(folds) <= 8
+    torch.testing.assert_close(results[2], model(x).detach(), rtol=1e-4, atol=1e-4)

@@ -13,12 +13,16 @@ from nets import NARROW, unsettle
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from fastseg.models import create, names
+from fastseg.models import DeepSupervision, create, names
 
 OTHERS = {
     "google": ("deeplabv3plus", {"backbone": "xception", "preset": "google", "encoder_options": {"middle_blocks": 2}}),
     "xception": ("deeplabv3plus", {"backbone": "xception", "encoder_options": {"middle_blocks": 2}}),
     "fcn_vgg16": ("fcn", {}),
+    "fcn_torchvision": ("fcn", {"preset": "torchvision", "backbone": "resnet18", "aux": True}),
+    "segnet_bilinear": ("segnet_basic", {"channels": 8, "up": "bilinear"}),
+    "segnet_transpose": ("segnet", {"width": 0.02, "up": "transpose"}),
+    "deep_supervision": ("deep_supervision", {}),
     "unet_bilinear": ("unet", {"padding": "same", "up": "bilinear", "widths": (4, 8, 8)}),
     "unetplusplus_transpose": ("unetplusplus", {"dropout": 0.0, "widths": (4, 8, 8)}),
 }
@@ -27,21 +31,31 @@ CASES = {name: (name, NARROW[name]) for name in names()}
 CASES |= {label: (name, SMALL.get(name, {}) | options) for label, (name, options) in OTHERS.items()}
 # Places that are of a kind with one that stays, and what no forward calls.
 REPEATED = {
+    "deconvnet": r"encoder\.features\.([3-9]|[123]\d|4[01])\b|de(conv|bn)(5|4_[23]|[32])",
     "deeplabv2": r"backbone\.layer[134]\.|backbone\.layer2\.[1-9]|aspp\.convs\.[23]",
     "deeplabv3": r"backbone\.layer[134]\.|backbone\.layer2\.[1-9]|.*convs\.[23]",
-    "deeplabv3plus": r"backbone\.features\.([4-9]|1[0-6])\b|aspp\.branch[34]",
+    "deeplabv3plus": r"backbone\.features\.([24-9]|1[0-6])\b|backbone\.features\.17\.conv\.\d|aspp\.branch[34]",
     "fcn": r"backbone\.layer[134]\.|backbone\.layer2\.[1-9]|score(8|16)\b",
     "segnet": r"encoder\.features\.([3-9]|[123]\d|4[01])\b|decoder\.[1-3]\b",
     "segnet_basic": r"(en|de)coder\.[12]\b",
     "unet": r"down2",
     "unetplusplus": r"conv2_0|conv1|up1",
-    "google": r"backbone\.block(1|3|5)\b|backbone\.conv[45]\b|aspp\.convs\.[23]",
-    "xception": r"backbone\.block(1|3|5)\b|backbone\.conv[45]\b|aspp",
-    "fcn_vgg16": r"conv[345]_",
+    "google": r"backbone\.(block(1|2|3|5|20)|conv[45])\b|backbone\.block4\.sepconv[23]|aspp\.convs\.[23]",
+    "xception": r"backbone\.(block[1345]|conv[45])\b|backbone\.block(2\.sepconv[13]|20\.sepconv[12])|aspp|cat_",
+    "fcn_vgg16": r"conv[2345]_|.*score_?pool4",
+    "fcn_torchvision": r"backbone",
+    "segnet_bilinear": r"(en|de)coder\.[12]\b",
+    "segnet_transpose": r"encoder\.features\.([3-9]|[123]\d|4[01])\b|decoder\.[1-3]\b|rise\.[1-4]",
+    "deep_supervision": r"model\.(inc|down|up2)",
     "unet_bilinear": r"down|inc|up1\.conv",
     "unetplusplus_transpose": r"conv2_0|conv1_1",
 }
-IN_TRAINING = "aux_classifier|up_score32"  # called there alone
+UNCALLED = {
+    "segnet_bilinear": ("unpool",),
+    "segnet_transpose": ("pool", "unpool"),
+    "deep_supervision": ("model", "model.upsample_argmax"),
+}
+IN_TRAINING = "aux_classifier|up_score32|heads"  # called there alone
 FUSED_ACTS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 
 
@@ -58,10 +72,16 @@ class Doubled(nn.Module):
 
 def net(label: str) -> nn.Module:
     name, options = CASES[label]
-    model = unsettle(create(name, 3, **options))
+    if label == "deep_supervision":
+        inner = create("unet", 3, padding="same", norm=True, widths=(4, 8, 8))
+        model = unsettle(DeepSupervision(inner, ["down2.maxpool_conv.1.double_conv.5", "up1.conv.double_conv.4"]))
+    else:
+        model = unsettle(create(name, 3, **options))
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+        elif name == "deconvnet" and isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.kaiming_normal_(module.weight)  # the reference's let nothing through that deep
     return model
 
 
@@ -71,7 +91,7 @@ def image() -> Tensor:
 
 def places(label: str, model: nn.Module) -> list[str]:
     """The names of one module of each kind, of those that are called."""
-    uncalled = {"upsample_argmax", ""}
+    uncalled = {"upsample_argmax", "", *UNCALLED.get(label, ())}
     return [
         path
         for path, module in model.named_modules()
@@ -144,7 +164,9 @@ def test_a_hook_on_all_modules(label):
         uncalled = [path for path, module in model.named_modules() if module not in seen]
         lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
         heads = ["upsample_argmax"] if hasattr(model, "upsample_argmax") else []
-        assert {path for path in uncalled if not re.match(IN_TRAINING, path)} == {*lists, *heads}
+        lists = [path for path in lists if not re.match(IN_TRAINING, path)]
+        known = {*lists, *heads, *UNCALLED.get(label, ())} - {"model"}
+        assert {path for path in uncalled if not re.match(IN_TRAINING, path)} == known
 
 
 def other(module: nn.Module, several: bool) -> list[nn.Module]:
@@ -165,23 +187,22 @@ def other(module: nn.Module, several: bool) -> list[nn.Module]:
 
 @pytest.mark.parametrize("label", CASES)
 def test_another_module_in_its_place(label):
-    """Trained, with its gradient and statistics, and in evaluation."""
+    """In training, with its statistics, and in evaluation; gradients of replaced modules are in test_children.py."""
     model, x = net(label), image()
-    replaced, kinds = 0, set()
+    twin, replaced, kinds = copy.deepcopy(model), 0, set()
     for path in places(label, model):
-        kind = type(model.get_submodule(path))
-        first, kinds = kind not in kinds, kinds | {kind}
-        for new in other(model.get_submodule(path), several=first):
-            changed = copy.deepcopy(model)
-            put(changed, path, copy.deepcopy(new))
-            twin = copy.deepcopy(changed)
-            got, want = listed(changed(x)), as_written(CASES[label][0], twin, x)
-            same(got, want)
-            changed.eval(), twin.eval()
-            with torch.no_grad():
-                same(changed(x), as_written(CASES[label][0], twin, x))
-            same(list(changed.buffers()), list(twin.buffers()))
+        module, plain = model.get_submodule(path), twin.get_submodule(path)
+        first, kinds = type(module) not in kinds, kinds | {type(module)}
+        for new in other(module, several=first):
+            put(model, path, new)
+            put(twin, path, Doubled(plain) if type(new) is Doubled else copy.deepcopy(new))
+            for training in (True, False):
+                model.train(training), twin.train(training)
+                with torch.no_grad():
+                    same(model(x), as_written(CASES[label][0], twin, x))
+            same(list(model.buffers()), list(twin.buffers()))
             replaced += 1
+        put(model, path, module), put(twin, path, plain)
     assert replaced > 5
 
 
@@ -207,7 +228,7 @@ def test_another_forward_on_the_instance(label):
                 hook = module.register_forward_hook(lambda module, args, out: out * 1.5)
                 same(changed, model(x))
                 hook.remove()
-                assert not torch.allclose(changed, plain) or not outs[0].any(), path
+                assert not torch.equal(changed, plain) or not outs[0].any(), path
             else:
                 same(changed, plain)
 

@@ -146,6 +146,10 @@ def fcn(net: nn.Module, x: Tensor) -> list[Tensor]:
         y = net.upscore_pool4(y)
         y = y + net.score_pool3(pools[2])[..., 9 : 9 + y.shape[2], 9 : 9 + y.shape[3]]
         return [net.upscore8(y)[..., :height, :width]]
+    if hasattr(net, "classifier"):
+        *_, middle, deep = resnet(net.backbone, x)
+        heads = [(net.classifier, deep)] + ([(net.aux_classifier, middle)] if net.training else [])
+        return [resize(call(head, y), x.shape[2:], False) for head, y in heads]
     _, *features = resnet(net.backbone, x)
     deepest = y = call(net.score32, features[-1])
     for stride, feature in ((16, features[2]), (8, features[1]), (4, features[0])):
@@ -155,15 +159,42 @@ def fcn(net: nn.Module, x: Tensor) -> list[Tensor]:
     return [y[..., :height, :width] for y in out]
 
 
-def segnet(net: nn.Module, x: Tensor) -> list[Tensor]:
+def vgg16_pooled(net: nn.Module, x: Tensor) -> tuple[Tensor, list]:
+    """-> the deepest map, and each pool's indices with the size before it; no indices where none are kept."""
     pooled, pools = [], (6, 13, 23, 33, 43)
     for i, layer in enumerate(net.encoder.features):
         if i in pools:
-            pooled.append((net.pool(x)[1], x.shape[2:]))
+            pooled.append((net.pool(x)[1] if getattr(net, "up", "unpool") == "unpool" else None, x.shape[2:]))
         x = layer(x)
-    for stage, (indices, size) in zip(net.decoder, reversed(pooled), strict=True):
-        x = call(stage, net.unpool(x, indices, size))
+    return x, pooled
+
+
+def risen(net: nn.Module, stage: int, x: Tensor, indices: Tensor | None, size: tuple[int, int]) -> Tensor:
+    if indices is not None:
+        return net.unpool(x, indices, size)
+    if net.up == "bilinear":
+        return net.rise[stage](x, size)
+    return net.rise[stage].deconv(x)[..., : size[0], : size[1]]
+
+
+def segnet(net: nn.Module, x: Tensor) -> list[Tensor]:
+    x, pooled = vgg16_pooled(net, x)
+    for i, (stage, (indices, size)) in enumerate(zip(net.decoder, reversed(pooled), strict=True)):
+        x = call(stage, risen(net, i, x, indices, size))
     return [net.classifier(x)]
+
+
+def deconvnet(net: nn.Module, x: Tensor) -> list[Tensor]:
+    x, pooled = vgg16_pooled(net, x)
+    height, width = x.shape[2:]
+    x = F.pad(x, (0, max(0, net.bottleneck - width), 0, max(0, net.bottleneck - height)))
+    x = F.relu(net.bnfc7(net.fc7(F.relu(net.bnfc6(net.fc6(x))))))
+    x = F.relu(net.fc6_deconv_bn(net.fc6_deconv(x)))[..., :height, :width]
+    for i, count in zip((5, 4, 3, 2, 1), (3, 3, 3, 2, 2), strict=True):
+        x = net.unpool(x, *pooled.pop())
+        for k in range(1, count + 1):
+            x = F.relu(getattr(net, f"debn{i}_{k}")(getattr(net, f"deconv{i}_{k}")(x)))
+    return [net.seg_score_voc(x)]
 
 
 def segnet_basic(net: nn.Module, x: Tensor) -> list[Tensor]:
@@ -171,10 +202,10 @@ def segnet_basic(net: nn.Module, x: Tensor) -> list[Tensor]:
     for stage in net.encoder:
         x = F.relu(call(stage, x))
         size = x.shape[2:]
-        x, indices = net.pool(x)
+        x, indices = net.pool(x) if net.up == "unpool" else (net.pool(x), None)
         pooled.append((indices, size))
-    for stage, (indices, size) in zip(net.decoder, reversed(pooled), strict=True):
-        x = call(stage, net.unpool(x, indices, size))
+    for i, (stage, (indices, size)) in enumerate(zip(net.decoder, reversed(pooled), strict=True)):
+        x = call(stage, risen(net, i, x, indices, size))
     return [net.classifier(x)]
 
 
@@ -212,6 +243,21 @@ def unetplusplus(net: nn.Module, x: Tensor) -> list[Tensor]:
             up = padded(getattr(net, f"up{i}_{j}")(maps[i + 1, j - 1]), skips[0])
             maps[i, j] = node(f"conv{i}_{j}", torch.cat([up, *skips] if net.up_first else [*skips, up], 1))
     return [net.final(maps[0, net.levels])]
+
+
+def deep_supervision(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Of a padded U-Net, supervised where no container is called."""
+    if not net.training:
+        return unet(net.model, x)
+    maps = {}
+    hooks = [
+        net.model.get_submodule(path).register_forward_hook(lambda m, i, y, path=path: maps.update({path: y}))
+        for path in net.at
+    ]
+    y = unet(net.model, x)
+    for hook in hooks:
+        hook.remove()
+    return [*(resize(h(maps[path]), x.shape[2:], False) for path, h in zip(net.at, net.heads, strict=True)), *y]
 
 
 def as_written(name: str, net: nn.Module, x: Tensor) -> list[Tensor]:

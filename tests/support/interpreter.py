@@ -1,4 +1,5 @@
-"""A checker for Triton's interpreter: out-of-bounds accesses and races between programs; and bf16 ``tl.dot`` put right.
+"""A checker for Triton's interpreter: out-of-bounds accesses and races between programs; and
+bf16 ``tl.dot`` and ``tl.fma`` put right.
 
 ``install()`` hooks the interpreter's memory functions. Every access of a launch must lie inside the span of one tensor
 argument, and is logged; after the launch, an address that two programs touched, at least one of them writing, is a race
@@ -142,7 +143,7 @@ listeners: list[Callable[[Launch], None]] = []  # called after each launch that 
 
 
 def install() -> None:
-    """Switch the checker and the bf16 dot on, for this process. Does nothing the second time."""
+    """Switch the checker, the bf16 dot and the fma on, for this process. Does nothing the second time."""
     if isinstance(I._interpreter, _CheckedMemory):
         return
     I._interpreter = _CheckedMemory(I._interpreter)
@@ -150,7 +151,15 @@ def install() -> None:
     I.GridExecutor.__call__ = _checking(I.GridExecutor.__call__)
     I.InterpreterBuilder.create_dot = _widening(I.InterpreterBuilder.create_dot)
     I.InterpreterBuilder.create_masked_load = _undefined_where_masked(I.InterpreterBuilder.create_masked_load)
+    I.InterpreterBuilder.create_fma = _rounded_once
     I._patch_lang = _once_per_launch(I._patch_lang)
+
+
+def _rounded_once(self, x, y, z):
+    """``tl.fma``, which Triton's interpreter rounds twice."""
+    wide = np.float64 if x.data.dtype.itemsize < 8 else np.longdouble
+    result = x.data.astype(wide) * y.data + z.data
+    return I.TensorHandle(result.astype(x.data.dtype), z.dtype.scalar)
 
 
 def installed() -> bool:

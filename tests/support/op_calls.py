@@ -31,6 +31,7 @@ from fastseg.ops import (
 )
 from fastseg.ops.atrous_conv2d import atrous_branches
 from fastseg.ops.inverted_residual import inverted_residual
+from fastseg.ops.registered.fold_norm import fold_norm
 from fastseg.ops.registered.pointwise_conv import pointwise_conv2d
 from fastseg.ops.registered.stem_conv import stem_conv2d
 from fastseg.ops.registered.upsample_taps import upsample_taps
@@ -222,6 +223,20 @@ def _stem(d: Draw) -> Drawn:
     return run, [d.map(2, 3, 5, 4), d.weight(4, 3, 3, 3), d.vector(4)]
 
 
+def _fold(d: Draw) -> Drawn:
+    def run(weight, bias, *norm):
+        return fold_norm(weight, bias, *norm, 1e-3, d.layout.dtype, d.layout.last)
+
+    return run, [d.weight(4, 3, 3, 3), d.vector(4), *d.norm(4)]
+
+
+def _fold_slice(d: Draw) -> Drawn:
+    def run(weight, *statistics):
+        return fold_norm(weight[:, 1:3], None, *statistics, None, None, 1e-3, d.layout.dtype, d.layout.last)
+
+    return run, [d.weight(4, 5, 1, 1), d.vector(4), d.vector(4)]
+
+
 def _conv_transpose(d: Draw) -> Drawn:
     def run(x, skip, bias):
         return bilinear_conv_transpose2d(x, 2, skip=skip, skip_offset=1, bias=bias)
@@ -304,6 +319,8 @@ ROWS: dict[str, Row] = {
     "atrous_branches, no activation": Row(ATROUS, _atrous(None), layouts=CUT),  # the gradient comes as it is
     "inverted_residual": Row("inverted_residual", _inverted_residual, False),
     "pointwise_conv2d": Row("pointwise_conv2d", _pointwise, False),
+    "fold_norm": Row("fold_norm", _fold, False),
+    "fold_norm, slice of a 1x1 without affine": Row("fold_norm", _fold_slice, False, DENSE),
     "stem_conv2d": Row("stem_conv2d", _stem, False),
     "upsample_bilinear": Row(BILINEAR, _of(upsample_bilinear, 2, 3, 2, 3, scale_factor=1.7), layouts=SINGLE),
     "bilinear_conv_transpose2d": Row(TRANSPOSE, _conv_transpose),

@@ -185,9 +185,9 @@ def _unpool_conv() -> Steps:
 
     def torchs(x, v, weight, bias):
         _, index = F.max_pool2d(x, 2, return_indices=True)
-        return F.relu(F.conv2d(F.max_unpool2d(v, index, 2), weight, bias))
+        return F.relu(F.conv2d(F.max_unpool2d(v, index.contiguous(), 2), weight, bias))  # else no batched gradients
 
-    return Steps(ours, torchs, _draw((2, 2, 4, 4), (2, 2, 2, 2), (3, 2, 1, 1), (3,)), (0, 1))
+    return Steps(ours, torchs, _last((2, 2, 4, 4), (2, 2, 2, 2), (3, 2, 1, 1), (3,)), (0, 1))
 
 
 def _cross_entropy(reduction: str) -> Steps:

@@ -3,7 +3,10 @@
 from torch import Tensor, nn
 
 from fastseg.models.encoders.widths import scaled
-from fastseg.nn.fuse.sequential import Sequential, run_tapped
+from fastseg.nn.fuse.pooling import run_conv_norm_act_pool
+from fastseg.nn.fuse.sequential import Sequential, opened, run_layers, run_tapped
+from fastseg.nn.fuse.watch import watched
+from fastseg.nn.pooling import PoolIndices
 
 # The widths of each stage's convolutions; a 2x2 max pool follows each stage.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -86,6 +89,37 @@ class VGG16(nn.Module):
             [(layers[i], layers[i + 1] if self.norm else None) for i in range(start, pool, step)]
             for start, pool in zip(starts, self.pools, strict=False)
         ]
+
+
+def pooled_with(
+    pool: nn.Module, encoder: nn.Module, x: Tensor
+) -> tuple[Tensor, list[tuple[Tensor | PoolIndices, tuple[int, int]]]]:
+    """The deepest map of a ``VGG16`` with norms, and each pooling's indices, by ``pool``, and the size before it.
+
+    The encoder's own poolings give no indices: ``pool`` stands in their place, where they are alike and nobody watches.
+    Else they run, and ``pool`` gives the indices.
+    """
+    pooled = []
+    layers = None if watched(encoder, VGG16) else opened(encoder.features)
+    if layers is None or not all(_alike(layers[place], pool) for place in encoder.pools):
+        *maps, y = encoder(x)
+        return y, [(pool(m)[1], (m.shape[-2], m.shape[-1])) for m in maps]
+    start = 0
+    for place in encoder.pools:
+        x = run_layers(x, layers[start : place - 3])
+        size = (x.shape[-2], x.shape[-1])
+        x, indices = run_conv_norm_act_pool(x, *layers[place - 3 : place], pool)
+        pooled.append((indices, size))
+        start = place + 1
+    return x, pooled
+
+
+def _alike(own: nn.Module, pool: nn.Module) -> bool:
+    """Whether ``own``, of the encoder, is unwatched and has the windows of ``pool``."""
+    if watched(own, nn.MaxPool2d) or not isinstance(pool, nn.MaxPool2d):
+        return False
+    windows = lambda m: (m.kernel_size, m.stride, m.padding, m.dilation, m.ceil_mode)
+    return windows(own) == windows(pool)
 
 
 def as_linear(conv: nn.Conv2d) -> Tensor:

@@ -47,7 +47,7 @@ def run_unpool(
     layers = opened(block)
     conv, norm, act, stop = next_group(layers or ())
     if conv is None:
-        return block(_remembered(x, indices, unpool, output_size))
+        return block(unpooled(x, indices, unpool, output_size))
     y = run_unpool_conv_norm_act(x, indices, unpool, output_size, conv, norm, act)
     return run_layers(y, layers[stop:])
 
@@ -65,7 +65,7 @@ def run_unpool_conv_norm_act(
     name, module = split_act(act)
     fold = norm is not None and not module and not watched(unpool, MaxUnpool2d) and can_fold(x, conv, norm)
     if not fold or unpool.padding != (0, 0) or not _keeps_size(conv):
-        return run_conv_norm_act(_remembered(x, indices, unpool, output_size), conv, norm, act)
+        return run_conv_norm_act(unpooled(x, indices, unpool, output_size), conv, norm, act)
     weight, bias = folded(x, conv, norm)
     return max_unpool_conv2d(
         x, indices, weight, bias, name, kernel_size=unpool.kernel_size, stride=unpool.stride, output_size=output_size
@@ -79,8 +79,8 @@ def _keeps_size(conv: nn.Conv2d) -> bool:
     return plain and conv.kernel_size == (K, K) and conv.padding == (K // 2, K // 2) and K % 2 == 1
 
 
-def _remembered(x: Tensor, indices: Tensor | PoolIndices, unpool: nn.Module, size: tuple[int, int]) -> Tensor:
-    """``unpool(x, indices, size)``; the convolution after it keeps ``x``, and the backward unpools again."""
+def unpooled(x: Tensor, indices: Tensor | PoolIndices, unpool: nn.Module, size: tuple[int, int]) -> Tensor:
+    """``unpool(x, indices, size)``; a convolution after it may keep ``x``, and the backward unpool again."""
     if isinstance(indices, PoolIndices) and not isinstance(unpool, MaxUnpool2d):
         indices = indices.to_torch()  # another module's unpooling knows torch's
     y = unpool(x, indices, size)

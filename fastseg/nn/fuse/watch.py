@@ -84,6 +84,15 @@ def _out_of_place(act: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def apply_act(act: "nn.Module | Activation | None", x: Tensor) -> Tensor:
-    """``act(x)``, never in place where the module is one of the fused activations: a hook may keep ``x``."""
+    """``act(x)``, never in place where the module is one of the fused activations: a hook may keep ``x``, and autograd
+    forbids writes to what a backward hook has seen."""
     name, module = split_act(act)
-    return ACTIVATIONS[name or "none"](x) if module is None else module(x)
+    if module is None:
+        return ACTIVATIONS[name or "none"](x)
+    if type(module) not in FUSED_ACTS or not module.inplace:
+        return module(x)
+    module.inplace = False
+    try:
+        return module(x)
+    finally:
+        module.inplace = True

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, has_tangent
-from fastseg.ops.core.torch_private import _is_bare
+from fastseg.ops.core.torch_private import _is_bare, inside_jvp
 
 NAMESPACE = "fastseg"
 DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
@@ -57,11 +57,14 @@ def _have_tangents(args: Iterable) -> bool:
 
 
 def _refusing_tangents(name: str, implementation: Callable) -> Callable:
-    """What the dispatcher calls, as an exported program does: it drops tangents without a word."""
+    """What the dispatcher calls, as an exported program does: it drops tangents without a word.
+
+    fastseg's functions never come here under a transform.
+    """
 
     @functools.wraps(implementation)
     def call(*args):
-        if forward_ad._current_level >= 0 and _have_tangents(args):
+        if forward_ad._current_level >= 0 and (inside_jvp() or _have_tangents(args)):
             raise NotImplementedError(f"{qualified(name)} has no forward-mode derivative; fastseg's functions have one")
         return implementation(*args)
 

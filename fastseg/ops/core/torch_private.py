@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
+from torch._functorch import eager_transforms
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
@@ -24,6 +25,11 @@ _TENSOR = {
     for device in ("CPU", "CUDA")
     for more in ((), ("ADInplaceOrView", f"Autograd{device}"))
 }
+
+
+def inside_jvp() -> bool:
+    """Whether ``torch.func.jvp`` runs, or what is built on it: what reaches a device then shows no tangents."""
+    return getattr(eager_transforms, "JVP_NESTING", 0) > 0
 
 
 def _is_bare(args: Iterable) -> bool:

@@ -295,3 +295,14 @@ def test_upstreams_input_check():
         max_unpool3d(x, torch.zeros_like(x, dtype=torch.long), [1, 1])
     with pytest.raises(RuntimeError, match="strides should be greater than zero"):
         max_unpool3d(x, torch.zeros_like(x, dtype=torch.long), [1, 1, 1], [0, 0, 0])
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_an_empty_plane(deterministic):
+    """Windows that lie in the padding alone: nothing to write, whatever the indices say."""
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    v = torch.randn(1, 2, 3, 2, requires_grad=True)
+    y = max_unpool2d(v, torch.zeros(1, 2, 3, 2, dtype=torch.long), [1, 1], 1, 1)
+    assert y.shape == (1, 2, 1, 0)
+    v = torch.randn(2, 2, 2, 2)
+    assert max_unpool3d(v, torch.ones(2, 2, 2, 2, dtype=torch.long), 1, 1, 1).shape == (2, 0, 0, 0)

@@ -321,3 +321,16 @@ def test_nan_on_an_axis_that_keeps_its_size(align_corners, kwargs, device):
     dy[0, 0, 1, 1] = float("nan")
     ours, theirs = (torch.autograd.grad(y, x, dy)[0] for y in (got, want))
     assert not (ours.isnan() & ~theirs.isnan()).any() and ours.isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_weights_of_almost_zero(dtype, value, device):
+    """Thirds: a position that torch rounds once, and a weight of 1e-8 that makes an infinity of one."""
+    for place in range(8):
+        x = torch.randn(1, 1, 2, 4, dtype=dtype, device=device)
+        x.view(-1)[place] = value
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = x.contiguous(memory_format=layout)
+            got, want = upsample_bilinear(x, (10, 12)), F.interpolate(x, (10, 12), mode="bilinear")
+            assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.isinf(), want.isinf()), place

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastseg.metrics import ConfusionMatrix
-from fastseg.models import UNetPlusPlus
+from fastseg.models.unetplusplus import UNetPlusPlus
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from torch import nn
 
 import fastseg
 from fastseg.metrics import ConfusionMatrix
-from fastseg.models import UNetPlusPlus, create
-from fastseg.training import auto_prune
+from fastseg.models import UNetPlusPlus, auto_prune, create
 
 WIDTHS = (4, 6, 8, 8)
 
