@@ -43,6 +43,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm.bwd import batch_norm_act_bwd_reduce
 from fastseg.kernels.batch_norm.fwd import batch_norm_act_fwd
 from fastseg.kernels.common.norm_args import Norm
+from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.kernels.runtime.conv_sizes import Geometry
 
 # Registers what the launchers ask `select` for.
@@ -106,7 +107,7 @@ def separable_conv_fwd(
     """x (N, C, H, W), residual (N, COUT, OH, OW) in NHWC memory -> y, z like residual; statistics where a norm asks."""
     mid_batch = mid is not None and mid.batch_stats
     post_batch = post is not None and post.batch_stats
-    fused = plan(g, x.dtype, mid_batch_stats=mid_batch).form == "fused"
+    fused = plan(g, x.dtype, mid_batch_stats=mid_batch, chip=chip_of(x.device)).form == "fused"
     mid_stats = None
     if mid_batch:
         u, mid_stats = separable_conv_fwd_dw(x, w, g, acts.pre, None, "none", stats=True, store=not fused)
