@@ -48,7 +48,7 @@ class Chip(NamedTuple):
 
 MIB = 1 << 20
 _TABLE = (
-    Chip("H200", "sm_90", 4.3e12, 790e12, 395e12, 67e12, 132, 128, 1.98e9, 60 * MIB, "measured copy and GEMM rates"),
+    Chip("H200", "sm_90", 4.3e12, 790e12, 395e12, 67e12, 132, 128, 1.977e9, 60 * MIB, "measured copy and GEMM rates"),
     Chip("H100", "sm_90", 3.35e12, 989e12, 494.7e12, 67e12, 132, 128, 1.98e9, 50 * MIB, "datasheet, SXM5 80 GB"),
     Chip("A100", "sm_80", 2.039e12, 312e12, 156e12, 19.5e12, 108, 64, 1.41e9, 40 * MIB, "datasheet, SXM4 80 GB"),
     Chip("L4", "sm_89", 0.3e12, 121e12, 60e12, 0.47e12, 58, 128, 2.04e9, 48 * MIB, "datasheet"),
