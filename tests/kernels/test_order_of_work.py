@@ -32,7 +32,7 @@ BLOCKS = {
     "separable_conv_fwd_dw": {"BLOCK_H": 4, "BLOCK_W": 8, "BLOCK_C": 16},
     "separable_conv_fwd_pw": {"BLOCK_M": 32, **GEMM},
     "separable_conv_bwd_pw_input": {"BLOCK_M": 32, **GEMM},
-    "separable_conv_bwd_pw_weight": {"BLOCK_M": 64, "BLOCK_N": 16, "BLOCK_K": 16},
+    "separable_conv_bwd_pw_weight": {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16},
     "separable_conv_bwd_dw_input": {"BLOCK_H": 4, "BLOCK_W": 8, "BLOCK_C": 16},
     "separable_conv_bwd_dw_weight": {"BLOCK_M": 64, "BLOCK_C": 16},
 }
