@@ -69,7 +69,7 @@ def plan(
     after = passes + (len(branches) > 1)  # the concatenation is one more
     library += after * (2 * Y * len(branches) / chip.bandwidth + chip.launch)
     undilated = all(branch.K == 1 or branch.dilation == 1 for branch in branches)
-    return Plan(own < library and not undilated, done / nominal, own * 1e6, library * 1e6, chip.name)
+    return Plan(own < library and not undilated, done / nominal, own * 1e6, library * 1e6, chip.described)
 
 
 @heuristic("atrous_conv_fwd")

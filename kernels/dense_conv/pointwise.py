@@ -81,4 +81,4 @@ def plan(
     own = max(moved + added, products / (OWN_LANES if lanes else OWN_GEMM) * few) + chip.launch
     library = max(moved + (0 if after else added), products)
     library += e * Y * sum(after) / chip.bandwidth + chip.launch * (1 + len(after))
-    return Plan(own < library, own * 1e6, library * 1e6, 1 + len(after), chip.name)
+    return Plan(own < library, own * 1e6, library * 1e6, 1 + len(after), chip.described)

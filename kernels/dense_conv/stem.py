@@ -103,7 +103,7 @@ def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool, chip: Chip
     few = spread(cdiv(g.pixels, ROWS), chip)
     own = max(moved, (8 * g.pixels * taps / chip.lanes + products / rate) * few) + chip.launch
     library = moved + passes * 2 * e * Y / chip.bandwidth + chip.launch * (1 + passes)
-    return Plan(own < library, own * 1e6, library * 1e6, chip.name)
+    return Plan(own < library, own * 1e6, library * 1e6, chip.described)
 
 
 @heuristic("stem_conv_fwd")

@@ -88,4 +88,4 @@ def plan(g: Geometry, HIDDEN: int, dtype: torch.dtype, *, tf32: bool, chip: Chip
     pair = plan_pair(g._replace(C=HIDDEN), dtype, mid_batch_stats=False, chip=chip)
     second = (pair.fused_us if pair.form == "fused" else pair.split_us) * 1e-6 + chip.launch
     parts = min(first.own_us, first.library_us) * 1e-6 + second
-    return Plan(whole < parts and g.C <= WIDEST, whole * 1e6, parts * 1e6, pair.form, chip.name)
+    return Plan(whole < parts and g.C <= WIDEST, whole * 1e6, parts * 1e6, pair.form, chip.described)

@@ -126,7 +126,7 @@ def plan(
     few = spread(cdiv(pixels, 64) * blocks_n, chip)
     folded = max((small + e * Y) / chip.bandwidth, build * few, products / OWN_GEMM * few)
     plain = (small + e * hi) / chip.bandwidth + max(e * (hi + Y) / chip.bandwidth, products)
-    return Plan(folded < plain, folded * 1e6, plain * 1e6, chip.name)
+    return Plan(folded < plain, folded * 1e6, plain * 1e6, chip.described)
 
 
 def block_n(COUT: int) -> int:

@@ -28,6 +28,11 @@ class Chip(NamedTuple):
     launch: float = 2e-6  # between two kernels of a graph: an estimate for every chip, to be measured
 
     @property
+    def described(self) -> str:
+        """``an H200``, ``a B200``: for sentences."""
+        return ("a " if self.name.startswith("B") else "an ") + self.name
+
+    @property
     def lanes(self) -> float:
         """fp32 lane operations, one multiply-add each."""
         return self.multiprocessors * self.lanes_each * self.clock

@@ -99,4 +99,4 @@ def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool, chip: Chip =
     split = max(e * (A + U) / chip.bandwidth, depthwise) + max(e * (U + Y) / chip.bandwidth, dot) + chip.launch
     if mid_batch_stats:
         fused += max(e * A / chip.bandwidth, depthwise) + chip.launch
-    return Plan("fused" if fused <= split else "split", fused * 1e6, split * 1e6, chip.name)
+    return Plan("fused" if fused <= split else "split", fused * 1e6, split * 1e6, chip.described)

@@ -10,7 +10,7 @@ multiply-adds in fp32 (one tensor-core tile per channel would be 1/16 used); onl
 
 Evaluation, in elements (A = x, U = u, Y = y or z): fused A + Y, split A + 2U + Y; unfused torch, with each norm and
 activation a pass of its own, A + 6U + 5Y. In the fused form the depthwise tile goes from registers into the dot as its
-A operand, and batch norm parameters are read raw: no folding launches. `separable_conv_plan.plan` chooses the form;
+A operand, and batch norm parameters are read raw: no folding launches. `cost.plan` chooses the form;
 both round u and z as torch does, so that they differ by the order of the dot's sum alone.
 
 Training with batch statistics: the kernel that produces u (or z) reduces each tile to (mean, squared deviations) while
@@ -31,6 +31,9 @@ no u. On maps of 4 M elements and more, torch first copies the taps into (K*K, C
 A dilated tile takes pixels ``dilation`` apart, in both directions (`common.in_phase_order`): they share their taps, as
 the pixels of a contiguous tile do without dilation. Tiles of 8x16 on a 64x64 map at rate 12 read 1.3 input pixels for
 each of their own, contiguous ones 5.6: all nine, but for those in the padding.
+
+Blocks of channels of one tile have neighbouring program numbers (`tiles.tile_and_block`), so that what they share is
+read from DRAM once: `tests/kernels/test_order_of_work.py` replays every kernel through a model of the L2.
 
 No atomics anywhere: two runs give the same bits.
 """

@@ -181,7 +181,7 @@ def plan(
     taps += step(P * (CL + COUT), 9 * P * CL * COUT)
     taps += step(9 * p * COUT + 2 * P * COUT, lanes=P * COUT * (2 * entering + 9))
     plain = step(p * C + P * (C + 2 * CL)) + step(P * (C + CL + COUT), 9 * P * (C + CL) * COUT)
-    return Plan(taps < plain, taps * 1e6, plain * 1e6, chip.name)
+    return Plan(taps < plain, taps * 1e6, plain * 1e6, chip.described)
 
 
 def _tile(elements: int, thread_bytes: int, rows: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:

@@ -78,4 +78,4 @@ def test_the_form_depends_on_the_chip():
     g = Geometry(8, 728, 64, 128, 728, 64, 128, 3, 1, 1, 1)
     forms = {name: plan(g, bf16, mid_batch_stats=False, chip=chip).form for name, chip in CHIPS.items()}
     assert (forms["A100"], forms["B200"], forms["L4"]) == ("split", "split", "fused")
-    assert str(plan(g, bf16, mid_batch_stats=False, chip=CHIPS["L4"])).endswith("us on L4")
+    assert str(plan(g, bf16, mid_batch_stats=False, chip=CHIPS["L4"])).endswith("us on an L4")
