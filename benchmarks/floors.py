@@ -11,42 +11,17 @@ from typing import Literal
 
 from workloads import SeparableShape
 
+from fastseg.kernels.runtime.ceilings import CHIPS, Chip, find_chip
+
 ITEM = 2  # bytes of a bf16 or fp16 element
 
 Strategy = Literal["eager", "compile", "fused"]
 Phase = Literal["step", "forward", "backward"]
 
 
-@dataclass(frozen=True)
-class Device:
-    """Ceilings of one chip, per second. ``source`` says whether they were measured or read in a datasheet."""
-
-    name: str
-    bandwidth: float  # bytes, read + written
-    tensor: float  # bf16 FLOP, dense
-    fma: float  # fp32 lane operations, one FMA each
-    mufu: float  # transcendental lane operations
-    l2_bytes: int
-    source: str
-
-
-# FMA and MUFU: units x lanes x clock, with 16 MUFU lanes a unit. H200: 132 SMs x 128 (16) lanes x 1.98 GHz, rounded.
-DEVICES = {
-    device.name: device
-    for device in (
-        Device("H200", 4.3e12, 790e12, 33.4e12, 4.18e12, 60 << 20, "measured copy and GEMM rates"),
-        Device("H100", 3.35e12, 989e12, 132 * 128 * 1.98e9, 132 * 16 * 1.98e9, 50 << 20, "datasheet, SXM5 80 GB"),
-        Device("A100", 2.039e12, 312e12, 108 * 64 * 1.41e9, 108 * 16 * 1.41e9, 40 << 20, "datasheet, SXM4 80 GB"),
-        Device("B200", 8.0e12, 2250e12, 148 * 128 * 1.98e9, 148 * 16 * 1.98e9, 126 << 20, "datasheet; clock derived"),
-        Device("MI300X", 5.3e12, 1307.4e12, 304 * 128 * 2.1e9, 304 * 16 * 2.1e9, 256 << 20, "datasheet; MUFU assumed"),
-    )
-}
-
-
-def find_device(gpu_name: str) -> Device | None:
-    """The device whose name is a word of ``gpu_name`` ("NVIDIA H200", "NVIDIA A100-SXM4-80GB"), or None."""
-    words = gpu_name.replace("-", " ").split()
-    return next((device for name, device in DEVICES.items() if name in words), None)
+Device = Chip
+DEVICES = CHIPS  # what cost models read
+find_device = find_chip
 
 
 @dataclass(frozen=True)
@@ -79,8 +54,8 @@ def times_us(cost: Cost, device: Device) -> dict[str, float]:
     """Microseconds each resource is busy, if it runs at its ceiling."""
     return {
         "dram": cost.bytes / device.bandwidth * 1e6,
-        "fma": cost.fma / device.fma * 1e6,
-        "tensor": cost.tensor / device.tensor * 1e6,
+        "fma": cost.fma / device.lanes * 1e6,
+        "tensor": cost.tensor / device.half * 1e6,
         "mufu": cost.mufu / device.mufu * 1e6,
     }
 

@@ -36,8 +36,8 @@ def devices(_: Device) -> Table:
     """The ceilings, and the width below which a pointwise C -> C is bound by memory: 2 tensor / bandwidth."""
     header = ["device", "TB/s", "bf16 TFLOP/s", "FMA T/s", "MUFU T/s", "L2 MB", "PW memory-bound below C", "source"]
     rows = [
-        [d.name, f"{d.bandwidth / 1e12:.2f}", f"{d.tensor / 1e12:.0f}", f"{d.fma / 1e12:.1f}", f"{d.mufu / 1e12:.2f}",
-         f"{d.l2_bytes >> 20}", f"{2 * d.tensor / d.bandwidth:.0f}", d.source]
+        [d.name, f"{d.bandwidth / 1e12:.2f}", f"{d.half / 1e12:.0f}", f"{d.lanes / 1e12:.1f}", f"{d.mufu / 1e12:.2f}",
+         f"{d.l2_bytes >> 20}", f"{2 * d.half / d.bandwidth:.0f}", d.source]
         for d in DEVICES.values()
     ]  # fmt: skip
     return "Ceilings", header, rows

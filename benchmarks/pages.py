@@ -125,7 +125,7 @@ def compiled(topic: str, files: Sequence[str], target: str) -> str:
 
 def _operations(kernels: Sequence[Cost], chip: Device) -> float:
     """Work in FLOP of the tensor cores: lanes count by the time they take."""
-    return sum(max(k.tensor, k.fma / chip.fma * chip.tensor, k.mufu / chip.mufu * chip.tensor) for k in kernels)
+    return sum(max(k.tensor, k.fma / chip.lanes * chip.half, k.mufu / chip.mufu * chip.half) for k in kernels)
 
 
 def picture(module: ModuleType, path: Path) -> bool:
@@ -143,9 +143,9 @@ def picture(module: ModuleType, path: Path) -> bool:
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     xs = [x for _, x, _ in points]
-    left, right, ridge = min(xs) / 2, max(*xs, 500) * 2, CHIP.tensor / CHIP.bandwidth
+    left, right, ridge = min(xs) / 2, max(*xs, 500) * 2, CHIP.half / CHIP.bandwidth
     line = sorted({left, min(max(ridge, left), right), right})
-    axes.plot(line, [min(CHIP.tensor, CHIP.bandwidth * x) * 1e-12 for x in line], "-", color="#777777", linewidth=1)
+    axes.plot(line, [min(CHIP.half, CHIP.bandwidth * x) * 1e-12 for x in line], "-", color="#777777", linewidth=1)
     for provider in dict.fromkeys(p for p, *_ in points):
         axes.plot([x for p, x, _ in points if p == provider], [y for p, _, y in points if p == provider], ".",
                   color=COLOURS[provider], label=f"{provider}, at its floor")  # fmt: skip

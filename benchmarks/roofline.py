@@ -119,7 +119,7 @@ def main(arguments: list[str] | None = None) -> None:
     if unknown := set(options.tables) - set(TABLES):
         parser.error(f"no table {', '.join(sorted(unknown))}; there are {', '.join(TABLES)}")
     device = DEVICES[options.device]
-    ceilings = f"{device.bandwidth / 1e12:.2f} TB/s, {device.tensor / 1e12:.0f} TFLOP/s bf16 ({device.source})"
+    ceilings = f"{device.bandwidth / 1e12:.2f} TB/s, {device.half / 1e12:.0f} TFLOP/s bf16 ({device.source})"
     print(f"Floors, not measured. {device.name}: {ceilings}.")
     for name in options.tables or TABLES:
         if name == "pruning":

@@ -17,6 +17,7 @@ from fastseg.ops.registered.pooling import Geometry
 
 if HAS_TRITON:
     from fastseg.kernels.pooling.max_unpool_conv import max_unpool_conv_fwd, plan
+    from fastseg.kernels.runtime.ceilings import chip_of
 
 
 def max_unpool_conv2d(
@@ -94,7 +95,8 @@ def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
     if why:
         return why, ""
     pixels = N * size[0] * size[1]
-    chosen = plan(pixels, N * OH * OW, C, weight.shape[0], weight.shape[-1], input.dtype, indices.bits)
+    sizes = pixels, N * OH * OW, C, weight.shape[0], weight.shape[-1]
+    chosen = plan(*sizes, input.dtype, indices.bits, chip_of(input.device))
     return ("" if chosen.fold else str(chosen)), str(chosen)
 
 

@@ -23,6 +23,7 @@ from fastseg.ops.registered.fold_norm import fold_norm
 from fastseg.ops.registered.separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
 
 if HAS_TRITON:
+    from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
     from fastseg.kernels.separable_conv.cost import plan
 
@@ -170,7 +171,7 @@ def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, 
     if 0 in out:
         return "empty output", str
     batch = mid_norm is not None and mid_norm.training
-    return g.unsupported(), lambda: str(plan(g, x.dtype, mid_batch_stats=batch))
+    return g.unsupported(), lambda: str(plan(g, x.dtype, mid_batch_stats=batch, chip=chip_of(x.device)))
 
 
 def _check(

@@ -18,6 +18,7 @@ from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_
 from fastseg.ops.upsample_concat import upsample_concat, upsample_concat_ref
 
 if HAS_TRITON:
+    from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.upsample.conv import plan, unsupported
 
 NAME = "upsample_concat_conv2d"
@@ -170,7 +171,7 @@ def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -
     why = unsupported(*sizes)
     if why:
         return why, ""
-    chosen = plan(*sizes, deep.dtype)
+    chosen = plan(*sizes, deep.dtype, chip_of(deep.device))
     return ("" if chosen.low_resolution else str(chosen)), str(chosen)
 
 

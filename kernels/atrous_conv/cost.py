@@ -16,11 +16,9 @@ from typing import NamedTuple
 import torch
 
 from fastseg.kernels.atrous_conv.regions import Branch, dense, executed, forward_regions
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, OWN_LANES
+from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, OWN_LANES, Chip
 from fastseg.kernels.runtime.config import candidates, heuristic
 from fastseg.kernels.runtime.sizes import next_power_of_2
-
-MULTIPROCESSORS = 132  # of an H200, whose ceilings the model takes
 
 
 class Plan(NamedTuple):
@@ -28,12 +26,13 @@ class Plan(NamedTuple):
     fraction: float  # of the dense products, that the own kernel executes
     own_us: float
     library_us: float
+    chip: str
 
     def __str__(self) -> str:
         form = "taps in padding skipped" if self.own else "the library's dense convolution"
         return (
             f"{form}: {self.fraction:.2f} of the products are executed; model says own {self.own_us:.1f} us, "
-            f"library {self.library_us:.1f} us on an H200"
+            f"library {self.library_us:.1f} us on {self.chip}"
         )
 
 
@@ -48,27 +47,29 @@ def plan(
     dtype: torch.dtype,
     passes: int,
     ieee: bool = False,
+    chip: Chip = H200,
 ) -> Plan:
     """Whether the own kernel is faster, by the model in this file's header.
 
     ``passes``: elementwise passes over the output that the library's way takes and the own one does not: activation,
     residual. ``ieee``: fp32 without tf32, on lanes instead of matrix units.
     """
-    rate, share = (2 * LANES, OWN_LANES) if ieee else (DOT[dtype], OWN_GEMM)
+    rate, share = chip.dot(dtype, tf32=not ieee), OWN_LANES if ieee else OWN_GEMM
     cfg = _config(N * H * W, C, COUT, dtype)
     regions, e = forward_regions(H, W, branches), dtype.itemsize
     A, Y = e * N * H * W * C, e * N * H * W * COUT
     seconds = lambda pairs, channels: 2 * pairs * C * channels / rate
     done, nominal = executed(regions, N, cfg["BLOCK_M"]), dense(H, W, branches, N)
     weights = sum(e * C * COUT * branch.K**2 for branch in branches)
-    longest = MULTIPROCESSORS * seconds(max(r.count for r in regions) * cfg["BLOCK_M"], min(COUT, cfg["BLOCK_N"]))
-    moved = (A + weights + (1 + (passes > 1)) * Y * len(branches)) / BANDWIDTH
-    own = max(moved, max(seconds(done, COUT), longest) / share) + LAUNCH
-    library = sum(max((A + Y) / BANDWIDTH, seconds(dense(H, W, (branch,), N), COUT)) + LAUNCH for branch in branches)
+    longest = chip.multiprocessors * seconds(max(r.count for r in regions) * cfg["BLOCK_M"], min(COUT, cfg["BLOCK_N"]))
+    moved = (A + weights + (1 + (passes > 1)) * Y * len(branches)) / chip.bandwidth
+    own = max(moved, max(seconds(done, COUT), longest) / share) + chip.launch
+    each = lambda branch: max((A + Y) / chip.bandwidth, seconds(dense(H, W, (branch,), N), COUT)) + chip.launch
+    library = sum(map(each, branches))
     after = passes + (len(branches) > 1)  # the concatenation is one more
-    library += after * (2 * Y * len(branches) / BANDWIDTH + LAUNCH)
+    library += after * (2 * Y * len(branches) / chip.bandwidth + chip.launch)
     undilated = all(branch.K == 1 or branch.dilation == 1 for branch in branches)
-    return Plan(own < library and not undilated, done / nominal, own * 1e6, library * 1e6)
+    return Plan(own < library and not undilated, done / nominal, own * 1e6, library * 1e6, chip.described)
 
 
 @heuristic("atrous_conv_fwd")

@@ -25,6 +25,7 @@ from fastseg.kernels.common.norm_act import (
     where_all,
 )
 from fastseg.kernels.common.norm_args import Norm, norm_args
+from fastseg.kernels.common.tiles import tile_and_block
 from fastseg.kernels.runtime.config import select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv
@@ -39,8 +40,8 @@ def _batch_norm_act_bwd_reduce_kernel(
     C: tl.constexpr, LAST: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr,
     FROM_Y: tl.constexpr, FIXED: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid, block = tile_and_block(tl.cdiv(C, BLOCK_C))
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     if NORM:
         mean, rstd, weight, bias = load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_c, mask_c, eps, AFFINE, ACC)
@@ -75,11 +76,12 @@ def _batch_norm_act_bwd_input_kernel(
     C: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid, block = tile_and_block(tl.cdiv(C, BLOCK_C))
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     mean, rstd, weight, bias = load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_c, mask_c, eps, AFFINE, ACC)
     mean_g, mean_gz = load_mean_grads(sums_ptr, offs_c, mask_c, inv_count, C, True, ACC)
-    start, offs, inside = tile_of(tl.program_id(0), blocks, pixels, offs_c, C, LAST, BLOCK_M)
+    start, offs, inside = tile_of(pid, blocks, pixels, offs_c, C, LAST, BLOCK_M)
     mask = inside[:, None] & mask_c[None, :]
     g = tl.load(g_ptr + start + offs, mask=mask, other=0.0).to(ACC)
     z = tl.load(z_ptr + start + offs, mask=mask, other=0.0).to(ACC)
@@ -106,7 +108,7 @@ def batch_norm_act_bwd_reduce(
     if tiles == 0:
         return sums.sum(0), g, dz
     launch(
-        _batch_norm_act_bwd_reduce_kernel, (tiles, cdiv(walk.C, cfg.BLOCK_C)),
+        _batch_norm_act_bwd_reduce_kernel, (tiles * cdiv(walk.C, cfg.BLOCK_C),),
         dy, z, z if y is None else y, *vectors, sums, sums if g is None else g, sums if dz is None else dz,
         walk.pixels, blocks, total, steps, eps,
         C=walk.C, LAST=walk.last, NORM=has_norm, AFFINE=affine, ACT=act, FROM_Y=y is not None, FIXED=with_dz,
@@ -127,7 +129,7 @@ def batch_norm_act_bwd_input(g: Tensor, z: Tensor, norm: Norm, act: str, sums: T
     cfg = select("batch_norm_act_bwd_input", **walk.key(z))
     blocks, total = walk.blocks(cfg)
     launch(
-        _batch_norm_act_bwd_input_kernel, (total, cdiv(walk.C, cfg.BLOCK_C)),
+        _batch_norm_act_bwd_input_kernel, (total * cdiv(walk.C, cfg.BLOCK_C),),
         g, z, *vectors, sums, dz, walk.pixels, blocks, eps, inv_count,
         C=walk.C, LAST=walk.last, AFFINE=affine, ACT=act, ACC=acc_dtype(z), **cfg.launch,
     )  # fmt: skip

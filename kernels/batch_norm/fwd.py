@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastseg.kernels.common.norm_act import activate, norm_act
 from fastseg.kernels.common.norm_args import Norm, norm_args
+from fastseg.kernels.common.tiles import tile_and_block
 from fastseg.kernels.runtime.config import Config, candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
@@ -81,9 +82,10 @@ def _batch_norm_act_fwd_kernel(
     C: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid, block = tile_and_block(tl.cdiv(C, BLOCK_C))
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
-    start, offs, inside = tile_of(tl.program_id(0), blocks, pixels, offs_c, C, LAST, BLOCK_M)
+    start, offs, inside = tile_of(pid, blocks, pixels, offs_c, C, LAST, BLOCK_M)
     mask = inside[:, None] & mask_c[None, :]  # (BLOCK_M, BLOCK_C)
 
     z = tl.load(z_ptr + start + offs, mask=mask, other=0.0).to(ACC)
@@ -109,7 +111,7 @@ def batch_norm_act_fwd(
     cfg = select("batch_norm_act_fwd", **walk.key(z))
     blocks, total = walk.blocks(cfg)
     launch(
-        _batch_norm_act_fwd_kernel, (total, cdiv(walk.C, cfg.BLOCK_C)),
+        _batch_norm_act_fwd_kernel, (total * cdiv(walk.C, cfg.BLOCK_C),),
         z, *vectors, z if residual is None else residual, y, walk.pixels, blocks, eps,
         C=walk.C, LAST=walk.last, AFFINE=affine, ACT=act, RESIDUAL="none" if residual is None else where,
         ACC=acc_dtype(z), **cfg.launch,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastseg.kernels.batch_norm.fwd import Walk, tile_of
 from fastseg.kernels.common.norm_act import where_all
+from fastseg.kernels.common.tiles import tile_and_block
 from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv
@@ -36,8 +37,8 @@ def _batch_norm_tile_stats_kernel(
     pixels, blocks, total, steps,
     C: tl.constexpr, LAST: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    pid = tl.program_id(0)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid, block = tile_and_block(tl.cdiv(C, BLOCK_C))
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     # All programs measure from one pixel, so that their means differ by what fp32 resolves, however large the mean; and
     # each sums about its first block's mean, which does not cancel: the block is one of those it sums over.
@@ -63,7 +64,7 @@ def _batch_norm_tile_stats_kernel(
     at = tile_stats_ptr + pid.to(tl.int64) * 2 * C + offs_c
     tl.store(at, pivot + shift, mask=mask_c)
     tl.store(at + C, tl.sum(sum_dd, axis=0) - shift * shift * n, mask=mask_c)
-    if tl.program_id(1) == 0:
+    if block == 0:
         tl.store(counts_ptr + pid, n)
 
 
@@ -138,7 +139,7 @@ def batch_norm_stats(z: Tensor) -> Tensor:
     tile_stats = torch.empty(tiles, 2, C, dtype=stats_dtype(z), device=z.device)
     counts = tile_stats.new_empty(tiles)
     launch(
-        _batch_norm_tile_stats_kernel, (tiles, cdiv(C, cfg.BLOCK_C)),
+        _batch_norm_tile_stats_kernel, (tiles * cdiv(C, cfg.BLOCK_C),),
         z, tile_stats, counts, walk.pixels, blocks, total, steps,
         C=C, LAST=walk.last, ACC=acc_dtype(z), **cfg.launch,
     )  # fmt: skip

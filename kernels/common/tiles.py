@@ -5,6 +5,17 @@ import triton.language as tl
 
 
 @triton.jit
+def tile_and_block(blocks):
+    """This program's (tile, block of channels) in a grid on axis x alone, ``blocks`` to a tile: blocks run fastest.
+
+    The hardware starts programs in the order of their numbers. All blocks of a tile then run at once and read the
+    tile's rows from L2; tiles fastest, every block would sweep the whole map, and read it from DRAM anew.
+    """
+    pid = tl.program_id(0)
+    return pid // blocks, pid % blocks
+
+
+@triton.jit
 def tile_pixels(tile, H, W, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
     """Pixels of tile number ``tile`` over a batch of (H, W) maps: -> image (int64), rows, columns, which are inside."""
     tiles_w = tl.cdiv(W, BLOCK_W)

@@ -6,7 +6,7 @@ constant over pixels, such as ASPP's pooled one, is a bias of the projection, an
 Traffic in elements, A = x, Y = y: A + Y + weights (+ Y with a residual). A library's convolution moves the same, and
 then 2Y for each of bias, image bias and activation that its own call cannot end with (3Y for a residual), each in a
 launch of its own. ``plan`` says which is faster: the library where its one call does it all, or where arithmetic
-dominates.
+dominates, or a map has too few tiles for the chip, whose sums a library may split.
 """
 
 import functools
@@ -15,11 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, OWN_LANES
+from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, OWN_LANES, Chip, spread
 from fastseg.kernels.runtime.conv_sizes import Geometry
+from fastseg.kernels.runtime.sizes import cdiv
 
 # Registers what the launcher asks `select` for.
 from fastseg.kernels.separable_conv import configs as separable_conv_configs  # noqa: F401
+from fastseg.kernels.separable_conv.cost import pw_tile
 from fastseg.kernels.separable_conv.fwd import Acts, Weights, separable_conv_fwd_pw
 
 
@@ -42,30 +44,41 @@ class Plan(NamedTuple):
     own_us: float
     library_us: float
     library_launches: int
+    chip: str
 
     def __str__(self) -> str:
         form = "one launch" if self.own else "library"
         plural = "" if self.library_launches == 1 else "es"
         return (
             f"{form}: model says own kernel {self.own_us:.1f} us, library {self.library_us:.1f} us "
-            f"in {self.library_launches} launch{plural} on an H200"
+            f"in {self.library_launches} launch{plural} on {self.chip}"
         )
 
 
 @functools.lru_cache(maxsize=4096)
 def plan(
-    pixels: int, C: int, COUT: int, dtype: torch.dtype, after: tuple[int, ...], *, residual: bool, tf32: bool
+    pixels: int,
+    C: int,
+    COUT: int,
+    dtype: torch.dtype,
+    after: tuple[int, ...],
+    *,
+    residual: bool,
+    tf32: bool,
+    chip: Chip = H200,
 ) -> Plan:
     """Own kernel or library, by this file's header.
 
     after: how often each launch behind the library's convolution reads or writes y's size.
     """
     e, A, Y = dtype.itemsize, pixels * C, pixels * COUT
-    moved = e * (A + Y + C * COUT) / BANDWIDTH
+    moved = e * (A + Y + C * COUT) / chip.bandwidth
     lanes = dtype == torch.float32 and not tf32
-    products = 2 * A * COUT / (2 * LANES if lanes else DOT[dtype])
-    added = e * Y * residual / BANDWIDTH
-    own = max(moved + added, products / (OWN_LANES if lanes else OWN_GEMM)) + LAUNCH
+    products = 2 * A * COUT / chip.dot(dtype, tf32=tf32)
+    added = e * Y * residual / chip.bandwidth
+    block_m, block_n = pw_tile(pixels, COUT, dtype)
+    few = spread(cdiv(pixels, block_m) * cdiv(COUT, block_n), chip)
+    own = max(moved + added, products / (OWN_LANES if lanes else OWN_GEMM) * few) + chip.launch
     library = max(moved + (0 if after else added), products)
-    library += e * Y * sum(after) / BANDWIDTH + LAUNCH * (1 + len(after))
-    return Plan(own < library, own * 1e6, library * 1e6, 1 + len(after))
+    library += e * Y * sum(after) / chip.bandwidth + chip.launch * (1 + len(after))
+    return Plan(own < library, own * 1e6, library * 1e6, 1 + len(after), chip.described)

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.common.norm_act import activate
-from fastseg.kernels.common.tiles import tile_pixels
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM
+from fastseg.kernels.common.tiles import tile_and_block, tile_pixels
+from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, Chip, spread
 from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
@@ -28,6 +28,7 @@ from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 from fastseg.kernels.runtime.tensors import acc_dtype, empty_nhwc, precision
 
 MOST_CHANNELS, MOST_TAPS = 4, 64  # of the image; of all channels together
+ROWS = 64  # pixels of a tile
 
 
 @triton.jit
@@ -39,8 +40,9 @@ def _stem_conv_fwd_kernel(
     ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    n, oy, ox, mask_m = tile_pixels(tl.program_id(0), OH, OW, BLOCK_H, BLOCK_W)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, block = tile_and_block(tl.cdiv(COUT, BLOCK_N))
+    n, oy, ox, mask_m = tile_pixels(tile, OH, OW, BLOCK_H, BLOCK_W)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)  # (tap row, tap column, channel), channels innermost
     mask_n = offs_n < COUT
     ky, kx, c = offs_k // (K * C), offs_k // C % K, offs_k % C
@@ -68,7 +70,7 @@ def stem_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stri
     cfg = select("stem_conv_fwd", size=g.pixels, device=x.device, C=C, COUT=COUT, K=K, dtype=x.dtype)
     tiles = N * cdiv(OH, cfg.BLOCK_H) * cdiv(OW, cfg.BLOCK_W)
     launch(
-        _stem_conv_fwd_kernel, (tiles, cdiv(COUT, cfg.BLOCK_N)),
+        _stem_conv_fwd_kernel, (tiles * cdiv(COUT, cfg.BLOCK_N),),
         x, weight, x if bias is None else bias, y, H, W, OH, OW, stride, padding,
         C=C, COUT=COUT, K=K, HAS_BIAS=bias is not None, ACT=act, ACC=acc_dtype(x), PRECISION=precision(x),
         BLOCK_K=max(16, next_power_of_2(K * K * C)), **cfg.launch,
@@ -80,26 +82,28 @@ class Plan(NamedTuple):
     own: bool
     own_us: float
     library_us: float
+    chip: str
 
     def __str__(self) -> str:
         form = "one launch" if self.own else "library"
-        return f"{form}: model says own kernel {self.own_us:.1f} us, library {self.library_us:.1f} us on an H200"
+        return f"{form}: model says own kernel {self.own_us:.1f} us, library {self.library_us:.1f} us on {self.chip}"
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool) -> Plan:
+def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool, chip: Chip = H200) -> Plan:
     """Own kernel or library, whose convolution is followed by ``passes`` over y.
 
     A scalar load takes four lane operations' time: there is a quarter as many load lanes as multiply-add lanes.
     """
     e, A, Y = dtype.itemsize, g.N * g.C * g.H * g.W, g.pixels * g.COUT
     taps = max(16, next_power_of_2(g.K * g.K * g.C))
-    moved = e * (A + Y) / BANDWIDTH
+    moved = e * (A + Y) / chip.bandwidth
     products = 2 * g.pixels * taps * max(16, next_power_of_2(g.COUT))
-    rate = DOT[dtype] * OWN_GEMM if tf32 or dtype != torch.float32 else LANES
-    own = max(moved, 8 * g.pixels * taps / LANES + products / rate) + LAUNCH
-    library = moved + passes * 2 * e * Y / BANDWIDTH + LAUNCH * (1 + passes)
-    return Plan(own < library, own * 1e6, library * 1e6)
+    rate = chip.dot(dtype) * OWN_GEMM if tf32 or dtype != torch.float32 else chip.lanes
+    few = spread(cdiv(g.pixels, ROWS), chip)
+    own = max(moved, (8 * g.pixels * taps / chip.lanes + products / rate) * few) + chip.launch
+    library = moved + passes * 2 * e * Y / chip.bandwidth + chip.launch * (1 + passes)
+    return Plan(own < library, own * 1e6, library * 1e6, chip.described)
 
 
 @heuristic("stem_conv_fwd")

@@ -7,7 +7,7 @@ Whole: with M = HIDDEN elements after the stride, P positions for each output (`
 
 C' and COUT' padded to powers of two as the kernel multiplies them; spread: how much longer few tiles take than a full
 chip. Parts: the models of the 1x1 convolution (own kernel or library) and of the separable convolution (fused or
-split), spread likewise, and a launch each.
+split), which spread likewise, and a launch each.
 
 What computing e again costs, against the bytes saved: with 16 -> 96 -> 24 at stride 2, 256^2 and 16 images the
 expansion is multiplied 6.75 times an output instead of 4 an output, 5.4 GFLOP instead of 3.2: 3 us. On the lanes it is
@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from fastseg.kernels.dense_conv.pointwise import plan as plan_pointwise
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM
+from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, Chip, spread
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.sizes import next_power_of_2
 from fastseg.kernels.separable_conv.cost import plan as plan_pair
@@ -32,8 +32,6 @@ from fastseg.kernels.separable_conv.cost import plan as plan_pair
 E_OPS, U_OPS = 7, 17
 ROWS = 64  # of a tile
 WIDEST = 128  # channels of x that one block of the kernel takes
-SMS = 132
-ALONE = 0.5  # of a multiprocessor's rate: what one block with nothing beside it reaches. An estimate
 
 
 def positions(group: int, stride: int) -> float:
@@ -41,27 +39,23 @@ def positions(group: int, stride: int) -> float:
     return 3 * (3 + (group - 1) * stride) / group
 
 
-def spread(tiles: float) -> float:
-    """How much longer ``tiles`` blocks take than the same work over the whole chip."""
-    return max(1.0, SMS / (ALONE * tiles))
-
-
 def _power(n: int) -> int:
     return max(16, next_power_of_2(n))
 
 
-def _work(group: int, C: int, COUT: int, stride: int, rate: float) -> float:
+def _work(group: int, C: int, COUT: int, stride: int, rate: float, chip: Chip) -> float:
     """Seconds of arithmetic for one element of u."""
     P = positions(group, stride)
-    return (P * E_OPS + U_OPS) / LANES + 2 * (P * _power(C) + _power(COUT)) / (rate * OWN_GEMM)
+    return (P * E_OPS + U_OPS) / chip.lanes + 2 * (P * _power(C) + _power(COUT)) / (rate * OWN_GEMM)
 
 
-def group_of(pixels: int, C: int, COUT: int, stride: int, dilation: int, dtype: torch.dtype) -> int:
+def group_of(pixels: int, C: int, COUT: int, stride: int, dilation: int, dtype: torch.dtype, chip: Chip = H200) -> int:
     """Outputs of one row: more share more of e, fewer give more tiles. Their accumulators, 32 channels of each in fp32,
     fill a quarter of the registers; neighbours share positions only without dilation."""
     wide = _power(COUT) * (2 if dtype.itemsize > 2 else 1)
     most = 1 if dilation > 1 or wide > 64 else 2 if wide > 32 else 4
-    seconds = lambda group: _work(group, C, COUT, stride, DOT[dtype]) * spread(pixels / (ROWS * group))
+    work = lambda group: _work(group, C, COUT, stride, chip.dot(dtype), chip)
+    seconds = lambda group: work(group) * spread(pixels / (ROWS * group), chip)
     return min((group for group in (4, 2, 1) if group <= most), key=seconds)
 
 
@@ -70,31 +64,28 @@ class Plan(NamedTuple):
     whole_us: float
     parts_us: float
     pair_form: str
+    chip: str
 
     def __str__(self) -> str:
         form = "whole block" if self.whole else "expansion and pair"
         return (
             f"{form}: model says whole {self.whole_us:.1f} us, "
-            f"expansion and {self.pair_form} pair {self.parts_us:.1f} us on an H200"
+            f"expansion and {self.pair_form} pair {self.parts_us:.1f} us on {self.chip}"
         )
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(g: Geometry, HIDDEN: int, dtype: torch.dtype, *, tf32: bool) -> Plan:
+def plan(g: Geometry, HIDDEN: int, dtype: torch.dtype, *, tf32: bool, chip: Chip = H200) -> Plan:
     """Which is faster by this file's header; ``g`` is of x and y."""
     e, M = dtype.itemsize, g.pixels * HIDDEN
     A, Y = g.N * g.H * g.W * g.C, g.pixels * g.COUT
-    rate = DOT[dtype] if tf32 or dtype != torch.float32 else 2 * LANES
-    group = group_of(g.pixels, g.C, g.COUT, g.stride, g.dilation, dtype)
-    work = M * _work(group, g.C, g.COUT, g.stride, rate) * spread(g.pixels / (ROWS * group))
-    whole = max(e * (A + Y) / BANDWIDTH, work) + LAUNCH
+    rate = chip.dot(dtype, tf32=tf32)
+    group = group_of(g.pixels, g.C, g.COUT, g.stride, g.dilation, dtype)  # as the launcher asks
+    work = M * _work(group, g.C, g.COUT, g.stride, rate, chip) * spread(g.pixels / (ROWS * group), chip)
+    whole = max(e * (A + Y) / chip.bandwidth, work) + chip.launch
 
-    first = plan_pointwise(g.N * g.H * g.W, g.C, HIDDEN, dtype, (2,), residual=False, tf32=tf32)
-    pair = plan_pair(g._replace(C=HIDDEN), dtype, mid_batch_stats=False)
-    if pair.form == "fused":
-        work = M * (19 / LANES + 2 * g.COUT / rate) * spread(g.pixels / ROWS)
-        second = max(pair.fused_us * 1e-6, work) + LAUNCH
-    else:
-        second = pair.split_us * 1e-6 + 2 * LAUNCH
+    first = plan_pointwise(g.N * g.H * g.W, g.C, HIDDEN, dtype, (2,), residual=False, tf32=tf32, chip=chip)
+    pair = plan_pair(g._replace(C=HIDDEN), dtype, mid_batch_stats=False, chip=chip)
+    second = (pair.fused_us if pair.form == "fused" else pair.split_us) * 1e-6 + chip.launch
     parts = min(first.own_us, first.library_us) * 1e-6 + second
-    return Plan(whole < parts and g.C <= WIDEST, whole * 1e6, parts * 1e6, pair.form)
+    return Plan(whole < parts and g.C <= WIDEST, whole * 1e6, parts * 1e6, pair.form, chip.described)

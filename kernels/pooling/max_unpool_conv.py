@@ -20,9 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.common.norm_act import activate
-from fastseg.kernels.common.tiles import tile_pixels
+from fastseg.kernels.common.tiles import tile_and_block, tile_pixels
 from fastseg.kernels.pooling.windows import Pooling, unpack_codes
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, OWN_GEMM
+from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, Chip, spread
 from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
@@ -44,8 +44,9 @@ def _max_unpool_conv_fwd_kernel(
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     FIELDS: tl.constexpr = 8 // BITS
-    n, h, w, mask_m = tile_pixels(tl.program_id(0), H, W, BLOCK_H, BLOCK_W)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    tile, block = tile_and_block(tl.cdiv(COUT, BLOCK_N))
+    n, h, w, mask_m = tile_pixels(tile, H, W, BLOCK_H, BLOCK_W)
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k, offs_b = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_K // FIELDS)
     mask_n = offs_n < COUT
     width = (C + FIELDS - 1) // FIELDS
@@ -89,7 +90,7 @@ def max_unpool_conv_fwd(
     cfg = select("max_unpool_conv_fwd", size=N * H * W, device=v.device, C=C, COUT=COUT, dtype=v.dtype)
     tiles = N * cdiv(H, cfg.BLOCK_H) * cdiv(W, cfg.BLOCK_W)
     launch(
-        _max_unpool_conv_fwd_kernel, (tiles, cdiv(COUT, cfg.BLOCK_N)),
+        _max_unpool_conv_fwd_kernel, (tiles * cdiv(COUT, cfg.BLOCK_N),),
         v, codes, weight, v if bias is None else bias, y, C, H, W, OH, OW, COUT,
         KH=pool.kernel[1], KW=pool.kernel[2], SH=pool.stride[1], SW=pool.stride[2], K=K, PAD=K // 2, BITS=bits,
         HAS_BIAS=bias is not None, ACT=act, ACC=acc_dtype(v), PRECISION=precision(v), **cfg.launch,
@@ -101,14 +102,17 @@ class Plan(NamedTuple):
     fold: bool
     folded_us: float
     plain_us: float
+    chip: str
 
     def __str__(self) -> str:
         form = "folded into the convolution" if self.fold else "plain"
-        return f"{form}: model says folded {self.folded_us:.1f} us, plain {self.plain_us:.1f} us on an H200"
+        return f"{form}: model says folded {self.folded_us:.1f} us, plain {self.plain_us:.1f} us on {self.chip}"
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(pixels: int, windows: int, C: int, COUT: int, K: int, dtype: torch.dtype, bits: int) -> Plan:
+def plan(
+    pixels: int, windows: int, C: int, COUT: int, K: int, dtype: torch.dtype, bits: int, chip: Chip = H200
+) -> Plan:
     """Whether the unpooled map (``pixels`` x C) is better left unwritten, from bytes, lane operations and products.
 
     Two blocks share a multiprocessor, so that one builds operands while the other multiplies: the longer of the two
@@ -116,12 +120,13 @@ def plan(pixels: int, windows: int, C: int, COUT: int, K: int, dtype: torch.dtyp
     """
     e, hi, lo, Y = dtype.itemsize, pixels * C, windows * C, pixels * COUT
     small = lo * (e + bits / 8)
-    products = 2 * K * K * hi * COUT / DOT[dtype]
+    products = 2 * K * K * hi * COUT / chip.dot(dtype)
     blocks_n = cdiv(COUT, block_n(COUT))
-    build = (BUILD + BUILD_ROW / C) * K * K * hi * blocks_n / LANES
-    folded = max((small + e * Y) / BANDWIDTH, build, products / OWN_GEMM)
-    plain = (small + e * hi) / BANDWIDTH + max(e * (hi + Y) / BANDWIDTH, products)
-    return Plan(folded < plain, folded * 1e6, plain * 1e6)
+    build = (BUILD + BUILD_ROW / C) * K * K * hi * blocks_n / chip.lanes
+    few = spread(cdiv(pixels, 64) * blocks_n, chip)
+    folded = max((small + e * Y) / chip.bandwidth, build * few, products / OWN_GEMM * few)
+    plain = (small + e * hi) / chip.bandwidth + max(e * (hi + Y) / chip.bandwidth, products)
+    return Plan(folded < plain, folded * 1e6, plain * 1e6, chip.described)
 
 
 def block_n(COUT: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm.fwd import rows_per_program
 from fastseg.kernels.common.norm_act import activate, activate_grad, load_norm, norm_act, norm_act_grad, store_tile_sums
 from fastseg.kernels.common.norm_args import Norm, norm_args
-from fastseg.kernels.common.tiles import dilated_tile_pixels
+from fastseg.kernels.common.tiles import dilated_tile_pixels, tile_and_block
 from fastseg.kernels.runtime.config import select
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
@@ -32,10 +32,10 @@ def _separable_conv_bwd_pw_input_kernel(
     POST_ACT: tl.constexpr, MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, SUMS: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    tile, block = tile_and_block(tl.cdiv(C, BLOCK_N))
     row0 = tile.to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)  # depthwise channels
+    offs_n = block * BLOCK_N + tl.arange(0, BLOCK_N)  # depthwise channels
     mask_m = row0 + offs_m < M
     mask_n = offs_n < C
     dtype = g1_ptr.dtype.element_ty
@@ -83,11 +83,11 @@ def _separable_conv_bwd_pw_weight_kernel(
     POST_ACT: tl.constexpr, MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(0)
-    row0 = split.to(tl.int64) * rows
     blocks_k = tl.cdiv(C, BLOCK_K)
-    offs_n = tl.program_id(1) // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)  # output channels
-    offs_k = tl.program_id(1) % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)  # depthwise channels
+    split, block = tile_and_block(tl.cdiv(COUT, BLOCK_N) * blocks_k)
+    row0 = split.to(tl.int64) * rows
+    offs_n = block // blocks_k * BLOCK_N + tl.arange(0, BLOCK_N)  # output channels
+    offs_k = block % blocks_k * BLOCK_K + tl.arange(0, BLOCK_K)  # depthwise channels
     offs_m = tl.arange(0, BLOCK_M)
     mask_n = offs_n < COUT
     mask_k = offs_k < C
@@ -127,9 +127,9 @@ def _separable_conv_bwd_dw_input_kernel(
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_BATCH: tl.constexpr, ACC: tl.constexpr,
     PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
+    tile, block = tile_and_block(tl.cdiv(C, BLOCK_C))
     n, iy, ix, mask_m = dilated_tile_pixels(tile, H, W, dilation, PHASED, BLOCK_H, BLOCK_W)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
     g1_ptr += n * OH * OW * C
     u_ptr += n * OH * OW * C
@@ -169,9 +169,9 @@ def _separable_conv_bwd_dw_weight_kernel(
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_BATCH: tl.constexpr, ACC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    split = tl.program_id(0)
+    split, block = tile_and_block(tl.cdiv(C, BLOCK_C))
     row0 = split.to(tl.int64) * rows
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     offs_m = tl.arange(0, BLOCK_M)
     offs_t = tl.arange(0, TAPS)  # K * K, rounded up to a power of two
     mask_c = offs_c < C
@@ -219,7 +219,7 @@ def separable_conv_bwd_pw_input(
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
     launch(
-        _separable_conv_bwd_pw_input_kernel, (tiles, cdiv(g.C, cfg.BLOCK_N)),
+        _separable_conv_bwd_pw_input_kernel, (tiles * cdiv(g.C, cfg.BLOCK_N),),
         dy, z, u, *post_vectors, post_sums, w.pw, *mid_vectors, g1, mid_sums,
         g.pixels, post_eps, mid_eps, 1 / g.pixels,
         C=g.C, COUT=g.COUT, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_BATCH=post_norm and post.batch_stats,
@@ -241,7 +241,7 @@ def separable_conv_bwd_pw_weight(
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
     launch(
-        _separable_conv_bwd_pw_weight_kernel, (splits, blocks),
+        _separable_conv_bwd_pw_weight_kernel, (splits * blocks,),
         dy, z, u, *post_vectors, post_sums, *mid_vectors, dpw,
         g.pixels, rows, post_eps, mid_eps, 1 / g.pixels,
         C=g.C, COUT=g.COUT, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_BATCH=post_norm and post.batch_stats,
@@ -260,7 +260,7 @@ def separable_conv_bwd_dw_input(
     tiles = g.N * cdiv(g.H, cfg.BLOCK_H) * cdiv(g.W, cfg.BLOCK_W)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     launch(
-        _separable_conv_bwd_dw_input_kernel, (tiles, cdiv(g.C, cfg.BLOCK_C)),
+        _separable_conv_bwd_dw_input_kernel, (tiles * cdiv(g.C, cfg.BLOCK_C),),
         g1, u, x, w.dw, *mid_vectors, mid_sums, dx,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act, ACC=acc_dtype(x),
@@ -281,7 +281,7 @@ def separable_conv_bwd_dw_weight(
     ddw = x.new_empty(splits, g.C, 1, g.K, g.K, dtype=stats_dtype(x))
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     launch(
-        _separable_conv_bwd_dw_weight_kernel, (splits, blocks),
+        _separable_conv_bwd_dw_weight_kernel, (splits * blocks,),
         g1, u, x, *mid_vectors, mid_sums, ddw,
         g.pixels, rows, g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, 1 / g.pixels,
         C=g.C, K=g.K, TAPS=next_power_of_2(g.K * g.K), PRE_ACT=pre_act, ACC=acc_dtype(x),

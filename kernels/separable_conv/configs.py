@@ -8,7 +8,7 @@ import torch
 
 from fastseg.kernels.runtime.config import candidates, heuristic
 from fastseg.kernels.runtime.sizes import next_power_of_2
-from fastseg.kernels.separable_conv.cost import fused_block_n
+from fastseg.kernels.separable_conv.cost import fused_block_n, fused_tile, pw_tile
 
 # Of the kernels that hold taps: all there are. Left to itself, ptxas takes 80 or 128 and spills a few (3 to 7 on sm_80
 # to sm_100, by Triton's version).
@@ -34,22 +34,25 @@ def _dw_candidates(size: int, C: int, K: int, dtype: torch.dtype) -> list[dict[s
 
 @heuristic("separable_conv_fwd_fused")
 def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> dict[str, int]:
-    """BLOCK_N covers COUT, so that the depthwise tile is computed once; 64 rows are what wgmma takes.
+    """BLOCK_N covers COUT, so that the depthwise tile is computed once; 64 rows are what wgmma takes. Where that leaves
+    the chip idle, the cost model's smaller tile.
 
     A wide accumulator leaves room for one block per multiprocessor (172 registers on sm_90). 128 registers would make
     it two, at 0 to 26 spills by shape and Triton version; tuning tries it. 255 is no limit.
     """
-    block_n = fused_block_n(COUT, dtype)
-    return {"BLOCK_H": 8, "BLOCK_W": 8, "BLOCK_N": block_n, "BLOCK_K": 32,
-            "num_warps": 8 if block_n * dtype.itemsize >= 512 else 4, "num_stages": 1, "maxnreg": 255}  # fmt: skip
+    tile = fused_tile(size, C, COUT, K, dtype)
+    return {"BLOCK_H": tile.H, "BLOCK_W": tile.W, "BLOCK_N": tile.N, "BLOCK_K": 32,
+            "num_warps": 8 if tile.N * dtype.itemsize >= 512 else 4, "num_stages": 1, "maxnreg": 255}  # fmt: skip
 
 
 @candidates("separable_conv_fwd_fused")
 def _fused_candidates(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stats: bool) -> list[dict[str, int]]:
-    tiles = [(8, 8, 32, 4), (8, 8, 32, 8), (8, 8, 64, 8), (4, 16, 32, 8), (8, 16, 32, 8), (8, 16, 64, 8), (8, 8, 64, 4)]
+    tiles = [(8, 8, 32, 4), (8, 8, 32, 8), (8, 8, 64, 8), (4, 16, 32, 8), (8, 16, 32, 8), (8, 16, 64, 8), (8, 8, 64, 4),
+             (4, 8, 32, 4), (4, 4, 32, 4)]  # fmt: skip
+    widest = fused_block_n(COUT, dtype)
     return [
         {"BLOCK_H": h, "BLOCK_W": w, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": 1, "maxnreg": regs}
-        for n in {fused_block_n(COUT, dtype), min(128, fused_block_n(COUT, dtype))}
+        for n in sorted({min(n, widest) for n in (32, 64, 128, widest)}, reverse=True)
         for h, w, k, warps in tiles
         for regs in (128, 255)
     ]
@@ -59,19 +62,17 @@ def _fused_candidates(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, 
 def _pw_config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
     """128 x 128 is the smallest tile whose arithmetic hides its loads on Hopper; wgmma needs 64 rows.
 
-    fp32 takes a quarter of that: its operands fill the registers (spills on sm_100).
+    fp32 takes a quarter of that: its operands fill the registers (spills on sm_100). Small maps take less.
     """
-    block_n = min(128, max(16, next_power_of_2(COUT)))
-    if dtype.itemsize > 2:
-        return {"BLOCK_M": 64, "BLOCK_N": min(64, block_n), "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    block_k = 32 if C <= 32 else 64
-    return {"BLOCK_M": 128, "BLOCK_N": block_n, "BLOCK_K": block_k,
-            "num_warps": 8 if block_n == 128 else 4, "num_stages": 3}  # fmt: skip
+    block_m, block_n = pw_tile(size, COUT, dtype)
+    block_k = 32 if C <= 32 or dtype.itemsize > 2 else 64
+    return {"BLOCK_M": block_m, "BLOCK_N": block_n, "BLOCK_K": block_k,
+            "num_warps": 8 if block_m * block_n >= 128 * 128 else 4, "num_stages": 3}  # fmt: skip
 
 
 @candidates("separable_conv_fwd_pw")
 def _pw_candidates(size: int, C: int, COUT: int, dtype: torch.dtype) -> list[dict[str, int]]:
-    tiles = [(64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8),
+    tiles = [(64, 32, 64, 4), (64, 64, 64, 4), (64, 128, 64, 4), (128, 64, 64, 4), (128, 128, 64, 4), (128, 128, 64, 8),
              (128, 256, 64, 8), (64, 256, 64, 4), (64, 256, 32, 8), (128, 128, 32, 8)]  # fmt: skip
     return [
         {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}

@@ -2,10 +2,14 @@
 
 Fused: one kernel computes the depthwise tile and feeds it to the GEMM; the depthwise map never reaches memory, but it
 is computed again for each block of output channels, and its arithmetic waits for the GEMM's. Split: one kernel writes
-the depthwise map, a second is a plain GEMM. With U depthwise elements, e bytes each, and n = ceil(COUT / BLOCK_N):
+the depthwise map, a second is a plain GEMM. With U depthwise elements, e bytes each, n = ceil(COUT / BLOCK_N), and
+spread(programs) >= 1 for launches that do not fill the chip:
 
-    fused   max(e (A + Y) / BW,  n (2K^2 + 1) U / LANES + 2 U COUT / DOT)
-    split   max(e (A + U) / BW,  (2K^2 + 1) U / LANES) + max(e (U + Y) / BW,  2 U COUT / DOT) + LAUNCH
+    fused   max(e (A + Y) / BW,  (n (2K^2 + 1) U / LANES + 2 U COUT / DOT) spread)
+    split   max(e (A + U) / BW,  (2K^2 + 1) U / LANES) + max(e (U + Y) / BW,  2 U COUT / DOT spread) + LAUNCH
+
+``fused_tile`` and ``pw_tile`` choose the tiles by the same sums: where a map has few, smaller ones, whose programs
+compute the depthwise half again, end sooner than a few long ones.
 
 In training with batch statistics between the halves, fused pays one more pass over the input, for the statistics, in a
 launch of its own. LAUNCH is what decides on small maps. The
@@ -17,7 +21,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH
+from fastseg.kernels.runtime.ceilings import H200, Chip, spread
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 
@@ -26,9 +30,10 @@ class Plan(NamedTuple):
     form: str  # "fused" or "split"
     fused_us: float
     split_us: float
+    chip: str
 
     def __str__(self) -> str:
-        return f"{self.form}: model says fused {self.fused_us:.1f} us, split {self.split_us:.1f} us on an H200"
+        return f"{self.form}: model says fused {self.fused_us:.1f} us, split {self.split_us:.1f} us on {self.chip}"
 
 
 def fused_block_n(COUT: int, dtype: torch.dtype) -> int:
@@ -36,16 +41,62 @@ def fused_block_n(COUT: int, dtype: torch.dtype) -> int:
     return min(256 if dtype.itemsize == 2 else 128, max(16, next_power_of_2(COUT)))
 
 
+class Tile(NamedTuple):
+    """Rows (pixels) and output channels of one program."""
+
+    H: int
+    W: int
+    N: int
+
+    def programs(self, pixels: int, COUT: int) -> int:
+        return cdiv(pixels, self.H * self.W) * cdiv(COUT, self.N)
+
+
+def _arithmetic(tile: Tile, pixels: int, C: int, COUT: int, K: int, dtype: torch.dtype, chip: Chip) -> float:
+    """Seconds of the fused kernel's arithmetic; fewer rows than wgmma takes go at half its rate."""
+    U = pixels * C
+    depthwise = cdiv(COUT, tile.N) * (2 * K * K + 1) * U / chip.lanes
+    dot = 2 * U * COUT / chip.dot(dtype) * (1 if tile.H * tile.W >= 64 else 2)
+    return (depthwise + dot) * spread(tile.programs(pixels, COUT), chip)
+
+
 @functools.lru_cache(maxsize=4096)
-def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool) -> Plan:
+def fused_tile(pixels: int, C: int, COUT: int, K: int, dtype: torch.dtype, chip: Chip = H200) -> Tile:
+    """The tile of least arithmetic: 8x8 pixels with all output channels, unless their programs leave the chip idle."""
+    widest = fused_block_n(COUT, dtype)
+    tiles = [
+        Tile(h, w, n) for h, w in ((8, 8), (4, 8), (4, 4)) for n in (widest, 128, 64, 32) if n == widest or n < widest
+    ]
+    return min(tiles, key=lambda tile: _arithmetic(tile, pixels, C, COUT, K, dtype, chip))
+
+
+def pw_tile(pixels: int, COUT: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and output channels of one program of the pointwise half: large ones re-read less, and small ones, down to
+    64 x 32, are taken until there is one for each multiprocessor of an H200."""
+    block_n = min(128, max(16, next_power_of_2(COUT)))
+    block_m = 128
+    if dtype.itemsize > 2:
+        block_m, block_n = 64, min(64, block_n)
+    few = lambda: cdiv(pixels, block_m) * cdiv(COUT, block_n) < H200.multiprocessors
+    if few():
+        block_m = 64
+    while few() and block_n > 32:
+        block_n //= 2
+    return block_m, block_n
+
+
+@functools.lru_cache(maxsize=4096)
+def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool, chip: Chip = H200) -> Plan:
     """Which form is faster on these sizes, by the model in this file's header."""
     e = dtype.itemsize
     U, A, Y = g.pixels * g.C, g.N * g.H * g.W * g.C, g.pixels * g.COUT
-    depthwise = (2 * g.K * g.K + 1) * U / LANES
-    dot = 2 * U * g.COUT / DOT[dtype]
-    recomputed = cdiv(g.COUT, fused_block_n(g.COUT, dtype)) * depthwise
-    fused = max(e * (A + Y) / BANDWIDTH, recomputed + dot)
-    split = max(e * (A + U) / BANDWIDTH, depthwise) + max(e * (U + Y) / BANDWIDTH, dot) + LAUNCH
+    depthwise = (2 * g.K * g.K + 1) * U / chip.lanes
+    block_m, block_n = pw_tile(g.pixels, g.COUT, dtype)
+    programs = cdiv(g.pixels, block_m) * cdiv(g.COUT, block_n)
+    dot = 2 * U * g.COUT / chip.dot(dtype) * spread(programs, chip)
+    tile = fused_tile(g.pixels, g.C, g.COUT, g.K, dtype)
+    fused = max(e * (A + Y) / chip.bandwidth, _arithmetic(tile, g.pixels, g.C, g.COUT, g.K, dtype, chip))
+    split = max(e * (A + U) / chip.bandwidth, depthwise) + max(e * (U + Y) / chip.bandwidth, dot) + chip.launch
     if mid_batch_stats:
-        fused += max(e * A / BANDWIDTH, depthwise) + LAUNCH
-    return Plan("fused" if fused <= split else "split", fused * 1e6, split * 1e6)
+        fused += max(e * A / chip.bandwidth, depthwise) + chip.launch
+    return Plan("fused" if fused <= split else "split", fused * 1e6, split * 1e6, chip.described)

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm.stats import batch_stats
 from fastseg.kernels.common.norm_act import activate, norm_act, store_tile_stats
 from fastseg.kernels.common.norm_args import Norm, norm_args
-from fastseg.kernels.common.tiles import dilated_tile_pixels
+from fastseg.kernels.common.tiles import dilated_tile_pixels, tile_and_block
 from fastseg.kernels.runtime.config import select
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
@@ -89,8 +89,7 @@ def _separable_conv_fwd_fused_kernel(
     PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
-    tile = tl.program_id(0)
-    pid_n = tl.program_id(1)
+    tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
     n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
     iy = oy * stride - padding
     ix = ox * stride - padding
@@ -131,8 +130,7 @@ def _separable_conv_fwd_dw_kernel(
     PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
-    tile = tl.program_id(0)
-    pid_c = tl.program_id(1)
+    tile, pid_c = tile_and_block(tl.cdiv(C, BLOCK_C))
     n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
     offs_c = pid_c * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_c = offs_c < C
@@ -164,8 +162,7 @@ def _separable_conv_fwd_pw_kernel(
     RESIDUAL: tl.constexpr, STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    tile = tl.program_id(0)
-    pid_n = tl.program_id(1)
+    tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
     row0 = tile.to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -250,7 +247,7 @@ def separable_conv_fwd_dw(
     tile_stats, counts = _stats_buffers(x, tiles, g.C) if stats else (x, x)
     (*vectors, eps), norm, affine = norm_args(mid, x)
     launch(
-        _separable_conv_fwd_dw_kernel, (tiles, cdiv(g.C, cfg.BLOCK_C)),
+        _separable_conv_fwd_dw_kernel, (tiles * cdiv(g.C, cfg.BLOCK_C),),
         x, w.dw, _or(w.dw_bias, x), *vectors, u if store else x, tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
@@ -273,7 +270,7 @@ def separable_conv_fwd_fused(
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, x)
     launch(
-        _separable_conv_fwd_fused_kernel, (tiles, cdiv(g.COUT, cfg.BLOCK_N)),
+        _separable_conv_fwd_fused_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         x, w.dw, _or(w.dw_bias, x), *mid_vectors, w.pw, _or(w.pw_bias, x), *post_vectors, _or(residual, x),
         _or(z, y), _or(y, z), tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
@@ -301,7 +298,7 @@ def separable_conv_fwd_pw(
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
     launch(
-        _separable_conv_fwd_pw_kernel, (tiles, cdiv(g.COUT, cfg.BLOCK_N)),
+        _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         u, *mid_vectors, w.pw, _or(w.pw_bias, u), _or(image_bias, u), *post_vectors, _or(residual, u),
         _or(z, y), _or(y, z), tile_stats, counts,
         g.pixels, g.OH * g.OW, mid_eps, post_eps,

@@ -10,7 +10,7 @@ multiply-adds in fp32 (one tensor-core tile per channel would be 1/16 used); onl
 
 Evaluation, in elements (A = x, U = u, Y = y or z): fused A + Y, split A + 2U + Y; unfused torch, with each norm and
 activation a pass of its own, A + 6U + 5Y. In the fused form the depthwise tile goes from registers into the dot as its
-A operand, and batch norm parameters are read raw: no folding launches. `separable_conv_plan.plan` chooses the form;
+A operand, and batch norm parameters are read raw: no folding launches. `cost.plan` chooses the form;
 both round u and z as torch does, so that they differ by the order of the dot's sum alone.
 
 Training with batch statistics: the kernel that produces u (or z) reduces each tile to (mean, squared deviations) while
@@ -32,6 +32,9 @@ A dilated tile takes pixels ``dilation`` apart, in both directions (`common.in_p
 the pixels of a contiguous tile do without dilation. Tiles of 8x16 on a 64x64 map at rate 12 read 1.3 input pixels for
 each of their own, contiguous ones 5.6: all nine, but for those in the padding.
 
+Blocks of channels of one tile have neighbouring program numbers (`tiles.tile_and_block`), so that what they share is
+read from DRAM once: `tests/kernels/test_order_of_work.py` replays every kernel through a model of the L2.
+
 No atomics anywhere: two runs give the same bits.
 """
 
@@ -43,6 +46,7 @@ from torch import Tensor
 from fastseg.kernels.batch_norm.bwd import batch_norm_act_bwd_reduce
 from fastseg.kernels.batch_norm.fwd import batch_norm_act_fwd
 from fastseg.kernels.common.norm_args import Norm
+from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.kernels.runtime.conv_sizes import Geometry
 
 # Registers what the launchers ask `select` for.
@@ -106,7 +110,7 @@ def separable_conv_fwd(
     """x (N, C, H, W), residual (N, COUT, OH, OW) in NHWC memory -> y, z like residual; statistics where a norm asks."""
     mid_batch = mid is not None and mid.batch_stats
     post_batch = post is not None and post.batch_stats
-    fused = plan(g, x.dtype, mid_batch_stats=mid_batch).form == "fused"
+    fused = plan(g, x.dtype, mid_batch_stats=mid_batch, chip=chip_of(x.device)).form == "fused"
     mid_stats = None
     if mid_batch:
         u, mid_stats = separable_conv_fwd_dw(x, w, g, acts.pre, None, "none", stats=True, store=not fused)

@@ -53,10 +53,14 @@ class Target:
 
 TARGETS = {
     "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024, 64, 32, 167936, "HMMA"),
+    "sm_86": Target(GPUTarget("cuda", 86, 32), 99 * 1024, 48, 16, 102400, "HMMA"),
+    "sm_89": Target(GPUTarget("cuda", 89, 32), 99 * 1024, 48, 24, 102400, "HMMA"),
     "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024, 64, 32, 233472, "HGMMA"),
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 64, 32, 233472, "UTCHMMA"),
+    "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, 48, 24, 102400, "HMMA"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 32, 32, 65536, "v_mfma"),
 }
+COMMON = ("sm_80", "sm_90", "sm_100", "gfx942")  # compiled for in every case; the others in the main ones
 
 
 @dataclass

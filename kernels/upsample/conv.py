@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastseg.kernels.common.bilinear import source_taps, to_second
 from fastseg.kernels.common.norm_act import activate, where_all
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES
+from fastseg.kernels.runtime.ceilings import H200, Chip
 from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
@@ -156,27 +156,32 @@ class Plan(NamedTuple):
     low_resolution: bool
     taps_us: float
     plain_us: float
+    chip: str
 
     def __str__(self) -> str:
         form = "nine taps at low resolution" if self.low_resolution else "upsampling, then convolution"
-        return f"{form}: model says taps {self.taps_us:.1f} us, plain {self.plain_us:.1f} us on an H200"
+        return f"{form}: model says taps {self.taps_us:.1f} us, plain {self.plain_us:.1f} us on {self.chip}"
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int, dtype: torch.dtype) -> Plan:
+def plan(
+    N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int, dtype: torch.dtype, chip: Chip = H200
+) -> Plan:
     """Whether the map is better left unwritten. Both forms are kernels one after another, each bound by bytes or work.
 
     taps    GEMM to the nine taps; convolution of ``low``; this kernel
     plain   one map of all channels written; its convolution
     """
     e, p, P = dtype.itemsize, N * h * w, N * H * W
-    step = lambda elements, macs=0.0, lanes=0.0: max(e * elements / BANDWIDTH, 2 * macs / DOT[dtype], lanes / LANES)
+    step = lambda elements, macs=0.0, lanes=0.0: max(
+        e * elements / chip.bandwidth, 2 * macs / chip.dot(dtype), lanes / chip.lanes
+    )
     entering = min(1.0, h / H + 2 / 8) * 18  # loads an output: of an input row entering, and at the top of a strip
     taps = step(p * (C + 9 * COUT), 9 * p * C * COUT)
     taps += step(P * (CL + COUT), 9 * P * CL * COUT)
     taps += step(9 * p * COUT + 2 * P * COUT, lanes=P * COUT * (2 * entering + 9))
     plain = step(p * C + P * (C + 2 * CL)) + step(P * (C + CL + COUT), 9 * P * (C + CL) * COUT)
-    return Plan(taps < plain, taps * 1e6, plain * 1e6)
+    return Plan(taps < plain, taps * 1e6, plain * 1e6, chip.described)
 
 
 def _tile(elements: int, thread_bytes: int, rows: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:

@@ -23,7 +23,7 @@ from pruned_argmax import adjacent_logits, check_pruning, smooth_logits, to_bf16
 from useful_macs import aspp_fraction, region_fraction, strip_shape, tile_fraction, useful_fraction
 from workloads import ASPP, ASPP_MAPS, SEPARABLE, ModelShape, tiny
 
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES
+from fastseg.kernels.runtime import ceilings
 
 H200 = DEVICES["H200"]
 SHAPES = {shape.name: shape for shape in SEPARABLE}
@@ -321,11 +321,26 @@ def test_bf16_rounds_to_nearest_even():
 def test_devices_are_found_by_the_name_a_gpu_reports():
     assert find_device("NVIDIA A100-SXM4-80GB") is DEVICES["A100"]
     assert find_device("NVIDIA H200") is H200
-    assert find_device("NVIDIA GeForce RTX 4090") is None
+    assert find_device("NVIDIA GeForce RTX 4090") is DEVICES["RTX 4090"]
+    assert find_device("NVIDIA L40S") is None and find_device("NVIDIA GeForce RTX 4090D") is None
 
 
 def test_the_cost_model_and_the_floors_have_the_same_ceilings():
-    assert (BANDWIDTH, LANES, DOT[torch.bfloat16]) == (H200.bandwidth, H200.fma, H200.tensor)
+    assert DEVICES is ceilings.CHIPS and H200 is ceilings.chip_of(torch.device("cpu"))
+    assert (H200.bandwidth, H200.dot(torch.bfloat16), H200.dot(torch.float32, tf32=False)) == (
+        4.3e12,
+        790e12,
+        2 * H200.lanes,
+    )
+
+
+def test_ratios_that_decide_between_forms_differ_by_chip():
+    """Lane operations for each byte, and bf16 FLOP, as published figures give them."""
+    ratios = {name: (round(c.lanes / c.bandwidth, 1), round(c.half / c.bandwidth)) for name, c in DEVICES.items()}
+    assert ratios == {
+        "H200": (7.8, 184), "H100": (10.0, 295), "A100": (4.8, 153), "L4": (50.5, 403), "RTX 4090": (41.0, 164),
+        "B200": (4.7, 281), "RTX 5090": (29.3, 117), "MI300X": (15.4, 247),
+    }  # fmt: skip
 
 
 def test_tiny_shapes_keep_the_kind_of_case():

@@ -17,6 +17,7 @@ from fastseg.ops.core.register import register
 
 if HAS_TRITON:
     from fastseg.kernels.dense_conv.pointwise import plan, pointwise_conv_fwd
+    from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
 
 
@@ -70,7 +71,8 @@ def choose(
     elif act != "relu":
         after = [2]  # a minimum makes a ReLU6 of a ReLU
     tf32 = torch.backends.cudnn.allow_tf32
-    chosen = plan(N * H * W, C, COUT, autocast_dtype(x), tuple(after), residual=residual is not None, tf32=tf32)
+    options = {"residual": residual is not None, "tf32": tf32, "chip": chip_of(x.device)}
+    chosen = plan(N * H * W, C, COUT, autocast_dtype(x), tuple(after), **options)
     return Choice(chosen.own, lambda: str(chosen))
 
 

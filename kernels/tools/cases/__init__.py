@@ -10,6 +10,7 @@ file for each family of kernels, with the claims that are special to them:
     MATRIX_KERNELS   kernels whose sums of products run on matrix units for fp16 and bf16
     SCALAR_LOADS     kernel or case -> why its global loads cannot be 128 bits wide
     TF32_CASES       cases that ask for tf32: torch's switch for convolutions is on by default
+    SMALL_TILE_CASES cases with tiles of fewer than 64 rows by intention: HMMA is then right on sm_90 and sm_100 too
 """
 
 from collections.abc import Callable
@@ -42,14 +43,14 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {}
 MATRIX_KERNELS: set[str] = set()
 SCALAR_LOADS: dict[str, str] = {}
 TF32_CASES: set[str] = set()
+SMALL_TILE_CASES: set[str] = set()
 for topic in TOPICS:
     assert not CASES.keys() & topic.CASES.keys(), f"{topic.__name__}: a case of that name exists"
     CASES |= topic.CASES
     MATRIX_KERNELS |= getattr(topic, "MATRIX_KERNELS", set())
     SCALAR_LOADS |= getattr(topic, "SCALAR_LOADS", {})
     TF32_CASES |= getattr(topic, "TF32_CASES", set())
-# Cases with tiles of fewer than 64 rows by intention: HMMA is then right on sm_90 and sm_100 too.
-SMALL_TILE_CASES: frozenset[str] = frozenset()
+    SMALL_TILE_CASES |= getattr(topic, "SMALL_TILE_CASES", set())
 
 
 @dataclass(frozen=True)
