@@ -16,6 +16,7 @@ from fastseg.ops.registered.pointwise_conv import Choice, plain_dtypes
 if HAS_TRITON:
     from fastseg.kernels.dense_conv.stem import MOST_CHANNELS, MOST_TAPS, plan, stem_conv_fwd
     from fastseg.kernels.runtime.conv_sizes import Geometry
+    from fastseg.kernels.runtime.tensors import tf32
 
 
 def choose_stem(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, stride: int, padding: int) -> Choice:
@@ -32,7 +33,8 @@ def choose_stem(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None,
     if large or OH < 1 or OW < 1 or plain_dtypes(x, weight, bias):
         return Choice(False, str)
     passes = (bias is not None) + (act is not None)
-    chosen = plan(g, autocast_dtype(x), passes, tf32=torch.backends.cudnn.allow_tf32)
+    dtype = autocast_dtype(x)
+    chosen = plan(g, dtype, passes, tf32=tf32(dtype, x.device))
     return Choice(chosen.own, lambda: str(chosen))
 
 
