@@ -14,7 +14,21 @@ ROOT = Path(__file__).parents[1]
 
 CACHES = {"functools.cache", "functools.lru_cache", "cache", "lru_cache", "memoized", "memoized_as_given"}
 ON_CPU = ("fastseg/ops/cpu/", "fastseg/ops/core/constants.py")  # its constants, which say so
-NUMBERS = ("torch.cuda.get_device_", "torch.device", "torch.version")
+MAKERS = {
+    "arange",
+    "as_tensor",
+    "cat",
+    "empty",
+    "eye",
+    "full",
+    "linspace",
+    "ones",
+    "rand",
+    "randn",
+    "stack",
+    "tensor",
+    "zeros",
+}
 
 
 def cached_tensors(tree: ast.AST) -> Iterator[tuple[int, str]]:
@@ -26,7 +40,7 @@ def cached_tensors(tree: ast.AST) -> Iterator[tuple[int, str]]:
         if not names & CACHES:
             continue
         called = [ast.unparse(inner.func) for inner in ast.walk(node) if isinstance(inner, ast.Call)]
-        made = [name for name in called if name.startswith("torch.") and not name.startswith(NUMBERS)]
+        made = [name for name in called if name.removeprefix("torch.") in MAKERS]
         made += [name for name in called if name.split(".")[-1].startswith(("new_", "clone", "cuda"))]
         if made or "Tensor" in (ast.unparse(node.returns) if node.returns else ""):
             yield node.lineno, node.name

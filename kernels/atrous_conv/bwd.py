@@ -24,7 +24,7 @@ from fastseg.kernels.runtime.tensors import acc_dtype, precision, stats_dtype
 PROGRAMS = 264  # two for each multiprocessor of an H200: fewer, and the sums are split
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "parts"])
 def _atrous_conv_bwd_weight_kernel(
     dy_ptr, x_ptr,
     dw_ptr,

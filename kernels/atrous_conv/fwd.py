@@ -43,7 +43,7 @@ def pick(ptrs, b, BRANCHES: tl.constexpr):
     return ptr
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W"])
 def _atrous_conv_fwd_kernel(
     x_ptr, w_ptrs, bias_ptrs, residual_ptr, items_ptr, regions_ptr,
     y_ptr,

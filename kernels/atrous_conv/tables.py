@@ -65,12 +65,12 @@ def _valid(start, size, K, dilation, MIRRORED: tl.constexpr):
     return tl.where(K > 1, first, 0), tl.where(K > 1, count, 1)
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "total"])
+@triton.jit(do_not_specialize=["N", "H", "W", "total", "ROWS"])
 def _atrous_conv_tables_kernel(
     items_ptr, regions_ptr,
-    N, H, W, total,
+    N, H, W, total, ROWS,
     KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BRANCHES: tl.constexpr, MIRRORED: tl.constexpr,
-    REGION: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, REGIONS: tl.constexpr,
+    REGION: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, REGIONS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program writes BLOCK_T of the items, the first one all rectangles too. ROWS: of a tile of the convolution."""
@@ -142,14 +142,13 @@ def tables(x: Tensor, branches: tuple[Branch, ...], block_m: int, *, mirrored: b
     N, _, H, W = x.shape
     B, items = len(branches), _items(H, W, branches, N, block_m, mirrored)
     regions, width = ((2 * B + 1) ** 2, REGION + B * TAPS) if mirrored else (9 * B, REGION + TAPS)
-    memory = x.new_empty(2 * items + regions * width, dtype=torch.int32)
-    table = memory[: 2 * items].view(items, 2), memory[2 * items :].view(regions, width)
+    table = x.new_empty(items, 2, dtype=torch.int32), x.new_empty(regions, width, dtype=torch.int32)
     block_r = next_power_of_2(regions)
     block_t = max(4096 // block_r, 1)
     launch(
-        _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items,
+        _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m,
         KERNELS=tuple(branch.K for branch in branches), DILATIONS=tuple(min(b.dilation, FAR) for b in branches),
-        BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width, ROWS=block_m, REGIONS=regions,
+        BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width, REGIONS=regions,
         BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip
     return table

@@ -30,7 +30,7 @@ from fastseg.kernels.runtime.tensors import acc_dtype, empty_nhwc, precision
 MOST_CHANNELS, MOST_TAPS = 4, 64  # of the image; of all channels together
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _stem_conv_fwd_kernel(
     x_ptr, w_ptr, bias_ptr,
     y_ptr,
