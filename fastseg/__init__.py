@@ -6,7 +6,7 @@ from fastseg.ops.core.explain import explain, reference
 from fastseg.ops.core.kept import frozen
 
 __version__ = "0.1.0"
-__all__ = ["explain", "frozen", "reference"]
+__all__ = ["explain", "frozen", "reference", "warmup"]
 
 _PACKAGES = (
     "cli",
@@ -28,8 +28,10 @@ def __getattr__(name: str):
     """Sub-packages are imported when they are first asked for: ``import fastseg`` stays quick."""
     if name in _PACKAGES:
         return importlib.import_module(f"fastseg.{name}")
+    if name == "warmup":
+        return importlib.import_module("fastseg.inference.warmup").warmup
     raise AttributeError(f"module 'fastseg' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PACKAGES})
+    return sorted({*globals(), *__all__, *_PACKAGES})

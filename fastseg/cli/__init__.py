@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from fastseg import __version__
-from fastseg.cli import demo, doctor, evaluate, latency, predict, train, tune
+from fastseg.cli import demo, doctor, evaluate, latency, predict, train, tune, warmup
 from fastseg.cli.common import say
 from fastseg.io.files import first_line
 
@@ -22,6 +22,7 @@ COMMANDS = {
     "predict": predict,
     "train": train,
     "tune": tune,
+    "warmup": warmup,
 }
 
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments."""
     parser.add_argument("--models", nargs="+", choices=names(), default=["deeplabv3plus"], metavar="NAME")
     parser.add_argument(
-        "--sizes", nargs="+", type=_size, default=[(512, 512)], metavar="HxW", help="pixels: 512, 360x480"
+        "--sizes", nargs="+", type=height_and_width, default=[(512, 512)], metavar="HxW", help="pixels: 512, 360x480"
     )
     parser.add_argument("--batches", nargs="+", type=positive_int, default=[1], metavar="N")
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["fp32"])
@@ -110,7 +110,8 @@ def _compare(before: Path, after: Path) -> int:
     return int(any(verdict.word == "slower" for verdict in verdicts))
 
 
-def _size(text: str) -> tuple[int, int]:
+def height_and_width(text: str) -> tuple[int, int]:
+    """argparse type: 512 or 360x480."""
     found = re.fullmatch(r"([0-9]{1,20})(?:x([0-9]{1,20}))?", text)
     if not found or int(found[1]) < 1 or int(found[2] or 1) < 1:
         raise argparse.ArgumentTypeError(f"no size: {text[:60]!r}; write 512 or 360x480")

@@ -16,6 +16,7 @@ if HAS_TRITON:
     from fastseg.kernels.inverted_residual.fwd import Weights, inverted_residual_fwd
     from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
+    from fastseg.kernels.runtime.tensors import tf32
 
 
 def takes_whole(x: Tensor, hidden: int, out_channels: int, stride: int, dilation: int) -> bool:
@@ -45,7 +46,7 @@ def _why_parts(x: Tensor, hidden: int, out_channels: int, stride: int, dilation:
     g = Geometry(N, C, H, W, out_channels, -(-H // stride), -(-W // stride), 3, stride, dilation, dilation)
     if why := g.unsupported():
         return why, ""
-    chosen = plan(g, hidden, dtype, tf32=torch.backends.cudnn.allow_tf32, chip=chip_of(x.device))
+    chosen = plan(g, hidden, dtype, tf32=tf32(dtype, x.device), chip=chip_of(x.device))
     return "" if chosen.whole else str(chosen), str(chosen)
 
 

@@ -7,14 +7,14 @@ parts, which are added in a fixed order: two runs give the same bits. Traffic in
 taps and blocks of channels re-read A and Y from the cache.
 """
 
-import functools
+from itertools import accumulate
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.atrous_conv.regions import Branch, weight_rows
+from fastseg.kernels.atrous_conv.regions import Branch
+from fastseg.kernels.atrous_conv.tables import FAR, chosen
 from fastseg.kernels.common.tiles import clamp_index
 from fastseg.kernels.runtime.config import select
 from fastseg.kernels.runtime.launch import launch
@@ -24,32 +24,43 @@ from fastseg.kernels.runtime.tensors import acc_dtype, precision, stats_dtype
 PROGRAMS = 264  # two for each multiprocessor of an H200: fewer, and the sums are split
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W", "parts"])
 def _atrous_conv_bwd_weight_kernel(
-    dy_ptr, x_ptr, taps_ptr,
+    dy_ptr, x_ptr,
     dw_ptr,
     N, H, W, parts, total,
-    C: tl.constexpr, COUT: tl.constexpr, CY: tl.constexpr, ROW: tl.constexpr, ACC: tl.constexpr,
+    C: tl.constexpr, COUT: tl.constexpr, CY: tl.constexpr, KERNELS: tl.constexpr, DILATIONS: tl.constexpr,
+    FIRST: tl.constexpr, BRANCHES: tl.constexpr, ACC: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dw_ptr: (parts, total), in ACC. ROW: integers of a tap's row."""
+    """dw_ptr: (parts, total), in ACC. FIRST: how many taps the branches before have."""
     BLOCKS_K: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
     part = tl.program_id(0) % parts
-    tap_ptr = taps_ptr + tl.program_id(0) // parts * ROW
+    tap = tl.program_id(0) // parts
     offs_n = tl.program_id(1) // BLOCKS_K * BLOCK_N + tl.arange(0, BLOCK_N)  # output channels
     offs_k = tl.program_id(1) % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)  # input channels
     mask_n, mask_k = offs_n < COUT, offs_k < C
 
-    # The clamps change nothing: they are bounds that the check of offsets can follow.
-    y0, x0 = clamp_index(tl.load(tap_ptr), H - 1), clamp_index(tl.load(tap_ptr + 1), W - 1)
-    h, w = clamp_index(tl.load(tap_ptr + 2), H - 1) + 1, clamp_index(tl.load(tap_ptr + 3), W - 1) + 1
-    shift, branch = tl.load(tap_ptr + 4).to(tl.int64), tl.load(tap_ptr + 5).to(tl.int64)
-    place, stride = tl.load(tap_ptr + 6).to(tl.int64), tl.load(tap_ptr + 7).to(tl.int64)
-    rows = N * h * w * (tl.load(tap_ptr + 8) > 0).to(tl.int32)  # 0 of a tap that is valid nowhere
+    # Which tap of which branch, how far it reads in pixels, and the rectangle where it is valid. The clamps change
+    # nothing: they are bounds that the check of offsets can follow.
+    branch = tap * 0
+    for b in tl.static_range(1, BRANCHES):
+        branch += (tap >= FIRST[b]).to(tl.int32)
+    K, dilation = chosen(branch, KERNELS, BRANCHES), chosen(branch, DILATIONS, BRANCHES)
+    first = chosen(branch, FIRST, BRANCHES)
+    away_y, away_x = ((tap - first) // K - K // 2) * dilation, ((tap - first) % K - K // 2) * dilation
+    y0, x0 = clamp_index(-away_y, H - 1), clamp_index(-away_x, W - 1)
+    h = H - tl.where(away_y < 0, -away_y, away_y)
+    w = W - tl.where(away_x < 0, -away_x, away_x)
+    known = (h > 0) & (w > 0)
+    h, w = clamp_index(h - 1, H - 1) + 1, clamp_index(w - 1, W - 1) + 1
+    shift = tl.where(known, away_y.to(tl.int64) * W + away_x, 0)
+    place, stride = (first * COUT + tap - first).to(tl.int64) * C, (K * K).to(tl.int64) * C
+    rows = N * h * w * known.to(tl.int32)  # 0 of a tap that is valid nowhere
     per_part = tl.cdiv(tl.cdiv(rows, parts), BLOCK_M) * BLOCK_M
     begin = tl.minimum(part * per_part, rows)
     end = tl.minimum(begin + per_part, rows)
-    dy_ptr += branch * COUT
+    dy_ptr += branch.to(tl.int64) * COUT
     x_ptr += shift * C
 
     row = begin + tl.arange(0, BLOCK_M)
@@ -82,20 +93,16 @@ def atrous_conv_bwd_weight(dy: Tensor, x: Tensor, kernels: list[int], dilations:
     branches = tuple(Branch(K, d) for K, d in zip(kernels, dilations, strict=True))
     (N, C, H, W), COUT = x.shape, dy.shape[1] // len(kernels)
     cfg = select("atrous_conv_bwd_weight", size=N * H * W, device=x.device, C=C, COUT=COUT, dtype=x.dtype)
-    taps = table(H, W, branches, COUT, C, x.device)
+    taps = [branch.K**2 for branch in branches]
     blocks = cdiv(COUT, cfg.BLOCK_N) * cdiv(C, cfg.BLOCK_K)
-    parts = min(cdiv(PROGRAMS, taps.shape[0] * blocks), cdiv(N * H * W, cfg.BLOCK_M))
+    parts = min(cdiv(PROGRAMS, sum(taps) * blocks), cdiv(N * H * W, cfg.BLOCK_M))
     total = sum(COUT * C * K * K for K in kernels)
     dw = x.new_empty(parts, total, dtype=stats_dtype(x))
     launch(
-        _atrous_conv_bwd_weight_kernel, (taps.shape[0] * parts, blocks),
-        dy, x, taps, dw, N, H, W, parts, total,
-        C=C, COUT=COUT, CY=dy.shape[1], ROW=taps.shape[1], ACC=acc_dtype(x), PRECISION=precision(x), **cfg.launch,
+        _atrous_conv_bwd_weight_kernel, (sum(taps) * parts, blocks),
+        dy, x, dw, N, H, W, parts, total,
+        C=C, COUT=COUT, CY=dy.shape[1], KERNELS=tuple(kernels), DILATIONS=tuple(min(d, FAR) for d in dilations),
+        FIRST=tuple(accumulate(taps[:-1], initial=0)), BRANCHES=len(kernels), ACC=acc_dtype(x),
+        PRECISION=precision(x), **cfg.launch,
     )  # fmt: skip
     return dw.sum(0) if parts > 1 else dw[0]
-
-
-@functools.cache  # for good: a captured CUDA graph reads it whenever it is replayed
-def table(H: int, W: int, branches: tuple[Branch, ...], COUT: int, C: int, device: torch.device) -> Tensor:
-    """The kernel's taps, in memory of ``device``."""
-    return torch.tensor(weight_rows(H, W, branches, COUT, C), dtype=torch.int32, device=device)

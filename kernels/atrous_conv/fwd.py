@@ -16,24 +16,13 @@ taps and branches re-read A from the cache (``atrous_plan.work_items`` gives the
 tiles that mask their taps, executes 0.72 to 0.79 at that size: a tile rarely misses the map as a whole.
 """
 
-import functools
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.atrous_conv import cost as atrous_conv_configs  # noqa: F401
-from fastseg.kernels.atrous_conv.regions import (
-    REGION,
-    TAPS,
-    Branch,
-    Region,
-    forward_regions,
-    input_regions,
-    region_rows,
-    work_items,
-)
+from fastseg.kernels.atrous_conv.regions import REGION, TAPS, Branch
+from fastseg.kernels.atrous_conv.tables import tables
 from fastseg.kernels.common.norm_act import activate
 from fastseg.kernels.common.tiles import clamp_index
 from fastseg.kernels.runtime.config import select
@@ -54,7 +43,7 @@ def pick(ptrs, b, BRANCHES: tl.constexpr):
     return ptr
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "H", "W"])
 def _atrous_conv_fwd_kernel(
     x_ptr, w_ptrs, bias_ptrs, residual_ptr, items_ptr, regions_ptr,
     y_ptr,
@@ -157,7 +146,7 @@ def atrous_conv_bwd_input(dy: Tensor, weights: list[Tensor], dilations: list[int
 def _launch(x, weights, biases, residual, y, branches, act, *, C, COUT, mirrored) -> None:
     N, CX, H, W = x.shape
     cfg = select("atrous_conv_fwd", size=N * H * W, device=x.device, C=C, COUT=COUT, dtype=x.dtype)
-    items, regions = tables(H, W, branches, N, cfg.BLOCK_M, mirrored, x.device)
+    items, regions = tables(x, branches, cfg.BLOCK_M, mirrored=mirrored)
     launch(
         _atrous_conv_fwd_kernel, (items.shape[0] * cdiv(COUT, cfg.BLOCK_N),),
         x, tuple(weights), tuple(biases) or (x,), x if residual is None else residual, items, regions, y, N, H, W,
@@ -165,16 +154,6 @@ def _launch(x, weights, biases, residual, y, branches, act, *, C, COUT, mirrored
         MIRRORED=mirrored, HAS_BIAS=bool(biases), HAS_RESIDUAL=residual is not None, ACT=act, ACC=acc_dtype(x),
         PRECISION=precision(x), REGION=REGION, TAPS=TAPS, **cfg.launch,
     )  # fmt: skip
-
-
-@functools.cache  # for good: a captured CUDA graph reads them whenever it is replayed
-def tables(
-    H: int, W: int, branches: tuple[Branch, ...], N: int, block_m: int, mirrored: bool, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """The kernel's work items and rectangles, in memory of ``device``."""
-    regions: list[Region] = (input_regions if mirrored else forward_regions)(H, W, branches)
-    rows = region_rows(regions, W, branches, mirrored=mirrored)
-    return tuple(torch.tensor(t, dtype=torch.int32, device=device) for t in (work_items(regions, N, block_m), rows))
 
 
 def _nhwc(x: Tensor, channels: int) -> Tensor:

@@ -32,7 +32,7 @@ from fastseg.kernels.runtime.sizes import cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype, stats_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "total", "steps"])
 def _batch_norm_act_bwd_reduce_kernel(
     dy_ptr, z_ptr, y_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     sums_ptr, g_ptr, dz_ptr,
@@ -68,7 +68,7 @@ def _batch_norm_act_bwd_reduce_kernel(
     store_tile_sums(sum_g, sum_gz, tl.arange(0, BLOCK_M) < BLOCK_M, pid, sums_ptr, offs_c, mask_c, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _batch_norm_act_bwd_input_kernel(
     g_ptr, z_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr,
     dz_ptr,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.runtime.launch import launch
-from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
+from fastseg.kernels.runtime.sizes import cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype
 
 MOST = 2048  # of a row's elements in a program: 16 bytes in 16 bits for each of AMD's 256 threads
@@ -21,8 +21,8 @@ MOST = 2048  # of a row's elements in a program: 16 bytes in 16 bits for each of
 def _fold_norm_fwd_kernel(
     w_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
     y_ptr, shift_ptr,
-    row, eps,
-    COLUMNS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
+    row, columns, eps,
+    HAS_BIAS: tl.constexpr, HAS_GAMMA: tl.constexpr, HAS_BETA: tl.constexpr,
     ACC: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     o, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -38,8 +38,8 @@ def _fold_norm_fwd_kernel(
             shift += tl.load(beta_ptr + o).to(ACC)
         tl.store(shift_ptr + o, shift.to(shift_ptr.dtype.element_ty))
     offs = block * BLOCK + tl.arange(0, BLOCK)
-    w = tl.load(w_ptr + o * row + offs, mask=offs < COLUMNS, other=0.0).to(ACC)
-    tl.store(y_ptr + o * COLUMNS + offs, (w * scale).to(y_ptr.dtype.element_ty), mask=offs < COLUMNS)
+    w = tl.load(w_ptr + o * row + offs, mask=offs < columns, other=0.0).to(ACC)
+    tl.store(y_ptr + o * columns + offs, (w * scale).to(y_ptr.dtype.element_ty), mask=offs < columns)
 
 
 def fold_norm_fwd(
@@ -53,11 +53,10 @@ def fold_norm_fwd(
     """
     COUT, columns = weight.shape[0], y[0].numel()
     shift = y.new_empty(COUT)
-    block = min(MOST, next_power_of_2(columns))
     launch(
-        _fold_norm_fwd_kernel, (COUT, cdiv(columns, block)),
-        weight, *(mean if t is None else t for t in (bias, mean, var, gamma, beta)), y, shift, row, eps,
-        COLUMNS=columns, HAS_BIAS=bias is not None, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None,
-        ACC=acc_dtype(y if y.dtype == torch.float64 else weight), BLOCK=block, num_warps=4, num_stages=1,
+        _fold_norm_fwd_kernel, (COUT, cdiv(columns, MOST)),
+        weight, *(mean if t is None else t for t in (bias, mean, var, gamma, beta)), y, shift, row, columns, eps,
+        HAS_BIAS=bias is not None, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None,
+        ACC=acc_dtype(y if y.dtype == torch.float64 else weight), BLOCK=MOST, num_warps=4, num_stages=1,
     )  # fmt: skip
     return shift

@@ -74,7 +74,7 @@ def tile_of(step, blocks, pixels, offs_c, C: tl.constexpr, LAST: tl.constexpr, B
     return start, offs, row0 + offs_m < pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks"])
 def _batch_norm_act_fwd_kernel(
     z_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr,
     y_ptr,

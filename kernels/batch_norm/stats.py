@@ -30,7 +30,7 @@ def _pixels_before(step, blocks, pixels, BLOCK_M: tl.constexpr):
     return (step // blocks).to(tl.int64) * pixels + in_image
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "total", "steps"])
 def _batch_norm_tile_stats_kernel(
     z_ptr,
     tile_stats_ptr, counts_ptr,
@@ -68,7 +68,7 @@ def _batch_norm_tile_stats_kernel(
         tl.store(counts_ptr + pid, n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tiles"])
 def _batch_stats_kernel(
     tile_stats_ptr, counts_ptr, origin_ptr,
     stats_ptr,

@@ -31,7 +31,7 @@ MOST_CHANNELS, MOST_TAPS = 4, 64  # of the image; of all channels together
 ROWS = 64  # pixels of a tile
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _stem_conv_fwd_kernel(
     x_ptr, w_ptr, bias_ptr,
     y_ptr,

@@ -55,7 +55,7 @@ def _store(
     tl.store(y_ptr + at[:, None] * COUT + offs_n[None, :], y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _inverted_residual_fwd_kernel(
     x_ptr, expand_ptr, expand_bias_ptr, dw_ptr, dw_bias_ptr, project_ptr, project_bias_ptr,
     y_ptr,

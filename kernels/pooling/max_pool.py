@@ -58,7 +58,7 @@ def _better(
     return tl.where(take, v, best), tl.where(take, cell if FLAT else t, label)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "H", "W", "OH", "OW"])
 def _max_pool_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     y_ptr, index_ptr,

@@ -91,7 +91,7 @@ def _cell(
     return y, flat, inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "H", "W", "OH", "OW", "QH", "QW"])
 def _max_unpool_fwd_kernel(
     v_ptr, index_ptr,
     y_ptr, report_ptr,
@@ -163,7 +163,7 @@ def _any(mask):
     return tl.sum(tl.sum(mask.to(tl.int32), axis=1), axis=0) > 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["reports", "planes", "cells", "windows"])
 def _max_unpool_fwd_foreign_kernel(
     v_ptr, index_ptr, report_ptr,
     y_ptr, valid_ptr,
@@ -192,7 +192,7 @@ def _max_unpool_fwd_foreign_kernel(
             tl.store(y_ptr + y_base + index * step, v, mask=mask & (index >= 0) & (index < cells))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "H", "W", "OH", "OW"])
 def _max_unpool_bwd_kernel(
     dy_ptr, index_ptr,
     dx_ptr,

@@ -33,7 +33,7 @@ from fastseg.kernels.runtime.tensors import acc_dtype, precision
 BUILD, BUILD_ROW = 9, 600
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _max_unpool_conv_fwd_kernel(
     v_ptr, codes_ptr, w_ptr, bias_ptr,
     y_ptr,

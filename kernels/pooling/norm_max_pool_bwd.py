@@ -23,7 +23,7 @@ from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 from fastseg.kernels.runtime.tensors import acc_dtype, stats_dtype
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "rows", "H", "W", "OH", "OW"])
 def _norm_max_pool_bwd_reduce_kernel(
     dy_ptr, index_ptr, z_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr,
     sums_ptr,
@@ -58,7 +58,7 @@ def _norm_max_pool_bwd_reduce_kernel(
     store_tile_sums(sum_g, sum_gz, tl.arange(0, BLOCK_M) < BLOCK_M, pid_m, sums_ptr, offs_c, mask_c, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "H", "W", "OH", "OW", "QH", "QW"])
 def _norm_max_pool_bwd_input_kernel(
     dy_ptr, index_ptr, z_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, sums_ptr,
     dz_ptr,

@@ -17,9 +17,28 @@ def stats_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def tf32(dtype: torch.dtype, device: torch.device | None = None) -> bool:
+    """Whether products of ``dtype`` are rounded to tf32: fp32 where torch's switch for convolutions says so.
+
+    ``allow_tf32``, torch's older name of the switch, raises once a newer one was set; the newer ones can always be
+    read, and know of the older. Triton's tf32 on AMD is for MI300 alone. ``device``: None, the current one.
+    """
+    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32":
+        return False
+    arch = amd_arch(device)
+    return not arch or arch.startswith("gfx942")
+
+
+def amd_arch(device: torch.device | None) -> str:
+    """``gfx942:sramecc+:xnack-``; "" of other makers' chips."""
+    if not torch.version.hip or (device is not None and device.type != "cuda"):
+        return ""
+    return torch.cuda.get_device_properties(device).gcnArchName
+
+
 def precision(x: Tensor) -> str:
-    """fp32 operands follow torch's switch for convolutions."""
-    return "tf32" if x.dtype == torch.float32 and torch.backends.cudnn.allow_tf32 else "ieee"
+    """Of a kernel's products."""
+    return "tf32" if tf32(x.dtype, x.device) else "ieee"
 
 
 def empty_nhwc(x: Tensor, g: Geometry, channels: int) -> Tensor:

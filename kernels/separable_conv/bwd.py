@@ -22,7 +22,7 @@ from fastseg.kernels.runtime.tensors import acc_dtype, precision, stats_dtype
 from fastseg.kernels.separable_conv.fwd import Acts, Weights
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _separable_conv_bwd_pw_input_kernel(
     dy_ptr, z_ptr, u_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, post_sums_ptr, pw_ptr,
     mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
@@ -73,7 +73,7 @@ def _separable_conv_bwd_pw_input_kernel(
         store_tile_sums(g1, g1 * uhat, mask_m, tile, mid_sums_ptr, offs_n, mask_n, C)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows"])
 def _separable_conv_bwd_pw_weight_kernel(
     dy_ptr, z_ptr, u_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, post_sums_ptr,
     mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
@@ -118,7 +118,7 @@ def _separable_conv_bwd_pw_weight_kernel(
     tl.store(dpw_ptr + offs, acc, mask=mask_n[:, None] & mask_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _separable_conv_bwd_dw_input_kernel(
     g1_ptr, u_ptr, x_ptr, dw_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, mid_sums_ptr,
     dx_ptr,
@@ -160,7 +160,7 @@ def _separable_conv_bwd_dw_input_kernel(
     tl.store(dx_ptr + offs, dx.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "rows", "H", "W", "OH", "OW"])
 def _separable_conv_bwd_dw_weight_kernel(
     g1_ptr, u_ptr, x_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, mid_sums_ptr,
     ddw_ptr,

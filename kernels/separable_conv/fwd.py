@@ -75,7 +75,7 @@ def finish_tile(
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _separable_conv_fwd_fused_kernel(
     x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     pw_ptr, pw_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
@@ -119,7 +119,7 @@ def _separable_conv_fwd_fused_kernel(
                 COUT, POST_NORM, POST_AFFINE, POST_ACT, RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _separable_conv_fwd_dw_kernel(
     x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     u_ptr, tile_stats_ptr, counts_ptr,
@@ -150,7 +150,7 @@ def _separable_conv_fwd_dw_kernel(
             tl.store(counts_ptr + tile, count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "image_pixels"])
 def _separable_conv_fwd_pw_kernel(
     u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     pw_ptr, pw_bias_ptr, image_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,

@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime import JITFunction, driver
 
+from fastseg.kernels.runtime import tensors
 from fastseg.kernels.runtime.launch import intercept
 from fastseg.kernels.tools import cases
 from fastseg.kernels.tools.cases import Claims
@@ -198,13 +199,15 @@ class _CompileOnly(DriverBase):
 @contextmanager
 def _ahead_of_time(gpu: GPUTarget) -> Iterator[None]:
     """Inside the block Triton compiles for ``gpu``, into a temporary cache folder."""
-    saved = driver._active  # reset_active() looks for a device, and fails where there is none
+    saved, arch = driver._active, tensors.amd_arch  # reset_active() looks for a device, and fails where there is none
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         driver.set_active(_CompileOnly(gpu))
+        tensors.amd_arch = lambda device: str(gpu.arch) if gpu.backend == "hip" else ""
         try:
             yield
         finally:
+            tensors.amd_arch = arch
             driver.set_active(saved)
 
 

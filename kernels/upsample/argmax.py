@@ -36,7 +36,10 @@ PRUNED_OUTPUTS = 12  # of a cell
 PRUNED_CLASSES = 256
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["h", "w", "H", "splits", "stride_n", "stride_y"],
+    do_not_specialize_on_alignment=["stride_c", "stride_x"],
+)
 def _upsample_argmax_fwd_kernel(
     x_ptr, y_ptr,
     h, w, H, W, scale_h, scale_w, inverse_h, splits, stride_n, stride_c, stride_y, stride_x,

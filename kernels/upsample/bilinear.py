@@ -107,7 +107,7 @@ def held_at(n, pixels, C: tl.constexpr, HELD: tl.constexpr, CHANNELS_LAST: tl.co
         return ((n // C) * HELD + n % C) * pixels
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["planes", "IH", "IW", "OH", "SH", "skip_crop"])
 def _bilinear_fwd_kernel(
     x_ptr, skip_ptr, bias_ptr,
     y_ptr,

@@ -69,7 +69,7 @@ def _first_output(
     return clamp_index(o, out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["planes", "IH", "OH"])
 def _bilinear_bwd_kernel(
     dy_ptr,
     dx_ptr,

@@ -74,7 +74,7 @@ def _rows_around(
     return above, below, held, v0, v1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images", "IH", "IW", "OH", "OW"])
 def _upsample_conv_fwd_kernel(
     taps_ptr, base_ptr, bias_ptr,
     y_ptr,

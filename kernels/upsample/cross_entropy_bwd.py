@@ -15,7 +15,10 @@ from fastseg.kernels.upsample.cross_entropy_fwd import _LOG2E, factor_sign, load
 from fastseg.kernels.upsample.sizes import Loss, Upsampling, row_block
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["h", "w", "H", "segment", "tiles_x", "segments", "blocks_c", "stride_n", "stride_y"],
+    do_not_specialize_on_alignment=["stride_c", "stride_x"],
+)
 def _upsample_cross_entropy_bwd_kernel(
     x_ptr, target_ptr, weight_ptr, lse_ptr, dy_ptr, dx_ptr,
     h, w, H, W, scale_h, scale_w, inverse_h, inverse_w, segment, tiles_x, segments, blocks_c,

@@ -50,7 +50,10 @@ def _along_x(row_ptr, left, right, mask, w0, w1):
     return mix(w0, a, w1, b)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["h", "w", "H", "splits", "stride_n", "stride_y"],
+    do_not_specialize_on_alignment=["stride_c", "stride_x"],
+)
 def _upsample_cross_entropy_fwd_kernel(
     x_ptr, target_ptr, weight_ptr, loss_ptr, lse_ptr, sums_ptr,
     h, w, H, W, scale_h, scale_w, inverse_h, splits, stride_n, stride_c, stride_y, stride_x,

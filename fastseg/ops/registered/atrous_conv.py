@@ -21,6 +21,7 @@ if HAS_TRITON:
     from fastseg.kernels.atrous_conv.cost import Plan, plan
     from fastseg.kernels.atrous_conv.fwd import atrous_conv_bwd_input, atrous_conv_fwd
     from fastseg.kernels.atrous_conv.regions import Branch
+    from fastseg.kernels.runtime.tensors import tf32
 
 NAME = "atrous_branches"
 MOST_BRANCHES = 8  # pointers that the kernel chooses from
@@ -54,7 +55,7 @@ def _plan(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Plan
     if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
         return f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address 2^31 of each"
     branches = tuple(Branch(K, d) for K, d in zip(kernels, dilations, strict=True))
-    ieee = dtype == torch.float32 and not torch.backends.cudnn.allow_tf32
+    ieee = dtype == torch.float32 and not tf32(dtype)
     return plan(N, C, H, W, COUT, branches, dtype, passes, ieee)
 
 

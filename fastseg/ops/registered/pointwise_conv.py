@@ -19,6 +19,7 @@ if HAS_TRITON:
     from fastseg.kernels.dense_conv.pointwise import plan, pointwise_conv_fwd
     from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
+    from fastseg.kernels.runtime.tensors import tf32
 
 
 def finish(y: Tensor, act: str | None, residual: Tensor | None, image_bias: Tensor | None) -> Tensor:
@@ -70,9 +71,9 @@ def choose(
             after += [passes] * (present is not None)
     elif act != "relu":
         after = [2]  # a minimum makes a ReLU6 of a ReLU
-    tf32 = torch.backends.cudnn.allow_tf32
-    options = {"residual": residual is not None, "tf32": tf32, "chip": chip_of(x.device)}
-    chosen = plan(N * H * W, C, COUT, autocast_dtype(x), tuple(after), **options)
+    dtype = autocast_dtype(x)
+    options = {"residual": residual is not None, "tf32": tf32(dtype, x.device), "chip": chip_of(x.device)}
+    chosen = plan(N * H * W, C, COUT, dtype, tuple(after), **options)
     return Choice(chosen.own, lambda: str(chosen))
 
 

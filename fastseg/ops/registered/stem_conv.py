@@ -17,6 +17,7 @@ if HAS_TRITON:
     from fastseg.kernels.dense_conv.stem import MOST_CHANNELS, MOST_TAPS, plan, stem_conv_fwd
     from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
+    from fastseg.kernels.runtime.tensors import tf32
 
 
 def choose_stem(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, stride: int, padding: int) -> Choice:
@@ -33,8 +34,8 @@ def choose_stem(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None,
     if large or OH < 1 or OW < 1 or plain_dtypes(x, weight, bias):
         return Choice(False, str)
     passes = (bias is not None) + (act is not None)
-    tf32, chip = torch.backends.cudnn.allow_tf32, chip_of(x.device)
-    chosen = plan(g, autocast_dtype(x), passes, tf32=tf32, chip=chip)
+    dtype = autocast_dtype(x)
+    chosen = plan(g, dtype, passes, tf32=tf32(dtype, x.device), chip=chip_of(x.device))
     return Choice(chosen.own, lambda: str(chosen))
 
 

@@ -1,0 +1,160 @@
+"""The atrous convolution's work items and rectangles, written by a kernel in front of it, at each call.
+
+What ``regions`` computes in Python, for K of 1 and 3. Kept tensors would outlive the call: CUDA graphs of
+``torch.compile`` refuse them, a capture cannot copy them from the host, and each size would hold memory for good. The
+programs of the convolution differ in length, and the longest must begin first; that order is why they read a table.
+
+Every branch has three pieces an axis in the forward, all branches together 2 B + 1 in the gradient at the input; where
+cuts fall together or outside the map, pieces are empty, and have no items.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastseg.kernels.atrous_conv.regions import REGION, TAPS, Branch, forward_regions, input_regions
+from fastseg.kernels.common.tiles import clamp_index
+from fastseg.kernels.runtime.launch import launch
+from fastseg.kernels.runtime.sizes import cdiv, memoized, next_power_of_2
+
+FAR = 2**30  # pixels; past every map
+
+
+@triton.jit
+def chosen(i, VALUES: tl.constexpr, BRANCHES: tl.constexpr):
+    """``VALUES[i]``, for i of any shape."""
+    value = i * 0 + VALUES[0]
+    for j in tl.static_range(1, BRANCHES):
+        value = tl.where(i == j, VALUES[j], value)
+    return value
+
+
+@triton.jit
+def _pieces(
+    q, branch, size, KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BRANCHES: tl.constexpr, BLOCK_J: tl.constexpr,
+    MERGED: tl.constexpr,
+):  # fmt: skip
+    """Start and length of pieces number ``q`` of an axis: of each branch, or of all branches together."""
+    if MERGED:  # start and stop are the cuts in order
+        j = tl.arange(0, BLOCK_J)
+        away = chosen(j // 2, DILATIONS, BRANCHES)
+        is_cut = (j < 2 * BRANCHES) & (chosen(j // 2, KERNELS, BRANCHES) > 1) & (away < size)
+        cut = tl.where(is_cut, tl.where(j % 2 == 0, away, size - away), 0)
+        same, number = cut[None, :] == cut[:, None], j[None, :] < j[:, None]
+        rank = tl.sum(((cut[None, :] < cut[:, None]) | (same & number)).to(tl.int32), 1)
+        rank -= BLOCK_J - 2 * BRANCHES  # the zeros that fill the block come first
+        start = tl.sum(tl.where(rank[None, :] + 1 == q[:, None], cut[None, :], 0), 1)
+        stop = tl.sum(tl.where(rank[None, :] == q[:, None], cut[None, :], 0), 1)
+        stop = tl.where(q == 2 * BRANCHES, size, stop)
+    else:
+        away = chosen(branch, DILATIONS, BRANCHES)
+        away = tl.where((chosen(branch, KERNELS, BRANCHES) > 1) & (away < size), away, 0)
+        first = tl.minimum(away, size - away)
+        second = tl.where(away > 0, size - first, 0)
+        start = tl.where(q == 0, 0, tl.where(q == 1, first, second))
+        stop = tl.where(q == 0, first, tl.where(q == 1, second, size))
+    return start, stop - start
+
+
+@triton.jit
+def _valid(start, size, K, dilation, MIRRORED: tl.constexpr):
+    """First valid tap of an axis and their number, for the positions of a piece."""
+    low, high = (start >= dilation).to(tl.int32), (start + dilation < size).to(tl.int32)
+    first, count = 1 - (high if MIRRORED else low), 1 + low + high
+    return tl.where(K > 1, first, 0), tl.where(K > 1, count, 1)
+
+
+@triton.jit(do_not_specialize=["N", "H", "W", "total", "ROWS"])
+def _atrous_conv_tables_kernel(
+    items_ptr, regions_ptr,
+    N, H, W, total, ROWS,
+    KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BRANCHES: tl.constexpr, MIRRORED: tl.constexpr,
+    REGION: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, REGIONS: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
+    """One program writes BLOCK_T of the items, the first one all rectangles too. ROWS: of a tile of the convolution."""
+    PIECES: tl.constexpr = 2 * BRANCHES + 1 if MIRRORED else 3
+    LISTED: tl.constexpr = BRANCHES if MIRRORED else 1
+    i = tl.arange(0, BLOCK_R)
+    group = i // (PIECES * PIECES)
+    y, h = _pieces(i // PIECES % PIECES, group, H, KERNELS, DILATIONS, BRANCHES, BLOCK_J, MIRRORED)
+    x, w = _pieces(i % PIECES, group, W, KERNELS, DILATIONS, BRANCHES, BLOCK_J, MIRRORED)
+    pixels = tl.where(i < REGIONS, h * w, 0)
+    count = i * 0  # of taps
+    for j in tl.static_range(LISTED):
+        b = i * 0 + j if MIRRORED else group
+        K, dilation = chosen(b, KERNELS, BRANCHES), chosen(b, DILATIONS, BRANCHES)
+        ky, ny = _valid(y, H, K, dilation, MIRRORED)
+        kx, nx = _valid(x, W, K, dilation, MIRRORED)
+        count += ny * nx
+        if tl.program_id(0) == 0:
+            step = -dilation if MIRRORED else dilation
+            taps_ptr = regions_ptr + i * WIDTH + REGION + j * TAPS
+            tl.store(taps_ptr, ((ky - K // 2) * W + (kx - K // 2)) * step, mask=i < REGIONS)
+            tl.store(taps_ptr + 1, step * W, mask=i < REGIONS)
+            tl.store(taps_ptr + 2, step, mask=i < REGIONS)
+            tl.store(taps_ptr + 3, ny, mask=i < REGIONS)
+            tl.store(taps_ptr + 4, nx, mask=i < REGIONS)
+            tl.store(taps_ptr + 5, ky * K + kx, mask=i < REGIONS)
+            tl.store(taps_ptr + 6, K, mask=i < REGIONS)
+            tl.store(taps_ptr + 7, b if MIRRORED else b * 0, mask=i < REGIONS)
+    if tl.program_id(0) == 0:
+        row_ptr = regions_ptr + i * WIDTH
+        tl.store(row_ptr, y, mask=i < REGIONS)
+        tl.store(row_ptr + 1, x, mask=i < REGIONS)
+        tl.store(row_ptr + 2, h - 1, mask=i < REGIONS)
+        tl.store(row_ptr + 3, w - 1, mask=i < REGIONS)
+        tl.store(row_ptr + 4, i * 0 if MIRRORED else group, mask=i < REGIONS)
+        tl.store(row_ptr + 5, i * 0 + LISTED, mask=i < REGIONS)
+
+    # Tiles, rectangle by rectangle: whose each is.
+    tiles = tl.cdiv(N * pixels, ROWS)
+    ends = tl.cumsum(tiles, 0)
+    tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    region = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)  # (BLOCK_T,)
+    is_own = region[:, None] == i[None, :]
+    own = tl.sum(tl.where(is_own, pixels[None, :], 0), 1)
+    own = tl.where(own > 0, own, 1)
+    taps = tl.sum(tl.where(is_own, count[None, :], 0), 1)
+    tile -= tl.sum(tl.where(is_own, (ends - tiles)[None, :], 0), 1)  # number within its rectangle
+
+    # Before it come all tiles of more taps; of as many taps those of earlier images, and in its image those of earlier
+    # rectangles.
+    image = tl.minimum(tile * ROWS // own, N - 1)
+    begun = tl.cdiv(image[:, None] * pixels[None, :], ROWS)
+    here = tl.cdiv((image + 1)[:, None] * pixels[None, :], ROWS) - begun
+    equals = begun + tl.where(i[None, :] < region[:, None], here, 0)
+    equals = tl.where(count[None, :] == taps[:, None], equals, 0)
+    place = tl.sum(tl.where(count[None, :] > taps[:, None], tiles[None, :], equals), 1)
+    place += tile - tl.cdiv(image * own, ROWS)
+    mask = region < REGIONS
+    item_ptr = items_ptr + 2 * clamp_index(place, total - 1)
+    tl.store(item_ptr, region, mask=mask)
+    tl.store(item_ptr + 1, tile * ROWS, mask=mask)
+
+
+def tables(x: Tensor, branches: tuple[Branch, ...], block_m: int, *, mirrored: bool) -> tuple[Tensor, Tensor]:
+    """Work items (items, 2) and rectangles (regions, WIDTH) for x (N, C, H, W), in memory of this call.
+
+    ``mirrored``: of the gradient at the input.
+    """
+    N, _, H, W = x.shape
+    B, items = len(branches), _items(H, W, branches, N, block_m, mirrored)
+    regions, width = ((2 * B + 1) ** 2, REGION + B * TAPS) if mirrored else (9 * B, REGION + TAPS)
+    table = x.new_empty(items, 2, dtype=torch.int32), x.new_empty(regions, width, dtype=torch.int32)
+    block_r = next_power_of_2(regions)
+    block_t = max(4096 // block_r, 1)
+    launch(
+        _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m,
+        KERNELS=tuple(branch.K for branch in branches), DILATIONS=tuple(min(b.dilation, FAR) for b in branches),
+        BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width, REGIONS=regions,
+        BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=4, enable_fp_fusion=True,
+    )  # fmt: skip
+    return table
+
+
+@memoized
+def _items(H: int, W: int, branches: tuple[Branch, ...], N: int, block_m: int, mirrored: bool) -> int:
+    regions = (input_regions if mirrored else forward_regions)(H, W, branches)
+    return sum(cdiv(N * region.h * region.w, block_m) for region in regions)
