@@ -36,7 +36,7 @@ class Problem(problem.Problem):
     def __init__(self, shape: ConvShape, device: torch.device):
         super().__init__("eval", device, grad=False)
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # of vectors
         module = ConvNormAct2d(shape.C, shape.COUT, shape.kernel_size, stride=shape.stride, act=shape.act)
         norm = module.norm  # statistics of a trained net, not 0 and 1
         norm.running_mean.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
@@ -44,8 +44,7 @@ class Problem(problem.Problem):
         self.fused = module.to(device, memory_format=torch.channels_last).eval()
         twin = copy.deepcopy(self.fused)
         self.plain = nn.Sequential(twin.conv, twin.norm, nn.ReLU6() if shape.act == "relu6" else nn.ReLU())
-        x = torch.randn(shape.N, shape.C, shape.H, shape.W, generator=generator).to(device, self.dtype)
-        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.x = self.draw(shape.N, shape.C, shape.H, shape.W)
 
     @property
     def bytes_moved(self) -> float:

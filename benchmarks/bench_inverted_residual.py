@@ -41,7 +41,7 @@ class Problem(problem.Problem):
     def __init__(self, shape: BlockShape, device: torch.device):
         super().__init__("eval", device, grad=False)
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # of vectors
         self.block = InvertedResidual(
             shape.C, shape.COUT, stride=shape.stride, dilation=shape.dilation, expansion=shape.expansion,
             residual=shape.residual,
@@ -52,8 +52,7 @@ class Problem(problem.Problem):
                 norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
         self.block = self.block.to(device, memory_format=torch.channels_last).eval()
         self.plain = copy.deepcopy(self.block.conv)
-        x = torch.randn(shape.N, shape.C, shape.H, shape.W, generator=generator).to(device, self.dtype)
-        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.x = self.draw(shape.N, shape.C, shape.H, shape.W)
 
     @property
     def bytes_moved(self) -> float:

@@ -41,7 +41,7 @@ class Problem(problem.Problem):
     def __init__(self, shape: SeparableShape, mode: str, device: torch.device):
         super().__init__(mode, device, grad=mode != "eval")
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # of vectors
         self.fused = SeparableConv2d(
             shape.C, shape.COUT, shape.kernel_size, stride=shape.stride, dilation=shape.dilation,
             mid_norm=True, mid_act="relu", post_norm=True, post_act="relu",
@@ -54,8 +54,7 @@ class Problem(problem.Problem):
         f = copy.deepcopy(self.fused)
         self.plain = nn.Sequential(f.depthwise, f.mid_norm, nn.ReLU(), f.pointwise, f.post_norm, nn.ReLU())
         self.plain.train(mode != "eval")
-        x = torch.randn(shape.N, shape.C, shape.H, shape.W, generator=generator).to(device, self.dtype)
-        self.x = x.contiguous(memory_format=torch.channels_last).requires_grad_(mode != "eval")
+        self.x = self.draw(shape.N, shape.C, shape.H, shape.W).requires_grad_(mode != "eval")
 
     @property
     def bytes_moved(self) -> float:
@@ -79,8 +78,7 @@ class Problem(problem.Problem):
         if self.mode != "train-backward":
             return partial(network, self.x)
         y = network(self.x)
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(y)
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = self.gradient(y)
         wanted = [self.x, *network.parameters()]
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
