@@ -5,7 +5,8 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple
 
@@ -200,6 +201,28 @@ def disagreement(results: Mapping[str, object], exact: object, dtype: torch.dtyp
 def floats(result: object) -> list[Tensor]:
     """The tensors of a result, copied: the next call of a captured function overwrites them."""
     return [leaf.detach().clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def isolated(log, device: torch.device, **names: object) -> Iterator[None]:
+    """What raises inside becomes a row of ``names`` and the error's first line.
+
+    Raises:
+        RuntimeError: the device itself failed, and every later call on it would: the stage's process has to end.
+    """
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        log.row(**names, error=f"{type(error).__name__}: {first}")
+    settle(device)
+
+
+def settle(device: torch.device) -> None:
+    """Give freed memory back, and wait: a fault that stays raises here, whatever was called when it happened."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def machine(device: torch.device) -> dict[str, str]:
