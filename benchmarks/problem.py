@@ -68,7 +68,7 @@ class Problem:
     def __init__(self, mode: str, device: torch.device, *, grad: bool):
         self.mode, self.device, self.dtype = mode, device, harness.dtype_for(device)
         self.grad = grad
-        self.generator = torch.Generator(device).manual_seed(0)
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
         self._dy: Tensor | None = None
 
     def draw(self, *size: int, last: bool = True) -> Tensor:
