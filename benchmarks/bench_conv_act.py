@@ -7,8 +7,7 @@ the norm folded, cuDNN's convolution still leaves bias and ReLU6 to passes of th
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -33,6 +32,8 @@ class Problem(problem.Problem):
         device: where.
     """
 
+    autocast = True
+
     def __init__(self, shape: ConvShape, device: torch.device):
         super().__init__("eval", device, grad=False)
         self.shape = shape
@@ -50,12 +51,6 @@ class Problem(problem.Problem):
     def bytes_moved(self) -> float:
         """The least traffic of this file's header."""
         return least(self.shape) * self.dtype.itemsize
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Autocast on a GPU, entered outside the timed call: it then casts each weight once, as inside a model."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"), torch.no_grad():
-            yield
 
     def forms(self) -> dict[str, nn.Module]:
         """provider -> module."""

@@ -8,8 +8,7 @@ two forms that are timed beside it: "whole block", one launch, and "parts", the 
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -38,6 +37,8 @@ class Problem(problem.Problem):
         device: where.
     """
 
+    autocast = True
+
     def __init__(self, shape: BlockShape, device: torch.device):
         super().__init__("eval", device, grad=False)
         self.shape = shape
@@ -61,12 +62,6 @@ class Problem(problem.Problem):
         pixels = s.N * -(-s.H // s.stride) * -(-s.W // s.stride)
         weights = s.expansion * s.C * (s.C + 9 + s.COUT)
         return (self.x.numel() + pixels * s.COUT + weights) * self.dtype.itemsize
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Autocast on a GPU, entered outside the timed call: it then casts each weight once, as inside a model."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"), torch.no_grad():
-            yield
 
     def forms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """provider -> block; "whole block" and "parts" whatever the cost model says."""

@@ -38,6 +38,8 @@ class Problem(problem.Problem):
         device: where.
     """
 
+    autocast = True
+
     def __init__(self, shape: SeparableShape, mode: str, device: torch.device):
         super().__init__(mode, device, grad=mode != "eval")
         self.shape = shape
@@ -62,13 +64,6 @@ class Problem(problem.Problem):
         W = self.shape.C * (self.shape.kernel_size**2 + self.shape.COUT)
         elements = {"eval": A + Y + W, "train-forward": A + 2 * Y + W, "train-backward": 2 * A + 2 * Y + 2 * W}
         return elements[self.mode] * self.dtype.itemsize
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Autocast on a GPU, entered outside the timed call: it then casts each weight once, as inside a model."""
-        cuda = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda), torch.set_grad_enabled(self.mode != "eval"):
-            yield
 
     def forms(self) -> dict[str, nn.Module]:
         """provider -> module."""

@@ -18,7 +18,7 @@ import pytest
 import record
 
 FOLDERS = ("tests/ops", "tests/nn", "tests/models")
-QUICK = ("tests/kernels/test_config.py",)  # of a rehearsal
+NOT_HERE = "*/test_graphs*.py"  # torch.compile and export on a CPU, minutes of them: nothing of a GPU is in them
 SIDE_BY_SIDE = {
     "gpu": 4,
     "not gpu": 16,
@@ -40,7 +40,8 @@ def run(log: record.Log, expression: str, paths: Sequence[str], workers: int, sk
     rows.unlink(missing_ok=True)
     command = [
         sys.executable, "-P", "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "-p", "gpu_tests",
-        f"--rows={rows}", f"--junitxml={report}", "--continue-on-collection-errors", "-m", expression,
+        f"--rows={rows}", f"--junitxml={report}", "--continue-on-collection-errors", f"--ignore-glob={NOT_HERE}",
+        "-m", expression,
     ]  # fmt: skip
     if workers > 1 and importlib.util.find_spec("xdist"):
         command += ["-n", str(min(workers, os.cpu_count() or 1))]

@@ -56,12 +56,14 @@ class Problem:
 
     Attributes:
         baseline: the form that, run in fp32, is the exact result.
+        autocast: bf16 autocast on a GPU, entered outside the timed call: it then casts each weight once, as in a model.
         compiled: provider -> the form that ``torch.compile`` gets, on a GPU only: a CPU would need minutes.
         inputs: names of the attributes that hold floating-point inputs; None where a mode has no use for one.
         generator: of the inputs, on the device itself: a map of 1e9 elements takes a CPU seconds.
     """
 
     baseline = "eager"
+    autocast = False
     compiled: ClassVar[Mapping[str, str]] = {"compile": "eager"}
     inputs: tuple[str, ...] = ("x",)
 
@@ -105,7 +107,8 @@ class Problem:
     @contextmanager
     def context(self) -> Iterator[None]:
         """What holds around the timed calls."""
-        with torch.set_grad_enabled(self.grad):
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.autocast and self.device.type == "cuda")
+        with torch.set_grad_enabled(self.grad), autocast:
             yield
 
     def providers(self) -> dict[str, Callable]:

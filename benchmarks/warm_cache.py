@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -112,20 +112,41 @@ class _Launchers(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def _library(x, weight, bias, *options):
+    """The map that cuDNN's fused call would give."""
+    return torch.convolution(x, weight, bias, *options[:3], False, (0, 0), options[3])
+
+
 @contextmanager
-def _as_on(gpu: str) -> Iterator[None]:
-    """Meta tensors count as those of a GPU: the ops' decisions, the tables, the dtype of the benchmarks."""
+def _as_on(gpu: str, autocast: bool) -> Iterator[None]:
+    """Meta tensors count as those of a GPU: the ops' decisions, the tables, the dtype of the benchmarks, autocast."""
     import harness
 
     from fastseg.kernels.runtime import config
+    from fastseg.ops import conv_act
     from fastseg.ops.core import dispatch
 
+    enabled, context, unsupported = torch.is_autocast_enabled, torch.autocast, conv_act.unsupported
     select = config.select
     as_cuda = lambda kernel, *, size, device, **key: select(kernel, size=size, device=torch.device("cuda", 0), **key)
     patches = [
         mock.patch.object(dispatch, "_no_kernel", lambda x: "" if x.dtype in dispatch.KERNEL_DTYPES else "dtype"),
         mock.patch.object(config, "table_names", lambda index: (gpu, "sm_90")),
         mock.patch.object(harness, "dtype_for", lambda device: torch.bfloat16),
+        mock.patch.object(
+            torch, "is_autocast_enabled", lambda kind="cuda": autocast if kind == "meta" else enabled(kind)
+        ),
+        mock.patch.object(
+            torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else context(kind, *a, **k)
+        ),
+        mock.patch.object(torch, "equal", lambda a, b: True),  # of indices with their own rounding to a format
+        mock.patch.object(
+            conv_act, "unsupported", lambda r: unsupported(r._replace(device="cuda", cudnn=True, deterministic=False))
+        ),
+        mock.patch.object(torch, "cudnn_convolution_relu", _library),
+        mock.patch.object(
+            torch, "cudnn_convolution_add_relu", lambda x, w, z, alpha, bias, *options: _library(x, w, bias, *options)
+        ),
     ]
     for module in list(sys.modules.values()):  # launchers have it by name
         if getattr(module, "__name__", "").startswith("fastseg.kernels") and getattr(module, "select", None) is select:
@@ -147,7 +168,7 @@ def of_benchmarks(modules: Sequence, say: Callable[[str], None] = print, gpu: st
     for module in modules:
         for case in module.cases("full"):
             try:
-                with _as_on(gpu), collected() as launches:
+                with _as_on(gpu, case.build.func.autocast), collected() as launches:
                     problem = case.build(torch.device("meta"))
                     with problem.context(), _Launchers():
                         problem.function(problem.forms()["fastseg"])()

@@ -87,7 +87,7 @@ def test_what_torch_runs(taken):
         assert taken == []
         run(x, w)
         assert run(x.bfloat16(), half).dtype == torch.bfloat16
-    assert taken == ["packed", "packed"]
+    assert taken == ["packed", *([] if why_not(torch.bfloat16) else ["packed"])]  # 16 bits: not on every processor
 
 
 def test_bytes_are_bounded(taken):
@@ -166,7 +166,7 @@ def test_another_norm_is_not_the_first():
              first._replace(eps=0.3), BatchNormArgs(*draw())]  # fmt: skip
     with fastseg.reference():
         want = [separable_conv2d(x, dw, pw, post_norm=norm) for norm in norms]
-        with packed_weights(PackedWeights()):
+        with packed_weights(PackedWeights(Kept([dw, pw, *(t for norm in norms for t in norm[:4])]))):
             got = [separable_conv2d(x, dw, pw, post_norm=norm) for norm in norms]
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
