@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 BUDGET ?= 540
 STAGE ?=
+RESULTS ?=
+GPU_RUN = --budget $(BUDGET) --stage "$(STAGE)" $(if $(RESULTS),--results "$(RESULTS)")
 export OMP_NUM_THREADS ?= 1
 
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -q --durations=5
@@ -12,7 +14,7 @@ COMPILED := TRITON_INTERPRET=0 $(BIN)/pytest -q
 GRAPHS = tests/integration $(wildcard tests/ops/*/test_graphs*.py)
 NOT_GRAPHS := tests --ignore=tests/kernels/aot --ignore=tests/integration --ignore-glob='*/test_graphs*.py'
 
-.PHONY: setup demo doctor test test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu tune figures docs
+.PHONY: setup demo doctor test test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu gpu-env gpu-rehearse warm-cache tune figures docs
 
 $(VENV)/.ready: setup.py constraints-ci.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fastseg needs Python 3.11 or later, this is %s; set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -86,10 +88,30 @@ roofline: setup
 # On a machine with a CUDA GPU, its own torch and Triton, and no network: nothing is downloaded.
 gpu:
 	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
-	$(PYTHON) benchmarks/gpu.py --budget $(BUDGET) --stage "$(STAGE)"
+	$(PYTHON) benchmarks/gpu.py $(GPU_RUN)
 
 tune:
-	$(PYTHON) benchmarks/gpu.py --stage tune --budget $(BUDGET)
+	$(PYTHON) benchmarks/gpu.py --stage tune --budget $(BUDGET) $(if $(RESULTS),--results "$(RESULTS)")
+
+# The GPU machine's versions, without a GPU: 5 GB, for a rehearsal and for compiling ahead. docs/gpu.md says more.
+GPU_ENV := .venv-gpu
+$(GPU_ENV)/.ready:
+	python3.12 -m venv $(GPU_ENV)
+	$(GPU_ENV)/bin/pip install -q --disable-pip-version-check torch==2.11.0 triton==3.6.0 numpy==2.3.5 setuptools pillow scikit-image 'pytest>=8' pytest-benchmark pytest-xdist
+	$(GPU_ENV)/bin/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+gpu-env: $(GPU_ENV)/.ready
+
+gpu-rehearse: gpu-env
+	$(GPU_ENV)/bin/python benchmarks/gpu.py --rehearse $(GPU_RUN)
+
+# What tests launch under the interpreter (minutes), then what the benchmarks launch; compiled for WARM seconds.
+WARM ?= 1800
+warm-cache: setup gpu-env
+	mkdir -p .triton-cache
+	TRITON_INTERPRET=1 PYTHONPATH=benchmarks $(BIN)/pytest -q -p warm_cache --signatures=$(CURDIR)/.triton-cache/signatures.pickle tests/ops tests/nn tests/models
+	$(GPU_ENV)/bin/python -P benchmarks/warm_cache.py --seconds $(WARM)
 
 # Compiles every kernel for one chip: minutes.
 docs: setup

@@ -42,18 +42,12 @@ class Problem(problem.Problem):
     def __init__(self, shape: AsppShape, mode: str, device: torch.device, width: int = WIDTH):
         super().__init__(mode, device, grad=mode != "eval")
         self.shape, self.rates = shape, [1, *shape.rates]
-        generator = torch.Generator().manual_seed(0)
-
-        def random(*size: int) -> Tensor:
-            t = torch.randn(size, generator=generator).to(device, self.dtype)
-            t = t.contiguous(memory_format=torch.channels_last) if t.dim() == 4 else t
-            return t.requires_grad_(self.grad)
-
+        random = lambda *size: self.draw(*size).requires_grad_(self.grad)
         self.x = random(shape.N, shape.C, shape.H, shape.W)
         for i in range(BRANCHES):
             K = 3 if i else 1
-            weight = random(width, shape.C, K, K)
-            setattr(self, f"w{i}", weight.detach().div(K * shape.C**0.5).requires_grad_(self.grad))
+            weight = self.draw(width, shape.C, K, K).div_(K * shape.C**0.5)
+            setattr(self, f"w{i}", weight.requires_grad_(self.grad))
             setattr(self, f"b{i}", random(width))
 
     @property
@@ -86,8 +80,7 @@ class Problem(problem.Problem):
         if not self.backward:
             return lambda: form(self.x)
         y = form(self.x)
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y)
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = self.gradient(y)
         wanted = [self.x, *self.weights, *self.biases]
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 

@@ -39,17 +39,15 @@ class Problem(problem.Problem):
         device: where.
     """
 
+    inputs = ("x", "residual")
+
     def __init__(self, shape: NormShape, mode: str, last: bool, device: torch.device):
         super().__init__(mode, device, grad=mode != "eval")
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-        layout = torch.channels_last if last else torch.contiguous_format
-        size = (shape.N, shape.C, shape.H, shape.W)
-        draw = lambda: torch.randn(size, generator=generator).to(device, self.dtype).contiguous(memory_format=layout)
-        self.x, self.dy = draw().requires_grad_(self.grad), draw()
-        self.residual = draw().requires_grad_(self.grad) if shape.residual else None
-        self.inputs = ("x", "dy", "residual") if shape.residual else ("x", "dy")
-        vector = lambda: torch.nn.Parameter(torch.rand(shape.C, generator=generator).add_(0.5).to(device), self.grad)
+        draw = lambda: self.draw(shape.N, shape.C, shape.H, shape.W, last=last).requires_grad_(self.grad)
+        self.x, self.residual = draw(), draw() if shape.residual else None
+        rand = lambda: torch.rand(shape.C, generator=self.generator, device=device).add_(0.5)
+        vector = lambda: torch.nn.Parameter(rand(), self.grad)
         running = torch.zeros(shape.C, device=device), torch.ones(shape.C, device=device)
         self.norm = BatchNormArgs(*running, vector(), vector(), training=self.grad)
 
@@ -74,7 +72,8 @@ class Problem(problem.Problem):
             return partial(form, self.x, self.residual)
         y = form(self.x, self.residual)
         wanted = [t for t in (self.x, self.norm.weight, self.norm.bias, self.residual) if t is not None]
-        return lambda: torch.autograd.grad(y, wanted, self.dy, retain_graph=True)
+        dy = self.gradient(y)
+        return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 
     def notes(self, provider: str) -> dict[str, object]:
         """Of a training forward: the bytes kept for its backward."""

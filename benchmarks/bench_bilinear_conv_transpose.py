@@ -39,24 +39,21 @@ class Problem(problem.Problem):
 
     baseline = "grouped"  # the dense one takes half a minute a call on a CPU
     compiled: ClassVar = {"compile": "eager", "grouped-compile": "grouped"}
-    inputs = ("x", "hi")
+    inputs = ("x", "skip")
 
     def __init__(self, shape: HeadShape, mode: str, device: torch.device):
         super().__init__(mode, device, grad=mode == "backward")
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda *size: torch.randn(size, generator=generator).to(device, self.dtype)
-        last = lambda t: t.contiguous(memory_format=torch.channels_last)
         s = shape.scale
-        self.x = last(draw(shape.N, shape.C, shape.H, shape.W)).requires_grad_(mode == "backward")
-        self.hi = last(draw(shape.N, shape.C, shape.H * s, shape.W * s))  # the skip, or the gradient
+        self.x = self.draw(shape.N, shape.C, shape.H, shape.W).requires_grad_(mode == "backward")
+        self.skip = self.draw(shape.N, shape.C, shape.H * s, shape.W * s) if mode == "skip" else None
         self.module = BilinearConvTranspose2d(shape.C, s, 2 * s).to(device, self.dtype).eval()
 
     @property
     def bytes_moved(self) -> float:
         """The least traffic of this file's header."""
-        hi = 2 if self.mode == "skip" else 1
-        return (self.x.numel() + hi * self.hi.numel()) * self.dtype.itemsize
+        hi = (2 if self.mode == "skip" else 1) * self.shape.scale**2
+        return (1 + hi) * self.x.numel() * self.dtype.itemsize
 
     def forms(self) -> dict[str, Callable[[Tensor, Tensor | None], Tensor]]:
         """provider -> upsampling of (x, skip)."""
@@ -70,9 +67,10 @@ class Problem(problem.Problem):
     def function(self, upsample: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[[], object]:
         """What is timed. A backward contains no forward: its forward runs here, once."""
         if self.mode != "backward":
-            return lambda: upsample(self.x, self.hi if self.mode == "skip" else None)
+            return lambda: upsample(self.x, self.skip)
         y = upsample(self.x, None)
-        return lambda: torch.autograd.grad(y, self.x, self.hi, retain_graph=True)
+        dy = self.gradient(y)
+        return lambda: torch.autograd.grad(y, self.x, dy, retain_graph=True)
 
 
 def cut(shape: HeadShape, size: str) -> HeadShape:

@@ -7,8 +7,7 @@ the norm folded, cuDNN's convolution still leaves bias and ReLU6 to passes of th
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -33,10 +32,12 @@ class Problem(problem.Problem):
         device: where.
     """
 
+    autocast = True
+
     def __init__(self, shape: ConvShape, device: torch.device):
         super().__init__("eval", device, grad=False)
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # of vectors
         module = ConvNormAct2d(shape.C, shape.COUT, shape.kernel_size, stride=shape.stride, act=shape.act)
         norm = module.norm  # statistics of a trained net, not 0 and 1
         norm.running_mean.copy_(0.1 * torch.randn(norm.num_features, generator=generator))
@@ -44,19 +45,12 @@ class Problem(problem.Problem):
         self.fused = module.to(device, memory_format=torch.channels_last).eval()
         twin = copy.deepcopy(self.fused)
         self.plain = nn.Sequential(twin.conv, twin.norm, nn.ReLU6() if shape.act == "relu6" else nn.ReLU())
-        x = torch.randn(shape.N, shape.C, shape.H, shape.W, generator=generator).to(device, self.dtype)
-        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.x = self.draw(shape.N, shape.C, shape.H, shape.W)
 
     @property
     def bytes_moved(self) -> float:
         """The least traffic of this file's header."""
         return least(self.shape) * self.dtype.itemsize
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Autocast on a GPU, entered outside the timed call: it then casts each weight once, as inside a model."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"), torch.no_grad():
-            yield
 
     def forms(self) -> dict[str, nn.Module]:
         """provider -> module."""

@@ -8,8 +8,7 @@ two forms that are timed beside it: "whole block", one launch, and "parts", the 
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
@@ -38,10 +37,12 @@ class Problem(problem.Problem):
         device: where.
     """
 
+    autocast = True
+
     def __init__(self, shape: BlockShape, device: torch.device):
         super().__init__("eval", device, grad=False)
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # of vectors
         self.block = InvertedResidual(
             shape.C, shape.COUT, stride=shape.stride, dilation=shape.dilation, expansion=shape.expansion,
             residual=shape.residual,
@@ -52,8 +53,7 @@ class Problem(problem.Problem):
                 norm.running_var.copy_(0.5 + torch.rand(norm.num_features, generator=generator))
         self.block = self.block.to(device, memory_format=torch.channels_last).eval()
         self.plain = copy.deepcopy(self.block.conv)
-        x = torch.randn(shape.N, shape.C, shape.H, shape.W, generator=generator).to(device, self.dtype)
-        self.x = x.contiguous(memory_format=torch.channels_last)
+        self.x = self.draw(shape.N, shape.C, shape.H, shape.W)
 
     @property
     def bytes_moved(self) -> float:
@@ -62,12 +62,6 @@ class Problem(problem.Problem):
         pixels = s.N * -(-s.H // s.stride) * -(-s.W // s.stride)
         weights = s.expansion * s.C * (s.C + 9 + s.COUT)
         return (self.x.numel() + pixels * s.COUT + weights) * self.dtype.itemsize
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Autocast on a GPU, entered outside the timed call: it then casts each weight once, as inside a model."""
-        with torch.autocast("cuda", torch.bfloat16, enabled=self.device.type == "cuda"), torch.no_grad():
-            yield
 
     def forms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """provider -> block; "whole block" and "parts" whatever the cost model says."""

@@ -66,10 +66,12 @@ class Problem:
         weights = torch.float64 if dtype == torch.float64 else torch.float32  # autocast casts them
         self.model = self.model.to(device, weights, memory_format=torch.channels_last)
         self.plain = eager_form(self.model)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape.N, 3, shape.H, shape.W, generator=generator)
-        self.x = x.to(device, self.dtype).contiguous(memory_format=torch.channels_last)
-        self.target = torch.randint(shape.classes, (shape.N, shape.H, shape.W), generator=generator).to(device)
+        generator = torch.Generator(device).manual_seed(0)
+        x = torch.empty(
+            (shape.N, 3, shape.H, shape.W), device=device, dtype=self.dtype, memory_format=torch.channels_last
+        )
+        self.x = x.normal_(generator=generator)
+        self.target = torch.randint(shape.classes, (shape.N, shape.H, shape.W), device=device, generator=generator)
 
     @contextmanager
     def context(self) -> Iterator[None]:

@@ -56,15 +56,13 @@ class Problem(problem.Problem):
     def __init__(self, shape: PoolShape, mode: str, device: torch.device):
         super().__init__(mode, device, grad=mode.endswith("backward") or mode == "stage-train")
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda *size: torch.randn(size, generator=generator).to(device, self.dtype)
-        image = draw(shape.N, shape.C, shape.H, shape.W)
-        y, self.index = EAGER_POOL(image)
-        self.nchw = (y if mode.startswith("unpool") else image).requires_grad_(self.grad)
+        self.nchw = self.draw(shape.N, shape.C, shape.H, shape.W, last=False)
+        if mode.startswith("unpool"):
+            self.nchw, self.index = EAGER_POOL(self.nchw)
+            self.index_last = self.index.contiguous(memory_format=torch.channels_last)
+        self.nchw.requires_grad_(self.grad)
         self.x = self.nchw.detach().contiguous(memory_format=torch.channels_last).requires_grad_(self.grad)
-        self.index_last = self.index.contiguous(memory_format=torch.channels_last)
-        self.dy = draw(*(image if mode.startswith("unpool") else y).shape)
-        vector = lambda: torch.rand(shape.C, generator=generator).add_(0.5).to(device)
+        vector = lambda: torch.rand(shape.C, generator=self.generator, device=device).add_(0.5)
         self.norm = BatchNormArgs(
             vector(), vector(), vector().requires_grad_(self.grad), vector().requires_grad_(self.grad),
             training=mode != "stage-eval",
@@ -119,8 +117,7 @@ class Problem(problem.Problem):
             return partial(form, x)
         y = form(x)
         y = y[0] if isinstance(y, tuple) else y
-        last = y.is_contiguous(memory_format=torch.channels_last)
-        dy = self.dy.to(y.dtype).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+        dy = self.gradient(y)
         wanted = [x, self.norm.weight, self.norm.bias] if self.mode.startswith("stage") else [x]
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 

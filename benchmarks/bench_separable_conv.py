@@ -38,10 +38,12 @@ class Problem(problem.Problem):
         device: where.
     """
 
+    autocast = True
+
     def __init__(self, shape: SeparableShape, mode: str, device: torch.device):
         super().__init__(mode, device, grad=mode != "eval")
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator().manual_seed(0)  # of vectors
         self.fused = SeparableConv2d(
             shape.C, shape.COUT, shape.kernel_size, stride=shape.stride, dilation=shape.dilation,
             mid_norm=True, mid_act="relu", post_norm=True, post_act="relu",
@@ -54,8 +56,7 @@ class Problem(problem.Problem):
         f = copy.deepcopy(self.fused)
         self.plain = nn.Sequential(f.depthwise, f.mid_norm, nn.ReLU(), f.pointwise, f.post_norm, nn.ReLU())
         self.plain.train(mode != "eval")
-        x = torch.randn(shape.N, shape.C, shape.H, shape.W, generator=generator).to(device, self.dtype)
-        self.x = x.contiguous(memory_format=torch.channels_last).requires_grad_(mode != "eval")
+        self.x = self.draw(shape.N, shape.C, shape.H, shape.W).requires_grad_(mode != "eval")
 
     @property
     def bytes_moved(self) -> float:
@@ -63,13 +64,6 @@ class Problem(problem.Problem):
         W = self.shape.C * (self.shape.kernel_size**2 + self.shape.COUT)
         elements = {"eval": A + Y + W, "train-forward": A + 2 * Y + W, "train-backward": 2 * A + 2 * Y + 2 * W}
         return elements[self.mode] * self.dtype.itemsize
-
-    @contextmanager
-    def context(self) -> Iterator[None]:
-        """Autocast on a GPU, entered outside the timed call: it then casts each weight once, as inside a model."""
-        cuda = self.device.type == "cuda"
-        with torch.autocast("cuda", torch.bfloat16, enabled=cuda), torch.set_grad_enabled(self.mode != "eval"):
-            yield
 
     def forms(self) -> dict[str, nn.Module]:
         """provider -> module."""
@@ -79,8 +73,7 @@ class Problem(problem.Problem):
         if self.mode != "train-backward":
             return partial(network, self.x)
         y = network(self.x)
-        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(self.dtype).to(y)
-        dy = dy.contiguous(memory_format=torch.channels_last)
+        dy = self.gradient(y)
         wanted = [self.x, *network.parameters()]
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
 

@@ -37,21 +37,16 @@ class Problem(problem.Problem):
         device: where.
     """
 
-    inputs = ("x", "dy")
-
     def __init__(self, shape: HeadShape, mode: str, layout: str, align_corners: bool, device: torch.device):
         super().__init__(mode, device, grad=mode == "backward")
         self.shape, self.layout, self.align_corners = shape, LAYOUTS[layout], align_corners
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(shape.N, shape.C, shape.H, shape.W, generator=generator).to(device, self.dtype)
-        self.x = x.contiguous(memory_format=self.layout).requires_grad_(mode == "backward")
-        self.dy = torch.randn(shape.N, shape.C, shape.H * shape.scale, shape.W * shape.scale, generator=generator)
-        self.dy = self.dy.to(device, self.dtype).contiguous(memory_format=self.layout)
+        x = self.draw(shape.N, shape.C, shape.H, shape.W, last=layout == "channels_last")
+        self.x = x.requires_grad_(mode == "backward")
 
     @property
     def bytes_moved(self) -> float:
         """The least traffic of this file's header, the same both ways."""
-        return (self.x.numel() + self.dy.numel()) * self.dtype.itemsize
+        return (1 + self.shape.scale**2) * self.x.numel() * self.dtype.itemsize
 
     def forms(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """provider -> upsampling."""
@@ -66,7 +61,8 @@ class Problem(problem.Problem):
         if self.mode == "forward":
             return lambda: upsample(self.x)
         y = upsample(self.x)
-        return lambda: torch.autograd.grad(y, self.x, self.dy, retain_graph=True)
+        dy = self.gradient(y)
+        return lambda: torch.autograd.grad(y, self.x, dy, retain_graph=True)
 
 
 def cut(shape: HeadShape, size: str) -> HeadShape:

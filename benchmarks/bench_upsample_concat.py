@@ -34,12 +34,11 @@ class Problem(bench_upsample_bilinear.Problem):
         device: where.
     """
 
-    inputs = ("x", "dy", "skip")
+    inputs = ("x", "skip")
 
     def __init__(self, shape: HeadShape, mode: str, device: torch.device):
         super().__init__(shape, mode, "channels_last", True, device)
-        self.skip = self.dy
-        self.dy = torch.cat([self.skip, self.skip.flip(1)], 1)
+        self.skip = self.draw(shape.N, shape.C, shape.H * shape.scale, shape.W * shape.scale)
 
     @property
     def bytes_moved(self) -> float:

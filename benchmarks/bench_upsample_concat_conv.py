@@ -39,12 +39,9 @@ class Problem(problem.Problem):
     def __init__(self, shape: DecoderShape, mode: str, device: torch.device):
         super().__init__(mode, device, grad=False)
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
-        draw = lambda *size: torch.randn(size, generator=generator).to(device, self.dtype)
-        last = lambda t: t.contiguous(memory_format=torch.channels_last)
         s, fan_in = shape, 9 * (shape.C + shape.CL)
-        self.x, self.low = last(draw(s.N, s.C, s.H, s.W)), last(draw(s.N, s.CL, s.H * s.scale, s.W * s.scale))
-        self.weight, self.bias = last(draw(s.COUT, s.C + s.CL, 3, 3)) * fan_in**-0.5, draw(s.COUT)
+        self.x, self.low = self.draw(s.N, s.C, s.H, s.W), self.draw(s.N, s.CL, s.H * s.scale, s.W * s.scale)
+        self.weight, self.bias = self.draw(s.COUT, s.C + s.CL, 3, 3).mul_(fan_in**-0.5), self.draw(s.COUT)
 
     @property
     def bytes_moved(self) -> float:

@@ -42,16 +42,15 @@ class Problem(problem.Problem):
     def __init__(self, shape: HeadShape, mode: str, device: torch.device):
         super().__init__(mode, device, grad=mode != "argmax")
         self.shape = shape
-        generator = torch.Generator().manual_seed(0)
         self.size = (shape.H * shape.scale, shape.W * shape.scale)
         # smooth, as a network's are: noise at a quarter of the size, upsampled; pruning depends on it
-        noise = torch.randn(shape.N, shape.C, -(-shape.H // 4), -(-shape.W // 4), generator=generator)
-        logits = 4 * F.interpolate(noise, (shape.H, shape.W), mode="bilinear")
-        self.logits = logits.to(device, self.dtype).contiguous(memory_format=torch.channels_last)
-        self.logits.requires_grad_(mode != "argmax")
-        target = torch.randint(shape.C, (shape.N, *self.size), generator=generator)
-        target[:, :: max(2, self.size[0] // 8)] = IGNORED
-        self.target = target.to(device)
+        noise = self.draw(shape.N, shape.C, -(-shape.H // 4), -(-shape.W // 4))
+        self.logits = F.interpolate(noise, (shape.H, shape.W), mode="bilinear").mul_(4)
+        self.logits = self.logits.contiguous(memory_format=torch.channels_last).requires_grad_(mode != "argmax")
+        self.target = None
+        if mode != "argmax":
+            self.target = torch.randint(shape.C, (shape.N, *self.size), generator=self.generator, device=device)
+            self.target[:, :: max(2, self.size[0] // 8)] = IGNORED
 
     @property
     def bytes_moved(self) -> float:

@@ -5,7 +5,8 @@ import platform
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from fastseg.inference.graphs import captured
 from fastseg.kernels.runtime.launch import intercept, run
 from fastseg.ops.core.dispatch import HAS_TRITON
 
+PIECE = 2**25  # elements that are compared at a time
 GRAPH_BELOW = 100e-6  # seconds; under this the host's time to launch shows in a time taken between events
 
 # Relative L2 distance from an fp32 run that rounding in the dtype explains; see `disagreement`. For fp32 that run is
@@ -163,9 +165,22 @@ def distance(got: object, want: object) -> float:
     """Largest relative L2 distance between corresponding tensors; NaN counts as infinite."""
     worst = 0.0
     for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
-        error = float((a.detach().double() - b.detach().double()).norm() / b.detach().double().norm().clamp_min(1e-30))
+        error = float(_relative(a.detach(), b.detach()))
         worst = max(worst, error) if error == error else float("inf")
     return worst
+
+
+def _relative(a: Tensor, b: Tensor) -> Tensor:
+    """|a - b| / |b| in fp64, a piece at a time: fp64 copies of whole maps would not fit beside them."""
+    if a.dim() == 0:
+        a, b = a[None], b[None]
+    rows = max(1, PIECE // max(1, b[:1].numel()))
+    norms = [
+        torch.stack([(p.double() - q.double()).norm(), q.double().norm()])
+        for p, q in zip(a.split(rows), b.split(rows), strict=True)
+    ]
+    off, size = torch.stack(norms).norm(dim=0)
+    return off / size.clamp_min(1e-30)
 
 
 def disagreement(results: Mapping[str, object], exact: object, dtype: torch.dtype, baseline: str = "eager") -> str:
@@ -186,6 +201,28 @@ def disagreement(results: Mapping[str, object], exact: object, dtype: torch.dtyp
 def floats(result: object) -> list[Tensor]:
     """The tensors of a result, copied: the next call of a captured function overwrites them."""
     return [leaf.detach().clone() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+@contextmanager
+def isolated(log, device: torch.device, **names: object) -> Iterator[None]:
+    """What raises inside becomes a row of ``names`` and the error's first line.
+
+    Raises:
+        RuntimeError: the device itself failed, and every later call on it would: the stage's process has to end.
+    """
+    try:
+        yield
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        log.row(**names, error=f"{type(error).__name__}: {first}")
+    settle(device)
+
+
+def settle(device: torch.device) -> None:
+    """Give freed memory back, and wait: a fault that stays raises here, whatever was called when it happened."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def machine(device: torch.device) -> dict[str, str]:

@@ -56,17 +56,35 @@ class Problem:
 
     Attributes:
         baseline: the form that, run in fp32, is the exact result.
+        autocast: bf16 autocast on a GPU, entered outside the timed call: it then casts each weight once, as in a model.
         compiled: provider -> the form that ``torch.compile`` gets, on a GPU only: a CPU would need minutes.
-        inputs: names of the attributes that hold floating-point inputs.
+        inputs: names of the attributes that hold floating-point inputs; None where a mode has no use for one.
+        generator: of the inputs, on the device itself: a map of 1e9 elements takes a CPU seconds.
     """
 
     baseline = "eager"
+    autocast = False
     compiled: ClassVar[Mapping[str, str]] = {"compile": "eager"}
     inputs: tuple[str, ...] = ("x",)
 
     def __init__(self, mode: str, device: torch.device, *, grad: bool):
         self.mode, self.device, self.dtype = mode, device, harness.dtype_for(device)
         self.grad = grad
+        self.generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+        self._dy: Tensor | None = None
+
+    def draw(self, *size: int, last: bool = True) -> Tensor:
+        """Normal numbers on the device, in the problem's dtype; ``last``: a map in channels_last."""
+        layout = torch.channels_last if last and len(size) == 4 else torch.contiguous_format
+        empty = torch.empty(size, device=self.device, dtype=self.dtype, memory_format=layout)
+        return empty.normal_(generator=self.generator)
+
+    def gradient(self, y: Tensor) -> Tensor:
+        """The gradient at ``y``: drawn once, the same for every provider, in the dtype and the layout of its ``y``."""
+        last = y.dim() == 4 and y.is_contiguous(memory_format=torch.channels_last)
+        if self._dy is None:
+            self._dy = self.draw(*y.shape, last=last)
+        return self._dy.to(y.dtype, memory_format=torch.channels_last if last else torch.contiguous_format)
 
     @property
     def backward(self) -> bool:
@@ -89,7 +107,8 @@ class Problem:
     @contextmanager
     def context(self) -> Iterator[None]:
         """What holds around the timed calls."""
-        with torch.set_grad_enabled(self.grad):
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=self.autocast and self.device.type == "cuda")
+        with torch.set_grad_enabled(self.grad), autocast:
             yield
 
     def providers(self) -> dict[str, Callable]:
@@ -119,7 +138,7 @@ class Problem:
 
     def exact(self) -> list[Tensor]:
         """The baseline's result in fp32, without tf32."""
-        saved = {name: getattr(self, name) for name in self.inputs}
+        saved = {name: t for name in self.inputs if (t := getattr(self, name)) is not None}
         tf32, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
         try:
             for name, t in saved.items():

@@ -2,16 +2,19 @@
 
     {"ops": {"status": "ok", "tests": "passed", "machine": {...}, "rows": [...], "left_out": [...], "seconds": 61}, ...}
 
-Only one process writes at a time.
+Only one process writes at a time. Beside it lie what a run leaves besides: ``compilations.jsonl``, the rows of tests.
 """
 
 import hashlib
+import importlib.util
 import json
 import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+COMPILATIONS = "compilations.jsonl"  # a line for each kernel that a process of the run took from the cache or compiled
+TEST_STAGES = ("gpu-tests", "tests")
 
 
 def read(path: Path) -> dict[str, dict]:
@@ -50,18 +53,41 @@ def code_digest() -> str:
 
 
 def tests_state(stages: dict[str, dict]) -> str:
-    """How the GPU tests went on this very code: "passed", "failed", "not run". A time counts beside the first only."""
-    tests = stages.get("tests", {})
-    if tests.get("code") != code_digest() or tests.get("status") not in ("passed", "failed"):
-        return "not run"
-    return tests["status"]
+    """How the tests went on this very code: "passed", "failed", "not run". A time counts beside the first only."""
+    code = code_digest()
+    records = [stages.get(name, {}) for name in TEST_STAGES]
+    states = {one.get("status") if one.get("code") == code else "not run" for one in records}
+    return "failed" if "failed" in states else "passed" if states == {"passed"} else "not run"
+
+
+def append(path: Path, row: dict) -> None:
+    """One line at the end of a file that several processes may write."""
+    with path.open("a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def note_compilations(path: Path) -> None:
+    """From now on this process appends to ``path`` each kernel it takes from Triton's cache or compiles."""
+    if importlib.util.find_spec("triton") is None:
+        return
+    from fastseg.kernels.tools.precompile import note
+
+    note(path)
+
+
+def compilations(path: Path) -> str:
+    """What ``note_compilations`` wrote, in a line."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    missed = [row for row in rows if not row["hit"]]
+    seconds = sum(row["seconds"] for row in missed)
+    return f"{len(rows) - len(missed)} kernels from the cache, {len(missed)} compiled in {seconds:.0f} s"
 
 
 class Log:
-    """The record of one stage, written to the results file after every row."""
+    """The record of one stage, written to the results file after every row; ``tuned``: the folder of tuned tables."""
 
-    def __init__(self, path: Path, stage: str, seconds: float, machine: dict[str, str]):
-        self.path, self.stage = path, stage
+    def __init__(self, path: Path, stage: str, seconds: float, machine: dict[str, str], tuned: Path | None = None):
+        self.path, self.stage, self.tuned = path, stage, tuned or path.parent / "tuned"
         self.begin = time.monotonic()
         self.deadline = self.begin + seconds
         self.record = {
@@ -72,6 +98,7 @@ class Log:
             "rows": [],
             "left_out": [],
         }
+        self.errors = 0
         self.save()
 
     @property
@@ -84,6 +111,7 @@ class Log:
     def row(self, **values: object) -> None:
         """Add one measurement, and print it."""
         self.record["rows"].append(values)
+        self.errors += "error" in values
         shown = {
             k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items() if not isinstance(v, list | dict)
         }
@@ -94,6 +122,7 @@ class Log:
         self.record["seconds"] = round(time.monotonic() - self.begin, 1)
         write(self.path, self.stage, self.record)
 
-    def finish(self, status: str = "ok") -> None:
-        self.record["status"] = status
+    def finish(self, status: str = "") -> None:
+        """``status``: by default "ok", or how many rows are errors."""
+        self.record["status"] = status or (f"{self.errors} errors" if self.errors else "ok")
         self.save()

@@ -1,20 +1,17 @@
 """The stages of ``gpu.py``: each measures one thing in a process of its own and notes rows as it goes.
 
 A stage is ``f(log, device, tiny)``. It asks ``log.time_left()`` before each piece of work, the most valuable first, and
-names in ``log.left_out`` what there was no time for. ``tiny`` is the rehearsal: small shapes, any device.
+names in ``log.left_out`` what there was no time for. What raises becomes a row with an ``error``, and the stage goes
+on; it ends only where the device answers no more. ``tiny`` is the rehearsal: small shapes, any device.
 """
 
-import importlib.util
-import subprocess
-import sys
-import tempfile
 import time
-import xml.etree.ElementTree as ET
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
 from itertools import chain, zip_longest
-from pathlib import Path
 
 import bench_atrous
 import bench_batch_norm_act
@@ -28,15 +25,18 @@ import bench_upsample_bilinear
 import bench_upsample_concat
 import bench_upsample_concat_conv
 import bench_upsample_heads
+import gpu_tests
 import harness
-import record
 import torch
+import warm_cache
 import workloads
+from harness import isolated, settle
 from problem import Case, Problem
 from record import Log
 
 from fastseg.inference.graphs import captured
 from fastseg.measure.timing import interleaved
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.core.explain import explain
 
 OPS = (
@@ -52,7 +52,8 @@ OPS = (
     bench_inverted_residual,
     bench_conv_act,
 )
-GPU_TESTS = ("tests/ops", "tests/nn", "tests/models")
+AHEAD = 3  # cases whose candidates compile while another is timed
+Rows = list[tuple[object, Callable[[], object]]]  # of `watch.rows_of`
 
 
 def timed(fn: Callable[[], object], device: torch.device, **options) -> harness.Timing:
@@ -67,31 +68,38 @@ def timed(fn: Callable[[], object], device: torch.device, **options) -> harness.
 
 def env(log: Log, device: torch.device, tiny: bool) -> None:
     dtype = harness.dtype_for(device)
-    a = torch.randn(2**20 if tiny else 2**30, device=device).to(dtype)
-    b = torch.empty_like(a)
-    copied = 2 * a.numel() * a.element_size()
-    log.row(what="copy", **harness.summary(timed(partial(b.copy_, a), device), bytes_moved=copied))
-    del a, b
+    generator = torch.Generator(device).manual_seed(0)
+    draw = lambda *size: torch.empty(size, device=device, dtype=dtype).normal_(generator=generator)  # zeros run faster
+    with isolated(log, device, what="copy"):
+        a = draw(2**20 if tiny else 2**30)
+        b = torch.empty_like(a)
+        copied = 2 * a.numel() * a.element_size()
+        log.row(what="copy", **harness.summary(timed(partial(b.copy_, a), device), bytes_moved=copied))
+        del a, b
 
     n = 256 if tiny else 8192
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # random: zeros run faster
-    summary = harness.summary(timed(partial(torch.mm, a, b), device))
-    log.row(what=f"GEMM {n}^3", **summary, tflop_per_s=2 * n**3 / summary["median_us"] * 1e-6)
-    del a, b
+    with isolated(log, device, what=f"GEMM {n}^3"):
+        summary = harness.summary(timed(partial(torch.mm, draw(n, n), draw(n, n)), device))
+        log.row(what=f"GEMM {n}^3", **summary, tflop_per_s=2 * n**3 / summary["median_us"] * 1e-6)
 
-    for name, microseconds in _overheads(device).items():
-        log.row(what=name, median_us=microseconds)
+    with isolated(log, device, what="host and graph overheads"):
+        for name, microseconds in _overheads(device).items():
+            log.row(what=name, median_us=microseconds)
 
     for shape in workloads.SEPARABLE:
         if log.time_left() < 2:
             log.left_out.append(f"eager depthwise {shape.name}")
             continue
-        problem = bench.Problem(workloads.tiny(shape) if tiny else shape, "eval", device)
-        moved = (problem.shape.inputs + problem.shape.hidden) * problem.dtype.itemsize
-        with problem.context():
-            depthwise = partial(problem.fused.depthwise, problem.x)
-            row = harness.summary(timed(depthwise, device), bytes_moved=moved)
-        log.row(what="eager depthwise, channels_last", shape=shape.name, **row)
+        with isolated(log, device, what="eager depthwise, channels_last", shape=shape.name):
+            _depthwise(log, bench.Problem(workloads.tiny(shape) if tiny else shape, "eval", device), shape.name)
+
+
+def _depthwise(log: Log, problem: bench.Problem, name: str) -> None:
+    moved = (problem.shape.inputs + problem.shape.hidden) * problem.dtype.itemsize
+    with problem.context():
+        depthwise = partial(problem.fused.depthwise, problem.x)
+        row = harness.summary(timed(depthwise, problem.device), bytes_moved=moved)
+    log.row(what="eager depthwise, channels_last", shape=name, **row)
 
 
 def _overheads(device: torch.device, calls: int = 200) -> dict[str, float]:
@@ -127,48 +135,12 @@ def _overheads(device: torch.device, calls: int = 200) -> dict[str, float]:
     return out
 
 
-# tests: the kernels compiled for real. Times on red tests do not count.
+# gpu-tests, tests: the kernels compiled for real. Times on red tests do not count.
 
 
-def tests(log: Log, device: torch.device, tiny: bool) -> None:
-    workers = ["-n", "8"] if importlib.util.find_spec("xdist") and not tiny else []  # compiling takes most of the time
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        paths = ["tests/kernels/test_config.py"] if tiny else GPU_TESTS
-        command = [
-            sys.executable,
-            "-P",
-            "-m",
-            "pytest",
-            "-q",
-            *workers,
-            f"--junitxml={report}",
-            "-p",
-            "no:cacheprovider",
-        ]
-        try:
-            done = subprocess.run([*command, *paths], cwd=record.ROOT, timeout=max(log.time_left(), 1), check=False)
-        except subprocess.TimeoutExpired:
-            log.left_out.append("pytest was stopped: no time left; give the stage more with BUDGET=, STAGE=tests")
-            log.finish("cut off")
-            return
-        counts, failed = _junit(report)
-    log.row(what="pytest " + " ".join(paths), **counts, failures=failed, exit_status=done.returncode)
-    log.finish("passed" if done.returncode == 0 and counts.get("passed") else "failed")
-
-
-def _junit(report: Path) -> tuple[dict[str, int], list[str]]:
-    """Counts of passed, failed and skipped tests, and the names of those that failed."""
-    if not report.exists():
-        return {}, ["pytest wrote no report"]
-    counts, failed = {"passed": 0, "failed": 0, "skipped": 0}, []
-    for case in ET.parse(report).iter("testcase"):
-        kinds = {child.tag for child in case}
-        outcome = "failed" if kinds & {"failure", "error"} else "skipped" if "skipped" in kinds else "passed"
-        counts[outcome] += 1
-        if outcome == "failed":
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
-    return counts, failed
+def tests(log: Log, device: torch.device, tiny: bool, expression: str = "not gpu") -> None:
+    workers = 1 if tiny else gpu_tests.SIDE_BY_SIDE[expression]
+    gpu_tests.run(log, expression, gpu_tests.FOLDERS, workers, skips_pass=device.type != "cuda")
 
 
 # ops, ops-tuned: every op against its baselines.
@@ -184,62 +156,94 @@ def cases(tiny: bool, wanted: Callable[[Case], bool] = lambda case: True) -> lis
 
 
 def ops(log: Log, device: torch.device, tiny: bool) -> None:
-    plain = lambda name: "compile" not in name
-    _ops(log, device, tiny, plain)
-    if device.type == "cuda":
-        forms(log, device, tiny)
-        _ops(log, device, tiny, lambda name: not plain(name))  # minutes of compilation: after everything else
+    _ops(log, device, tiny, lambda name: "compile" not in name)
+
+
+def ops_compiled(log: Log, device: torch.device, tiny: bool) -> None:
+    if device.type == "cuda":  # a CPU would need minutes a case
+        _ops(log, device, tiny, lambda name: "compile" in name, seconds=20)
 
 
 def ops_tuned(log: Log, device: torch.device, tiny: bool) -> None:
+    from fastseg.kernels.runtime import config
+
+    config.USER = log.tuned  # asked before the shipped tables
+    config.forget_tables()
     _ops(log, device, tiny, lambda name: name.startswith("fastseg"))
 
 
-def _ops(log: Log, device: torch.device, tiny: bool, chosen: Callable[[str], bool]) -> None:
-    compiling = chosen("compile")
+def _ops(log: Log, device: torch.device, tiny: bool, chosen: Callable[[str], bool], seconds: float = 3) -> None:
     for case in cases(tiny):
-        names = {"op": case.op, "shape": case.shape, "N": case.N, "mode": case.mode}
-        if log.time_left() < (20 if compiling else 3) and not tiny:
-            log.left_out.append(f"{case.op} {case.shape} {case.mode}{', compiled' if compiling else ''}")
+        if log.time_left() < seconds and not tiny:
+            log.left_out.append(f"{case.op} {case.shape} {case.mode}")
             continue
-        problem = case.build(device)
-        with problem.context():
-            functions = problem.functions(*filter(chosen, problem.providers()))
-            wrong = problem.disagreement(functions)
-            for provider in filter(chosen, functions):
-                if wrong:
-                    log.row(**names, provider=provider, wrong=wrong)
-                    continue
+        with isolated(log, device, **_names(case)):
+            _op(log, device, case, chosen)
+
+
+def _names(case: Case) -> dict[str, object]:
+    return {"op": case.op, "shape": case.shape, "N": case.N, "mode": case.mode}
+
+
+def _op(log: Log, device: torch.device, case: Case, chosen: Callable[[str], bool]) -> None:
+    """The chosen providers of a case together; where one raises, those without a row again, each by itself."""
+    problem = case.build(device)
+    left = list(filter(chosen, problem.providers()))
+    try:
+        _providers(log, problem, case, left)
+    except Exception:
+        settle(device)
+        if len(left) < 2:
+            raise
+        for provider in list(left):
+            with isolated(log, device, **_names(case), provider=provider):
+                _providers(log, problem, case, [provider])
+
+
+def _providers(log: Log, problem: Problem, case: Case, left: list[str]) -> None:
+    """Time providers that compute the same; each that has its row is taken from ``left``."""
+    device = problem.device
+    with problem.context():
+        functions = problem.functions(*left)
+        wrong = problem.disagreement(functions)
+        for provider in list(left):
+            names = {**_names(case), "provider": provider}
+            if wrong:
+                log.row(**names, wrong=wrong)
+            elif provider in functions:
                 fn = functions[provider]
                 timing = timed(fn, device, **({"graph": not problem.backward} if device.type == "cuda" else {}))
                 summary = harness.summary(timing, bytes_moved=problem.bytes_moved, floor_s=case.floor_s(device))
                 log.row(
-                    **names, provider=provider, dtype=str(problem.dtype), **summary,
-                    peak_mib=harness.peak_mib(fn, device), configurations=_sources(provider, fn, device),
-                    path=_path(problem, provider), **problem.notes(provider),
+                    **names, dtype=str(problem.dtype), **summary, peak_mib=harness.peak_mib(fn, device),
+                    configurations=_sources(provider, fn, device), path=_path(problem, provider),
+                    **problem.notes(provider),
                 )  # fmt: skip
-        del problem, functions
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+            left.remove(provider)
 
 
 def forms(log: Log, device: torch.device, tiny: bool) -> None:
     """Both forms of the inference path, timed on every shape: what the cost model that chooses is judged by."""
-    for case in bench.cases("tiny" if tiny else "full"):
-        if case.mode != "eval":
-            continue
-        if log.time_left() < 3:
+    if device.type != "cuda" and not INTERPRETED:
+        return  # there, the op has one form
+    wanted = [case for case in bench.cases("tiny" if tiny else "full") if case.mode == "eval"]
+    for case in wanted[:1] if tiny else wanted:
+        if log.time_left() < 3 and not tiny:
             log.left_out.append(f"{case.shape} {case.mode} both forms")
             continue
-        problem = case.build(device)
-        for form in ("fused", "split"):
-            with problem.context(), bench.forced(form):
-                fn = problem.function(problem.fused)
-                summary = harness.summary(
-                    timed(fn, device), bytes_moved=problem.bytes_moved, floor_s=case.floor_s(device)
-                )
-                names = {"op": case.op, "shape": case.shape, "N": case.N, "mode": case.mode}
-                log.row(**names, provider=f"fastseg, {form}", **summary)
+        with isolated(log, device, **_names(case)):
+            problem = case.build(device)
+            for form in ("fused", "split"):
+                with isolated(log, device, **_names(case), provider=f"fastseg, {form}"):
+                    _form(log, problem, case, form)
+
+
+def _form(log: Log, problem: bench.Problem, case: Case, form: str) -> None:
+    with problem.context(), bench.forced(form):
+        fn = problem.function(problem.fused)
+        timing = timed(fn, problem.device)
+        summary = harness.summary(timing, bytes_moved=problem.bytes_moved, floor_s=case.floor_s(problem.device))
+        log.row(**_names(case), provider=f"fastseg, {form}", **summary)
 
 
 def _sources(provider: str, fn: Callable[[], object], device: torch.device) -> list[str]:
@@ -259,13 +263,17 @@ def _path(problem: Problem, provider: str) -> str:
 
 
 def tune(log: Log, device: torch.device, tiny: bool) -> None:
+    from triton.runtime import driver
+
     from fastseg.kernels.runtime import config
     from fastseg.kernels.tools import tune as search
     from fastseg.kernels.tools import watch as observe
+    from fastseg.kernels.tools.precompile import Compiler
 
     name = config.gpu_name(device.index) if device.type == "cuda" else "cpu"
-    path = (log.path.parent / "tuned" if tiny else config.SHIPPED) / f"{name}.json"
+    path = log.tuned / f"{name}.json"
     options = {} if device.type == "cuda" else {"timer": search.wall_us}
+    compiler = Compiler(driver.active.get_current_target()) if device.type == "cuda" else None
 
     def note(row: observe.Row, trials: list[search.Trial]) -> None:
         chosen = search.best(trials)
@@ -276,19 +284,54 @@ def tune(log: Log, device: torch.device, tiny: bool) -> None:
             best=chosen and chosen.values, rejected=[f"{t.values}: {t.note}" for t in trials if t.note],
         )  # fmt: skip
 
+    def tune_rows(rows: Rows, compiling: Sequence[Future]) -> None:
+        wait(compiling, timeout=max(log.time_left(), 0))
+        for row, call in rows:
+            with isolated(log, device, row=str(row)):
+                log.left_out.extend(map(str, search.tune([(row, call)], note, seconds=log.time_left(), **options)))
+
     seen: set[observe.Row] = set()
     wanted = cases(tiny, lambda case: case.mode == "eval" if tiny else case.mode != "train-forward")
-    for case in wanted[:2] if tiny else wanted:  # interpreted, each takes many seconds
-        if log.time_left() < 3 and not tiny:
-            log.left_out.append(f"{case.op} {case.shape} {case.mode}")
-            continue
-        problem = case.build(device)
-        with problem.context():
-            calls = observe.op_calls(lambda p=problem: p.functions("fastseg")["fastseg"]())
-        rows = [(row, call) for row, call in observe.rows_of(calls) if row not in seen]
-        seen.update(row for row, _ in rows)
-        left = search.tune(rows, note, seconds=log.time_left(), **options)
-        log.left_out.extend(str(row) for row in left)
+    ahead: deque[tuple[Rows, list[Future]]] = deque()  # while one case is timed, the next ones' candidates compile
+    try:
+        for case in wanted[:2] if tiny else wanted:  # interpreted, each takes many seconds
+            if log.time_left() < 3 and not tiny:
+                log.left_out.append(f"{case.op} {case.shape} {case.mode}")
+                continue
+            with isolated(log, device, **_names(case)):
+                rows = [(row, call) for row, call in _rows(case, device) if row not in seen]
+                seen.update(row for row, _ in rows)
+                ahead.append((rows, _candidates(compiler, rows)))
+            if len(ahead) > AHEAD:
+                tune_rows(*ahead.popleft())
+        while ahead:
+            tune_rows(*ahead.popleft())
+    finally:
+        if compiler is not None:
+            compiler.close()
+
+
+def _rows(case: Case, device: torch.device) -> Rows:
+    from fastseg.kernels.tools import watch
+
+    problem = case.build(device)
+    with problem.context():
+        return watch.rows_of(watch.op_calls(lambda: problem.functions("fastseg")["fastseg"]()))
+
+
+def _candidates(compiler, rows: Rows) -> list[Future]:
+    """Have every candidate of the rows compiled, all at once."""
+    from fastseg.kernels.runtime import config
+    from fastseg.kernels.tools.precompile import signature
+    from fastseg.kernels.tools.watch import planned
+
+    futures = []
+    for row, call in rows if compiler is not None else ():
+        for values in config.candidates_of(row.kernel, row.size, **dict(row.key)):
+            with config.override(row.kernel, **values):
+                launches = planned(call, row)
+            futures += [compiler.submit(signature(kernel, args, kwargs)) for kernel, _, args, kwargs in launches]
+    return futures
 
 
 # models: latency, throughput, peak memory, kernels per forward; training steps and what they keep.
@@ -304,7 +347,8 @@ def models(log: Log, device: torch.device, tiny: bool) -> None:
                     log.left_out.append(f"{bench_models.label(shape)} {mode} {'/'.join(providers)}")
                     continue
                 shape = replace(shape, H=64, W=64, N=min(shape.N, 2)) if tiny else shape
-                _model(log, bench_models.Problem(shape, device, mode), providers)
+                with isolated(log, device, shape=bench_models.label(shape), mode=mode, provider="/".join(providers)):
+                    _model(log, bench_models.Problem(shape, device, mode), providers)
 
 
 def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) -> None:
@@ -334,5 +378,6 @@ def _model(log: Log, problem: bench_models.Problem, providers: tuple[str, ...]) 
 
 
 STAGES: dict[str, Callable[[Log, torch.device, bool], None]] = {
-    "env": env, "tests": tests, "ops": ops, "tune": tune, "ops-tuned": ops_tuned, "models": models,
+    "compile": warm_cache.stage, "gpu-tests": partial(tests, expression="gpu"), "env": env, "forms": forms,
+    "tests": tests, "ops": ops, "tune": tune, "ops-tuned": ops_tuned, "models": models, "ops-compiled": ops_compiled,
 }  # fmt: skip

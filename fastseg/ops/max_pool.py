@@ -130,7 +130,7 @@ def max_pool_ref(
         input = input.resolve_neg()  # torch's max_pool1d without gradients reads the values that are to be negated
     if geometry is not None:
         kernel_size, stride, padding, dilation = geometry[2:]
-    if not return_indices or index_format == "int64":
+    if geometry is None or not return_indices or index_format == "int64":
         return POOL[dims](input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     y, index = pool_in_windows(dims, input, kernel_size, stride, padding, dilation, ceil_mode)
     batched = index if input.dim() == dims + 2 else index[None]

@@ -154,8 +154,12 @@ def search(
                     trials.append(Trial(values, timer(rows[row])))
                 else:
                     trials.append(Trial(values, None, f"wrong: {error:.3g} times the distance allowed"))
-        except TritonError as error:  # a compiler's refusal or too much shared memory; a CUDA fault goes up
-            trials.append(Trial(values, None, f"{type(error).__name__}: {str(error).strip().splitlines()[-1]}"))
+        except (TritonError, RuntimeError) as error:  # a refusal, MLIR's too, or too much shared memory
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()  # a fault of the device stays, and goes up
+            trials.append(
+                Trial(values, None, f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}")
+            )
     return trials
 
 

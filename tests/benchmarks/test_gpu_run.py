@@ -1,21 +1,24 @@
-"""The benchmark harness itself: timing, the stages of gpu.py, results that survive a crash, tables and plots."""
+"""The benchmark harness itself: timing, the stages of gpu.py, results that survive a crash."""
 
 import json
-import re
+import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import bench_pooling
 import bench_separable_conv as bench
 import gpu
+import gpu_tests
 import harness
-import plot
 import pytest
 import record
 import stages as op_modules
-import tables
 import torch
 import workloads
+from problem import Case
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseg.kernels.runtime.launch import intercept, run
 
@@ -172,10 +175,10 @@ def _gpu(*arguments: str) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("stage", ["env", "ops", "tune"])
 def test_rehearsal(stage, tmp_path):
-    path = tmp_path / "cpu.json"
-    done = _gpu("--stage", stage, "--results", str(path), "--budget", "220")
+    done = _gpu("--stage", stage, "--results", str(tmp_path), "--budget", "220")
     assert done.returncode == 0, done.stdout + done.stderr
-    stages = record.read(path)
+    assert done.stdout.count("median_us") == (tmp_path / "run.log").read_text().count("median_us")
+    stages = record.read(tmp_path / "cpu.json")
     assert list(stages) == [stage]
     assert stages[stage]["status"] == "ok"
     assert stages[stage]["tests"] == "not run"
@@ -198,18 +201,18 @@ def test_rehearsal(stage, tmp_path):
         assert {"copy", "eager op, host"} <= {row["what"] for row in rows}
 
 
-def _run_with(monkeypatch, tmp_path, workers):
+def _run_with(monkeypatch, tmp_path, workers, seconds=100):
     """`drive` with stages that are snippets of Python in place of the real workers."""
     path = tmp_path / "fake.json"
     script = tmp_path / "worker.py"
     head = f"import sys; sys.path.insert(0, {str(record.ROOT / 'benchmarks')!r})\n"
     head += "from pathlib import Path\nimport record\n"
-    body = "stage, path = sys.argv[sys.argv.index('--stage') + 1], Path(sys.argv[sys.argv.index('--results') + 1])\n"
+    body = "stage, path = sys.argv[sys.argv.index('--stage') + 1], Path(sys.argv[sys.argv.index('--record') + 1])\n"
     log = "log = record.Log(path, stage, 100, {})\nlog.row(value=1)\n"
     script.write_text(head + body + log + f"exec({workers!r}[stage])\n")
     monkeypatch.setattr(gpu, "__file__", str(script))
     monkeypatch.setattr(gpu, "SHARES", dict.fromkeys(workers, 1.0))
-    return path, gpu.drive(list(workers), path, 100, rehearse=False)
+    return path, gpu.drive(list(workers), path, tmp_path / "tuned", seconds, rehearse=True)
 
 
 def test_a_stage_that_dies_takes_no_other_with_it(monkeypatch, tmp_path):
@@ -230,136 +233,146 @@ def test_a_stage_that_dies_takes_no_other_with_it(monkeypatch, tmp_path):
         "ok",
     ]
     assert [file.name for file in tmp_path.glob("fake*")] == ["fake.json"]
+    assert (tmp_path / "run.log").read_text().count("value=1\n") == 4
+    assert "RuntimeError: boom" in (tmp_path / "run.log").read_text()
 
 
-def test_a_stage_that_hangs_is_cut_off_and_keeps_its_rows(tmp_path, monkeypatch):
-    def hang(command, env, timeout, check):
-        path, stage = (command[command.index(option) + 1] for option in ("--results", "--stage"))
-        record.write(record.Path(path), stage, {"status": "running", "rows": [{"value": 1}]})
-        raise subprocess.TimeoutExpired(command, timeout)
+def test_a_stage_that_hangs_is_killed_with_what_it_started_and_keeps_its_rows(tmp_path, monkeypatch):
+    child = tmp_path / "child"
+    hang = "import subprocess; p = subprocess.Popen(['sleep', '60']); "
+    hang += f"Path({str(child)!r}).write_text(str(p.pid)); p.wait()"
+    monkeypatch.setattr(gpu, "GRACE", 1)
+    path, status = _run_with(monkeypatch, tmp_path, {"ops": hang}, seconds=8)
+    assert status == 1
+    found = record.read(path)["ops"]
+    assert (found["status"], found["rows"]) == ("cut off", [{"value": 1}])
+    with pytest.raises(ProcessLookupError):
+        _wait_for_the_end_of(int(child.read_text()))
 
-    monkeypatch.setattr(gpu.subprocess, "run", hang)
-    path = tmp_path / "fake.json"
-    assert gpu.run_stage("ops", path, 60, rehearse=False) == "cut off"
-    assert record.read(path)["ops"] | {"seconds": 0} == {"status": "cut off", "rows": [{"value": 1}], "seconds": 0}
+
+def _wait_for_the_end_of(process: int) -> None:
+    for _ in range(50):
+        os.kill(process, 0)
+        if Path(f"/proc/{process}/stat").read_text().split()[2] == "Z":
+            raise ProcessLookupError
+        time.sleep(0.05)
+
+
+def test_a_case_that_raises_is_a_row(tmp_path):
+    log = record.Log(tmp_path / "x.json", "ops", 100, {})
+    for error in (RuntimeError("PassManager::run failed\nat line 2"), torch.OutOfMemoryError("CUDA out of memory")):
+        with harness.isolated(log, CPU, op="a", mode="b"):
+            raise error
+    log.finish()
+    first = {"op": "a", "mode": "b", "error": "RuntimeError: PassManager::run failed"}
+    assert record.read(log.path)["ops"]["rows"] == [first, {**first, "error": "OutOfMemoryError: CUDA out of memory"}]
+    assert record.read(log.path)["ops"]["status"] == "2 errors"
+
+
+def test_a_device_that_answers_no_more_ends_the_stage(tmp_path, monkeypatch):
+    def gone(device):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", gone)
+    log = record.Log(tmp_path / "x.json", "ops", 100, {})
+    with pytest.raises(RuntimeError, match="illegal"), harness.isolated(log, torch.device("cuda"), op="a"):
+        raise ValueError("first")
+    assert record.read(log.path)["ops"]["rows"] == [{"op": "a", "error": "ValueError: first"}]
+
+
+def test_one_provider_that_raises_costs_no_other_its_row(tmp_path, monkeypatch):
+    problem = bench.Problem(workloads.tiny(workloads.SEPARABLE[0]), "eval", CPU)
+
+    def broken(x):
+        raise RuntimeError("no engine")
+
+    forms = {**problem.forms(), "broken": broken}
+    monkeypatch.setattr(problem, "forms", lambda: dict(forms))
+    case = Case("op", "shape", 1, "eval", lambda device: problem)
+    log = record.Log(tmp_path / "x.json", "ops", 100, {})
+    op_modules._op(log, CPU, case, lambda name: True)
+    got = {row["provider"]: row.get("error", "timed") for row in log.record["rows"]}
+    assert got == {"fastseg": "timed", "eager": "timed", "broken": "RuntimeError: no engine"}
+
+
+TESTS = """
+import time, pytest
+def test_good(): pass
+def test_bad(): assert 1 + 1 == 3
+@pytest.mark.skip
+def test_skipped(): pass
+def test_long(): time.sleep(SECONDS)
+"""
+
+
+@pytest.mark.parametrize("seconds, status", [(0, "failed"), (60, "failed")])
+def test_outcomes_are_written_as_they_come(seconds, status, tmp_path, monkeypatch):
+    (tmp_path / "test_x.py").write_text(TESTS.replace("SECONDS", str(seconds)))
+    monkeypatch.setattr(gpu_tests, "STOP", 2)
+    log = record.Log(tmp_path / "results" / "x.json", "tests", 12, {})
+    gpu_tests.run(log, "not gpu", [str(tmp_path / "test_x.py")], workers=1)
+    (row,) = log.record["rows"]
+    assert (row["passed"], row["failed"], row["skipped"]) == (1 if seconds else 2, 1, 1)
+    assert [line.partition("::")[2] for line in row["failures"]] == ["test_bad: assert (1 + 1) == 3"]
+    assert log.record["status"] == status
+    assert bool(log.left_out) == bool(seconds)
+    assert len((tmp_path / "results" / "tests.jsonl").read_text().splitlines()) == (3 if seconds else 4)
+    assert "test_bad" in (tmp_path / "results" / "tests.xml").read_text()
+
+
+def test_inputs_are_drawn_in_their_dtype_and_only_where_they_are_used(monkeypatch):
+    """What a map of 1e9 elements costs: no draw in another dtype, no copy, no gradient for a forward."""
+    drawn = []
+
+    class Draws(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func._schema.name in ("aten::normal_", "aten::randn", "aten::rand", "aten::uniform_", "aten::randint"):
+                drawn.append(out)
+            return out
+
+    monkeypatch.setattr(harness, "dtype_for", lambda device: torch.bfloat16)
+    for module in op_modules.OPS:
+        for case in {case.mode: case for case in reversed(module.cases("tiny"))}.values():
+            drawn.clear()
+            with Draws():
+                problem = case.build(CPU)
+            maps = [t for t in drawn if t.dim() == 4 and t.dtype.is_floating_point and t.shape[0] == problem.shape.N]
+            assert all(t.dtype == torch.bfloat16 for t in maps), (case.op, case.mode)
+            assert len({t.data_ptr() for t in maps}) == len(maps) <= 2, (case.op, case.mode)
+            assert problem._dy is None, (case.op, case.mode)
 
 
 def test_the_budget_ends_the_run(monkeypatch, tmp_path):
     begun = []
     clock = iter(range(0, 10_000, 60))
     monkeypatch.setattr(gpu.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(gpu, "run_stage", lambda stage, path, seconds, rehearse: begun.append((stage, seconds)) or "ok")
-    assert gpu.drive(["env", "tests", "ops", "tune"], tmp_path / "x.json", 200, rehearse=False) == 1
-    assert begun == [("env", 0.08 * 200), ("tests", 80.0), ("ops", 20)]
+    monkeypatch.setattr(
+        gpu, "run_stage", lambda stage, path, tuned, seconds, rehearse: begun.append((stage, seconds)) or "ok"
+    )
+    assert gpu.drive(["gpu-tests", "tests", "ops", "tune"], tmp_path / "x.json", tmp_path, 200, False) == 1
+    assert begun == [("gpu-tests", 40.0), ("tests", 60.0), ("ops", 20)]
 
 
 def test_red_tests_follow_the_times(tmp_path):
     path = tmp_path / "x.json"
+    record.write(path, "gpu-tests", {"status": "passed", "code": record.code_digest()})
     for status in ("failed", "passed"):
         record.write(path, "tests", {"status": status, "code": record.code_digest()})
         assert record.Log(path, "ops", 1, {}).record["tests"] == status
-    record.write(path, "tests", {"status": "passed", "code": "of another day"})
-    assert record.Log(path, "ops", 1, {}).record["tests"] == "not run"
-    record.write(path, "tests", {"status": "cut off", "code": record.code_digest()})
-    assert record.Log(path, "ops", 1, {}).record["tests"] == "not run"
+    for name in record.TEST_STAGES:
+        for change in ({"code": "of another day"}, {"status": "cut off"}):
+            green = {"status": "passed", "code": record.code_digest()}
+            record.write(path, name, green | change)
+            assert record.Log(path, "ops", 1, {}).record["tests"] == "not run"
+            record.write(path, name, green)
+    record.write(path, "gpu-tests", {"status": "failed", "code": record.code_digest()})
+    assert record.Log(path, "ops", 1, {}).record["tests"] == "failed"
 
 
 def test_a_broken_results_file_is_not_overwritten(tmp_path, capsys):
-    path = tmp_path / "x.json"
+    path = tmp_path / "cpu.json"
     path.write_text('{"ops": ')
-    assert gpu.main(["--rehearse", "--stage", "env", "--results", str(path)]) == 2
+    assert gpu.main(["--rehearse", "--stage", "env", "--results", str(tmp_path)]) == 2
     assert "move it away" in capsys.readouterr().err
     assert path.read_text() == '{"ops": '
-
-
-# Tables and plots.
-
-
-def _stages(tests: str = "passed") -> dict:
-    row = {"op": "separable_conv", "shape": "decoder", "mode": "eval", "median_us": 100.0}
-    ops = [row | {"provider": "fastseg"}, row | {"provider": "eager", "median_us": 600.0}]
-    ops += [row | {"provider": "compile", "wrong": "compile is 5.0 from fp32"}]
-    return {
-        "ops": {"tests": tests, "rows": ops},
-        "ops-tuned": {"tests": tests, "rows": [row | {"provider": "fastseg", "median_us": 80.0}]},
-    }
-
-
-def _cells(text: str, shape: str) -> list[str]:
-    (line,) = [line for line in text.splitlines() if line.startswith(f"| {shape} ")]
-    return [cell.strip() for cell in line.strip("|").split("|")][2:]
-
-
-def test_a_table_shows_what_was_measured():
-    text = tables.separable_eval("NVIDIA_H200", _stages())
-    assert _cells(text, "decoder") == ["600", "-", "80.0", "7.50x", "", "85%"]
-    assert "xception_middle" not in text
-    floors = tables.separable_eval("", {})
-    assert "xception_middle" in floors
-    assert "vs eager" not in floors
-
-
-@pytest.mark.parametrize("tests", ["failed", "not run"])
-def test_a_time_on_red_tests_is_no_time(tests):
-    assert tables.separable_eval("NVIDIA_H200", _stages(tests)) == ""
-
-
-def test_a_training_step_is_forward_and_backward():
-    times = {("s", "train-forward", "eager"): 1.0, ("s", "train-backward", "eager"): 2.0}
-    assert tables.step_time(times, "s", "eager") == 3.0
-    assert tables.step_time({("s", "train-forward", "eager"): 1.0}, "s", "eager") is None
-
-
-def test_figures_fill_the_pages(tmp_path, capsys):
-    first, second = "<!-- table:separable-eval -->\nold\n<!-- end -->", "<!-- table:models -->\n<!-- end -->"
-    floors, measured = tmp_path / "roofline.md", tmp_path / "results.md"
-    for page in (floors, measured):
-        page.write_text(f"# Title\n{first}\nbetween\n{second}\nlast\n")
-    arguments = ["--docs", str(tmp_path), "--results", str(tmp_path)]
-    assert plot.main(arguments) == 0
-    once = floors.read_text()
-    assert once.startswith("# Title\n<!-- table:separable-eval -->\n| shape |")
-    assert "old" not in once
-    assert "\n<!-- end -->\nbetween\n" in once
-    assert once.endswith("<!-- end -->\nlast\n")
-    empty = f"# Title\n{first}\nbetween\n{second}\nlast\n".replace("old\n", "")
-    assert measured.read_text() == empty
-    assert plot.main(arguments) == 0
-    assert floors.read_text() == once
-    assert not (tmp_path / "figures").exists()
-
-    record.write(tmp_path / "NVIDIA_H200.json", "ops", _stages()["ops"])
-    assert plot.main(arguments) == 0
-    assert floors.read_text() == once
-    text = measured.read_text()
-    assert "**NVIDIA H200**" in text
-    assert _cells(text, "decoder")[0] == "600"
-    assert "xception_middle" not in text
-    (link,) = re.findall(r"\n\n!\[.*\]\((.*)\)\n<!-- end -->\nbetween", text)
-    assert text.count("![") == 1  # no model was measured
-    assert [file.name for file in (tmp_path / "figures").iterdir()] == ["separable-eval-NVIDIA_H200.png"]
-    assert (tmp_path / link).read_bytes().startswith(b"\x89PNG")
-
-    record.write(tmp_path / "NVIDIA_H200.json", "ops", _stages("failed")["ops"])
-    assert plot.main(arguments) == 0
-    assert measured.read_text() == empty
-
-
-@pytest.mark.parametrize(
-    "text", ["<!-- table:nothing -->\n<!-- end -->", "<!-- table:models -->\n<!-- table:machine -->\n<!-- end -->"]
-)
-def test_a_bad_mark_leaves_the_pages_alone(tmp_path, text, capsys):
-    for name in ("roofline.md", "results.md"):
-        (tmp_path / name).write_text(text)
-    assert plot.main(["--docs", str(tmp_path), "--results", str(tmp_path)]) == 2
-    assert (tmp_path / "roofline.md").read_text() == text
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_the_pages_are_fresh():
-    """docs/roofline.md and docs/results.md hold what ``make figures`` writes."""
-    results = tables.all_results()
-    for name, shown in (("roofline.md", None), ("results.md", results)):
-        text = (record.ROOT / "docs" / name).read_text()
-        if shown is None or not shown:  # plots' links depend on what was drawn
-            assert plot.fill(text, shown, {}) == text, f"docs/{name}: run `make figures`"

@@ -124,11 +124,21 @@ def test_a_store_left_out_shows_where_freed_memory_held_the_right_value(x, monke
 
 def test_an_implausible_candidate_is_never_launched(x, monkeypatch):
     launched = []
-    run = run_kernel
-    monkeypatch.setattr(config, "run", lambda *launch: (launched.append(launch[3]["BLOCK"]), run(*launch)))
+    monkeypatch.setattr(observe, "run", lambda *launch: (launched.append(launch[3]["BLOCK"]), run_kernel(*launch)))
     _trials(x, implausible=_spills)
     assert 64 in launched
     assert 256 not in launched
+
+
+def test_a_compiler_that_fails_in_its_own_way_costs_one_candidate(x):
+    def fails(launches):
+        if launches[0].kwargs["BLOCK"] == 64:
+            raise RuntimeError("PassManager::run failed\n")  # MLIR's, no TritonError
+        return ""
+
+    trials = {trial.values["BLOCK"]: trial for trial in _trials(x, implausible=fails)}
+    assert (trials[64].us, trials[64].note) == (None, "RuntimeError: PassManager::run failed")
+    assert trials[16].us == 10.0
 
 
 def test_a_difference_within_noise_keeps_the_heuristic():
