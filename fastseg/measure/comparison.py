@@ -46,10 +46,10 @@ def op_cases(device: torch.device, dtype: torch.dtype, side_divisor: int = 1) ->
         module = SeparableConv2d(channels, out_channels, dilation=dilation, mid_norm=True, mid_act="relu")
         module = module.to(device, dtype, memory_format=torch.channels_last).eval()
         shape = f"{channels}->{out_channels}, {side}x{side}" + f", dilation {dilation}" * (dilation > 1)
-        x = _image(channels, side, device, dtype)
+        x = random_image(channels, side, device, dtype)
         cases.append(module_case("separable_conv2d", shape, module, eager_form(module), x))
     side = 128 // side_divisor
-    logits = _image(21, side, device, dtype)
+    logits = random_image(21, side, device, dtype)
     target = torch.zeros(1, 4 * side, 4 * side, dtype=torch.long, device=device)
     argmax, loss = UpsampleArgmax(scale_factor=4), UpsampleCrossEntropyLoss()
     resize = lambda: F.interpolate(logits, scale_factor=4, mode="bilinear")
@@ -65,7 +65,7 @@ def model_case(name: str, model: nn.Module, side: int, device: torch.device, dty
     """Class map of one image, ``side`` pixels square: ``predict`` against ``forward`` and argmax in plain PyTorch."""
     model = copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last).eval()
     plain = eager_form(model)
-    x = _image(3, side, device, dtype)
+    x = random_image(3, side, device, dtype)
     return Case(name, f"3x{side}x{side}", lambda: model.predict(x), lambda: plain(x).argmax(1))
 
 
@@ -127,6 +127,6 @@ def table(results: list[Result]) -> str:
     return "\n".join("  ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True)) for row in rows)
 
 
-def _image(channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_image(channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
     return x.to(device, dtype, memory_format=torch.channels_last)

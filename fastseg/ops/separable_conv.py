@@ -20,7 +20,7 @@ from fastseg.ops.core.norm import (
 )
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.registered.fold_norm import fold_norm
-from fastseg.ops.registered.separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
+from fastseg.ops.registered.separable_conv import TENSORS, Call, SeparableConv2dFunction, compose, eval_op, train_op
 
 if HAS_TRITON:
     from fastseg.kernels.runtime.conv_sizes import Geometry
@@ -110,7 +110,7 @@ def separable_conv2d(
             return eval_op(*call._replace(out_act=out_act or "none"))
         return activate(eval_op(*call), out_act, inplace=True)
     if needs_grad(*call[:TENSORS]):
-        y, mid_stats, post_stats = _SeparableConv2d.apply(*call)
+        y, mid_stats, post_stats = SeparableConv2dFunction.apply(*call)
     else:
         y, _, mid_stats, post_stats = train_op(*call)
     update_running(mid_norm, mid_stats)

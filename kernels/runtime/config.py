@@ -19,7 +19,7 @@ import torch
 import triton
 
 
-def _home() -> Path:
+def home() -> Path:
     """The user's folder; where a container gives the user none, one in which nothing is and nothing can be made."""
     try:
         return Path.home()
@@ -28,7 +28,7 @@ def _home() -> Path:
 
 
 SHIPPED = Path(__file__).parents[1] / "tuned"
-USER = _home() / ".cache" / "fastseg" / "tuned"
+USER = home() / ".cache" / "fastseg" / "tuned"
 
 POWERS = ("BLOCK", "LANES", "num_warps")  # beginnings of names: what a kernel's ranges are made of
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}

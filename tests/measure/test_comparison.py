@@ -86,6 +86,6 @@ def test_model_case_gives_class_maps(name):
     case = comparison.model_case("model", model, 33, torch.device("cpu"), torch.float32)
     with torch.no_grad(), fastseg.reference():
         labels = getattr(case, name)()
-        x = comparison._image(3, 33, torch.device("cpu"), torch.float32)
+        x = comparison.random_image(3, 33, torch.device("cpu"), torch.float32)
         want = model.eval()(x).argmax(1)
     assert (labels.long() == want).float().mean() > 0.99

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, has_tangent
-from fastseg.ops.core.torch_private import _is_bare
+from fastseg.ops.core.torch_private import is_bare
 
 NAMESPACE = "fastseg"
 DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
@@ -43,7 +43,7 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
 
     @functools.wraps(launch)
     def call(*args):
-        if torch.compiler.is_dynamo_compiling() or not _is_bare(args):
+        if torch.compiler.is_dynamo_compiling() or not is_bare(args):
             return plain(*args) if _have_tangents(args) else op(*args)
         return direct[args[0].device.type](*args)
 

@@ -26,7 +26,7 @@ _TENSOR = {
 }
 
 
-def _is_bare(args: Iterable) -> bool:
+def is_bare(args: Iterable) -> bool:
     """Whether the dispatcher would pass a call on to the implementation as it is, which takes it 4 to 10 us.
 
     It would not where something stands between them: a mode, a tracer, a function transform, forward-mode AD, a
@@ -46,7 +46,7 @@ def _is_bare(args: Iterable) -> bool:
             if (grad and arg.requires_grad) or keys_of(arg).raw_repr() not in _TENSOR:
                 return False
         elif kind is list or kind is tuple:
-            if arg and type(arg[0]) is not int and not _is_bare(arg):
+            if arg and type(arg[0]) is not int and not is_bare(arg):
                 return False
         elif isinstance(arg, Tensor):
             return False

@@ -64,7 +64,7 @@ def _mean(sum_: Tensor, total: Tensor, a: Call) -> Tensor:
 # --- with kernels
 
 
-def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
+def launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     a = Call(*args)
     if unsupported(a.logits, *a.target.shape[1:]):
         return _plain_fwd(*args)
@@ -84,7 +84,7 @@ def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     return loss, x.new_empty(0, dtype=a.sums) if lse is None else lse, sums[1].clone()
 
 
-def _launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
+def launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     a = Call(*args)
     if unsupported(a.logits, *a.target.shape[1:]):
         return _plain_bwd(dloss, lse, total, *args)
@@ -157,10 +157,10 @@ def _fake_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     return new_map(Call(*args).logits, Call(*args).logits.shape)
 
 
-fwd_op = register(f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", _launch_fwd, _plain_fwd, _fake_fwd)
+fwd_op = register(f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd)
 bwd_op = register(
     f"upsample_cross_entropy_bwd(Tensor dloss, Tensor lse, Tensor total, {_SCHEMA}) -> Tensor",
-    _launch_bwd,
+    launch_bwd,
     _plain_bwd,
     _fake_bwd,
 )
