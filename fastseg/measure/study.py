@@ -10,8 +10,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastseg.io.files import first_line
@@ -19,6 +17,7 @@ from fastseg.measure.comparison import eager_form
 from fastseg.measure.paths import CL, PATHS, Built, Unavailable
 from fastseg.measure.timing import interleaved
 from fastseg.models import create
+from fastseg.ops.core.torch_private import TorchDispatchMode, tree_leaves
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

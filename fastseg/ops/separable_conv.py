@@ -19,6 +19,7 @@ from fastseg.ops.core.norm import (
     update_running,
 )
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.torch_private import transforms_active
 from fastseg.ops.registered.fold_norm import fold_norm
 from fastseg.ops.registered.separable_conv import TENSORS, Call, SeparableConv2dFunction, compose, eval_op, train_op
 
@@ -153,7 +154,7 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
     """Weight, bias and norm of the pair: folded, where the norm is fixed."""
     if norm is None or norm.training:
         return weight, bias, norm
-    transformed = torch._C._are_functorch_transforms_active()  # vmap cannot be asked for channels_last
+    transformed = transforms_active()  # vmap cannot be asked for channels_last
     last = not transformed and weight.is_contiguous(memory_format=torch.channels_last)
     fold = lambda: fold_norm(weight, bias, *norm[:4], norm.eps, weight.dtype, last)
     made = made_once((weight, bias, *norm[:4]), ("folded", norm.eps, last), fold)

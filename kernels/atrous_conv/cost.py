@@ -16,11 +16,9 @@ from typing import NamedTuple
 import torch
 
 from fastseg.kernels.atrous_conv.regions import Branch, dense, executed, forward_regions
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM, OWN_LANES
+from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, MULTIPROCESSORS, OWN_GEMM, OWN_LANES
 from fastseg.kernels.runtime.config import candidates, heuristic
 from fastseg.kernels.runtime.sizes import next_power_of_2
-
-MULTIPROCESSORS = 132  # of an H200, whose ceilings the model takes
 
 
 class Plan(NamedTuple):

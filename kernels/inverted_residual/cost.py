@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 
 from fastseg.kernels.dense_conv.pointwise import plan as plan_pointwise
-from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, OWN_GEMM
+from fastseg.kernels.runtime.ceilings import BANDWIDTH, DOT, LANES, LAUNCH, MULTIPROCESSORS, OWN_GEMM
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.sizes import next_power_of_2
 from fastseg.kernels.separable_conv.cost import plan as plan_pair
@@ -32,7 +32,6 @@ from fastseg.kernels.separable_conv.cost import plan as plan_pair
 E_OPS, U_OPS = 7, 17
 ROWS = 64  # of a tile
 WIDEST = 128  # channels of x that one block of the kernel takes
-SMS = 132
 ALONE = 0.5  # of a multiprocessor's rate: what one block with nothing beside it reaches. An estimate
 
 
@@ -43,7 +42,7 @@ def positions(group: int, stride: int) -> float:
 
 def spread(tiles: float) -> float:
     """How much longer ``tiles`` blocks take than the same work over the whole chip."""
-    return max(1.0, SMS / (ALONE * tiles))
+    return max(1.0, MULTIPROCESSORS / (ALONE * tiles))
 
 
 def _power(n: int) -> int:

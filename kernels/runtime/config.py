@@ -7,6 +7,7 @@ heuristic that the kernel's file registers, with its reason written beside it. N
 """
 
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -16,7 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import triton
 
 
 def home() -> Path:
@@ -177,9 +177,10 @@ def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         warnings.warn(f"fastseg: the table {path} is left out, it is not readable: {error}", stacklevel=2)
         return {}
-    if written.split(".")[:2] != triton.__version__.split(".")[:2]:
+    installed = importlib.metadata.version("triton")
+    if written.split(".")[:2] != installed.split(".")[:2]:
         warnings.warn(
-            f"fastseg: {path} was tuned with Triton {written}, this is {triton.__version__}; run `fastseg tune`",
+            f"fastseg: {path} was tuned with Triton {written}, this is {installed}; run `fastseg tune`",
             stacklevel=2,
         )
     return configs

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from fastseg.ops.core.torch_private import transforms_active, tree_leaves
 
 T = TypeVar("T")
 
@@ -114,7 +115,7 @@ def keeper(sources: tuple[Tensor | None, ...]) -> Kept | None:
     if torch.compiler.is_compiling():
         return None
     active = keepers.get()
-    if not active or torch._C._are_functorch_transforms_active():
+    if not active or transforms_active():
         return None
     return next((kept for kept in reversed(active) if kept.knows(sources)), None)
 

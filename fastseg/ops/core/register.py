@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, has_tangent
-from fastseg.ops.core.torch_private import is_bare
+from fastseg.ops.core.torch_private import forward_ad_level, is_bare
 
 NAMESPACE = "fastseg"
 DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
@@ -61,7 +60,7 @@ def _refusing_tangents(name: str, implementation: Callable) -> Callable:
 
     @functools.wraps(implementation)
     def call(*args):
-        if forward_ad._current_level >= 0 and _have_tangents(args):
+        if forward_ad_level() >= 0 and _have_tangents(args):
             raise NotImplementedError(f"{qualified(name)} has no forward-mode derivative; fastseg's functions have one")
         return implementation(*args)
 

@@ -11,6 +11,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.labels import check_targets
 from fastseg.ops.core.layout import like, memory_format_of, new_map
 from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.core.upsample import cross_entropy, interpolate, unsupported, upsampling
 
 if HAS_TRITON:
@@ -77,7 +78,7 @@ def launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
         losses=torch.empty(target.shape, dtype=a.out, device=x.device) if none else None, save_lse=a.save_lse,
     )  # fmt: skip
     if x.device.type == "cuda":
-        torch._assert_async(sums[2] == 0, "upsample_cross_entropy: a target names no class and is not ignore_index")
+        assert_async(sums[2] == 0, "upsample_cross_entropy: a target names no class and is not ignore_index")
     elif x.device.type == "cpu" and sums[2] > 0:
         check_targets(target, x.shape[1], a.ignore_index)
     loss = losses if none else (_mean(sums[0], sums[1], a) if a.reduction == "mean" else sums[0]).to(a.out, copy=True)
