@@ -28,7 +28,10 @@ ROOMS = {
         {"training", "inference", "io", "metrics", "models", "nn", "ops"},
         {"torch", "numpy", "PIL", "matplotlib"},
     ),
-    "demo": ({"demo", "io"}, {"torch", "numpy", "PIL"}),
+    "demo": (
+        {"demo", "inference", "io", "measure", "metrics", "models", "training"},
+        {"torch", "numpy", "PIL"},
+    ),
     "metrics": ({"metrics", "ops"}, {"torch", "numpy"}),
     "cli": (
         {"cli", "", "demo", "inference", "io", "measure", "training", "metrics", "models", "nn", "ops", "kernels",
