@@ -1,5 +1,7 @@
 """What the nets share whose logits are of full size: the heads, and He's weights."""
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from fastseg.nn.leaf import leaf
@@ -31,7 +33,7 @@ class FullSizeNet(nn.Module):
         logits = self.logits(x)
         return self.upsample_argmax(logits, logits.shape[-2:])
 
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255`` or ``weight``.
@@ -41,7 +43,7 @@ class FullSizeNet(nn.Module):
         """
         return self._cross_entropy(self.logits(x), target, **options)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, **options) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if target.shape[-2:] != logits.shape[-2:]:
             raise ValueError(
                 f"{type(self).__name__}.loss: logits are {tuple(logits.shape)}, target is {tuple(target.shape)}; "

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -123,7 +123,7 @@ class UNetPlusPlus(FullSizeNet):
             return branches[0]
         return sum(branches) / len(branches) if self.average == "logits" else mean_of_sigmoids(branches)
 
-    def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         Args:

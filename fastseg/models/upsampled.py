@@ -1,5 +1,7 @@
 """What the nets share whose logits are of low resolution: the heads that upsample them."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,14 +42,14 @@ class UpsampledNet(nn.Module):
         """(N, in_channels, H, W) -> class map (N, H, W), ``forward(x).argmax(1)``; uint8 up to 256 classes."""
         return self.upsample_argmax(self.logits(x), x.shape[-2:])
 
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
         """
         return self._cross_entropy(self.logits(x), target, **options)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, **options) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         return UpsampleCrossEntropyLoss(**options, align_corners=self.align_corners)(logits, target)
 
     def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
