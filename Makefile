@@ -75,6 +75,7 @@ test-matrix-%:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 bench: setup
 	TRITON_INTERPRET=0 $(BIN)/pytest benchmarks

@@ -56,7 +56,7 @@ setup(
         "hub": ["safetensors"],
         "onnx": ONNX,
         "ray": RAY,
-        "dev": [*TEST, *DEMO, *PLOT, *ONNX, "onnxruntime", "safetensors", "ruff"],
+        "dev": [*TEST, *DEMO, *PLOT, *ONNX, "onnxruntime", "safetensors", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},
 )

@@ -1,13 +1,8 @@
 """How a function is timed, checked and described: shared by the pytest benchmarks and ``gpu.py``."""
 
-import importlib.util
-import platform
-import shutil
 import statistics
-import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from datetime import datetime
 from typing import NamedTuple
 
 import torch
@@ -16,6 +11,9 @@ from torch.utils._pytree import tree_leaves
 
 from fastseg.inference.graphs import captured
 from fastseg.kernels.runtime.launch import intercept, run
+from fastseg.measure import counting
+from fastseg.measure.counting import kept_bytes as kept_bytes
+from fastseg.measure.machine import machine as machine
 from fastseg.ops.core.dispatch import HAS_TRITON
 
 PIECE = 2**25  # elements that are compared at a time
@@ -90,30 +88,11 @@ def _quantiles(values: list[float]) -> tuple[float, float]:
 
 
 def peak_mib(fn: Function, device: torch.device) -> float | None:
-    """MiB that one call allocates above what was there before, at its peak; None on a CPU."""
+    """Of the second call; None on a CPU."""
     if device.type != "cuda":
         return None
     fn()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    fn()
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-
-def kept_bytes(fn: Function) -> int:
-    """Bytes that autograd keeps for the backward of one call, each storage once; parameters are not counted."""
-    kept: dict[int, tuple[Tensor, int]] = {}  # the tensors live on, so that no address is used twice
-
-    def pack(t: Tensor) -> Tensor:
-        if not isinstance(t, torch.nn.Parameter):
-            kept[t.untyped_storage()._cdata] = t, t.untyped_storage().nbytes()
-        return t
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        fn()
-    return sum(size for _, size in kept.values())
+    return counting.peak_mib(fn, device)
 
 
 def launch_count(fn: Function) -> int:
@@ -138,10 +117,7 @@ def kernel_count(fn: Function, device: torch.device) -> int | None:
     if device.type != "cuda":
         return None
     fn()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        fn()
-        torch.cuda.synchronize(device)
-    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
+    return counting.launches(fn, device)
 
 
 def config_sources(fn: Function, device: torch.device) -> list[str]:
@@ -223,39 +199,6 @@ def settle(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What a time depends on: device, driver and versions, and the date."""
-    out = {
-        "chip": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
-        "threads": str(torch.get_num_threads()),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-    }
-    if device.type == "cuda":
-        out["cuda"] = str(torch.version.cuda or torch.version.hip)
-        out["cudnn"] = str(torch.backends.cudnn.version())
-        out["driver"] = _driver()
-    return out
-
-
-def _triton_version() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "none"
-    import triton
-
-    return triton.__version__
-
-
-def _driver() -> str:
-    if shutil.which("nvidia-smi") is None:
-        return "unknown"
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    lines = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False).stdout.split()
-    return lines[0] if lines else "unknown"
 
 
 def here() -> torch.device:

@@ -17,9 +17,10 @@ import record
 import torch
 
 from fastseg.io.progress import progress
+from fastseg.measure.machine import machine
 from fastseg.measure.paths import PATHS
 from fastseg.measure.report import read_results, write_results
-from fastseg.measure.study import Case, machine, measure, roofs
+from fastseg.measure.study import Case, measure, roofs
 
 FOLDER = record.RESULTS / "peers"
 CASES = {  # -> options of `create`

@@ -12,9 +12,10 @@ from fastseg.cli.common import add_device, describe, integer, positive_int, say,
 from fastseg.io.files import first_line, look_at_folder, make_folder, printable
 from fastseg.io.images import MAX_PIXELS
 from fastseg.io.progress import progress
+from fastseg.measure.machine import machine
 from fastseg.measure.paths import PATHS
 from fastseg.measure.report import FILES, compare, ratios, read_results, table, write_results
-from fastseg.measure.study import DTYPES, Case, machine, measure, roofs
+from fastseg.measure.study import DTYPES, Case, measure, roofs
 from fastseg.models import names
 
 OPTIONS: dict[str, dict[str, object]] = {  # what a study takes by default, where the model's own default is another

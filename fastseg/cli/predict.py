@@ -111,7 +111,7 @@ def _images_of_first(paths: Sequence[Path], group: Processes) -> list[Path] | No
     """
     found: list[Path] | Exception
     try:
-        found = _images(paths)
+        found = images_in(paths)
     except (ValueError, OSError) as error:
         found = error
     found = group.gather([found])[0]
@@ -122,7 +122,7 @@ def _images_of_first(paths: Sequence[Path], group: Processes) -> list[Path] | No
     return None
 
 
-def _images(paths: Sequence[Path]) -> list[Path]:
+def images_in(paths: Sequence[Path]) -> list[Path]:
     """The files, and the images of the folders in order of their names."""
     found: list[Path] = []
     for path in paths:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from fastseg.ops.core.torch_private import end_allocate_to_pool
+
 WARMUP = 3  # calls before the capture: autotuning, folding and packing must not be captured
 _capturing = threading.Lock()  # of the process: an allocation in one thread would end a capture in another
 
@@ -52,5 +54,5 @@ def captured(function: Callable[[], Any], pool: tuple[int, int] | None = None) -
 
 def _leave(device: torch.device, pool: tuple[int, int]) -> None:
     """After a failed capture: the allocator may still fill ``pool``, and frees nothing as long as it does."""
-    with contextlib.suppress(AttributeError, RuntimeError):  # it has left, or torch calls it otherwise
-        torch._C._cuda_endAllocateToPool(device.index, pool)
+    with contextlib.suppress(RuntimeError):  # it has left
+        end_allocate_to_pool(device.index, pool)

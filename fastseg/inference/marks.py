@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+
+from fastseg.ops.core.torch_private import tree_leaves
 
 Check = Literal["counts", "samples", "values"]
 CHECKS: tuple[str, ...] = get_args(Check)

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from fastseg.inference.classes import class_map
 from fastseg.inference.graphs import captured
 from fastseg.inference.marks import CHECKS, Check, Marks
 from fastseg.io.images import first_line
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
+from fastseg.ops.core.torch_private import NORMS, tree_map_only
 from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 
 FORWARD, PREDICT = "forward", "predict"
@@ -265,7 +265,7 @@ class _State:
 
 
 def _not_captured(x: Tensor, error: RuntimeError) -> None:
-    warnings.warn(f"Runner: no graph for {tuple(x.shape)}, calls launch one by one: {first_line(error)}", stacklevel=6)
+    warnings.warn(f"Runner: no graph for {tuple(x.shape)}, calls launch one by one: {first_line(error)}", stacklevel=2)
 
 
 class _Graph:
@@ -293,7 +293,7 @@ def _converted(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
     """A copy for evaluation, in channels_last; all but its norms in ``dtype``."""
     out = copy.deepcopy(model).eval().requires_grad_(False)
     if dtype is not None:
-        norms = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+        norms = (*NORMS, nn.GroupNorm, nn.LayerNorm)
         for module in out.modules():
             if not isinstance(module, norms):
                 for tensors in (module._parameters, module._buffers):

@@ -14,17 +14,10 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensorMode,
-    UnsupportedFakeTensorException,
-)
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseg.io.images import first_line
+from fastseg.ops.core.torch_private import VALUES_ASKED_FOR, FakeTensorMode, TorchDispatchMode
 
-VALUES_ASKED_FOR = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 SEARCH = 512  # sizes above the asked one that are tried before a model is said to take none
 SPAN = 960  # 2^6 * 3 * 5: strides that divide it are found
 SPAN_ON_ZEROS = 64  # without fake tensors the pixels are computed
@@ -112,8 +105,8 @@ class SizeProbe:
         self._original = self._model = model
         self._mode: FakeTensorMode | None = None
         self._known: dict[tuple[int, int], tuple[int, int] | None] = {}
-        mode = FakeTensorMode(allow_non_fake_inputs=True)
         try:  # a copy that has fake tensors where the model has its own
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
             tensors = {id(t): mode.from_tensor(t) for t in chain(model.parameters(), model.buffers())}
             self._model, self._mode = copy.deepcopy(model, tensors), mode
         except Exception:  # whatever a model may hold that cannot be copied

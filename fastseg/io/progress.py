@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 try:
     from tqdm import tqdm
@@ -9,7 +10,7 @@ except ImportError:
     tqdm = None
 
 
-def progress(items: Sequence, title: str, unit: str = "it", leave: bool = True, shown: bool = True):
+def progress(items: Sequence, title: str, unit: str = "it", leave: bool = True, shown: bool = True) -> Any:
     """Iterate with a progress bar on stderr: tqdm's, or a line every tenth of the way where tqdm is not installed.
 
     The result also has ``set_postfix_str(text)`` and ``write(line)``. With ``leave=False`` a bar goes away at its end;

@@ -2,17 +2,20 @@
 
 import copy
 import math
-from collections.abc import Callable
+import statistics
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastseg.inference.runner import Runner
 from fastseg.measure.timing import interleaved, medians
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
+from fastseg.ops.core.explain import explain
 
 # (C, OUT, H = W, dilation) in DeepLabV3+ on 512 x 512 pixels: Xception's entry flow, its middle flow, an ASPP branch.
 SEPARABLE_SHAPES = ((128, 128, 128, 1), (728, 728, 32, 1), (256, 256, 32, 12))
@@ -20,22 +23,51 @@ SEPARABLE_SHAPES = ((128, 128, 128, 1), (728, 728, 32, 1), (256, 256, 32, 12))
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what is computed, on what shape, and the two functions that compute it."""
+    """One comparison: what is computed, on what shape, and the functions that compute it."""
 
     name: str
     shape: str
     fastseg: Callable[[], Tensor]
     eager: Callable[[], Tensor]
+    runner: Callable[[], Tensor] | None = None  # of a model: the same through a ``Runner``
 
 
 @dataclass(frozen=True)
 class Result:
-    """Median latencies in seconds, and the largest difference of the two results, relative to their largest value."""
+    """Median latencies in seconds, and how far the results lie apart.
+
+    Attributes:
+        difference: largest difference of fastseg's result and eager's, relative to the largest value; of class maps the
+            share of pixels that differ.
+        runner: latency of the ``Runner``, where the case has one.
+        spread: of the samples: half the range of their middle half, over their median.
+        path: which path fastseg took, and why, as ``fastseg.explain`` says.
+    """
 
     case: Case
     fastseg: float
     eager: float
     difference: float
+    runner: float | None = None
+    spread: float = 0.0
+    path: str = ""
+
+    def rows(self) -> list[tuple[str, float, str]]:
+        """(name, seconds, why it is slower than eager or "") of fastseg, and of its ``Runner``."""
+        forms = [(self.case.name, self.fastseg)]
+        if self.runner is not None:
+            forms.append((f"{self.case.name}, Runner", self.runner))
+        return [(name, seconds, self._why(seconds)) for name, seconds in forms]
+
+    def _why(self, seconds: float) -> str:
+        if seconds <= self.eager:
+            return ""
+        slower = seconds / self.eager - 1
+        if slower <= self.spread:
+            return f"{slower:.0%} slower, within the samples' spread of {self.spread:.0%}"
+        if seconds == self.runner:
+            return f"{slower:.0%} slower: the Runner compares the model with its copy at each call"
+        return f"{slower:.0%} slower: {self.path}"
 
 
 def op_cases(device: torch.device, dtype: torch.dtype, side_divisor: int = 1) -> list[Case]:
@@ -46,10 +78,10 @@ def op_cases(device: torch.device, dtype: torch.dtype, side_divisor: int = 1) ->
         module = SeparableConv2d(channels, out_channels, dilation=dilation, mid_norm=True, mid_act="relu")
         module = module.to(device, dtype, memory_format=torch.channels_last).eval()
         shape = f"{channels}->{out_channels}, {side}x{side}" + f", dilation {dilation}" * (dilation > 1)
-        x = _image(channels, side, device, dtype)
+        x = random_image(channels, side, device, dtype)
         cases.append(module_case("separable_conv2d", shape, module, eager_form(module), x))
     side = 128 // side_divisor
-    logits = _image(21, side, device, dtype)
+    logits = random_image(21, side, device, dtype)
     target = torch.zeros(1, 4 * side, 4 * side, dtype=torch.long, device=device)
     argmax, loss = UpsampleArgmax(scale_factor=4), UpsampleCrossEntropyLoss()
     resize = lambda: F.interpolate(logits, scale_factor=4, mode="bilinear")
@@ -65,8 +97,11 @@ def model_case(name: str, model: nn.Module, side: int, device: torch.device, dty
     """Class map of one image, ``side`` pixels square: ``predict`` against ``forward`` and argmax in plain PyTorch."""
     model = copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last).eval()
     plain = eager_form(model)
-    x = _image(3, side, device, dtype)
-    return Case(name, f"3x{side}x{side}", lambda: model.predict(x), lambda: plain(x).argmax(1))
+    x = random_image(3, side, device, dtype)
+    runner = Runner(model, x)
+    return Case(
+        name, f"3x{side}x{side}", lambda: model.predict(x), lambda: plain(x).argmax(1), lambda: runner.predict(x)
+    )
 
 
 def module_case(name: str, shape: str, module: nn.Module, plain: nn.Module, x: Tensor) -> Case:
@@ -110,23 +145,56 @@ def compare(case: Case, seconds: float = 1.0) -> Result:
     else:
         difference = (ours != theirs).float().mean().item()  # class maps: the fraction of pixels that differ
     functions = {"fastseg": case.fastseg, "eager": case.eager}
+    if case.runner is not None:
+        functions["runner"] = case.runner
     once = sum(medians(interleaved(functions, repetitions=2, warmup=1)).values())
-    times = medians(interleaved(functions, repetitions=min(50, max(5, int(seconds / once))), warmup=1))
-    return Result(case, times["fastseg"], times["eager"], difference)
+    samples = interleaved(functions, repetitions=min(50, max(5, int(seconds / once))), warmup=1)
+    times = medians(samples)
+    return Result(
+        case, times["fastseg"], times["eager"], difference, times.get("runner"), _spread(samples), _path(case)
+    )
 
 
-def table(results: list[Result]) -> str:
-    """A text table in milliseconds; ``ratio`` is eager / fastseg: above 1, fastseg is faster."""
-    rows = [("", "", "fastseg ms", "eager ms", "ratio", "difference")]
-    for r in results:
-        ratio = r.eager / r.fastseg if r.fastseg > 0 else math.nan
-        numbers = (f"{r.fastseg * 1e3:.3f}", f"{r.eager * 1e3:.3f}", f"{ratio:.2f}", f"{r.difference:.0e}")
-        rows.append((r.case.name, r.case.shape, *numbers))
+def _spread(samples: dict[str, list[float]]) -> float:
+    """The largest of the functions': half the range of the middle half of the samples, over their median."""
+    halves = [statistics.quantiles(values, n=4, method="inclusive") for values in samples.values()]
+    return max((high - low) / 2 / middle for low, middle, high in halves)
+
+
+def _path(case: Case) -> str:
+    """The path of each op that fastseg ran, without repetition."""
+    with explain() as report:
+        case.fastseg()
+    return "; ".join(dict.fromkeys(f"{d.op} by {d.path} ({d.why})" for d in report)) or "torch's own operators"
+
+
+def table(columns: Mapping[str, list[Result]]) -> str:
+    """A text table in milliseconds; ``ratio`` is eager / fastseg: above 1, fastseg is faster.
+
+    Args:
+        columns: a title, such as the number of threads, and the results of the same cases in the same order.
+
+    Returns:
+        A row for each case, and one for its ``Runner``. Where fastseg is slower, the reason stands behind the row.
+    """
+    head, rows = ["", ""], []
+    for title in columns:
+        head += [f"{title}: fastseg ms", "eager ms", "ratio"]
+    for results in zip(*columns.values(), strict=True):
+        for forms in zip(*(r.rows() for r in results), strict=True):
+            row, reasons = [forms[0][0], results[0].case.shape], []
+            for title, r, (_, seconds, why) in zip(columns, results, forms, strict=True):
+                ratio = r.eager / seconds if seconds > 0 else math.nan
+                row += [f"{seconds * 1e3:.3f}", f"{r.eager * 1e3:.3f}", f"{ratio:.2f}"]
+                reasons += [f"{title}: {why}"] if why else []
+            rows.append([*row, f"{max(r.difference for r in results):.0e}", "; ".join(reasons)])
+    rows = [[*head, "difference", "why slower" if any(row[-1] for row in rows) else ""], *rows]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    align = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust, str.rjust)
-    return "\n".join("  ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True)) for row in rows)
+    align = (str.ljust, str.ljust, *(str.rjust,) * (len(widths) - 3), str.ljust)
+    lines = ("  ".join(f(cell, w) for f, cell, w in zip(align, row, widths, strict=True)) for row in rows)
+    return "\n".join(line.rstrip() for line in lines)
 
 
-def _image(channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def random_image(channels: int, side: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     x = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(0))
     return x.to(device, dtype, memory_format=torch.channels_last)

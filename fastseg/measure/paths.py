@@ -17,6 +17,7 @@ from fastseg.inference.runner import Runner
 from fastseg.io.files import first_line
 from fastseg.measure.comparison import eager_form
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
+from fastseg.ops.core.torch_private import inductor_patch
 
 CL = torch.channels_last
 
@@ -80,14 +81,12 @@ def _graph(build: Callable[..., Built]) -> Callable[..., Built]:
 
 def _compiled(mode: str | None, freezing: bool = False) -> Callable[..., Built]:
     def built(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
-        import torch._inductor.config as inductor
-
         plain, x = eager_form(model).requires_grad_(False).to(memory_format=CL), x.contiguous(memory_format=CL)
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled = torch.compile(plain, mode=mode, dynamic=False)
         call = _autocast(lambda: compiled(x), x.device, dtype)
         try:
-            with _quiet(), inductor.patch(freezing=True) if freezing else contextlib.nullcontext():
+            with _quiet(), inductor_patch(freezing=True) if freezing else contextlib.nullcontext():
                 call()
         except Exception as error:  # no compiler, an op that it cannot take: the study goes on
             raise Unavailable(f"torch.compile: {first_line(error)}") from error

@@ -1,21 +1,15 @@
 """Latency studies: models x sizes x batches x dtypes, each along several paths, timed side by side."""
 
-import importlib.metadata
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import datetime
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
 from fastseg.io.files import first_line
 from fastseg.measure.comparison import eager_form
+from fastseg.measure.counting import launches, peak_mib, work
 from fastseg.measure.paths import CL, PATHS, Built, Unavailable
 from fastseg.measure.timing import interleaved
 from fastseg.models import create
@@ -77,7 +71,8 @@ def measure(
     try:
         model = create(case.model, classes, **(options or {})).eval().to(device)
         x = torch.randn(case.batch, 3, case.height, case.width, device=device)
-        work = _work(eager_form(model), x)
+        plain = eager_form(model)
+        needed = work(lambda: plain(x))
     except Exception as error:  # too large for the memory, a size that the model does not take
         for path in paths:
             failed(path, error)
@@ -91,12 +86,18 @@ def measure(
     samples = interleaved({path: b.call for path, b in built.items()}, repetitions=repetitions, warmup=warmup)
     for path, seconds in samples.items():
         try:
-            counted = {"peak_mib": _peak_mib(built[path], device), "launches": _launches(built[path], device)}
+            counted = _counted(built[path], device)
         except Exception as error:  # the profiler, a dispatch mode
             failed(path, error)
             continue
-        rows[path] = asdict(case) | {"path": path} | statistics_of(seconds, case.batch) | counted | work
+        rows[path] = asdict(case) | {"path": path} | statistics_of(seconds, case.batch) | counted | needed
     return [rows[path] for path in paths]
+
+
+def _counted(built: Built, device: torch.device) -> dict[str, float | None]:
+    if device.type != "cuda" and not built.counts:
+        return {"peak_mib": None, "launches": None}
+    return {"peak_mib": peak_mib(built.call, device), "launches": launches(built.call, device)}
 
 
 def statistics_of(seconds: Sequence[float], batch: int) -> dict[str, float]:
@@ -107,23 +108,6 @@ def statistics_of(seconds: Sequence[float], batch: int) -> dict[str, float]:
         "median_ms": float(median), "p95_ms": float(np.percentile(ms, 95)), "p99_ms": float(np.percentile(ms, 99)),
         "spread": float((high - low) / median), "samples": len(ms), "images_per_s": float(batch / median * 1e3),
     }  # fmt: skip
-
-
-def machine(device: torch.device) -> dict[str, str]:
-    """What a time depends on: device, versions, threads, date."""
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
-    versions = {name: _version(name) for name in ("triton", "onnxruntime", "openvino")}
-    return {
-        "chip": chip, "torch": torch.__version__, "threads": str(torch.get_num_threads()),
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-    } | {name: version for name, version in versions.items() if version}  # fmt: skip
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def roofs(device: torch.device, dtype: str) -> dict[str, float]:
@@ -141,75 +125,3 @@ def roofs(device: torch.device, dtype: str) -> dict[str, float]:
         best = {name: min(seconds) for name, seconds in interleaved(functions, repetitions=5).items()}
     flop = 2 * 9 * 256 * 256 * side * side
     return {"gflops": flop / best["convolution"] * 1e-9, "gbytes": 2 * source.nbytes / best["copy"] * 1e-9}
-
-
-# --- what is counted
-
-
-class _Counter(TorchDispatchMode):
-    """Ops that write a tensor, and the most bytes that their results held at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.ops, self.peak, self.live = 0, 0, {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        returns = func._schema.returns
-        self.ops += not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns)
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor):
-                storage = t.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.live.values()))
-        return out
-
-
-def _peak_mib(built: Built, device: torch.device) -> float | None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        built.call()
-        torch.cuda.synchronize(device)
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    if not built.counts:
-        return None
-    with _Counter() as counter:
-        built.call()
-    return counter.peak / 2**20
-
-
-def _launches(built: Built, device: torch.device) -> int | None:
-    if device.type == "cuda":
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            built.call()
-            torch.cuda.synchronize(device)
-        return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
-    if not built.counts:
-        return None
-    with _Counter() as counter:
-        built.call()
-    return counter.ops
-
-
-class _Bytes(TorchDispatchMode):
-    """What the convolutions read and write, each once: no fusion does with less."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if "convolution" in func._schema.name:
-            self.bytes += sum(t.nbytes for t in (*args[:2], out) if isinstance(t, Tensor))
-        return out
-
-
-def _work(plain: nn.Module, x: Tensor) -> dict[str, float]:
-    """GFLOP and MB of the eager forward in fp32."""
-    with torch.no_grad(), _Bytes() as moved, FlopCounterMode(display=False) as flops:
-        plain(x)
-    return {"gflop": flops.get_total_flops() * 1e-9, "mbytes": moved.bytes * 1e-6}

@@ -1,6 +1,7 @@
 """Architectures, by name."""
 
 import inspect
+from typing import Any
 
 from torch import nn
 
@@ -56,7 +57,7 @@ def names() -> list[str]:
     return sorted(MODELS)
 
 
-def create(name: str, num_classes: int, **options) -> nn.Module:
+def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Build a model: ``MODELS[name](num_classes, **options)``, with random weights.
 
     Args:

@@ -1,5 +1,7 @@
 """The base class of the nets: forward, class map and loss over the ``logits`` that a net has."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -45,7 +47,7 @@ class SegmentationNet(nn.Module):
         logits = self.logits(x)
         return self.upsample_argmax(logits, logits.shape[-2:] if self.align_corners is None else x.shape[-2:])
 
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255`` or ``weight``.
@@ -55,7 +57,7 @@ class SegmentationNet(nn.Module):
         """
         return self._cross_entropy(self.logits(x), target, **options)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, **options) -> Tensor:
+    def _cross_entropy(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
         if self.align_corners is None and target.shape[-2:] != logits.shape[-2:]:
             raise ValueError(
                 f"{type(self).__name__}.loss: logits are {tuple(logits.shape)}, target is {tuple(target.shape)}; "

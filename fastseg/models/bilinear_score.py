@@ -6,6 +6,8 @@ at full resolution; the results are equal to rounding. Where the weight is learn
 the bilinear kernel, the full scores are built.
 """
 
+from typing import Any
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -39,7 +41,7 @@ def class_map(upsample: nn.Module, scores: Tensor, size: tuple[int, int]) -> Ten
     return classes[:, top : top + size[0], left : left + size[1]].contiguous()
 
 
-def cross_entropy(upsample: nn.Module, scores: Tensor, target: Tensor, **options) -> Tensor:
+def cross_entropy(upsample: nn.Module, scores: Tensor, target: Tensor, **options: Any) -> Tensor:
     """``cross_entropy(upsample(scores, target.shape[1:]), target)``; options of ``UpsampleCrossEntropyLoss``."""
     criterion = UpsampleCrossEntropyLoss(**options)
     height, width = size = target.shape[-2:]

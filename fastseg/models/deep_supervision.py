@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class DeepSupervision(nn.Module):
         """The model's class map."""
         return self.model.predict(x)
 
-    def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options: Any) -> Tensor:
         """The model's loss, in training with those of the heads.
 
         Args:

@@ -1,6 +1,7 @@
 """DeepLabV2: summed atrous convolutions on a dilated ResNet, over several scales of the image."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -99,7 +100,7 @@ class DeepLabV2(SegmentationNet):
         """(N, in_channels, H, W) -> logits at the output stride, the largest of all scales."""
         return self._largest(self._each(x))
 
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and class indices ``target`` (N, H, W); in training the sum over the list.
 
         With ``preset="kazuto"`` the labels of each of the list are the nearest ones to its pixels' centres. There
@@ -119,7 +120,7 @@ class DeepLabV2(SegmentationNet):
         every = (self._largest(each), *self._of_one_size(each))
         return sum(self._cross_entropy(logits, target, **options) for logits in every)
 
-    def _loss_at_own_sizes(self, every: list[Tensor], target: Tensor, **options) -> Tensor:
+    def _loss_at_own_sizes(self, every: list[Tensor], target: Tensor, **options: Any) -> Tensor:
         reduction = options.get("reduction", "mean")
         if reduction == "none":
             raise ValueError('DeepLabV2.loss: reduction is "none", and there are several sizes; use "mean" or "sum"')

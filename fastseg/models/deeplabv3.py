@@ -1,6 +1,7 @@
 """DeepLabV3: atrous spatial pyramid pooling on a dilated ResNet."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -95,7 +96,7 @@ class DeepLabV3(SegmentationNet):
         """(N, in_channels, H, W) -> logits at the output stride."""
         return self.classifier(self.backbone(x)[-1])
 
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.

@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -157,7 +157,7 @@ class FCN(nn.Module):
             return UpsampleArgmax()(scores, x.shape[2:])
         return bilinear_score.class_map(getattr(self, self._last), scores, x.shape[2:])
 
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
@@ -178,7 +178,7 @@ class FCN(nn.Module):
             return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return bilinear_score.upsampled(getattr(self, name), scores, size)
 
-    def _cross_entropy(self, name: str, scores: Tensor, target: Tensor, **options) -> Tensor:
+    def _cross_entropy(self, name: str, scores: Tensor, target: Tensor, **options: Any) -> Tensor:
         if self._form == "torchvision":
             return UpsampleCrossEntropyLoss(**options)(scores, target)
         return bilinear_score.cross_entropy(getattr(self, name), scores, target, **options)

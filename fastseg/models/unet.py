@@ -1,7 +1,7 @@
 """U-Net: an encoder-decoder whose decoder sees the encoder's maps of every scale."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class UNet(SegmentationNet):
             x = getattr(self, f"up{i}")(x, skip)
         return self.outc(x)
 
-    def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and class indices ``target`` (N, H, W), of which the logits' window counts.
 
         ``target`` is of the image's size, or already of the logits'. ``options`` are those of

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -121,9 +121,9 @@ class UNetPlusPlus(SegmentationNet):
         branches = self._branches(x, names)
         if len(branches) == 1:
             return branches[0]
-        return sum(branches) / len(branches) if self.average == "logits" else _mean_of_sigmoids(branches)
+        return sum(branches) / len(branches) if self.average == "logits" else mean_of_sigmoids(branches)
 
-    def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options) -> Tensor:
+    def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         Args:
@@ -210,7 +210,7 @@ class _Node(nn.Module):
         return self.dropout(run_conv_norm_act(x, self.conv2, self.bn2, self.relu))
 
 
-def _mean_of_sigmoids(each: Sequence[Tensor]) -> Tensor:
+def mean_of_sigmoids(each: Sequence[Tensor]) -> Tensor:
     """The logits whose sigmoid is the mean of the sigmoids of ``each``; finite wherever they are."""
     wide = torch.stack(tuple(each))
     if wide.dtype in (torch.float16, torch.bfloat16):

@@ -167,7 +167,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
     def _look(self) -> Literal["bilinear", "diagonal", "dense"]:
         weight, stamp = self.weight, _stamp(self.weight)
         if stamp is None and weight.is_inference():
-            return made_once((weight,), ("kind",), lambda: _kind_of(weight))
+            return made_once((weight,), ("kind",), lambda: kind_of(weight))
         if stamp is None:  # on the meta device, or a stand-in during export: what was seen of the weight itself
             known = self._seen is not None and self._seen[0]() is not None and self._seen[1] is not None
             return self._seen[2] if known and self._seen[1] == _stamp(self._seen[0]()) else "dense"
@@ -177,7 +177,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             return "dense"  # trained, and nothing tells when
         seen = self._seen is not None and self._seen[0]() is weight and self._seen[1] == stamp
         if not (seen and weight.is_cuda and torch.cuda.is_current_stream_capturing()):
-            kind = made_once((weight,), ("kind",), lambda: _kind_of(weight))
+            kind = made_once((weight,), ("kind",), lambda: kind_of(weight))
             self._seen = (weakref.ref(weight), stamp, kind)
         return self._seen[2]
 
@@ -191,7 +191,7 @@ def _stamp(weight: Tensor) -> tuple[int, int] | None:
     return stamp if stamp[1] else None
 
 
-def _kind_of(weight: Tensor) -> Literal["bilinear", "diagonal", "dense"]:
+def kind_of(weight: Tensor) -> Literal["bilinear", "diagonal", "dense"]:
     """What ``weight`` (C, C, K, K) is; one wait for the device."""
     with torch.no_grad():
         diagonal = weight.diagonal()  # (K, K, C)

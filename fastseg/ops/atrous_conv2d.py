@@ -11,7 +11,7 @@ from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.registered.atrous_conv import MOST_BRANCHES, NAME, _AtrousBranches, _plan, atrous_branches_ref, fwd_op
+from fastseg.ops.registered.atrous_conv import MOST_BRANCHES, NAME, AtrousBranches, atrous_branches_ref, fwd_op, plan_of
 
 
 def atrous_conv2d(
@@ -137,7 +137,7 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
             return _one_by_one(x, weights, biases, dilations, act)
         return [atrous_branches_ref(x, weights, biases, dilations, act, residual)]
     if needs_grad(x, *weights, *biases, residual):
-        y = _AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
+        y = AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
     return [like(x, y) if as_x else y]
@@ -206,5 +206,5 @@ def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str
     if not HAS_TRITON or followed(x):
         return "", ""
     passes = (act is not None) + (residual is not None)
-    chosen = _plan(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations, passes)
+    chosen = plan_of(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations, passes)
     return chosen if isinstance(chosen, str) else "" if chosen.own else str(chosen), str(chosen)

@@ -67,7 +67,7 @@ def conv2d_act(
     args = (stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
         return finish(F.conv2d(x, weight, bias, *args), act, residual, image_bias)
-    request = _request(x, weight, bias, act, *args, residual, image_bias)
+    request = request_of(x, weight, bias, act, *args, residual, image_bias)
     why = IN_REFERENCE if in_reference() else "CPU tensor" if on_cpu(x) else ""
     why = why or unsupported(request)
     key = (x.dtype, x.shape, weight.shape, *args, residual is None)
@@ -152,7 +152,7 @@ def unsupported(r: Request) -> str:
     return ""
 
 
-def _request(x, weight, bias, act, stride, padding, dilation, groups, residual=None, image_bias=None) -> Request:
+def request_of(x, weight, bias, act, stride, padding, dilation, groups, residual=None, image_bias=None) -> Request:
     maps = [t for t in (x, weight, residual) if t is not None]
     tensors = [*maps, *(t for t in (bias, image_bias) if t is not None)]
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
@@ -139,16 +138,34 @@ def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:
 
 
 def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] | None) -> list[int]:
-    """The output's spatial size; torch's own function says what is wrong with one that was given.
+    """The output's spatial size, refused as torch refuses one.
 
     A graph takes it as it is: a check would be a guard, which sizes that hold for all inputs cannot always prove.
     """
+    dims = len(kernel)
+    windows = input.shape[-dims:]
+    default = [(n - 1) * s + k - 2 * p for n, k, s, p in zip(windows, kernel, stride, padding, strict=True)]
     if followed():
-        if output_size is not None:
-            return output_size[-len(kernel) :]
-        windows = input.shape[-len(kernel) :]
-        return [(n - 1) * s + k - 2 * p for n, k, s, p in zip(windows, kernel, stride, padding, strict=True)]
-    return list(F._unpool_output_size(input, kernel, stride, padding, output_size))
+        return default if output_size is None else output_size[-dims:]
+    size = default
+    if output_size is not None:
+        if len(output_size) not in (dims, dims + 2):
+            raise ValueError(
+                f"output_size should be a sequence containing {dims} or {dims + 2} elements, but it has a length of "
+                f"'{len(output_size)}'"
+            )
+        size = list(output_size[-dims:])
+        for d, (n, middle, s) in enumerate(zip(size, default, stride, strict=True)):
+            if not middle - s < n < middle + s:
+                raise ValueError(
+                    f'invalid output_size "{size}" (dim {d} must be between {middle - s} and {middle + s})'
+                )
+    for d, n in enumerate(size):
+        if n < 0:
+            raise ValueError(
+                f"max_unpooling: output_size must contain non-negative spatial dimensions, but got output_size[{d}]={n}"
+            )
+    return size
 
 
 def indices_window(indices: PoolIndices) -> tuple[tuple[int, ...], ...]:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from fastseg.kernels.runtime.sizes import MOST_TAPS
+from fastseg.ops.core.torch_private import register_pytree_node
 
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -130,7 +130,7 @@ def _flatten(indices: PoolIndices) -> tuple[list, tuple]:
     return [codes], tuple(rest)
 
 
-pytree.register_pytree_node(  # nested inputs and outputs of torch's tools: the codes are the one tensor
+register_pytree_node(  # nested inputs and outputs of torch's tools: the codes are the one tensor
     PoolIndices,
     _flatten,
     lambda leaves, rest: PoolIndices(*leaves, *rest),

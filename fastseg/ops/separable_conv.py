@@ -19,8 +19,9 @@ from fastseg.ops.core.norm import (
     update_running,
 )
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.torch_private import transforms_active
 from fastseg.ops.registered.fold_norm import fold_norm
-from fastseg.ops.registered.separable_conv import TENSORS, Call, _SeparableConv2d, compose, eval_op, train_op
+from fastseg.ops.registered.separable_conv import TENSORS, Call, SeparableConv2dFunction, compose, eval_op, train_op
 
 if HAS_TRITON:
     from fastseg.kernels.runtime.ceilings import chip_of
@@ -111,7 +112,7 @@ def separable_conv2d(
             return eval_op(*call._replace(out_act=out_act or "none"))
         return activate(eval_op(*call), out_act, inplace=True)
     if needs_grad(*call[:TENSORS]):
-        y, mid_stats, post_stats = _SeparableConv2d.apply(*call)
+        y, mid_stats, post_stats = SeparableConv2dFunction.apply(*call)
     else:
         y, _, mid_stats, post_stats = train_op(*call)
     update_running(mid_norm, mid_stats)
@@ -154,7 +155,7 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
     """Weight, bias and norm of the pair: folded, where the norm is fixed."""
     if norm is None or norm.training:
         return weight, bias, norm
-    transformed = torch._C._are_functorch_transforms_active()  # vmap cannot be asked for channels_last
+    transformed = transforms_active()  # vmap cannot be asked for channels_last
     last = not transformed and weight.is_contiguous(memory_format=torch.channels_last)
     fold = lambda: fold_norm(weight, bias, *norm[:4], norm.eps, weight.dtype, last)
     made = made_once((weight, bias, *norm[:4]), ("folded", norm.eps, last), fold)

@@ -56,7 +56,7 @@ def upsample_bilinear(
         size = out if size is not None else None
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     args = (x, out, bool(align_corners), *factors)
-    return run(_UpsampleBilinear, _fwd, *args)
+    return run(_UpsampleBilinear, fwd_op, *args)
 
 
 def upsample_bilinear_ref(
@@ -135,7 +135,7 @@ def _plain_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float
 
 _ARGS = "SymInt[] size, bool align_corners, float? factor_h, float? factor_w"
 _fake = lambda x, size, align_corners, factor_h, factor_w: new_map(x, (*x.shape[:2], *size))
-_fwd = register(f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, _plain_fwd, _fake)
+fwd_op = register(f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, _plain_fwd, _fake)
 _bwd = register(f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake)
 
 
@@ -149,7 +149,7 @@ class _UpsampleBilinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, *args):
         _UpsampleBilinear.save(ctx, (x, *args), None)
-        return _fwd(x, *args)
+        return fwd_op(x, *args)
 
     @staticmethod
     def save(ctx, inputs, output) -> None:
@@ -172,7 +172,7 @@ class _UpsampleBilinearBwd(torch.autograd.Function):
     @staticmethod
     def backward(ctx, ddx: Tensor):
         args = (ddx, ctx.size, *ctx.options)
-        return run(_UpsampleBilinear, _fwd, *args), None, None, None, None
+        return run(_UpsampleBilinear, fwd_op, *args), None, None, None, None
 
 
 for _name, _function in (("upsample_bilinear", _UpsampleBilinear), ("upsample_bilinear_bwd", _UpsampleBilinearBwd)):

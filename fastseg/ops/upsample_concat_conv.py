@@ -81,7 +81,7 @@ def upsample_concat_conv2d(
         return _plain(*request)
     if not torch.compiler.is_compiling():
         record(NAME, deep, "torch", chosen)
-    return _low_resolution(*request)
+    return at_low_resolution(*request)
 
 
 def upsample_concat_conv2d_ref(
@@ -143,7 +143,7 @@ def _with_kernel(deep, low, weight, bias, act, align_corners: bool, up_first: bo
     return like(deep, y)
 
 
-def _low_resolution(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
+def at_low_resolution(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
     halves = lambda: _halves(weight, deep.shape[1], up_first)
     up, rest = made_once((weight,), ("halves", deep.shape[1], up_first), halves)
     taps = low_resolution_taps(deep, up)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from fastseg.io.processes import Processes
-from fastseg.training.dataset import FolderDataset
+from fastseg.training.dataset import Pairs
 from fastseg.training.signals import obey_parent_alone
 from fastseg.training.transforms import Augment, resized
 
@@ -43,7 +43,7 @@ class EpochSampler(DistributedSampler):
 class Augmented(Dataset):
     """``dataset`` through ``augment``; an item is asked for by epoch and index."""
 
-    def __init__(self, dataset: FolderDataset, augment: Augment, seed: int):
+    def __init__(self, dataset: Pairs, augment: Augment, seed: int):
         self.dataset, self.augment, self.seed = dataset, augment, seed
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -54,7 +54,7 @@ class Augmented(Dataset):
 class Shard(Dataset):
     """Every ``processes.count``-th picture, with its index; nothing is padded, so shards differ in length."""
 
-    def __init__(self, dataset: FolderDataset, size: tuple[int, int] | None, processes: Processes):
+    def __init__(self, dataset: Pairs, size: tuple[int, int] | None, processes: Processes):
         self.dataset, self.size = dataset, size
         self.indices = range(processes.rank, len(dataset), processes.count)
 
@@ -85,7 +85,7 @@ def collate(samples: Sequence[tuple]) -> tuple[Tensor, ...]:
 
 
 def training_batches(
-    dataset: FolderDataset, augment: Augment, batch: int, seed: int, processes: Processes, workers: int, pin: bool
+    dataset: Pairs, augment: Augment, batch: int, seed: int, processes: Processes, workers: int, pin: bool
 ) -> tuple[DataLoader, EpochSampler]:
     """Loader of this process's share of each batch, and its sampler.
 
@@ -112,7 +112,7 @@ def training_batches(
 
 
 def scoring_batches(
-    dataset: FolderDataset, size: tuple[int, int] | None, batch: int, processes: Processes, workers: int, pin: bool
+    dataset: Pairs, size: tuple[int, int] | None, batch: int, processes: Processes, workers: int, pin: bool
 ) -> DataLoader:
     """Loader of this process's share of a split, in order, with indices."""
     shard = Shard(dataset, size, processes)

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 from PIL import Image
@@ -83,6 +84,24 @@ def _palette(colours: object, count: int, path: Path) -> tuple[tuple[int, int, i
     if not isinstance(colours, list) or len(colours) != count or not all(map(triple, colours)):
         raise ValueError(f"{path}: palette must be {count} colours [red, green, blue] of 0 to 255, one a class")
     return tuple(tuple(colour) for colour in colours)
+
+
+class Pairs(Protocol):
+    """What ``fastseg.training.run.train`` learns from: a folder, or anything in memory that has these.
+
+    ``dataset[i]`` is a picture, (H, W, 3) uint8, and its class indices, (H, W) uint8, the same at each call.
+    """
+
+    spec: DatasetSpec
+    split: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def labels(self) -> Iterator[np.ndarray]:
+        """The class indices of one picture after another; asked for where class weights are."""
+        ...
 
 
 class FolderDataset:

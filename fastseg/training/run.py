@@ -31,7 +31,7 @@ from fastseg.training.checkpoints import (
     write_checkpoint,
 )
 from fastseg.training.curves import write_curves
-from fastseg.training.dataset import FolderDataset
+from fastseg.training.dataset import Pairs
 from fastseg.training.evaluation import Listed, evaluate, pixels, window
 from fastseg.training.transforms import Augment
 
@@ -98,8 +98,8 @@ class ShareOfLoss(nn.Module):
 def train(
     model: nn.Module,
     settings: Settings,
-    train_set: FolderDataset,
-    val_set: FolderDataset,
+    train_set: Pairs,
+    val_set: Pairs,
     output: Path,
     processes: Processes,
     *,

@@ -7,6 +7,7 @@ heuristic that the kernel's file registers, with its reason written beside it. N
 """
 
 import functools
+import importlib.metadata
 import json
 import math
 import os
@@ -16,10 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-import triton
 
 
-def _home() -> Path:
+def home() -> Path:
     """The user's folder; where a container gives the user none, one in which nothing is and nothing can be made."""
     try:
         return Path.home()
@@ -28,7 +28,7 @@ def _home() -> Path:
 
 
 SHIPPED = Path(__file__).parents[1] / "tuned"
-USER = _home() / ".cache" / "fastseg" / "tuned"
+USER = home() / ".cache" / "fastseg" / "tuned"
 
 POWERS = ("BLOCK", "LANES", "num_warps")  # beginnings of names: what a kernel's ranges are made of
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -177,9 +177,10 @@ def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         warnings.warn(f"fastseg: the table {path} is left out, it is not readable: {error}", stacklevel=2)
         return {}
-    if written.split(".")[:2] != triton.__version__.split(".")[:2]:
+    installed = importlib.metadata.version("triton")
+    if written.split(".")[:2] != installed.split(".")[:2]:
         warnings.warn(
-            f"fastseg: {path} was tuned with Triton {written}, this is {triton.__version__}; run `fastseg tune`",
+            f"fastseg: {path} was tuned with Triton {written}, this is {installed}; run `fastseg tune`",
             stacklevel=2,
         )
     return configs

@@ -5,10 +5,9 @@ from collections.abc import Callable
 
 import torch
 
+from fastseg.kernels.runtime.torch_private import is_tracing
+
 MOST_TAPS = 256  # of a pooling window with compact indices: what a code of 8 bits can tell apart
-
-
-_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", bool)
 
 
 def memoized(fn: Callable) -> Callable:
@@ -17,7 +16,7 @@ def memoized(fn: Callable) -> Callable:
 
     @functools.wraps(fn)
     def call(*args):
-        if torch.compiler.is_dynamo_compiling() or _is_tracing():  # a trace's sizes are tensors
+        if torch.compiler.is_dynamo_compiling() or is_tracing():  # a trace's sizes are tensors
             return fn(*args)
         try:
             return remembered(*args)

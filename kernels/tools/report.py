@@ -21,9 +21,6 @@ from pathlib import Path
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.backends.driver import DriverBase
-from triton.runtime import JITFunction, driver
 
 from fastseg.kernels.runtime import tensors
 from fastseg.kernels.runtime.launch import intercept
@@ -31,6 +28,7 @@ from fastseg.kernels.tools import cases
 from fastseg.kernels.tools.cases import Claims
 from fastseg.kernels.tools.int32_offsets import i32_overflows
 from fastseg.kernels.tools.machine_code import Code, read_code
+from fastseg.kernels.tools.triton_private import DriverBase, GPUTarget, JITFunction, active_driver, driver
 
 
 @dataclass(frozen=True)
@@ -199,7 +197,8 @@ class _CompileOnly(DriverBase):
 @contextmanager
 def _ahead_of_time(gpu: GPUTarget) -> Iterator[None]:
     """Inside the block Triton compiles for ``gpu``, into a temporary cache folder."""
-    saved, arch = driver._active, tensors.amd_arch  # reset_active() looks for a device, and fails where there is none
+    # reset_active() looks for a device, and fails where there is none
+    saved, arch = active_driver(), tensors.amd_arch
     with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
         triton.knobs.cache.dir = folder
         driver.set_active(_CompileOnly(gpu))

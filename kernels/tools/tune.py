@@ -18,14 +18,14 @@ import torch
 import triton
 import triton.testing
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from triton.errors import TritonError
-from triton.runtime import JITFunction
 
 from fastseg.kernels.runtime import config
 from fastseg.kernels.runtime.launch import run
+from fastseg.kernels.runtime.torch_private import tree_leaves
 from fastseg.kernels.tools.machine_code import read_code
 from fastseg.kernels.tools.report import TARGETS, occupancy
+from fastseg.kernels.tools.triton_private import JITFunction
 from fastseg.kernels.tools.watch import Launch, Row, Workload, observe, planned
 
 # Two configurations sum in different orders: a few roundings of the result's dtype, relative to its norm.

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fastseg.kernels.runtime import config
 from fastseg.kernels.runtime.launch import intercept, run
+from fastseg.kernels.runtime.torch_private import TorchDispatchMode, tree_leaves
 
 Workload = Callable[[], object]
 

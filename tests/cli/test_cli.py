@@ -15,6 +15,8 @@ from PIL import Image
 
 import fastseg
 from fastseg.cli import demo, doctor, main, predict
+from fastseg.demo import latency as demo_latency
+from fastseg.demo import training
 from fastseg.inference.segment import segment
 from fastseg.io import progress
 from fastseg.io.checkpoint import load_checkpoint, save_checkpoint
@@ -290,30 +292,42 @@ def test_doctor_works_without_triton(tmp_path):
 @pytest.fixture
 def small_demo(monkeypatch):
     """The demo's steps on tiny mosaics, with a short latency table."""
-    monkeypatch.setattr(demo, "SIDE", 48)
-    monkeypatch.setattr(demo, "BATCH", 2)
+    monkeypatch.setattr(training, "SIDE", 48)
+    monkeypatch.setattr(training, "BATCH", 2)
     monkeypatch.setattr(demo, "TEST_MOSAICS", 8)
-    monkeypatch.setitem(demo.OPTIONS, "deeplabv3plus", OPTIONS)
-    op_cases, model_case, compare = comparison.op_cases, comparison.model_case, comparison.compare
-    monkeypatch.setattr(comparison, "op_cases", lambda device, dtype: op_cases(device, dtype, 32))
-    monkeypatch.setattr(comparison, "model_case", lambda name, model, side, *rest: model_case(name, model, 32, *rest))
-    monkeypatch.setattr(comparison, "compare", lambda case: compare(case, seconds=0))
+    monkeypatch.setitem(training.OPTIONS, "deeplabv3plus", OPTIONS)
+    monkeypatch.setattr(demo_latency, "TRAINED_SIDE", 32)
+    monkeypatch.setattr(demo_latency, "FULL_SIDE", 32)
+    op_cases, compare = comparison.op_cases, comparison.compare
+    monkeypatch.setattr(comparison, "op_cases", lambda device, dtype: op_cases(device, dtype, 32)[:1])
+    monkeypatch.setattr(comparison, "compare", lambda case, seconds: compare(case, seconds=0))
+    with fastseg.reference():  # interpreted kernels would take minutes
+        yield
 
 
 def test_demo_trains_scores_shows_and_times(tmp_path, small_demo, capsys):
     folder = tmp_path / "result"
     assert main(["demo", "--steps", "2", "--device", "cpu", "-o", str(folder)]) == 0
     captured = capsys.readouterr()
-    for words in ("mIoU", "mPA", "precision", "recall", "CPU", "reference path", "separable_conv2d", "full size"):
+    for words in (
+        "mIoU",
+        "mPA",
+        "precision",
+        "recall",
+        "CPU",
+        "no kernel runs",
+        "separable_conv2d",
+        "full size, Runner",
+    ):
         assert words in captured.out
-    assert "train" in captured.err
+    assert "epoch 1/1" in captured.err
     assert sorted(os.listdir(folder)) == ["mosaic.png", "mosaics.png", "weights.pt"]
     command = next(line for line in captured.out.splitlines() if "fastseg predict" in line).split()[1:]
     assert main([*command, "--device", "cpu"]) == 0
     assert (folder / "mosaic_classes.png").is_file()
 
 
-@pytest.mark.parametrize("name", sorted(set(demo.OPTIONS) - {"deeplabv3plus"}))
+@pytest.mark.parametrize("name", sorted(set(training.OPTIONS) - {"deeplabv3plus"}))
 def test_demo_of_the_other_models(name, tmp_path, small_demo, monkeypatch, capsys):
     """Their options make models that train, and whose weights `predict` reads; the table is as above."""
     monkeypatch.setattr(demo, "latency", lambda *args: "")
@@ -322,30 +336,14 @@ def test_demo_of_the_other_models(name, tmp_path, small_demo, monkeypatch, capsy
     assert _predict(tmp_path / "mosaic.png", "--weights", tmp_path / "weights.pt", "-o", tmp_path / "out") == 0
 
 
-def test_demo_is_reproducible(small_demo):
-    def trained(seed):
-        torch.manual_seed(seed)
-        model = create("deeplabv3plus", 4, **OPTIONS)
-        demo.train(model, demo.halves(demo.load_photographs())[0], 2, seed)
-        return model.state_dict()["cls_conv.weight"]
-
-    torch.testing.assert_close(trained(1), trained(1), rtol=0, atol=0)
-    assert not torch.equal(trained(1), trained(2))
-
-
 def test_demo_says_when_training_diverges(tmp_path, small_demo, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "LEARNING_RATE", 1e30)
+    monkeypatch.setattr(training, "LEARNING_RATE", 1e30)
     assert main(["demo", "--steps", "3", "--device", "cpu", "-o", str(tmp_path)]) == 1
-    assert re.fullmatch(
-        r"fastseg demo: training diverged: the loss is \w+ at step \d; .*", _complaints(capsys, "demo")[0]
+    line = _complaints(capsys, "demo")[0]
+    assert re.fullmatch(r"fastseg demo: training diverged: .* not finite after step 3; try another --seed", line) or (
+        re.fullmatch(r"fastseg demo: training diverged: the loss is \w+ at step \d; try another --seed", line)
     )
     assert os.listdir(tmp_path) == []
-
-
-def test_demo_says_when_the_scores_are_poor(tmp_path, small_demo, monkeypatch, capsys):
-    monkeypatch.setattr(demo, "STEPS", 1)
-    assert main(["demo", "--steps", "1", "--device", "cpu", "-o", str(tmp_path)]) == 1
-    assert "did not converge" in _complaints(capsys, "demo")[0]
 
 
 # all commands

@@ -170,7 +170,7 @@ def test_outputs_are_looked_at_before_the_work(command, data, weights, tmp_path,
         "train": ["--data", data, "--model", "unet"], "evaluate": ["--data", data, "--weights", weights],
         "predict": [photo, "--weights", weights], "latency": ["--sizes", 8], "demo": [],
     }  # fmt: skip
-    work = ("train._checked", "evaluate.evaluate", "predict.segment", "latency.roofs", "demo.train")
+    work = ("train._checked", "evaluate.evaluate", "predict.segment", "latency.roofs", "demo.training.train")
     for name in work:
         monkeypatch.setattr(f"fastseg.cli.{name}", lambda *args, **kwargs: pytest.fail("work was begun"))
     for output in ("file", "file/deeper", "circle", "x" * 256):

@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastseg.ops.core.torch_private import _is_bare
+from fastseg.ops.core.torch_private import is_bare
 from fastseg.ops.registered.pooling import Geometry, pool_op
 
 ARGS = (*Geometry((4, 6), (2, 3), (2, 2), (2, 2), (0, 0), (1, 1)), 8)
@@ -106,6 +106,6 @@ def test_negated_views(x):
 def test_lists_of_maps_are_looked_at():
     x = torch.randn(3)
     with torch.enable_grad():
-        assert _is_bare((x, [x, None, 3], "name", 2.0))
-        assert not _is_bare((x, [x, torch.randn(3, requires_grad=True)]))
-        assert not _is_bare((x, [torch._neg_view(x)])) and not _is_bare((x, (None, torch._neg_view(x))))
+        assert is_bare((x, [x, None, 3], "name", 2.0))
+        assert not is_bare((x, [x, torch.randn(3, requires_grad=True)]))
+        assert not is_bare((x, [torch._neg_view(x)])) and not is_bare((x, (None, torch._neg_view(x))))

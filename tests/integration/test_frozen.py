@@ -72,10 +72,10 @@ def test_kept_inside_and_dropped_after():
     gone = weakref.ref(inside)
     del inside
     gc.collect()
-    assert gone() is None and _kept._active.get() == ()
+    assert gone() is None and _kept.keepers.get() == ()
     with pytest.raises(ZeroDivisionError), fastseg.frozen(a):
         raise ZeroDivisionError
-    assert _kept._active.get() == ()
+    assert _kept.keepers.get() == ()
     with pytest.raises(TypeError, match="frozen: list is no module"), fastseg.frozen([a]):
         pass
 
@@ -176,7 +176,7 @@ def _constants_forgotten() -> None:
     from fastseg.ops.cpu import winograd as _winograd
     from fastseg.ops.registered import upsample_taps as _upsample_taps
 
-    for made in (_bilinear_taps._kept_taps, _upsample_taps.strips, _winograd.blocks, _winograd.matrices):
+    for made in (_bilinear_taps.kept_taps, _upsample_taps.strips, _winograd.blocks, _winograd.matrices):
         made.cache_clear()
 
 

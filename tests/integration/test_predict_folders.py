@@ -62,7 +62,7 @@ def test_a_folder_is_its_images_by_name(tmp_path, weights, capsys):
     _photos(*(folder / name for name in ("b.JPG", "a.png", ".hidden.png", "deeper/c.png", "d.png/e.png")))
     (folder / "notes.txt").write_text("no picture")
     inside = [folder / "a.png", folder / "b.JPG"]
-    assert predict._images([folder, Path("x.txt"), folder / "deeper"]) == [
+    assert predict.images_in([folder, Path("x.txt"), folder / "deeper"]) == [
         *inside,
         Path("x.txt"),
         folder / "deeper/c.png",

@@ -14,7 +14,7 @@ from fastseg import nn
 from fastseg.ops import upsample_argmax
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.registered import atrous_conv as _atrous
-from fastseg.ops.upsample_bilinear import _fwd
+from fastseg.ops.upsample_bilinear import fwd_op
 
 EVERY = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
 # The Functions over kernels, each once: the interpreter takes seconds where plain PyTorch takes milliseconds.
@@ -167,15 +167,15 @@ def test_tangents_of_registered_ops():
     x, t = torch.randn(2, 1, 2, 3, 3)
     args = ((5, 4), False, None, None)
     want = torch.nn.functional.interpolate(t, (5, 4), mode="bilinear")
-    close(jvp(lambda v: _fwd(v, *args), (x,), (t,))[1], want)
+    close(jvp(lambda v: fwd_op(v, *args), (x,), (t,))[1], want)
     with forward_ad.dual_level():
         dual = forward_ad.make_dual(x, t)
-        close(forward_ad.unpack_dual(_fwd(dual, *args)).tangent, want)
+        close(forward_ad.unpack_dual(fwd_op(dual, *args)).tangent, want)
         with pytest.raises(NotImplementedError, match="fastseg::upsample_bilinear has no forward-mode derivative"):
-            _fwd.op(dual, *args)
+            fwd_op.op(dual, *args)
     for transform in (lambda f: jvp(f, (x,), (t,)), lambda f: jacfwd(f)(x), lambda f: vmap(jacfwd(f))(x)):
         with pytest.raises(NotImplementedError, match="fastseg::upsample_bilinear has no forward-mode derivative"):
-            transform(lambda v: _fwd.op(v, *args))
+            transform(lambda v: fwd_op.op(v, *args))
 
 
 def test_functional_call():

@@ -295,7 +295,7 @@ def test_a_user_without_a_home(monkeypatch):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr("pathlib.Path.home", classmethod(nobody))
-    folder = config._home() / ".cache" / "fastseg" / "tuned"
+    folder = config.home() / ".cache" / "fastseg" / "tuned"
     assert not (folder / "sm_90.json").is_file()
     with pytest.raises(OSError):
         folder.mkdir(parents=True)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fastseg import explain, reference
 from fastseg.models import DeepLabV2, DeepLabV3, DeepLabV3Plus, create
 from fastseg.models.encoders import Xception65
-from fastseg.models.encoders.xception import _Block
+from fastseg.models.encoders.xception import Block
 from fastseg.ops.core.dispatch import INTERPRETED
 
 SMALL = {"width": 0.05, "decoder_channels": 16}
@@ -102,7 +102,7 @@ def test_kernels_equal_plain_pytorch(form, device):
 @pytest.mark.parametrize("rectified", [False, True])
 def test_kernels_train_a_block_as_plain_pytorch(rectified):
     """A block of the middle flow, whose ReLU leaks: gradients and statistics; the whole net is compared above."""
-    block = unsettle(_Block(8, 8, 8, 1, 2, google=False)).train().to(memory_format=torch.channels_last)
+    block = unsettle(Block(8, 8, 8, 1, 2, google=False)).train().to(memory_format=torch.channels_last)
     twin, x = copy.deepcopy(block), torch.randn(2, 8, 6, 5, dtype=torch.float64, requires_grad=True)
     results = []
     for net, scope in ((block, nullcontext()), (twin, reference())):

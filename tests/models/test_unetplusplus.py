@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import fastseg
 from fastseg.measure.comparison import eager_form
 from fastseg.models import UNetPlusPlus, create, fading_weights
-from fastseg.models.unetplusplus import _mean_of_sigmoids
+from fastseg.models.unetplusplus import mean_of_sigmoids
 
 WIDTHS = (4, 6, 8, 10)
 FORMS = {
@@ -155,7 +155,7 @@ def test_mean_of_sigmoids_of_large_logits(dtype):
     rare = 1 / (1 + math.exp(3)) / 2
     want = [-60, 60 - math.log((1 + math.exp(-2)) / 2), -1000 + math.log((1 + math.exp(-1)) / 2),
             math.log((1 - rare) / rare), 0.0]  # fmt: skip
-    got = _mean_of_sigmoids([first.to(dtype), second.to(dtype)])
+    got = mean_of_sigmoids([first.to(dtype), second.to(dtype)])
     assert got.dtype == dtype
     assert got.tolist() == pytest.approx(want, rel=1e-5 if dtype == torch.float32 else 1e-2, abs=1e-5)
 

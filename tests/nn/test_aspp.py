@@ -80,7 +80,7 @@ def test_no_map_is_copied_beside_another(form, runner, training, monkeypatch):
         want = plain(twin, x)
         monkeypatch.setattr(torch, "cat", lambda ts, *a: joined.extend(t for t in ts if t.dim() > 1) or cat(ts, *a))
         if runner == "library":
-            monkeypatch.setattr(_atrous, "_plan", lambda *sizes: "by request")
+            monkeypatch.setattr(_atrous, "plan_of", lambda *sizes: "by request")
         got = module(x)
     torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
     assert not joined

@@ -4,30 +4,18 @@ import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from fastseg.measure.counting import Live
 
 
-class Peak(TorchDispatchMode):
+class Peak(Live):
     """``bytes``: the peak of the storages that ops returned, together with what Python and numpy allocated."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.bytes = 0
+    @property
+    def bytes(self) -> int:
+        return self.peak
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                self.live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        traced, _ = tracemalloc.get_traced_memory()
-        self.bytes = max(self.bytes, traced + sum(nbytes for _, nbytes in self.live.values()))
-        return out
+    def others(self) -> int:
+        return tracemalloc.get_traced_memory()[0]
 
 
 @contextmanager
@@ -37,6 +25,6 @@ def peak() -> Iterator[Peak]:
     try:
         with Peak() as counted:
             yield counted
-            counted.bytes = max(counted.bytes, tracemalloc.get_traced_memory()[1])
+            counted.peak = max(counted.peak, tracemalloc.get_traced_memory()[1])
     finally:
         tracemalloc.stop()

@@ -75,13 +75,13 @@ class Xception65(nn.Module):
         options = {"google": google}
         channels = stem2
         for i, (out_channels, stride) in enumerate(zip(entry, strides[:3], strict=True), 1):
-            self.add_module(f"block{i}", _Block(channels, out_channels, out_channels, stride, 1, **options))
+            self.add_module(f"block{i}", Block(channels, out_channels, out_channels, stride, 1, **options))
             channels = out_channels
         self.leaks = not google
         self.middle = [f"block{4 + i}" for i in range(middle_blocks)]
         for name in self.middle:
-            self.add_module(name, _Block(middle, middle, middle, 1, dilation, **options))
-        self.block20 = _Block(middle, middle, wide, strides[3], dilation, **options)
+            self.add_module(name, Block(middle, middle, middle, 1, dilation, **options))
+        self.block20 = Block(middle, middle, wide, strides[3], dilation, **options)
         last = 2 * dilation if google and output_stride < 32 else dilation
         self.conv3 = _Separable(wide, exit_[0], 1, last, google, act_first=False)
         self.conv4 = _Separable(exit_[0], exit_[0], 1, last, google, act_first=False)
@@ -105,8 +105,8 @@ class Xception65(nn.Module):
         for name, following in zip(names, (*names[1:], None), strict=True):
             block, inner = getattr(self, name), []
             rectify = self.leaks and following in self.middle  # all that takes y then takes relu(y)
-            rectify = rectify and not (watched(block, _Block) or watched(getattr(self, following), _Block))
-            if type(block) is _Block and "forward" not in vars(block):
+            rectify = rectify and not (watched(block, Block) or watched(getattr(self, following), Block))
+            if type(block) is Block and "forward" not in vars(block):
                 y = block(y, rectified=rectified, rectify=rectify, inner=inner)
             elif name in self.middle:
                 y = block(y)
@@ -148,7 +148,7 @@ class _Separable(nn.Module):
         )  # fmt: skip
 
 
-class _Block(nn.Module):
+class Block(nn.Module):
     """Three separable convolutions and a skip, a strided 1x1 convolution where width or size change."""
 
     def __init__(

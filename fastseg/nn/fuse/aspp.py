@@ -18,6 +18,7 @@ from fastseg.ops.aspp import pool_share, project, split_projection
 from fastseg.ops.atrous_conv2d import are_one_map, atrous_branches, atrous_maps
 from fastseg.ops.core.dispatch import kernels_run, record_reference
 from fastseg.ops.core.recompute import kept_as_recipe
+from fastseg.ops.core.torch_private import foreach_copy_
 
 CONCAT, SUM = "concat", "sum"
 
@@ -158,7 +159,7 @@ def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
     if first.training and first.running_mean is not None:
         widths = [norm.num_features for norm in norms]
         for merged, own in zip(running, _columns(each, 0, 2), strict=True):
-            torch._foreach_copy_(own, merged.split(widths))
+            foreach_copy_(own, merged.split(widths))
     return y
 
 

@@ -4,16 +4,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from fastseg.ops.core.dispatch import followed, needs_grad, transforms_active
+from fastseg.ops.core.dispatch import followed, needs_grad
 from fastseg.ops.core.register import DECOMPOSITIONS
+from fastseg.ops.core.torch_private import forward_ad_level, is_batched, transforms_active
 
 
 def run(function: type[torch.autograd.Function], op: Callable, *args):
     """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
-    may_be_followed = torch.is_grad_enabled() or transforms_active() or forward_ad._current_level >= 0
-    if not may_be_followed or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0):
         return op(*args)
     tensors = [a for a in args if isinstance(a, Tensor)]
     if followed(*tensors):
@@ -34,16 +33,12 @@ def differentiable(gradients: Callable, again: Callable) -> Callable:
     def backward(ctx, *grad_outputs):
         saved = ctx.saved_tensors
         tensors = [t for t in grad_outputs if isinstance(t, Tensor)]
-        batched = followed(*tensors) or any(map(_is_batched, tensors))
+        batched = followed(*tensors) or any(map(is_batched, tensors))
         if torch.is_grad_enabled() or (batched and not torch.compiler.is_compiling()):
             return again(ctx, saved, *grad_outputs)
         return gradients(ctx, saved, *grad_outputs)
 
     return backward
-
-
-# Of ``torch.autograd.grad(..., is_grads_batched=True)``, whose vmap is another than that of ``torch.func``.
-_is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda t: False)
 
 
 def derived(function: Callable, tensors: Sequence[Tensor | None], wanted: Sequence[bool], *grad_outputs: Tensor):

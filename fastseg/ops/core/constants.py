@@ -2,11 +2,12 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
-from torch.utils._python_dispatch import _disable_current_modes
+
+from fastseg.ops.core.torch_private import plain_modes
 
 T = TypeVar("T")
 
@@ -14,14 +15,12 @@ T = TypeVar("T")
 @contextmanager
 def plainly() -> Iterator[None]:
     """No gradients, no inference mode, no default device but the CPU, no fake or traced tensors."""
-    with (
-        _disable_current_modes(),
-        torch._C._DisableFuncTorch(),
-        torch._C.DisableTorchFunction(),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        torch.autocast("cpu", enabled=False),
-    ):
+    with ExitStack() as stack:
+        for leave in plain_modes():
+            stack.enter_context(leave())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
         yield
 
 
@@ -32,6 +31,9 @@ def constant(maxsize: int | None = None) -> Callable[[Callable[..., T]], Callabl
     """
 
     def decorate(make: Callable[..., T]) -> Callable[..., T]:
+        if not plain_modes():  # then what is made may belong to a mode: it is made at each call
+            return make
+
         @functools.lru_cache(maxsize)
         @functools.wraps(make)
         def kept(*args):

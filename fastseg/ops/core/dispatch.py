@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.explain import IN_REFERENCE, _in_reference, _report, in_reference, record
+from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
@@ -75,14 +76,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether forward-mode AD follows one, in eager code."""
-    if torch.compiler.is_dynamo_compiling() or forward_ad._current_level < 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or forward_ad_level() < 0 or torch.compiler.is_compiling():
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-# Private to torch; where a version lacks one, its kind of follower is not seen.
-transforms_active: Callable[[], bool] = getattr(torch._C, "_are_functorch_transforms_active", bool)
-is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", bool)
 
 
 def _follower(tensors: Iterable[Tensor | None]) -> str:
@@ -91,7 +87,7 @@ def _follower(tensors: Iterable[Tensor | None]) -> str:
         return "a transform of functions"
     if is_tracing():
         return "torch.jit.trace"
-    return "forward-mode AD" if forward_ad._current_level >= 0 and has_tangent(*tensors) else ""
+    return "forward-mode AD" if forward_ad_level() >= 0 and has_tangent(*tensors) else ""
 
 
 def followed(*tensors: Tensor | None) -> bool:
@@ -102,7 +98,7 @@ def followed(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or transforms_active() or is_tracing():
         return True
-    return forward_ad._current_level >= 0 and has_tangent(*tensors)
+    return forward_ad_level() >= 0 and has_tangent(*tensors)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

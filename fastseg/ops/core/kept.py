@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+
+from fastseg.ops.core.torch_private import transforms_active, tree_leaves
 
 T = TypeVar("T")
 
@@ -65,17 +66,17 @@ def mark(t: Tensor) -> tuple[int | None, int]:
         return version, 0
 
 
-_active: ContextVar[tuple[Kept, ...]] = ContextVar("fastseg_kept", default=())
+keepers: ContextVar[tuple[Kept, ...]] = ContextVar("fastseg_kept", default=())
 
 
 @contextmanager
 def keeping(kept: Kept) -> Iterator[None]:
     """In this thread, what is made of the tensors of ``kept`` is kept there."""
-    token = _active.set((*_active.get(), kept))
+    token = keepers.set((*keepers.get(), kept))
     try:
         yield
     finally:
-        _active.reset(token)
+        keepers.reset(token)
 
 
 @contextmanager
@@ -113,8 +114,8 @@ def keeper(sources: tuple[Tensor | None, ...]) -> Kept | None:
     """Who keeps what is made of these tensors here, if anybody; a captured graph and a transform keep nothing."""
     if torch.compiler.is_compiling():
         return None
-    active = _active.get()
-    if not active or torch._C._are_functorch_transforms_active():
+    active = keepers.get()
+    if not active or transforms_active():
         return None
     return next((kept for kept in reversed(active) if kept.knows(sources)), None)
 

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.torch_private import hooks_enabled, outer_hooks
 
 
 class Recipe(NamedTuple):
@@ -76,11 +77,11 @@ def kept_as_recipe(x: Tensor) -> Iterator[None]:
         yield
         return
     recipe = recipe_of(x)
-    hooked = torch.is_grad_enabled() and torch._C._autograd._saved_tensors_hooks_is_enabled()
+    hooked = torch.is_grad_enabled() and hooks_enabled()
     if recipe is None or not hooked:
         yield
         return
-    outer = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    outer = outer_hooks(False)
     pack_outer, unpack_outer = outer or (lambda t: t, lambda t: t)
     storage, form = x.untyped_storage()._cdata, (x.shape, x.stride(), x.storage_offset())
 

@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, has_tangent
-from fastseg.ops.core.torch_private import _is_bare, inside_jvp
+from fastseg.ops.core.torch_private import forward_ad_level, inside_jvp, is_bare
 
 NAMESPACE = "fastseg"
 DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
@@ -43,7 +42,7 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
 
     @functools.wraps(launch)
     def call(*args):
-        if torch.compiler.is_dynamo_compiling() or not _is_bare(args):
+        if torch.compiler.is_dynamo_compiling() or not is_bare(args):
             return plain(*args) if _have_tangents(args) else op(*args)
         return direct[args[0].device.type](*args)
 
@@ -64,7 +63,7 @@ def _refusing_tangents(name: str, implementation: Callable) -> Callable:
 
     @functools.wraps(implementation)
     def call(*args):
-        if forward_ad._current_level >= 0 and (inside_jvp() or _have_tangents(args)):
+        if forward_ad_level() >= 0 and (inside_jvp() or _have_tangents(args)):
             raise NotImplementedError(f"{qualified(name)} has no forward-mode derivative; fastseg's functions have one")
         return implementation(*args)
 

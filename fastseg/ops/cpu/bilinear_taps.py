@@ -25,12 +25,12 @@ def is_plain(x: Tensor) -> bool:
 def grouped_taps(K: int, x: Tensor, dtype: torch.dtype, *, across: bool = False) -> Tensor:
     """(C, 1, K, K) for the channels of ``x``, (C, 1, 1, K) with ``across``; kept from call to call where plain."""
     if is_plain(x):
-        return _kept_taps(K, x.shape[1], dtype, across)
+        return kept_taps(K, x.shape[1], dtype, across)
     return _expanded(K, x.shape[1], x.new_empty(0, dtype=dtype), across)
 
 
 @constant(16)
-def _kept_taps(K: int, C: int, dtype: torch.dtype, across: bool) -> Tensor:
+def kept_taps(K: int, C: int, dtype: torch.dtype, across: bool) -> Tensor:
     return _expanded(K, C, torch.empty(0, dtype=dtype), across)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.constants import plainly
+from fastseg.ops.core.torch_private import mkldnn_convolution, mkldnn_reorder
 
 
 class Packed:
@@ -23,8 +24,7 @@ class Packed:
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, COUT, OH, OW)."""
         padding, stride, dilation, groups = self.geometry
-        call = torch.ops.mkldnn._convolution_pointwise
-        return call(x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], "")
+        return mkldnn_convolution(x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], "")
 
 
 def pack(
@@ -33,8 +33,7 @@ def pack(
 ) -> Packed:  # fmt: skip
     """Pack ``weight`` for maps of ``shape`` (N, C, H, W); others work as well, some of them slowly."""
     geometry = (list(padding), list(stride), list(dilation), groups)
-    order = torch.ops.mkldnn._reorder_convolution_weight
-    return Packed(order(weight, *geometry, list(shape)), bias, geometry)
+    return Packed(mkldnn_reorder(weight, *geometry, list(shape)), bias, geometry)
 
 
 @functools.cache
@@ -42,10 +41,12 @@ def why_not(dtype: torch.dtype = torch.float32) -> str:
     """Why this torch packs no weights of ``dtype`` on this processor, or ""."""
     if not torch.backends.mkldnn.is_available():
         return "torch was built without oneDNN"
+    if mkldnn_convolution is None or mkldnn_reorder is None:
+        return "this version of torch has no packed convolution"
     try:
         with plainly():
             x, w = (torch.ones(*shape, dtype=dtype, device="cpu") for shape in ((1, 2, 3, 3), (2, 2, 1, 1)))
             y = pack(w, None, (1, 1), (0, 0), (1, 1), 1, x.shape)(x)
-    except (AttributeError, RuntimeError, TypeError, NotImplementedError) as error:
+    except (RuntimeError, TypeError, NotImplementedError) as error:
         return f"torch has no packed convolution: {str(error).partition(chr(10))[0]}"
     return "" if bool((y == 2).all()) else "torch's packed convolution gives another result"

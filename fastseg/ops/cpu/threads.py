@@ -14,6 +14,8 @@ from typing import TypeVar
 
 import torch
 
+from fastseg.ops.core.torch_private import dispatch_modes
+
 Part, Result = TypeVar("Part"), TypeVar("Result")
 
 _lock = threading.Lock()
@@ -36,7 +38,7 @@ def each(function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Resu
         Exception: that of the first part that raised.
     """
     parts, threads = list(parts), torch.get_num_threads()
-    if threads == 1 or len(parts) < 2 or torch._C._len_torch_dispatch_stack():
+    if threads == 1 or len(parts) < 2 or dispatch_modes():
         with torch.no_grad():
             return [function(part) for part in parts]
     results: list = [None] * len(parts)

@@ -46,7 +46,7 @@ def atrous_branches_ref(
     return activate(y if residual is None else y + residual, act, inplace=True)
 
 
-def _plan(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Plan | str":
+def plan_of(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Plan | str":
     """The cost model's choice for x of ``shape``, or why there is none."""
     (N, C, H, W), B = shape, len(kernels)
     if 0 in (N, C, H, W, COUT):
@@ -60,14 +60,14 @@ def _plan(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Plan
 
 
 def _own(*sizes) -> bool:
-    chosen = _plan(*sizes)
+    chosen = plan_of(*sizes)
     return not isinstance(chosen, str) and chosen.own
 
 
 # --- the registered ops
 
 
-def _settled(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def settled(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As the kernel reads them: dense, channels innermost, aligned (a slice of a larger buffer may not be)."""
     weights = [channels_last(w.to(dtype)) for w in weights]
     return [w.clone() if w.data_ptr() % 16 else w for w in weights]
@@ -79,7 +79,7 @@ def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
         return _plain_fwd(x, weights, biases, residual, dilations, act)
     residual = None if residual is None else channels_last(residual)
     biases = [b.contiguous() for b in biases]
-    return atrous_conv_fwd(channels_last(x), _settled(weights, x.dtype), biases, residual, dilations, act)
+    return atrous_conv_fwd(channels_last(x), settled(weights, x.dtype), biases, residual, dilations, act)
 
 
 def _plain_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
@@ -100,7 +100,7 @@ def _launch_input(dy, weights, dilations) -> Tensor:
     (COUT, C), (N, _, H, W) = weights[0].shape[:2], dy.shape
     if not _own((N, C, H, W), dy.dtype, COUT, [w.shape[-1] for w in weights], dilations):
         return _plain_input(dy, weights, dilations)
-    return atrous_conv_bwd_input(channels_last(dy), _settled(weights, dy.dtype), dilations)
+    return atrous_conv_bwd_input(channels_last(dy), settled(weights, dy.dtype), dilations)
 
 
 def _plain_input(dy, weights, dilations) -> Tensor:
@@ -212,7 +212,7 @@ def _registered_backward(ctx, dy: Tensor):
 torch.library.register_autograd(qualified(NAME), _registered_backward, setup_context=_save)
 
 
-class _AtrousBranches(torch.autograd.Function):
+class AtrousBranches(torch.autograd.Function):
     """The registered op with its tensors one by one: eager's Function."""
 
     @staticmethod

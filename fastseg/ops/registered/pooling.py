@@ -23,6 +23,7 @@ from fastseg.ops.core.autograd import run
 from fastseg.ops.core.dispatch import HAS_TRITON, followed
 from fastseg.ops.core.layout import memory_format_of, new_map
 from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.pool_indices import PoolIndices, encode, pack
 
 if HAS_TRITON:
@@ -112,7 +113,7 @@ def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) ->
     if not torch.compiler.is_compiling() and followed():  # no value can be looked at
         return
     if torch.compiler.is_compiling() or (not sync and valid.device.type != "cpu"):
-        torch._assert_async(valid, "max_unpool: an index is outside its output volume")
+        assert_async(valid, "max_unpool: an index is outside its output volume")
     elif not valid.item():
         raise RuntimeError(invalid_index(index, size))
 

@@ -240,11 +240,11 @@ bwd_op = register(
 )
 
 
-class _SeparableConv2d(torch.autograd.Function):
+class SeparableConv2dFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         y, z, mid_stats, post_stats = train_op(*args)
-        _SeparableConv2d.save(ctx, args, (y, z, mid_stats, post_stats))
+        SeparableConv2dFunction.save(ctx, args, (y, z, mid_stats, post_stats))
         ctx.mark_non_differentiable(mid_stats, post_stats)
         return y, mid_stats, post_stats
 
@@ -287,6 +287,6 @@ class _SeparableConv2d(torch.autograd.Function):
 
 torch.library.register_autograd(
     qualified("separable_conv2d_train"),
-    lambda ctx, dy, *_: _SeparableConv2d.backward(ctx, dy),
-    setup_context=_SeparableConv2d.save,
+    lambda ctx, dy, *_: SeparableConv2dFunction.backward(ctx, dy),
+    setup_context=SeparableConv2dFunction.save,
 )

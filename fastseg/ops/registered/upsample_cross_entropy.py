@@ -11,6 +11,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.labels import check_targets
 from fastseg.ops.core.layout import like, memory_format_of, new_map
 from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.core.upsample import cross_entropy, interpolate, unsupported, upsampling
 
 if HAS_TRITON:
@@ -64,7 +65,7 @@ def _mean(sum_: Tensor, total: Tensor, a: Call) -> Tensor:
 # --- with kernels
 
 
-def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
+def launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     a = Call(*args)
     if unsupported(a.logits, *a.target.shape[1:]):
         return _plain_fwd(*args)
@@ -77,14 +78,14 @@ def _launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
         losses=torch.empty(target.shape, dtype=a.out, device=x.device) if none else None, save_lse=a.save_lse,
     )  # fmt: skip
     if x.device.type == "cuda":
-        torch._assert_async(sums[2] == 0, "upsample_cross_entropy: a target names no class and is not ignore_index")
+        assert_async(sums[2] == 0, "upsample_cross_entropy: a target names no class and is not ignore_index")
     elif x.device.type == "cpu" and sums[2] > 0:
         check_targets(target, x.shape[1], a.ignore_index)
     loss = losses if none else (_mean(sums[0], sums[1], a) if a.reduction == "mean" else sums[0]).to(a.out, copy=True)
     return loss, x.new_empty(0, dtype=a.sums) if lse is None else lse, sums[1].clone()
 
 
-def _launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
+def launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     a = Call(*args)
     if unsupported(a.logits, *a.target.shape[1:]):
         return _plain_bwd(dloss, lse, total, *args)
@@ -157,10 +158,10 @@ def _fake_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     return new_map(Call(*args).logits, Call(*args).logits.shape)
 
 
-fwd_op = register(f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", _launch_fwd, _plain_fwd, _fake_fwd)
+fwd_op = register(f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd)
 bwd_op = register(
     f"upsample_cross_entropy_bwd(Tensor dloss, Tensor lse, Tensor total, {_SCHEMA}) -> Tensor",
-    _launch_bwd,
+    launch_bwd,
     _plain_bwd,
     _fake_bwd,
 )

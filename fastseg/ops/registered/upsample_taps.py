@@ -138,14 +138,14 @@ def _transposed(dy: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
 def _launch(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
     _, N, h, w, _, COUT = taps.shape
     if unsupported(N, 0, 0, COUT, h, w, *size):
-        return _plain(taps, base, bias, act, size, align_corners)
+        return plain(taps, base, bias, act, size, align_corners)
     base = None if base is None else channels_last(base)
     return upsample_conv_fwd(taps.contiguous(), base, bias, act, tuple(size), align_corners)
 
 
-def _plain(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
+def plain(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
     if not _is_plain(taps, base, bias):
-        return _traced(taps, base, bias, act, size, align_corners)
+        return traced(taps, base, bias, act, size, align_corners)
     y = _fake(taps, base, bias, act, size, align_corners).to(torch.promote_types(taps.dtype, torch.float32))
     y = y.zero_() if base is None else y.copy_(base)
     if bias is not None:
@@ -163,7 +163,7 @@ def _is_plain(*tensors: Tensor | None) -> bool:
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors) and not followed(*tensors)
 
 
-def _traced(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
+def traced(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
     """The same without strips, of any size: nine upsampled maps, shifted."""
     _, N, h, w, _, COUT = taps.shape
     maps = taps.permute(1, 0, 4, 5, 2, 3).reshape(N, 9 * COUT, h, w)
@@ -175,7 +175,7 @@ def _traced(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, si
     return channels_last(activate(y, act))
 
 
-def _traced_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
+def traced_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
     (N, COUT, H, W), (h, w) = dy.shape, size
     wide = torch.constant_pad_nd(dy, (1, 1, 1, 1))
     shifted = torch.cat([wide.narrow(2, 2 - tap // 3, H).narrow(3, 2 - tap % 3, W) for tap in range(9)], 1)
@@ -184,9 +184,9 @@ def _traced_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
     return dmaps.view(N, 3, 3, COUT, h, w).permute(1, 0, 4, 5, 2, 3).contiguous()
 
 
-def _plain_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
+def plain_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
     if not _is_plain(dy):
-        return _traced_bwd(dy, size, align_corners)
+        return traced_bwd(dy, size, align_corners)
     wide = channels_last(dy).to(torch.promote_types(dy.dtype, torch.float32))
     return _transposed(wide, size, align_corners).to(dy.dtype)
 
@@ -198,10 +198,10 @@ def _fake_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
 
 _fwd = register(
     "upsample_taps(Tensor taps, Tensor? base, Tensor? bias, str act, SymInt[] size, bool align_corners) -> Tensor",
-    _launch, _plain, _fake,
+    _launch, plain, _fake,
 )  # fmt: skip
 _bwd = register(
-    "upsample_taps_bwd(Tensor dy, SymInt[] size, bool align_corners) -> Tensor", _plain_bwd, _plain_bwd, _fake_bwd
+    "upsample_taps_bwd(Tensor dy, SymInt[] size, bool align_corners) -> Tensor", plain_bwd, plain_bwd, _fake_bwd
 )
 
 

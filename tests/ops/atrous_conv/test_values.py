@@ -117,7 +117,7 @@ def test_layouts(case, own, device):
 
 def test_weights_begin_where_the_kernel_says_they_do(device):
     buffer = torch.randn(1 + 9 * 16, device=device)
-    (w,) = _atrous._settled([buffer[1:].view(4, 3, 3, 4).permute(0, 3, 1, 2)], torch.float32)
+    (w,) = _atrous.settled([buffer[1:].view(4, 3, 3, 4).permute(0, 3, 1, 2)], torch.float32)
     assert (
         w.data_ptr() % 16 == 0
         and w.is_contiguous(memory_format=CL)

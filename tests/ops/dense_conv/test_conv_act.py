@@ -54,7 +54,7 @@ def test_what_is_fused(change, why):
 def test_a_request_says_what_the_call_is():
     x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last)
-    ask = lambda x=x, act="relu", residual=None: _conv_act._request(x, conv.weight, conv.bias, act, *ARGS, residual)
+    ask = lambda x=x, act="relu", residual=None: _conv_act.request_of(x, conv.weight, conv.bias, act, *ARGS, residual)
     with torch.no_grad():
         request = ask()
     assert request == Request(

@@ -42,7 +42,7 @@ def bound(fn, **options):
 
 
 def on_cpu(*tensors, act=None, align_corners=False, up_first=True):
-    return upsample_concat_conv._low_resolution(*tensors, act, align_corners, up_first)
+    return upsample_concat_conv.at_low_resolution(*tensors, act, align_corners, up_first)
 
 
 @pytest.fixture
@@ -107,8 +107,8 @@ def test_cpu_matches_reference(shapes, align_corners, monkeypatch):
 
 def plain_ops(monkeypatch):
     """The registered ops as a CPU runs them, not interpreted."""
-    monkeypatch.setattr(_upsample_taps, "_fwd", _upsample_taps._plain)
-    monkeypatch.setattr(_upsample_taps, "_bwd", _upsample_taps._plain_bwd)
+    monkeypatch.setattr(_upsample_taps, "_fwd", _upsample_taps.plain)
+    monkeypatch.setattr(_upsample_taps, "_bwd", _upsample_taps.plain_bwd)
 
 
 @CORNERS
@@ -116,11 +116,9 @@ def test_traced_forms(align_corners):
     """What an exported program without custom ops gets, there and back, against the strips."""
     taps, base, bias = torch.randn(3, 2, 3, 4, 3, 5), torch.randn(2, 5, 7, 9).to(memory_format=CL), torch.randn(5)
     args = (taps, base, bias, "relu", [7, 9], align_corners)
-    torch.testing.assert_close(_upsample_taps._traced(*args), _upsample_taps._plain(*args), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(_upsample_taps.traced(*args), _upsample_taps.plain(*args), atol=2e-5, rtol=1e-5)
     args = (base, [3, 4], align_corners)
-    torch.testing.assert_close(
-        _upsample_taps._traced_bwd(*args), _upsample_taps._plain_bwd(*args), atol=2e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(_upsample_taps.traced_bwd(*args), _upsample_taps.plain_bwd(*args), atol=2e-5, rtol=1e-5)
 
 
 def test_derivatives(monkeypatch):

@@ -12,7 +12,7 @@ import fastseg
 from fastseg.kernels.runtime.launch import intercept
 from fastseg.ops import upsample_cross_entropy
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
-from fastseg.ops.registered.upsample_cross_entropy import Call, _launch_bwd, _launch_fwd
+from fastseg.ops.registered.upsample_cross_entropy import Call, launch_bwd, launch_fwd
 from fastseg.testing import check_op, guard, guarded
 
 NAN, INF = float("nan"), float("inf")
@@ -179,8 +179,8 @@ def test_memory_at_ade20k_size(layout):
     call = Call(logits, torch.empty(16, 512, 512, dtype=torch.int64, device="meta"), None, 255, "mean", 0.0, False,
                 False, True)  # fmt: skip
     with allocations() as seen, intercept(lambda *launch: None):
-        _, lse, total = _launch_fwd(*call)
-        dx = _launch_bwd(total, lse, total, *call)
+        _, lse, total = launch_fwd(*call)
+        dx = launch_bwd(total, lse, total, *call)
     assert dx.stride() == logits.stride()
     eager = (
         18 * 16 * 150 * 512**2

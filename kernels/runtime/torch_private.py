@@ -1,0 +1,43 @@
+"""Private names of torch that the launchers' ground uses, each with a fallback; no Triton here.
+
+``fastseg/ops/core/torch_private.py`` holds the names that the library uses, and is built of this one.
+"""
+
+import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def find(name: str, fallback: Any) -> Any:
+    """The object with this dotted name, or ``fallback`` where this version of torch or Triton has none.
+
+    A fallback gives the same results. It may cost speed.
+    """
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError, RuntimeError):
+        return fallback
+
+
+def leaves_of(tree: object) -> list:
+    """What tuples, lists and dicts hold, in order: the fallback of torch's ``tree_leaves``."""
+    if isinstance(tree, dict):
+        tree = tuple(tree.values())
+    return [leaf for part in tree for leaf in leaves_of(part)] if isinstance(tree, (tuple, list)) else [tree]
+
+
+class NoDispatchMode:
+    """In the place of torch's class: entering it raises."""
+
+    def __enter__(self):
+        raise RuntimeError(f"torch {torch.__version__} has no torch.utils._python_dispatch.TorchDispatchMode")
+
+    def __exit__(self, *exc) -> None:
+        pass
+
+
+is_tracing: Callable[[], bool] = find("torch._C._is_tracing", torch.jit.is_tracing)
+tree_leaves: Callable[[Any], list] = find("torch.utils._pytree.tree_leaves", leaves_of)
+TorchDispatchMode: Any = find("torch.utils._python_dispatch.TorchDispatchMode", NoDispatchMode)
