@@ -25,8 +25,10 @@ from fastseg.testing import poison
 
 if INTERPRETED:
     import interpreter
+    import quick_interpreter
 
     interpreter.install()
+    quick_interpreter.install()
     torch.set_num_threads(1)  # the maps are tiny: threads cost more than they bring
 
 
