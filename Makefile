@@ -8,13 +8,15 @@ RESULTS ?=
 GPU_RUN = --budget $(BUDGET) --stage "$(STAGE)" $(if $(RESULTS),--results "$(RESULTS)")
 export OMP_NUM_THREADS ?= 1
 
-INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -q --durations=5
+# LONG=--long: the tests as well for which another stands in `make test`.
+LONG ?=
+INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -q --durations=5 $(LONG)
 COMPILED := TRITON_INTERPRET=0 $(BIN)/pytest -q
 # Tests among torch's tools (opcheck, torch.compile, export, processes), and all others but those of compiled code.
 GRAPHS = tests/integration $(wildcard tests/ops/*/test_graphs*.py)
 NOT_GRAPHS := tests --ignore=tests/kernels/aot --ignore=tests/integration --ignore-glob='*/test_graphs*.py'
 
-.PHONY: setup demo doctor test test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu gpu-env gpu-rehearse warm-cache tune figures docs
+.PHONY: setup demo doctor test test-all test-fast test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu gpu-env gpu-rehearse warm-cache tune figures docs
 
 $(VENV)/.ready: setup.py constraints-ci.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fastseg needs Python 3.11 or later, this is %s; set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -34,6 +36,16 @@ doctor: setup
 test: setup lint
 	$(MAKE) -j2 --no-print-directory test-kernels test-compiled-and-cpu
 
+# Everything, long forms included.
+test-all:
+	$(MAKE) --no-print-directory test LONG=--long
+
+# One family of ops in a minute: FAMILY is a folder of tests/ops.
+FAMILY ?= pooling
+test-fast: setup
+	@test -d tests/ops/$(FAMILY) || { echo 'FAMILY=$(FAMILY): use one of' $(notdir $(patsubst %/,%,$(wildcard tests/ops/*/))); exit 2; }
+	$(INTERPRETED) tests/ops/$(FAMILY) tests/test_architecture.py --ignore-glob='*/test_graphs*.py'
+
 test-kernels: setup
 	$(INTERPRETED) $(NOT_GRAPHS)
 	$(INTERPRETED) $(GRAPHS)
@@ -45,11 +57,11 @@ test-compiled-and-cpu: setup
 	$(MAKE) --no-print-directory test-emulated EMULATED='tests/ops -k "(every_order and aspp) or (half and bfloat16) or duplicates"'
 
 test-compiled: setup
-	$(COMPILED) tests/kernels/aot
+	$(COMPILED) $(LONG) tests/kernels/aot
 
 test-cpu: setup
-	$(COMPILED) $(GRAPHS)
-	$(COMPILED) benchmarks --benchmark-disable
+	$(COMPILED) $(LONG) $(GRAPHS)
+	$(COMPILED) benchmarks --benchmark-disable $(if $(LONG),--full)
 
 # The second checker executes the compiled TTIR on an emulated device; optional: a young package with pins of its own.
 EMULATED ?= tests/ops

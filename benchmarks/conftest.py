@@ -11,6 +11,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all shapes; without it a CPU gets the small ones")
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("benchmark_disable") and not config.getoption("--full"):
+        again = [item for item in items if item.get_closest_marker("same_when_tiny")]
+        items[:] = [item for item in items if not item.get_closest_marker("same_when_tiny")]
+        config.hook.pytest_deselected(items=again)
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
     machine_info.update(harness.machine(harness.here()))
 

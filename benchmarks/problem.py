@@ -6,7 +6,8 @@ A module has ``OP``, its name in results, and ``cases(size)``, where size is "fu
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass, replace
+from functools import partial
 from typing import ClassVar
 
 import harness
@@ -36,7 +37,7 @@ class Case:
     shape: str
     N: int
     mode: str
-    build: Callable[[torch.device], "Problem"]
+    build: partial["Problem"]
     floors: Mapping[str, list[Cost]] = field(default_factory=dict)
     macs: float = 0.0
 
@@ -158,8 +159,18 @@ class Problem:
 
 def every(cases: Callable[[str], list[Case]]) -> pytest.MarkDecorator:
     """Parametrizes a benchmark by the cases' ``number``; every size has them in the same order."""
-    found = cases("full")
-    return pytest.mark.parametrize("number", range(len(found)), ids=[f"{c.shape}-{c.mode}" for c in found])
+    found, seen, values = cases("full"), set(), []
+    for number, (case, tiny) in enumerate(zip(found, cases("tiny"), strict=True)):
+        marks = [pytest.mark.same_when_tiny] if _work(tiny) in seen else []
+        seen.add(_work(tiny))
+        values.append(pytest.param(number, id=f"{case.shape}-{case.mode}", marks=marks))
+    return pytest.mark.parametrize("number", values)
+
+
+def _work(case: Case) -> str:
+    """What a case runs: the arguments of its problem, without the names of their shapes."""
+    unnamed = lambda arg: replace(arg, **dict.fromkeys({"name", "origin"} & vars(arg).keys(), ""))
+    return repr([case.build.func, *(unnamed(arg) if is_dataclass(arg) else arg for arg in case.build.args)])
 
 
 def bench(case: Case, provider: str, run: Callable, device: torch.device, size: str, benchmark) -> None:

@@ -25,12 +25,21 @@ from fastseg.testing import poison
 
 if INTERPRETED:
     import interpreter
+    import quick_interpreter
 
     interpreter.install()
+    quick_interpreter.install()
     torch.set_num_threads(1)  # the maps are tiny: threads cost more than they bring
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="the tests marked `long` as well (make test-all)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--long"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
+        items[:] = [item for item in items if not item.get_closest_marker("long")]
     if HAS_CUDA and not INTERPRETED:
         return
     for item in items:

@@ -73,6 +73,14 @@ def test_onnx_by_trace(model, tmp_path):
         close(torch.from_numpy(got), model(x))
 
 
+IN_ONNX = ("deeplabv2", "deeplabv3", "deeplabv3plus", "fcn", "segnet_basic", "unetplusplus")  # have the ops of all
+
+
+@pytest.mark.parametrize(
+    "model",
+    [pytest.param(name, marks=[] if name in IN_ONNX else [pytest.mark.long]) for name in names()],
+    indirect=True,
+)
 def test_onnx(model, tmp_path):
     """In onnxruntime, through the table of decompositions."""
     for module in ("onnx", "onnxscript"):

@@ -1,9 +1,13 @@
 """The confusion matrix summed over two processes."""
 
+import pytest
 import torch
 from processes import run_two
 
 from fastseg.metrics import ConfusionMatrix
+from fastseg.ops.core.dispatch import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel runs here: once, in the plain process")
 
 # A program of its own: a spawned process could not import a test module by name.
 WORKER = """

@@ -14,6 +14,9 @@ from processes import end_of, start_fastseg, wait_for
 import fastseg
 from fastseg.cli import main
 from fastseg.models.weights import read_payload
+from fastseg.ops.core.dispatch import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel runs here: once, in the plain process")
 
 
 @pytest.fixture(autouse=True)

@@ -8,6 +8,9 @@ from processes import run_two
 
 import fastseg
 from fastseg.cli import main
+from fastseg.ops.core.dispatch import INTERPRETED
+
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="no kernel runs here: once, in the plain process")
 
 WORKER = """
 import json, sys

@@ -15,7 +15,11 @@ MOST = {  # model and options -> launches at most, in a Runner or frozen and at 
 }
 
 
-@pytest.mark.parametrize("label", MOST)
+TWINS = {"mobilenet_v2, stride 8", "xception google"}  # of the same blocks as the one before
+LABELS = [pytest.param(label, marks=[pytest.mark.long] if label in TWINS else []) for label in MOST]
+
+
+@pytest.mark.parametrize("label", LABELS)
 def test_launches_at_most(label):
     import launches  # sets the interpreter up
 

@@ -1,4 +1,9 @@
-"""Every kernel of the project, as its launchers launch it, keeps its budgets on every chip."""
+"""Every kernel of the project, as its launchers launch it, keeps its budgets on every chip.
+
+Every case is compiled for sm_90 in both dtypes, and for gfx942 in bf16. For the other NVIDIA chips, whose compiler is
+that of sm_90, those with matrix instructions of their own and the first of each kernel, in bf16; for gfx942 in fp32 the
+first of each kernel; for the chips beside these the heavy kernels. The rest with ``--long``.
+"""
 
 import ast
 import functools
@@ -7,11 +12,31 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastseg.kernels.runtime.launch import intercept
 from fastseg.kernels.tools import cases
 from fastseg.kernels.tools.report import COMMON, TARGETS, KernelReport, broken_claims, compile_launches
 
 KERNELS = Path(cases.__file__).parents[2]
-ROWS = [pytest.param(c, d, id=f"{c}-{str(d).removeprefix('torch.')}") for c in cases.CASES for d in cases.DTYPES]
+# The heavy kernels, for chips with 100 KB of shared memory a multiprocessor.
+MAIN = ("decoder 304->256", "decoder 304->256, backward", "MobileNetV2 960->160, dilated")
+
+
+def rows():
+    """Case, dtype, chip; marked ``long`` where another row stands for it."""
+    seen: set[str] = set()
+    for case, call in cases.CASES.items():
+        kernels: set[str] = set()
+        with intercept(lambda kernel, *_, kernels=kernels: kernels.add(kernel.fn.__name__)):
+            call(torch.bfloat16)
+        first, seen = bool(kernels - seen), seen | kernels
+        for dtype in cases.DTYPES:
+            half = dtype == torch.bfloat16
+            short = {"sm_90": True, "gfx942": half or first}
+            for target in TARGETS:
+                keep = short.get(target, half and (first or bool(kernels & cases.MATRIX_KERNELS)))
+                keep = keep if target in COMMON else half and case in MAIN
+                marks = [] if keep else [pytest.mark.long]
+                yield pytest.param(case, dtype, target, id=f"{case}-{str(dtype)[6:]}-{target}", marks=marks)
 
 
 @functools.cache
@@ -19,20 +44,7 @@ def reports(case: str, dtype, target: str) -> list[KernelReport]:
     return compile_launches(lambda: cases.CASES[case](dtype), target)
 
 
-# The heavy kernels, in bf16, on chips with 100 KB of shared memory a multiprocessor.
-MAIN = ("decoder 304->256", "decoder 304->256, backward", "MobileNetV2 960->160, dilated")
-TRIED = [
-    *(pytest.param(*row.values, target, id=f"{row.id}-{target}") for row in ROWS for target in COMMON),
-    *(
-        pytest.param(case, torch.bfloat16, target, id=f"{case}-bfloat16-{target}")
-        for case in MAIN
-        for target in TARGETS
-        if target not in COMMON
-    ),
-]
-
-
-@pytest.mark.parametrize("case, dtype, target", TRIED)
+@pytest.mark.parametrize("case, dtype, target", rows())
 def test_claims(case, dtype, target):
     found = reports(case, dtype, target)
     assert found, f"case {case} launches nothing"
