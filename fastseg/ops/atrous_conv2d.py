@@ -6,7 +6,15 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, kernels_run, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import (
+    HAS_TRITON,
+    autocast_dtype,
+    followed,
+    is_torchs,
+    kernels_run,
+    needs_grad,
+    use_kernel,
+)
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
@@ -131,8 +139,7 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))
     _check(name, x, weights, biases, dilations, act, residual)
-    unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
-    if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
+    if not _takes_kernel(name, x, weights, biases, dilations, act, residual):
         if residual is None and _nothing_follows(x, *weights, *biases):
             return _one_by_one(x, weights, biases, dilations, act)
         return [atrous_branches_ref(x, weights, biases, dilations, act, residual)]
@@ -141,6 +148,14 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
     return [like(x, y) if as_x else y]
+
+
+def _takes_kernel(name: str, x: Tensor, weights, biases, dilations, act, residual) -> bool:
+    tensors = [t for t in (*weights, *biases, residual) if t is not None]
+    if is_torchs(x) and all(t.is_cpu for t in tensors):
+        return False
+    unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
+    return use_kernel(name, x, *tensors, unsupported=unsupported, form=lambda: form)
 
 
 def _nothing_follows(*tensors: Tensor) -> bool:

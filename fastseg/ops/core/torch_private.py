@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+# What torch.nn.functional's poolings end in.
+pool_with_index = getattr(torch._C._nn, "max_pool2d_with_indices", torch.ops.aten.max_pool2d_with_indices.default)
+unpool_to = getattr(torch._C._nn, "max_unpool2d", torch.ops.aten.max_unpool2d.default)  # input, indices, (OH, OW)
+
 
 def _keys(*names: str) -> int:
     sets = (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, name)) for name in names)
