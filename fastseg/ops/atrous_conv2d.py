@@ -19,6 +19,7 @@ from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.atrous_conv import MOST_BRANCHES, NAME, _AtrousBranches, _plan, atrous_branches_ref, fwd_op
 
 
@@ -59,8 +60,23 @@ def atrous_conv2d(
 
     Reference: Chen et al., DeepLab, arXiv:1606.00915.
     """
+    if residual is None and is_torchs(x) and _is_plain(x, weight, bias, dilation, act):
+        pad = dilation * (weight.shape[-1] // 2)
+        return conv2d(x, weight, bias, (1, 1), (pad, pad), (dilation, dilation), 1, act)
     biases = None if bias is None else [bias]
     return atrous_branches(x, [weight], biases, [dilation], act, residual, name="atrous_conv2d", as_x=True)
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, act: str | None) -> bool:
+    """Whether everything is on a CPU, of one dtype, and as it must be: nothing is left to check or to cast."""
+    if type(dilation) is not int or dilation < 1 or not (act is None or act in ACTIVATIONS):
+        return False
+    shape, taps, dtype = x.shape, weight.shape, x.dtype
+    if len(shape) != 4 or len(taps) != 4 or taps[1] != shape[1] or taps[2] != taps[3] or taps[3] % 2 == 0:
+        return False
+    if not x.is_floating_point() or weight.dtype != dtype or not weight.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    return bias is None or (bias.dtype == dtype and bias.is_cpu and bias.shape == taps[:1])
 
 
 def atrous_conv2d_ref(
