@@ -5,12 +5,15 @@
 
 Each row is one case: the time of fastseg over that of eager PyTorch, by medians and by minima of samples taken in turn,
 for each number of threads. Eager has the same tensors in the same layout; ``other layout`` says what fastseg takes of
-eager's time on the same values in the other one. Ratios at most 1 are what is wanted. A slow spell of the machine slows
-both alike; still, differences of a few percent are noise.
+eager's time on the same values in the other one. Ratios at most 1 are what is wanted. One thread is timed by what it
+computes, which other programs hardly disturb; several by the clock on the wall, or all of it with ``--busy``. A slow
+spell of the machine slows both alike; still, differences of a few percent are noise.
 """
 
 import argparse
 import contextlib
+import itertools
+import os
 import random
 import statistics
 import subprocess
@@ -81,21 +84,21 @@ def _other(layout: str) -> str:
     return next(name for name in LAYOUTS if name != layout)
 
 
-def argmax_cases(layout: str, classes: int, sides: Iterable[int]) -> Iterator[Case]:
-    """One image, upsampled four times."""
-    for side in sides:
-        x = _map(1, classes, side // 4, side // 4, layout=layout)
+def argmax_cases(layout: str, classes: int, sides: Iterable[int], strides=(4, 16, 32)) -> Iterator[Case]:
+    """One image."""
+    for side, stride in itertools.product(sides, strides):
+        x = _map(1, classes, side // stride, side // stride, layout=layout)
         y = x.contiguous(memory_format=LAYOUTS[_other(layout)])
         eager = lambda x, side=side: F.interpolate(x, (side, side), mode="bilinear").argmax(1)
         yield Case(
-            f"argmax {layout} C={classes} {side}^2",
+            f"argmax {layout} C={classes} {side}^2 /{stride}",
             lambda x=x, side=side: upsample_argmax(x, side),
             lambda x=x, eager=eager: eager(x),
             lambda y=y, eager=eager: eager(y),
         )
 
 
-def loss_cases(layout: str, classes: int, sides: Iterable[int], strides=(4, 8, 16, 32), **options) -> Iterator[Case]:
+def loss_cases(layout: str, classes: int, sides: Iterable[int], strides=(4, 16, 32), **options) -> Iterator[Case]:
     """Forward and backward, batch 2."""
     for side in sides:
         target = torch.randint(classes, (2, side, side), generator=torch.Generator().manual_seed(1))
@@ -265,8 +268,9 @@ def load(processes: int) -> Iterator[None]:
             process.wait()
 
 
-def compare(case: Case, threads: int, seconds: float) -> Row:
+def compare(case: Case, threads: int, seconds: float, busy: bool = False) -> Row:
     """Samples in turn, in an order drawn anew each round, for about so many seconds."""
+    clock = time.thread_time if threads == 1 and not busy else time.perf_counter
     functions = {"fastseg": case.fastseg, "eager": case.eager, "other": case.other}
     functions = {name: f for name, f in functions.items() if f is not None}
     before = torch.get_num_threads()
@@ -282,9 +286,9 @@ def compare(case: Case, threads: int, seconds: float) -> Row:
         ):
             shuffle(order)
             for name in order:
-                start = time.perf_counter()
+                start = clock()
                 functions[name]()
-                samples[name].append(time.perf_counter() - start)
+                samples[name].append(clock() - start)
     finally:
         torch.set_num_threads(before)
     middle = {name: statistics.median(values) for name, values in samples.items()}
@@ -319,6 +323,16 @@ def table(rows: list[Row], counts: list[int]) -> str:
     return "\n".join(lines)
 
 
+def about(busy: int) -> str:
+    """What was compared, and on what machine."""
+    cores, waiting = os.cpu_count(), os.getloadavg()[1]
+    own = f", {busy} of them started by the tool" if busy else ""
+    return (
+        f"fastseg / eager, torch {torch.__version__}, {cores} cores, {waiting:.0f} processes that compute, the mean "
+        f"of 5 minutes{own}"
+    )
+
+
 def main() -> None:
     """Print a line a case as it is done, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -346,13 +360,11 @@ def main() -> None:
                 )
                 for case in cases:
                     with torch.set_grad_enabled(op in ("loss", "upsampling")):
-                        rows += (found := [compare(case, n, args.seconds) for n in counts])
+                        rows += (found := [compare(case, n, args.seconds, args.busy > 0) for n in counts])
+                    if args.output:  # as far as it is: a long run may be cut off
+                        args.output.write_text(f"{about(args.busy)}\n\n{table(rows, counts)}\n")
                     print(case.name, *(f"{r.median:.2f} ({r.least:.2f})" for r in found), sep="  ", flush=True)
-    title = f"fastseg / eager, torch {torch.__version__}, {args.busy or 'no'} other processes that compute"
-    text = f"{title}\n\n{table(rows, counts)}\n"
-    print(f"\n{text}")
-    if args.output:
-        args.output.write_text(text)
+    print(f"\n{about(args.busy)}\n\n{table(rows, counts)}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ def leaf(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args, **kwargs):
-        if has_torch_function((*args, *kwargs.values())):
-            found = _recorded(self, args, kwargs)
+        if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
+            found = recorded(self, args, kwargs)
             if found is not None:
                 return found
         return forward(self, *args, **kwargs)
@@ -26,7 +26,7 @@ def leaf(forward: Callable) -> Callable:
     return call
 
 
-def _recorded(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
+def recorded(module: nn.Module, args: tuple, kwargs: dict[str, Any]):
     """The call in the graph of the tracer whose stand-ins are among the arguments; None: there is none."""
     from torch.fx import Proxy
 

@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, kernels_run, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import (
+    HAS_TRITON,
+    autocast_dtype,
+    followed,
+    is_torchs,
+    kernels_run,
+    needs_grad,
+    use_kernel,
+)
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.atrous_conv import MOST_BRANCHES, NAME, AtrousBranches, atrous_branches_ref, fwd_op, plan_of
 
 
@@ -51,8 +60,23 @@ def atrous_conv2d(
 
     Reference: Chen et al., DeepLab, arXiv:1606.00915.
     """
+    if residual is None and is_torchs(x) and _is_plain(x, weight, bias, dilation, act):
+        pad = dilation * (weight.shape[-1] // 2)
+        return conv2d(x, weight, bias, (1, 1), (pad, pad), (dilation, dilation), 1, act)
     biases = None if bias is None else [bias]
     return atrous_branches(x, [weight], biases, [dilation], act, residual, name="atrous_conv2d", as_x=True)
+
+
+def _is_plain(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: int, act: str | None) -> bool:
+    """Whether everything is on a CPU, of one dtype, and as it must be: nothing is left to check or to cast."""
+    if type(dilation) is not int or dilation < 1 or not (act is None or act in ACTIVATIONS):
+        return False
+    shape, taps, dtype = x.shape, weight.shape, x.dtype
+    if len(shape) != 4 or len(taps) != 4 or taps[1] != shape[1] or taps[2] != taps[3] or taps[3] % 2 == 0:
+        return False
+    if not x.is_floating_point() or weight.dtype != dtype or not weight.is_cpu or torch.is_autocast_enabled("cpu"):
+        return False
+    return bias is None or (bias.dtype == dtype and bias.is_cpu and bias.shape == taps[:1])
 
 
 def atrous_conv2d_ref(
@@ -131,8 +155,7 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))
     _check(name, x, weights, biases, dilations, act, residual)
-    unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
-    if not use_kernel(name, x, *weights, *biases, residual, unsupported=unsupported, form=lambda: form):
+    if not _takes_kernel(name, x, weights, biases, dilations, act, residual):
         if residual is None and _nothing_follows(x, *weights, *biases):
             return _one_by_one(x, weights, biases, dilations, act)
         return [atrous_branches_ref(x, weights, biases, dilations, act, residual)]
@@ -141,6 +164,14 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
     return [like(x, y) if as_x else y]
+
+
+def _takes_kernel(name: str, x: Tensor, weights, biases, dilations, act, residual) -> bool:
+    tensors = [t for t in (*weights, *biases, residual) if t is not None]
+    if is_torchs(x) and all(t.is_cpu for t in tensors):
+        return False
+    unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
+    return use_kernel(name, x, *tensors, unsupported=unsupported, form=lambda: form)
 
 
 def _nothing_follows(*tensors: Tensor) -> bool:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import KERNEL_DTYPES, followed
+from fastseg.ops.core.dispatch import KERNEL_DTYPES, followed, is_torchs
 from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
 from fastseg.ops.core.norm import Activation
 from fastseg.ops.cpu.packed import conv2d
@@ -67,6 +67,10 @@ def conv2d_act(
     args = (stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
         return finish(F.conv2d(x, weight, bias, *args), act, residual, image_bias)
+    if is_torchs(x):
+        if residual is None and image_bias is None:
+            return conv2d(x, weight, bias, *args, act=act)
+        return finish(conv2d(x, weight, bias, *args), act, residual, image_bias)
     request = request_of(x, weight, bias, act, *args, residual, image_bias)
     why = IN_REFERENCE if in_reference() else "CPU tensor" if on_cpu(x) else ""
     why = why or unsupported(request)

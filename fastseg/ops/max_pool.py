@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastseg.kernels.runtime.sizes import memoized_as_given
-from fastseg.ops.core.dispatch import HAS_TRITON, is_tracing, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, is_tracing, use_kernel
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.torch_private import pool_with_index
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
 from fastseg.ops.registered.pooling import INT64, POOL, Geometry, is_last, pool, pool_in_windows
 
@@ -70,6 +71,12 @@ def max_pool2d(
 
     Reference: ``torch.nn.functional.max_pool2d``; 2 bits a window: Badrinarayanan et al., SegNet, arXiv:1511.00561.
     """
+    if index_format == "int64" and is_torchs(input) and not has_torch_function_unary(input):
+        function = pool_with_index if return_indices else torch.max_pool2d
+        try:
+            return function(input, kernel_size, () if stride is None else stride, padding, dilation, ceil_mode)
+        except TypeError:  # of sizes that are no plain numbers, numpy's among them
+            pass
     return _max_pool(
         2, max_pool2d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format
     )

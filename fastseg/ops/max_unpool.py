@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.torch_private import unpool_to
 from fastseg.ops.max_pool import Sizes, spatial
 from fastseg.ops.pool_indices import PoolIndices
 from fastseg.ops.registered.pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
@@ -94,6 +95,11 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
         return handle_torch_function(
             public, (input,), input, indices, kernel_size, stride, padding, output_size, check_indices=check_indices
         )
+    plain = dims == 2 and type(indices) is Tensor and is_torchs(input) and not followed(input)
+    if plain and check_indices in ("async", "sync"):
+        size = _plain_size(input, kernel_size, kernel_size if stride is None else stride, padding, output_size)
+        if size is not None and not torch.are_deterministic_algorithms_enabled():
+            return unpool_to(input, indices, size)
     name = public.__name__
     if check_indices not in ("async", "sync"):
         raise ValueError(f'{name}: check_indices is {check_indices!r}; use "async" or "sync"')
@@ -127,6 +133,31 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     else:
         y = unpool(v, index, geometry, bits, last, add=False, sync=check_indices == "sync")
     return y if batched else y[0]
+
+
+def _plain_size(input: Tensor, kernel, stride, padding, output_size) -> tuple[int, int] | None:
+    """The output's size, of a whole (N, C, h, w) in floating point and sizes as they should be; None: look closer."""
+    shape = input.shape
+    if len(shape) != 4 or 0 in shape or not input.is_floating_point():
+        return None
+    (kh, kw), (sh, sw), (ph, pw) = _two(kernel), _two(stride), _two(padding)
+    H, W = (shape[2] - 1) * sh + kh - 2 * ph, (shape[3] - 1) * sw + kw - 2 * pw
+    if min(kh, kw, sh, sw, H, W) < 1 or ph < 0 or pw < 0:
+        return None
+    if output_size is None:
+        return H, W
+    if type(output_size) not in (tuple, list, torch.Size) or len(output_size) not in (2, 4):
+        return None
+    h, w = output_size[-2:]
+    near = type(h) is type(w) is int and h > 0 < w and abs(h - H) < sh and abs(w - W) < sw
+    return (h, w) if near else None
+
+
+def _two(value: Sizes) -> tuple[int, int]:
+    """One number twice, or two; zeros for anything else."""
+    if type(value) is int:
+        return value, value
+    return value if type(value) is tuple and tuple(map(type, value)) == (int, int) else (0, 0)
 
 
 def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:

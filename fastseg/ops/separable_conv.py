@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, needs_grad, use_kernel
-from fastseg.ops.core.kept import made_once
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.norm import (
     ACTIVATIONS,
     Activation,
@@ -20,7 +20,7 @@ from fastseg.ops.core.norm import (
 )
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import transforms_active
-from fastseg.ops.registered.fold_norm import fold_norm
+from fastseg.ops.registered.fold_norm import fold_norm, pays_on_cpu
 from fastseg.ops.registered.separable_conv import TENSORS, Call, SeparableConv2dFunction, compose, eval_op, train_op
 
 if HAS_TRITON:
@@ -95,9 +95,8 @@ def separable_conv2d(
     out = _check(x, *tensors, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act, residual)
     if out_act is not None and out_act not in ACTIVATIONS:
         raise ValueError(f'separable_conv2d: out_act is {out_act!r}; use None, "relu", "relu6" or "leaky_relu"')
-    unsupported, form = _unsupported(x, depthwise_weight, mid_norm, out, stride, padding, dilation)
     given = (*tensors, residual, *norm_tensors(mid_norm), *norm_tensors(post_norm))
-    if not use_kernel("separable_conv2d", x, *given, unsupported=unsupported, form=form):
+    if not _takes_kernel(x, given, mid_norm, out, stride, padding, dilation):
         return separable_conv2d_ref(
             x, *tensors, stride=stride, padding=padding, dilation=dilation, pre_act=pre_act, mid_norm=mid_norm,
             mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual, out_act=out_act,
@@ -141,25 +140,36 @@ def separable_conv2d_ref(
     """``separable_conv2d`` in plain PyTorch; without gradients, fixed fp32 norms are folded into the weights (CPUs)."""
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     if not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64):
-        depthwise_weight, depthwise_bias, mid_norm = _folded(depthwise_weight, depthwise_bias, mid_norm)
-        pointwise_weight, pointwise_bias, post_norm = _folded(pointwise_weight, pointwise_bias, post_norm)
+        pixels = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
+        depthwise_weight, depthwise_bias, mid_norm = _folded(depthwise_weight, depthwise_bias, mid_norm, pixels)
+        pointwise_weight, pointwise_bias, post_norm = _folded(pointwise_weight, pointwise_bias, post_norm, pixels)
     y, _ = compose(
         x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride, padding, dilation,
         pre_act or "none", mid_act or "none", post_act or "none",
         lambda u: torch_norm(u, mid_norm), lambda z: torch_norm(z, post_norm),
+        inplace=not torch.is_grad_enabled() and not followed(x),
     )  # fmt: skip
     return activate(y, out_act, inplace=not torch.is_grad_enabled())
 
 
-def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None):
-    """Weight, bias and norm of the pair: folded, where the norm is fixed."""
+def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None, pixels: int):
+    """Weight, bias and norm of the pair: folded, where the norm is fixed and it pays."""
     if norm is None or norm.training:
+        return weight, bias, norm
+    if not pays_on_cpu(weight, weight.shape[0] * pixels) and keeper((weight, bias, *norm[:4])) is None:
         return weight, bias, norm
     transformed = transforms_active()  # vmap cannot be asked for channels_last
     last = not transformed and weight.is_contiguous(memory_format=torch.channels_last)
     fold = lambda: fold_norm(weight, bias, *norm[:4], norm.eps, weight.dtype, last)
     made = made_once((weight, bias, *norm[:4]), ("folded", norm.eps, last), fold)
     return *made, None
+
+
+def _takes_kernel(x: Tensor, given: tuple[Tensor | None, ...], mid_norm, out, *geometry: int) -> bool:
+    if is_torchs(x) and all(t is None or t.is_cpu for t in given):
+        return False
+    unsupported, form = _unsupported(x, given[0], mid_norm, out, *geometry)
+    return use_kernel("separable_conv2d", x, *given, unsupported=unsupported, form=form)
 
 
 def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, Callable[[], str]]:

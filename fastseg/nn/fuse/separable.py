@@ -1,5 +1,8 @@
 """Run depthwise and pointwise convolutions, norms and activations as one separable convolution."""
 
+from contextlib import nullcontext
+
+import torch
 from torch import Tensor, nn
 
 from fastseg.nn.fuse.children import Act, batch_norm_args, check_activations, not_fusible
@@ -44,7 +47,7 @@ def run_separable(
         u = apply_act(between, norm(mid_norm, depthwise(apply_act(before, x))))
         y = apply_act(after, norm(post_norm, pointwise(u)))
         return ACTIVATIONS[out_act or "none"](y if residual is None else y + residual)
-    with kept_as_recipe(x):
+    with kept_as_recipe(x) if torch.is_grad_enabled() else nullcontext():
         return separable_conv2d(
             x, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias,
             stride=depthwise.stride[0], padding=depthwise.padding[0], dilation=depthwise.dilation[0],

@@ -42,6 +42,16 @@ def use_kernel(
     return not why
 
 
+def is_torchs(x: Tensor) -> bool:
+    """Whether torch's own op is all there is for ``x``, and nobody asks why: on a CPU, not compiled by Dynamo.
+
+    Small maps take a CPU so few microseconds that more questions would cost as much as the answer.
+    """
+    if INTERPRETED or type(x) is not Tensor or not x.is_cpu:
+        return False
+    return not torch.compiler.is_dynamo_compiling() and _report.get() is None
+
+
 def kernels_run(x: Tensor) -> bool:
     """Whether kernels run on a tensor like ``x`` at all: for choices of what to ask an op for."""
     return not (in_reference() or _no_kernel(x) or followed(x))

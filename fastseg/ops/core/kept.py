@@ -84,7 +84,8 @@ def frozen(*models: torch.nn.Module) -> Iterator[None]:
     """Inside the block nothing of ``models`` changes: what is made of their weights, such as folded norms, is kept.
 
     Outside, and in other threads, it is made at each call. It counts in evaluation without gradients; results are the
-    same to the bit. Leaving drops all of it, by an exception too. Blocks may be nested.
+    same up to rounding: a norm whose folding does not pay at each call is folded here. Leaving drops all of it, by an
+    exception too. Blocks may be nested.
 
     Parameters and buffers must not be written to in the block. Writes that torch counts, new tensors, options and hooks
     are noticed all the same; writes through ``p.data`` and to tensors made in inference mode are not. A CUDA graph

@@ -36,10 +36,12 @@ __all__ = [
     "mkldnn_reorder",
     "outer_hooks",
     "plain_modes",
+    "pool_with_index",
     "register_pytree_node",
     "transforms_active",
     "tree_leaves",
     "tree_map_only",
+    "unpool_to",
 ]  # fmt: skip
 
 _always = lambda *args: True
@@ -200,6 +202,13 @@ assert_async: Callable[[Tensor, str], None] = find("torch._assert_async", _asser
 """Raise on the device, later, where ``valid`` is false."""
 
 foreach_copy_: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = find("torch._foreach_copy_", _copy_each)
+
+# What torch.nn.functional's poolings end in.
+pool_with_index: Callable[..., tuple[Tensor, Tensor]] = find(
+    "torch._C._nn.max_pool2d_with_indices", torch.ops.aten.max_pool2d_with_indices.default
+)
+unpool_to: Callable[..., Tensor] = find("torch._C._nn.max_unpool2d", torch.ops.aten.max_unpool2d.default)
+"""(input, indices, (OH, OW))."""
 
 mkldnn_convolution: Callable[..., Tensor] | None = find("torch.ops.mkldnn._convolution_pointwise", None)
 mkldnn_reorder: Callable[..., Tensor] | None = find("torch.ops.mkldnn._reorder_convolution_weight", None)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.kept import Kept, keeping
 from fastseg.ops.core.norm import Activation, activate
+from fastseg.ops.cpu import depthwise
 from fastseg.ops.cpu.onednn import Packed, pack, why_not
 from fastseg.ops.cpu.winograd import Filters, plan, transform, transformed_bytes, winograd_conv2d
 
@@ -77,6 +78,8 @@ def packed_weights(packed: PackedWeights) -> Iterator[None]:
 
 def _packs() -> PackedWeights | None:
     """What this thread is inside of; a captured graph packs nothing."""
+    if torch.compiler.is_dynamo_compiling() or _active.get() is None:
+        return None
     return None if followed() else _active.get()
 
 
@@ -96,6 +99,8 @@ def conv2d(
     act: Activation | None = None,
 ) -> Tensor:
     """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups))``, the activation in place."""
+    if groups > 1 and depthwise.pays(x, weight, bias, stride, padding, dilation, groups):
+        return activate(depthwise.by_taps(x, weight, bias, dilation), act, inplace=True)
     packed = _packs()
     if packed is None or not _packable(x, weight, bias, padding):
         return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act, inplace=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.layout import channels_last, like, memory_format_of, new_map
-from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, plain_norm_bwd, stats_dtype_of
+from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, activate, plain_norm_bwd, stats_dtype_of
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.cpu.packed import conv2d
 
@@ -137,15 +137,16 @@ def _owners(a: Call) -> tuple[Tensor, ...]:
 
 
 def compose(
-    x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_act, post_act, mid_norm, post_norm
-) -> tuple[Tensor, Tensor]:
-    """The op written out, with the norms as functions. -> y, z."""
+    x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_act, post_act, mid_norm, post_norm,
+    *, inplace: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op written out, with the norms as functions. -> y, z; ``inplace``, z may have become y."""
     autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
     cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     v = ACTIVATIONS[pre_act](x)
     u = conv2d(v, cast(dw), cast(dw_bias), (stride,) * 2, (padding,) * 2, (dilation,) * 2, dw.shape[0])
-    z = conv2d(ACTIVATIONS[mid_act](mid_norm(u)), cast(pw), cast(pw_bias))
-    y = ACTIVATIONS[post_act](post_norm(z))
+    z = conv2d(activate(mid_norm(u), mid_act, inplace=inplace), cast(pw), cast(pw_bias))
+    y = activate(post_norm(z), post_act, inplace=inplace)
     return y if residual is None else y + residual, z
 
 
