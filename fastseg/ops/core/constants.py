@@ -1,4 +1,4 @@
-"""Tensors that depend on sizes and dtypes alone, made once: ordinary ones, whatever mode asks for them first."""
+"""Tensors that depend on sizes and dtypes alone: made once, as ordinary tensors in every mode."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 @contextmanager
 def plainly() -> Iterator[None]:
-    """No gradients, no inference mode, no default device but the CPU, no fake or traced tensors."""
+    """Turn off gradients, inference mode, default devices other than the CPU, and fake or traced tensors."""
     with (
         _disable_current_modes(),
         torch._C._DisableFuncTorch(),
@@ -26,9 +26,10 @@ def plainly() -> Iterator[None]:
 
 
 def constant(maxsize: int | None = None) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """``functools.lru_cache`` for functions that make tensors on a CPU, or on a device that they name.
+    """``functools.lru_cache`` for functions that make tensors on a CPU or on a device that they name.
 
-    A tensor made in inference mode, under fake tensors or on ``torch.device("meta")`` would be met by every later call.
+    Without it, a tensor first made in inference mode, under fake tensors or on ``torch.device("meta")`` would be handed
+    to every later call.
     """
 
     def decorate(make: Callable[..., T]) -> Callable[..., T]:

@@ -1,4 +1,4 @@
-"""Every private name of torch and Triton that fastseg uses, each with a fallback."""
+"""All private names of torch and Triton that fastseg uses, each with a fallback."""
 
 import functools
 import operator
@@ -15,7 +15,7 @@ def _keys(*names: str) -> int:
     return functools.reduce(operator.or_, sets).raw_repr()
 
 
-# What the dispatcher sees of an ordinary call, outside and inside inference mode: of the thread, and of a tensor.
+# The dispatch keys of an ordinary call, outside and inside inference mode: of the thread, and of a tensor.
 _THREAD = {_keys("BackendSelect", "ADInplaceOrView"), _keys("BackendSelect")}
 
 
@@ -27,10 +27,10 @@ _TENSOR = {
 
 
 def _is_bare(args: Iterable) -> bool:
-    """Whether the dispatcher would pass a call on to the implementation as it is, which takes it 4 to 10 us.
+    """True if the dispatcher would only forward a call to the implementation, which takes it 4 to 10 us.
 
-    It would not where something stands between them: a mode, a tracer, a function transform, forward-mode AD, a
-    subclass, a view that is to be negated first, a profiler that asks for names; nor where a gradient is recorded.
+    It would do more under a mode, a tracer, a function transform, forward-mode AD, a tensor subclass, a lazily negated
+    view, or a profiler that asks for names, and when a gradient is recorded.
     """
     if (
         torch._C._dispatch_tls_local_include_set().raw_repr() not in _THREAD
