@@ -208,7 +208,7 @@ def window(skip: Tensor, offset: int, size: tuple[int, int]) -> Tensor:
 def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple[int, int]:
     """Raise on bad arguments; return the output's height and width."""
     if x.dim() != 4 or 0 in x.shape[1:]:
-        raise ValueError(f"{NAME}: x is {tuple(x.shape)}; it must be (N, C, H, W) with C, H, W > 0")
+        raise ValueError(f"{NAME}: x is {tuple(x.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
     if not x.is_floating_point():
         raise TypeError(f"{NAME}: x is {x.dtype}; it must be a floating-point tensor")
     natural = tuple((n - 1) * stride + K - 2 * padding for n in x.shape[2:])

@@ -69,7 +69,7 @@ def _check(x: Tensor, skips: list[Tensor]) -> None:
         raise ValueError(f"{NAME}: there is no skip; use upsample_bilinear")
     for label, t in (("x", x), *((f"skips[{i}]", skip) for i, skip in enumerate(skips))):
         if t.dim() != 4 or 0 in t.shape[1:]:
-            raise ValueError(f"{NAME}: {label} is {tuple(t.shape)}; it must be (N, C, H, W) with C, H, W > 0")
+            raise ValueError(f"{NAME}: {label} is {tuple(t.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
         if not t.is_floating_point():
             raise TypeError(f"{NAME}: {label} is {t.dtype}; it must be a floating-point tensor")
         if t.shape[0] != x.shape[0] or (t is not x and t.shape[2:] != skips[0].shape[2:]):

@@ -103,7 +103,7 @@ def _check(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, act: 
         raise ValueError(f'{NAME}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
     for label, t in (("deep", deep), ("low", low)):
         if t.dim() != 4 or 0 in t.shape[1:]:
-            raise ValueError(f"{NAME}: {label} is {tuple(t.shape)}; it must be (N, C, H, W) with C, H, W > 0")
+            raise ValueError(f"{NAME}: {label} is {tuple(t.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
         if not t.is_floating_point():
             raise TypeError(f"{NAME}: {label} is {t.dtype}; it must be a floating-point tensor")
     if deep.shape[0] != low.shape[0]:

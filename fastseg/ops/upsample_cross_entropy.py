@@ -127,7 +127,7 @@ def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str
         )
     if 0 in (*logits.shape[2:], *target.shape[1:]):
         raise ValueError(
-            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; both must have pixels"
+            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; there is no pixel in them"
         )
     if not logits.is_floating_point():
         raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
