@@ -1,4 +1,4 @@
-"""What the nets share whose logits are of full size: the heads, and He's weights."""
+"""Base of the nets with full-size logits: the heads, and He's initialisation."""
 
 from torch import Tensor, nn
 
@@ -8,7 +8,7 @@ from fastseg.nn.upsampling import UpsampleArgmax
 
 
 class FullSizeNet(nn.Module):
-    """The heads over ``logits``, which a subclass has."""
+    """Heads on the full-size ``logits`` of a subclass."""
 
     def __init__(self, num_classes: int):
         super().__init__()
@@ -23,11 +23,11 @@ class FullSizeNet(nn.Module):
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): they are of full resolution."""
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W), at full resolution."""
         raise NotImplementedError
 
     def predict(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> class map (N, H, W), that of ``logits(x).argmax(1)``; uint8 up to 256 classes."""
+        """(N, in_channels, H, W) -> class map (N, H, W), ``logits(x).argmax(1)``; uint8 for up to 256 classes."""
         logits = self.logits(x)
         return self.upsample_argmax(logits, logits.shape[-2:])
 
@@ -51,7 +51,7 @@ class FullSizeNet(nn.Module):
 
 
 def he_(model: nn.Module) -> None:
-    """He's weights for ReLU (arXiv:1502.01852), and biases of 0."""
+    """Initialise weights by He's rule for ReLU (arXiv:1502.01852), and biases to 0."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="relu")

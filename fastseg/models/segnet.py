@@ -22,7 +22,7 @@ NORM_SHIFT = 0.001  # the reference's initial batch norm bias
 
 
 class _SegNet(FullSizeNet):
-    """What both nets share: the pooling that remembers, and the way up."""
+    """Base of both nets: the pooling with indices, and the decoder's upsampling."""
 
     def __init__(self, num_classes: int, index_format: IndexFormat, eps: float, up: Up):
         super().__init__(num_classes)
@@ -35,13 +35,13 @@ class _SegNet(FullSizeNet):
     def _risen(
         self, stage: int, x: Tensor, indices: Tensor | PoolIndices | None, size: tuple[int, int], layers: nn.Module
     ) -> Tensor:
-        """The way up to ``size``, and the decoder's ``layers`` of a stage."""
+        """Upsample to ``size``, then run the decoder's ``layers`` of a stage."""
         if self.up == "unpool":
             return run_unpool(x, indices, self.unpool, size, layers)
         return layers(self.rise[stage](x, size))
 
     def _initialise(self) -> None:
-        """He's weights and small shifts, as the reference; the norms' eps."""
+        """Initialise as the reference, with He's weights and small shifts, and set the norms' eps."""
         he_(self)
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -52,23 +52,24 @@ class _SegNet(FullSizeNet):
 class SegNet(_SegNet):
     """SegNet on VGG16 with batch norm (Badrinarayanan, Kendall, Cipolla, arXiv:1511.00561).
 
-    Five stages down, each ended by a 2x2 ceil-mode max pooling; five up, each begun by unpooling to the size before
-    that pooling with its indices; any image size. All convolutions are 3x3 with bias, batch norm and ReLU but the
-    last, which gives the logits. The encoder has torchvision's names: ``fastseg.models.load_encoder_weights`` reads
-    its ``vgg16_bn`` files.
+    The encoder has five stages, each ending in a 2x2 max pooling in ceil mode. The decoder has five, each beginning
+    with an unpooling by those indices to the size before the pooling. Images of any size work. All convolutions are 3x3
+    with bias, batch norm and ReLU, except the last, which gives the logits. The encoder has torchvision's names:
+    ``fastseg.models.load_encoder_weights`` reads its ``vgg16_bn`` files.
 
     Args:
         num_classes: classes, background included.
-        index_format: of the pooling indices: "compact", 2 bits a window, or "int64", torch's.
+        index_format: format of the pooling indices: "compact", 2 bits per window, or "int64", torch's.
         in_channels: channels of the image.
         width: multiplier of every width; the results are rounded to multiples of 8.
-        eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
-        up: how a decoder stage gets to the size before its pooling: "unpool", with the pooling's indices; "bilinear",
-            an interpolation (``align_corners=False``); or "transpose", a learnt 2x2 transposed convolution. The last
-            two keep no indices.
+        eps: epsilon of all norms. It is 1e-9 in the reference's Caffe; ``load_weights`` sets that for files converted
+            from it.
+        up: how a decoder stage upsamples to the size before its pooling: "unpool", with the pooling's indices;
+            "bilinear", an interpolation (``align_corners=False``); or "transpose", a learnt 2x2 transposed convolution.
+            The last two need no indices.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> SegNet(num_classes=11).eval()(torch.randn(1, 3, 45, 60)).shape
@@ -107,10 +108,10 @@ class SegNet(_SegNet):
         return convolve(self.classifier, x)
 
     def _encode(self, x: Tensor) -> tuple[Tensor, list[Pooled]]:
-        """The deepest map, and each pooling's indices and the size before it.
+        """Return the deepest map, and for each pooling its indices and the size before it.
 
-        The encoder's own poolings give no indices: ``pool`` stands in their place, where they are alike and nobody
-        watches. Else they run, and ``pool`` gives the indices.
+        The encoder's own poolings return no indices. ``pool`` replaces them if they have the same windows and are not
+        watched. Otherwise they run, and ``pool`` computes the indices.
         """
         encoder, pooled = self.encoder, []
         if self.up != "unpool":
@@ -130,7 +131,7 @@ class SegNet(_SegNet):
         return x, pooled
 
     def _alike(self, pool: nn.Module) -> bool:
-        """Whether ``pool``, of the encoder, is unwatched and has the windows of this net's."""
+        """True if the encoder's ``pool`` is unwatched and has the windows of this net's."""
         if watched(pool, nn.MaxPool2d) or not isinstance(self.pool, nn.MaxPool2d):
             return False
         windows = lambda pool: (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode)
@@ -138,7 +139,7 @@ class SegNet(_SegNet):
 
 
 class ResponseNorm(nn.LocalResponseNorm):
-    """As torch's, which knows no 16 bits on a CPU; difference: 16-bit input is normalised in float32."""
+    """As ``torch.nn.LocalResponseNorm``; difference: 16-bit input is normalised in float32, for CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in (torch.bfloat16, torch.float16):
@@ -154,14 +155,15 @@ class SegNetBasic(_SegNet):
 
     Args:
         num_classes: classes, background included.
-        index_format: of the pooling indices: "compact" or "int64".
+        index_format: format of the pooling indices: "compact" or "int64".
         in_channels: channels of the image.
         channels: width of every layer.
-        eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
+        eps: epsilon of all norms. It is 1e-9 in the reference's Caffe; ``load_weights`` sets that for files converted
+            from it.
         up: "unpool", "bilinear" or "transpose", as in ``SegNet``.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> SegNetBasic(num_classes=11).eval()(torch.randn(1, 3, 45, 60)).shape

@@ -1,4 +1,4 @@
-"""What the nets share whose logits are of low resolution: the heads that upsample them."""
+"""Base of the nets with low-resolution logits: the heads that upsample them."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -9,14 +9,14 @@ from fastseg.nn.upsampling import UpsampleArgmax
 
 
 class UpsampledNet(nn.Module):
-    """The heads over ``logits``, which a subclass has: bilinear to the image's size, never written to be reduced.
+    """Heads on the low-resolution ``logits`` of a subclass; argmax and loss never store full-size logits.
 
     Args:
         num_classes: classes, background included.
         align_corners: of the interpolation.
 
     Raises:
-        ValueError: no class.
+        ValueError: ``num_classes`` is below 1.
     """
 
     def __init__(self, num_classes: int, *, align_corners: bool):
@@ -37,7 +37,7 @@ class UpsampledNet(nn.Module):
         raise NotImplementedError
 
     def predict(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> class map (N, H, W), ``forward(x).argmax(1)``; uint8 up to 256 classes."""
+        """(N, in_channels, H, W) -> class map (N, H, W), ``forward(x).argmax(1)``; uint8 for up to 256 classes."""
         return self.upsample_argmax(self.logits(x), x.shape[-2:])
 
     def loss(self, x: Tensor, target: Tensor, **options) -> Tensor:
