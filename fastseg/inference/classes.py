@@ -1,4 +1,4 @@
-"""The class map of any model: its own where it is one of ours, else the argmax of its logits."""
+"""Class maps of any model: its own ``predict`` for ours, else the argmax of its logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,13 +11,13 @@ from fastseg import ops
 def class_map(model: nn.Module, x: Tensor) -> Tensor:
     """Class indices of ``model`` at each pixel of x (N, C, H, W).
 
-    fastseg's models have ``predict``. Of any other the logits' argmax is taken, whatever its own ``predict`` may be:
-    the output itself, ``output.logits`` (Hugging Face), ``output["out"]`` (torchvision) or ``output["logits"]``, or
-    the first of several outputs. Logits of another size than ``x`` are interpolated to it bilinearly, as
-    ``torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear")``.
+    fastseg's models have ``predict``. For any other model the argmax of its logits is taken, even if it has a
+    ``predict``. The logits are the output itself, ``output.logits`` (Hugging Face), ``output["out"]`` (torchvision) or
+    ``output["logits"]``, or the first of several outputs. Logits of another size than ``x`` are interpolated to it, as
+    by ``torch.nn.functional.interpolate(logits, x.shape[2:], mode="bilinear")``.
 
     Returns:
-        (N, H, W), uint8 up to 256 classes, else int64.
+        (N, H, W), uint8 for up to 256 classes, else int64.
 
     Raises:
         TypeError: the output holds no logits (N, classes, h, w).
@@ -36,7 +36,7 @@ def _is_ours(model: nn.Module) -> bool:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The map of logits in what a model returns."""
+    """The map of logits in a model's output."""
     if isinstance(output, Tensor):
         return output if output.dim() == 4 and output.is_floating_point() else None
     if isinstance(getattr(output, "logits", None), Tensor):

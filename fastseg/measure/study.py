@@ -47,16 +47,16 @@ def measure(
     repetitions: int = 20,
     warmup: int = 3,
 ) -> list[dict]:
-    """Build all paths, then time them interleaved: what slows the machine for a while slows them alike.
+    """Build all paths, then time them interleaved, so that a slow phase of the machine slows all of them alike.
 
     Args:
-        case: what to run; weights are random, norms as after some training.
+        case: what to run; weights are random, running statistics are those of a trained net.
         paths: keys of ``PATHS``.
-        device: where.
+        device: where to run.
         classes: of the model.
         options: of ``fastseg.models.create``.
-        repetitions: timed calls of each path.
-        warmup: calls before.
+        repetitions: timed calls per path.
+        warmup: calls per path before them.
 
     Returns:
         One row for each path: the case, ``path``, milliseconds ``median_ms``, ``p95_ms``, ``p99_ms``, ``spread`` (the
@@ -85,7 +85,7 @@ def measure(
     for path in paths:
         try:
             built[path] = PATHS[path](model, x, DTYPES[case.dtype])
-            built[path].call()  # what fails, fails here and not among the timed
+            built[path].call()  # what fails must fail here, not among the timed calls
         except Exception as error:
             failed(path, error)
     samples = interleaved({path: b.call for path, b in built.items()}, repetitions=repetitions, warmup=warmup)
@@ -100,7 +100,7 @@ def measure(
 
 
 def statistics_of(seconds: Sequence[float], batch: int) -> dict[str, float]:
-    """The numbers of one path's samples."""
+    """Statistics of one path's samples."""
     ms = np.asarray(seconds) * 1e3
     low, median, high = np.percentile(ms, [25, 50, 75])
     return {
@@ -147,7 +147,7 @@ def roofs(device: torch.device, dtype: str) -> dict[str, float]:
 
 
 class _Counter(TorchDispatchMode):
-    """Ops that write a tensor, and the most bytes that their results held at once."""
+    """Counts ops that write a tensor, and the most bytes that their results held at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ def _launches(built: Built, device: torch.device) -> int | None:
 
 
 class _Bytes(TorchDispatchMode):
-    """What the convolutions read and write, each once: no fusion does with less."""
+    """Counts what the convolutions read and write, each tensor once; no fusion needs less."""
 
     def __init__(self) -> None:
         super().__init__()
