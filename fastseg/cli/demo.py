@@ -53,7 +53,7 @@ EXPECTED_MIOU = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("--model", choices=names(), default="deeplabv3plus", help="default: %(default)s")
     parser.add_argument("--seed", type=seed, default=0, help="of mosaics, weights and training (default: %(default)s)")
     parser.add_argument("--steps", type=positive_int, default=STEPS, help="training steps (default: %(default)s)")
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, score, draw and time; 0, or ``ValueError`` where the training diverged or scores poorly."""
+    """Train, score, draw and time; return 0, or raise ``ValueError`` if the training diverged or scores poorly."""
     start = time.perf_counter()
     make_folder(args.output, FILES)
     photographs = load_photographs()
@@ -136,7 +136,7 @@ def score(predicted: np.ndarray, labels: np.ndarray) -> Scores:
 
 
 def score_table(scores: Scores) -> str:
-    """One line a class, then the means."""
+    """One line per class, then the means."""
     lines = [f"{'':<8}{'IoU':>10}{'precision':>12}{'recall':>10}"]
     columns = (scores.iou.tolist(), scores.precision.tolist(), scores.recall.tolist())
     for name, iou, precision, recall in zip(CLASSES, *columns, strict=True):

@@ -21,7 +21,7 @@ _UNFIT = (
 
 
 def printable(text: object) -> str:
-    """``text`` on one line, safe for a terminal: characters that would steer it become escapes such as ``\x1b``."""
+    """``text`` on one line, safe for a terminal: characters that would steer it become escapes such as ``\\x1b``."""
     return _UNFIT.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
