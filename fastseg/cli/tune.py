@@ -68,7 +68,7 @@ def tune_steps(
         path: ``<folder>/<gpu>.json``; the folder is made.
         ops: prefixes of kernel names; empty means all.
         seconds: start no search after this time.
-        search: options of ``kernels.tune.search``.
+        search: options of ``kernels.tools.tune.search``.
 
     Returns:
         The command's exit status.

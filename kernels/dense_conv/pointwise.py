@@ -1,12 +1,11 @@
-"""1x1 convolution with everything behind it in one launch: y = act(conv1x1(x) + bias + image_bias + residual), NHWC.
+"""1x1 convolution and everything after it in one launch: y = act(conv1x1(x) + bias + image_bias + residual), NHWC.
 
 The kernel is the pointwise half of the separable convolution. ``image_bias`` is a row for each image: a branch that is
 constant over pixels, such as ASPP's pooled one, is a bias of the projection, and is never spread over a map.
 
 Traffic in elements, A = x, Y = y: A + Y + weights (+ Y with a residual). A library's convolution moves the same, and
-then 2Y for each of bias, image bias and activation that its own call cannot end with (3Y for a residual), each in a
-launch of its own. ``plan`` says which is faster: the library where its one call does it all, or where arithmetic
-dominates.
+then 2Y for each of bias, image bias and activation that its call cannot fuse (3Y for a residual), each in a launch of
+its own. ``plan`` chooses the faster: the library if one call of it does everything, or if arithmetic dominates.
 """
 
 import functools
