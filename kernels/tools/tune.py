@@ -92,7 +92,7 @@ def wall_us(launches: Sequence[Launch]) -> float:
 
 
 def compiled_badly(launches: Sequence[Launch]) -> str:
-    """Compile the launches for the current device; return why they are not worth running, or "". Interpreted ones pass."""
+    """Compile the launches for this device; return why they are not worth running, or "". Interpreted ones pass."""
     for kernel, grid, args, kwargs in launches:
         if not isinstance(kernel, JITFunction):
             continue
