@@ -37,6 +37,9 @@ class ConvNormAct2d(nn.Module):
         device: of the parameters.
         dtype: of the parameters.
 
+    Returns:
+        (N, out_channels, OH, OW), with OH and OW as ``nn.Conv2d``.
+
     Raises:
         ValueError: the activation is unknown, or ``nn.Conv2d`` raises it.
 

@@ -19,6 +19,12 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
         label_smoothing: in [0, 1].
         align_corners: as in ``torch.nn.functional.interpolate``.
 
+    Returns:
+        A scalar, or (N, H, W) for ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError, IndexError: those of ``fastseg.ops.upsample_cross_entropy``, which ``forward`` calls.
+
     Example:
         >>> loss = UpsampleCrossEntropyLoss(ignore_index=255)
         >>> loss(torch.randn(2, 21, 32, 32), torch.randint(21, (2, 128, 128))).shape

@@ -36,6 +36,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
     Raises:
         ValueError: the activation is unknown.
 
+    Reference: Ioffe and Szegedy, Batch Normalization, arXiv:1502.03167.
+
     Example:
         >>> norm = BatchNormAct2d(16)
         >>> x = torch.randn(2, 16, 8, 8)

@@ -82,6 +82,9 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
         device: of the parameters.
         dtype: of the parameters.
 
+    Returns:
+        (N, channels, OH, OW); ``forward`` has the sizes.
+
     Raises:
         ValueError: a number is out of range, or no padding makes the output ``stride`` times the input.
 
@@ -210,6 +213,12 @@ class UpsampleArgmax(nn.Module):
         size: output height and width in pixels, or one number for both.
         scale_factor: output pixels per input pixel; instead of ``size``.
         align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        Class indices (N, H, W), uint8 for up to 256 classes, else int64.
+
+    Raises:
+        ValueError, TypeError: those of ``fastseg.ops.upsample_argmax``, which ``forward`` calls.
 
     Example:
         >>> UpsampleArgmax(scale_factor=4)(torch.randn(1, 21, 32, 32)).shape
