@@ -1,6 +1,6 @@
 """The README's picture: photograph, truth and prediction of the demo, and the measured times of the peers' table.
 
-    make picture     # `fastseg demo`, which trains for a minute, then this file
+    fastseg demo -o demo && python benchmarks/first_screen.py    # the demo trains for a minute
 
 Reads ``DIR/weights.pt`` of ``fastseg demo -o DIR`` and ``benchmarks/results/peers/latency.json``, writes
 ``docs/first_screen.png``.
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", type=Path, default=record.ROOT / "docs" / "first_screen.png")
     options = parser.parse_args(argv)
     pictures, labels = mosaics(halves(load_photographs())[1], 1, SIDE, np.random.default_rng(SEED))
-    predicted = Predictor(options.weights)({"image": pictures[0]})["classes"]
+    predicted = Predictor(options.weights)({"image": pictures})["classes"][0]
     agreement = float((predicted == labels[0]).mean())
 
     figure = Figure(figsize=(11, 2.6), layout="constrained")

@@ -25,7 +25,7 @@ _PACKAGES = (
 
 
 def __getattr__(name: str):
-    """Sub-packages are imported when they are first asked for: ``import fastseg`` stays quick."""
+    """Import sub-packages on first use, so that ``import fastseg`` stays fast."""
     if name in _PACKAGES:
         return importlib.import_module(f"fastseg.{name}")
     if name == "warmup":

@@ -47,7 +47,7 @@ class Scores:
         return self.table([str(index) for index in range(len(self.iou))])
 
     def table(self, names: Sequence[str]) -> str:
-        """As ``str()``, with the classes' names in place of their indices."""
+        """As ``str()``, with class names in place of indices."""
         width = max(8, *map(len, names))
         lines = [f"{'class':>{width}}{'IoU':>10}{'precision':>12}{'recall':>10}{'pixels':>14}"]
         columns = (self.iou.tolist(), self.precision.tolist(), self.recall.tolist(), self.pixels.tolist())
@@ -66,12 +66,12 @@ class ConfusionMatrix:
 
     Args:
         num_classes: classes, background included.
-        ignore_index: target value whose pixels are not counted, whatever was predicted there. Where it is one of the
+        ignore_index: target value whose pixels are not counted, whatever was predicted there. If it is one of the
             classes, that class has no scores: pixels of other classes predicted as it are wrong, and the means leave it
             out, as torchmetrics does.
 
     Raises:
-        TypeError: a number is no integer.
+        TypeError: a number is not an integer.
         ValueError: ``num_classes`` is less than one.
 
     Example:
@@ -91,7 +91,7 @@ class ConfusionMatrix:
         self.reset()
 
     def reset(self) -> None:
-        """Forget all counts."""
+        """Reset all counts to 0."""
         # The C x C counts, then one each for ignored pixels, targets out of range and predictions out of range.
         self._counts = torch.zeros(self.num_classes**2 + 3, dtype=torch.int64, device="cpu")
 
@@ -103,9 +103,9 @@ class ConfusionMatrix:
             target: true class indices or ``ignore_index``, same shape and device.
 
         Raises:
-            TypeError: not integers, or not of one shape.
-            ValueError: shapes or devices differ, or an index is out of range. On the CPU nothing of the batch is then
-                counted; elsewhere the device is not stopped for a look, and ``compute`` and ``matrix`` raise instead.
+            TypeError: they are not integers, or rows differ in length.
+            ValueError: shapes or devices differ, or an index is out of range. On the CPU no pixel of the batch is then
+                counted; on other devices, to avoid a synchronisation, ``compute`` and ``matrix`` raise instead.
         """
         pred, target = _indices("pred", pred), _indices("target", target)
         if pred.shape != target.shape:
@@ -157,7 +157,7 @@ class ConfusionMatrix:
 
     @property
     def matrix(self) -> Tensor:
-        """(C, C) int64 on the CPU: entry [t, p] counts pixels of class t predicted as p.
+        """Counts (C, C), int64, on the CPU: entry [t, p] counts pixels of class t predicted as p.
 
         Raises:
             ValueError: an index out of range was counted on another device than the CPU.
@@ -175,8 +175,8 @@ class ConfusionMatrix:
         """Scores of everything counted so far.
 
         Args:
-            absent: what 0/0 gives, as for the IoU of a class found in neither target nor prediction: "nan", which the
-                means leave out (as mmsegmentation), "zero" (as the DeepLabV3+ article's code), or "one" (as
+            absent: value of 0/0, as for the IoU of a class found in neither target nor prediction: "nan", which the
+                means leave out (as in mmsegmentation), "zero" (as in the DeepLabV3+ article's code), or "one" (as
                 segmentation_models_pytorch offers). The last two enter the means.
 
         Raises:
@@ -192,7 +192,7 @@ class ConfusionMatrix:
         recall = _ratio(correct, in_target, undefined)
         if self.ignore_index is not None and 0 <= self.ignore_index < self.num_classes:
             for column in (iou, precision, recall):
-                column[self.ignore_index] = float("nan")  # whatever ``absent`` says: it is no class
+                column[self.ignore_index] = float("nan")  # for all values of ``absent``: it is not a class
         present = in_target > 0
         return Scores(
             pixel_accuracy=_ratio(correct.sum(), matrix.sum(), undefined).item(),
@@ -240,21 +240,21 @@ def _ratio(numerator: Tensor, denominator: Tensor, undefined: float) -> Tensor:
 
 
 def median_frequency_weights(targets: Iterable[Tensor], num_classes: int, *, ignore_index: int | None = None) -> Tensor:
-    """Class weights for the loss that balance frequencies, ``median(f) / f_c``, by one pass over the training labels.
+    """Class weights for the loss, ``median(f) / f_c``, by one pass over the training labels.
 
     f_c = pixels of class c / pixels of the images in which c occurs, ignored pixels of those images included.
 
     Args:
         targets: class indices of one image each, (H, W), of any integer dtype; a DataLoader's batches one by one.
         num_classes: classes, background included.
-        ignore_index: a value that is no class.
+        ignore_index: a value that is not a class.
 
     Returns:
-        (num_classes,) float32; 0 for a class that occurs nowhere, as no pixel asks for its weight.
+        (num_classes,) float32; 0 for a class that never occurs, since no pixel uses its weight.
 
     Raises:
         TypeError: a target is not of integers.
-        ValueError: a value is no class and not ``ignore_index``; there is no target at all.
+        ValueError: a value is neither a class nor ``ignore_index``, or there is no target.
 
     Reference: Eigen and Fergus, arXiv:1411.4734; used by SegNet, arXiv:1511.00561.
     """

@@ -1,4 +1,4 @@
-"""Comparison of an op with its reference, and buffers that show what a kernel leaves unwritten or writes past the end.
+"""Compare an op with its reference; buffers that show what a kernel leaves unwritten or writes out of bounds.
 
 Shared by tests, benchmarks and users; needs torch only.
 """
@@ -109,7 +109,7 @@ def compare(
     Args:
         got: the result under test, any device.
         want: the reference, same shape; fp64 for a floating-point ``got``.
-        name: what the message calls it.
+        name: name of the tensor in the message.
         tolerance: in place of ``TOLERANCES[got.dtype]``.
         terms: as in ``check_op``.
 
@@ -153,7 +153,7 @@ def _fail(name: str, badness: Tensor, got: Tensor, want: Tensor, allowed: Tensor
 
 
 def _check_form(got: dict, want: dict, inputs: list[Tensor], out_dtype: torch.dtype | Sequence[torch.dtype]) -> None:
-    """Number of outputs, dtypes, and memory format: channels_last in, channels_last out."""
+    """Check the number of outputs, dtypes, and memory format: channels_last in, channels_last out."""
     if got.keys() != want.keys():
         raise AssertionError(f"outputs are {', '.join(got)}, expected {', '.join(want)}")
     floating = [name for name in got if want[name].is_floating_point()]
@@ -174,7 +174,7 @@ def _check_form(got: dict, want: dict, inputs: list[Tensor], out_dtype: torch.dt
 
 
 def _format(x: Tensor) -> torch.memory_format | None:
-    """The one memory format ``x`` is dense in; None if neither, or if its sizes of 1 leave both open."""
+    """The one memory format that ``x`` is dense in; None if neither, or if sizes of 1 leave both open."""
     formats = [f for f in (torch.contiguous_format, torch.channels_last) if x.is_contiguous(memory_format=f)]
     return formats[0] if len(formats) == 1 else None
 
@@ -304,7 +304,7 @@ def guard(t: Tensor) -> Tensor:
 
 @contextmanager
 def poison() -> Iterator[None]:
-    """Inside the block, torch fills new memory with NaN (integers: the maximum): an element nobody writes stays NaN."""
+    """Inside the block, torch fills new memory with NaN (integers: the maximum), so unwritten elements stay NaN."""
     saved = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)  # only warn: some references have no deterministic form

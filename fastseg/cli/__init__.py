@@ -13,7 +13,7 @@ from fastseg.cli import demo, doctor, evaluate, latency, predict, train, tune, w
 from fastseg.cli.common import say
 from fastseg.io.files import first_line
 
-# Each has add_arguments(parser) and run(args) -> exit status; the first line of its docstring is its help.
+# Each has add_arguments(parser) and run(args) -> exit status; the first line of its docstring is its help text.
 COMMANDS = {
     "demo": demo,
     "doctor": doctor,
@@ -28,7 +28,7 @@ COMMANDS = {
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        """One line, where argparse would print the usage first."""
+        """Print one line; argparse would print the usage first."""
         say(f"{self.prog}: {' '.join(message.split())} (see {self.prog} --help)", sys.stderr)
         self.exit(2)
 
@@ -37,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        argv: the arguments after the program's name; None takes the process's own.
+        argv: the arguments after the program's name; None means the process's own.
 
     Returns:
-        The exit status: 0, or 1 after one line on stderr that says what is wrong; of ``train`` 143 after SIGTERM and
+        The exit status: 0, or 1 after one line on stderr that says what is wrong. For ``train``, 143 after SIGTERM and
         130 after Ctrl-C. Wrong usage exits with 2.
     """
     parser = _Parser(prog="fastseg", description="Semantic segmentation with fused Triton kernels.")
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         status = COMMANDS[args.command].run(args)
-        if status in train.STOPPED and argv is None:  # the process ends: a launcher's second one comes too late
+        if status in train.STOPPED and argv is None:  # the process ends: a launcher's second signal comes too late
             for number in train.STOPPED.values():
                 signal.signal(number, signal.SIG_IGN)
         return status

@@ -1,4 +1,4 @@
-"""What several commands share: argument types, options of models, printing, and the device."""
+"""Shared by several commands: argument types, options of models, printing, and the device."""
 
 import argparse
 import json
@@ -35,7 +35,7 @@ def integer(low: int, high: int = LARGEST) -> Callable[[str], int]:
 
 
 def number(low: float, high: float = math.inf, *, above: bool = False, below: bool = False) -> Callable[[str], float]:
-    """argparse type: a finite number from ``low`` to ``high``; ``above`` and ``below`` leave the ends out."""
+    """argparse type: a finite number from ``low`` to ``high``; ``above`` and ``below`` exclude the ends."""
 
     def parsed(text: str) -> float:
         value = float(text) if len(text) < 100 else _too_long(text)
@@ -68,7 +68,7 @@ def pixels(option: str, sides: Sequence[int] | None) -> tuple[int, int] | None:
     """Height and width as a tuple.
 
     Raises:
-        ValueError: more pixels than a picture may have.
+        ValueError: there are more pixels than a picture may have.
     """
     if sides is None:
         return None
@@ -79,7 +79,7 @@ def pixels(option: str, sides: Sequence[int] | None) -> tuple[int, int] | None:
 
 
 def say(text: str, file: TextIO | None = None) -> None:
-    """Print what may hold names of files and classes: nothing in it steers the terminal, all of it can be printed."""
+    """Print text that may hold names of files and classes: it cannot steer the terminal, and always prints."""
     file = sys.stdout if file is None else file
     fit = "\n".join(map(printable, text.split("\n")))
     encoding = getattr(file, "encoding", None) or "utf-8"
@@ -87,7 +87,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def model_option(text: str) -> tuple[str, object]:
-    """argparse type of ``--option NAME=VALUE``: a JSON value, or else a text."""
+    """argparse type of ``--option NAME=VALUE``: a JSON value, or else a string."""
     name, found, value = text.partition("=")
     if not found or not name:
         raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
@@ -100,10 +100,10 @@ def model_option(text: str) -> tuple[str, object]:
 
 
 def built(name: str, classes: int, pairs: Sequence[tuple[str, Any]]) -> tuple[nn.Module, dict[str, Any]]:
-    """The model that ``--model`` and ``--option`` name, and its options.
+    """The model that ``--model`` and ``--option`` describe, and its options.
 
     Raises:
-        ValueError: an option that the model has not, given twice, of a wrong type or a value that it cannot take.
+        ValueError: an option is unknown, is given twice, or has a wrong type or value.
     """
     options = dict(pairs)
     if len(options) < len(pairs):
@@ -114,7 +114,7 @@ def built(name: str, classes: int, pairs: Sequence[tuple[str, Any]]) -> tuple[nn
         raise ValueError(f"--option {fault}")
     create_quietly = lambda: create(name, classes, **options)
     try:
-        with torch.device("meta"):  # what takes no memory shows most faults
+        with torch.device("meta"):  # building on the meta device shows most faults without taking memory
             bytes_ = sum(t.numel() * t.element_size() for t in create_quietly().state_dict().values())
         if bytes_ > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
             raise MemoryError(f"its weights take {bytes_ / 2**30:.0f} GiB, more than this machine's memory")
@@ -128,7 +128,7 @@ def _shown(options: Mapping[str, Any]) -> str:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``: by default the GPU where there is one."""
+    """Add ``--device``, by default a GPU if there is one."""
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", type=_device, default=default, help="cpu, cuda, cuda:1 ... (default: %(default)s)")
 
@@ -137,7 +137,7 @@ def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).item()  # a meta tensor has no value
-    except Exception as error:  # what a backend that is not there raises is of any type
+    except Exception as error:  # an absent backend may raise any type of error
         raise argparse.ArgumentTypeError(f"no device {text!r} here: {first_line(error)}") from None
     return device
 

@@ -22,7 +22,7 @@ TEST_MOSAICS = 32
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("--model", choices=names(), default="deeplabv3plus", help="default: %(default)s")
     parser.add_argument("--seed", type=seed, default=0, help="of mosaics, weights and training (default: %(default)s)")
     parser.add_argument(

@@ -18,7 +18,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.core.explain import Report
 
 DISTRIBUTION = "fastseg-kernels"
-# First and last version that the project supports; None: whatever is newer should do.
+# First and last version that the project supports; None: any newer one should do.
 VERSIONS = {
     "python": ((3, 11), None),
     "torch": ((2, 11), (2, 15)),
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def version_line(name: str) -> tuple[str, bool]:
-    """``2.13.0 (supported: 2.11 to 2.15)``, and whether that is inside the range; what is missing is not outside."""
+    """``2.13.0 (supported: 2.11 to 2.15)``, and whether it is inside the range; an absent package counts as inside."""
     low, high = VERSIONS[name]
     span = "needs {}.{} or later".format(*low) if high is None else "supported: {}.{} to {}.{}".format(*low, *high)
     try:
@@ -78,7 +78,7 @@ def version_line(name: str) -> tuple[str, bool]:
 
 
 def interpreter_line() -> str:
-    """What Triton's interpreter cannot do with the installed numpy, or ""; kernels on a GPU do not ask numpy."""
+    """What Triton's interpreter cannot do with the installed numpy, or ""; kernels on a GPU do not use numpy."""
     try:
         triton, numpy = (
             tuple(int(number) for number in re.findall(r"\d+", importlib.metadata.version(name))[:2])
@@ -110,7 +110,7 @@ def device_lines() -> Iterator[str]:
 
 
 def table_lines() -> Iterator[str]:
-    """For each GPU, the first table found; without a GPU, which tables there are."""
+    """For each GPU the first table found; without a GPU, the tables that exist."""
     if not HAS_TRITON:
         yield "none: Triton is not installed"
         return
@@ -133,7 +133,7 @@ def table_lines() -> Iterator[str]:
 
 
 def probes() -> Iterator[tuple[torch.device, torch.dtype]]:
-    """What to call the ops with: fp32 on the CPU, and what people train and infer with on the first GPU."""
+    """The inputs for the ops: fp32 on the CPU, and the usual dtypes of training and inference on the first GPU."""
     yield torch.device("cpu"), torch.float32
     if torch.cuda.is_available():
         for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -141,7 +141,7 @@ def probes() -> Iterator[tuple[torch.device, torch.dtype]]:
 
 
 def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Callable]]:
-    """Each op that ``op_cases`` does not hold, on a small map."""
+    """The ops that ``op_cases`` does not hold, each on a small map."""
     where = {"device": device, "dtype": dtype}
     last = lambda *shape: torch.randn(*shape, **where).contiguous(memory_format=torch.channels_last)
     x, low, wide = last(1, 8, 8, 8), last(1, 8, 4, 4), last(1, 8, 16, 16)
@@ -167,7 +167,7 @@ def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Cal
 
 
 def explain_ops(device: torch.device, dtype: torch.dtype) -> tuple[Report, list[str]]:
-    """Call each op once: what was decided, and what failed."""
+    """Call each op once; return what was decided, and what failed."""
     failures = []
     divisor = 1 if device.type == "cuda" else 32  # the cost model looks at sizes; the interpreter needs few pixels
     with fastseg.explain() as report, torch.no_grad(), warnings.catch_warnings():
@@ -176,6 +176,6 @@ def explain_ops(device: torch.device, dtype: torch.dtype) -> tuple[Report, list[
         for name, call in [*calls, *other_calls(device, dtype)]:
             try:
                 call()
-            except Exception as error:  # whatever a driver or compiler raises, the report goes on
+            except Exception as error:  # whatever a driver or compiler raises, the report continues
                 failures.append(f"{name} on {device}, {dtype}: {type(error).__name__}: {first_line(error)}")
     return report, failures

@@ -26,7 +26,7 @@ PANEL = 320  # pixels of a panel's longer side
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     add = parser.add_argument
     add("--data", required=True, type=Path, metavar="DIR", help="with a folder for the split, of images/ and labels/")
     add("--dataset", type=Path, metavar="FILE", help="classes and ignore index (default: dataset.json in --data)")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Score; 0. Bad data or weights raise ``ValueError``."""
+    """Score, and return 0. Bad data or weights raise ``ValueError``."""
     look_at_folder(args.output, FILES)
     size = checked_pixels("--size", args.size)
     dataset = open_dataset(args.layout, args.data, args.split, args.dataset)
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _mapping(names_of_weights: list[str], spec: DatasetSpec, path: Path) -> torch.Tensor | None:
-    """As ``class_mapping``; weights that name no classes are taken in the data set's order, which is said."""
+    """As ``class_mapping``; weights without class names get the data set's order, with a note."""
     count = len(spec.classes)
     if names_of_weights == [str(index) for index in range(count)] and sorted(spec.classes) != sorted(names_of_weights):
         say(f"fastseg evaluate: {path} names no classes; taken in the order of the data set", sys.stderr)

@@ -18,14 +18,14 @@ from fastseg.measure.report import FILES, compare, ratios, read_results, table, 
 from fastseg.measure.study import DTYPES, Case, measure, roofs
 from fastseg.models import names
 
-OPTIONS: dict[str, dict[str, object]] = {  # what a study takes by default, where the model's own default is another
+OPTIONS: dict[str, dict[str, object]] = {  # what a study uses by default if the model's own default differs
     "unet": {"padding": "same", "norm": True},
     "fcn": {"backbone": "resnet18", "stride": 4},
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("--models", nargs="+", choices=names(), default=["deeplabv3plus"], metavar="NAME")
     parser.add_argument(
         "--sizes", nargs="+", type=height_and_width, default=[(512, 512)], metavar="HxW", help="pixels: 512, 360x480"
@@ -49,11 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measure, or compare; 0, or 1 where a comparison found something slower.
+    """Measure, or compare; return 0, or 1 if a comparison found something slower.
 
     Raises:
-        ValueError: a file to compare is no result.
-        OSError: a file cannot be read, or the folder not be written to.
+        ValueError: a file to compare is not the result of a study.
+        OSError: a file cannot be read, or the folder cannot be written to.
     """
     if args.compare:
         return _compare(*args.compare)
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _roofs(args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    """Of each dtype; one that the device does not do is left out, and its rows say why."""
+    """The roofs of each dtype; one that the device lacks is left out, and its rows say why."""
     found = {}
     for dtype in args.dtypes:
         try:

@@ -1,4 +1,4 @@
-"""What ``--option NAME=VALUE`` may say: a model's options, read from the signature of its constructor."""
+"""The values that ``--option NAME=VALUE`` may have: a model's options, from the signature of its constructor."""
 
 import inspect
 import math
@@ -13,13 +13,13 @@ FIXED = {"num_classes": "it follows from the data set's classes", "in_channels":
 
 
 def options_of(name: str) -> dict[str, inspect.Parameter]:
-    """The options of a model that a command line can give."""
+    """The options of a model that can be given on the command line."""
     parameters = inspect.signature(MODELS[name]).parameters
     return {option: parameter for option, parameter in parameters.items() if option not in FIXED}
 
 
 def describe_options() -> str:
-    """The options of every model with their defaults, a line each."""
+    """The options of every model with their defaults, one line each."""
     lines = []
     for name in names():
         shown = (f"{option}={_json(parameter.default)}" for option, parameter in options_of(name).items())
@@ -28,7 +28,7 @@ def describe_options() -> str:
 
 
 def fault_of(name: str, options: Mapping[str, Any]) -> str | None:
-    """What is wrong with the first option of which the name or the type is, or None."""
+    """What is wrong with the first option of bad name or type, or None."""
     known = options_of(name)
     for option, value in options.items():
         if option in FIXED:
@@ -43,7 +43,7 @@ def fault_of(name: str, options: Mapping[str, Any]) -> str | None:
 
 
 def fits(value: object, hint: Any) -> bool:
-    """Whether a value of JSON is of the type that an annotation names."""
+    """True if a JSON value has the type of an annotation."""
     origin, inner = get_origin(hint), get_args(hint)
     if hint is Any or hint is inspect.Parameter.empty:
         return True
@@ -57,7 +57,7 @@ def fits(value: object, hint: Any) -> bool:
         return type(value) in (int, float) and math.isfinite(value)
     if hint is type(None):
         return value is None
-    return type(value) is (origin or hint)  # True is no integer
+    return type(value) is (origin or hint)  # True is not an integer
 
 
 def _words(hint: Any) -> str:

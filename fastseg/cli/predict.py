@@ -17,11 +17,11 @@ from fastseg.io.processes import Processes, processes
 from fastseg.io.progress import progress
 
 SIDE = 2**16  # of a tile, at most
-PATIENCE = timedelta(days=7)  # for the process with the largest images; torchrun ends them all where one dies
+PATIENCE = timedelta(days=7)  # for the process with the largest images; torchrun ends them all if one dies
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument(
         "images",
         nargs="+",
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Segment each image; 0, or 1 in every process where one failed in any.
+    """Segment each image; return 0, or 1 in every process if one failed in any.
 
     Bad weights and folders raise ``ValueError`` or ``OSError``.
     """
@@ -106,8 +106,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _images_of_first(paths: Sequence[Path], group: Processes) -> list[Path] | None:
-    """What the first process finds, as a folder may already get results when another looks; it alone raises its error,
-    and the others get None.
+    """The images that the first process finds; it alone raises its errors, and the others get None.
+    The others do not look: the folder may already hold results by then.
     """
     found: list[Path] | Exception
     try:
@@ -137,12 +137,12 @@ def images_in(paths: Sequence[Path]) -> list[Path]:
 
 
 def _entries(folder: Path) -> list[Path]:
-    """What is in a folder, by name; files that a system hides are not looked at."""
+    """The entries of a folder, by name; hidden files are skipped."""
     return sorted((inner for inner in folder.iterdir() if not inner.name.startswith(".")), key=lambda inner: inner.name)
 
 
 def _left_out(paths: Sequence[Path]) -> Iterator[str]:
-    """A line for each folder that holds something besides images."""
+    """One line for each folder that holds something besides images."""
     for path in paths:
         if path.is_dir():
             there = _entries(path)
@@ -152,8 +152,8 @@ def _left_out(paths: Sequence[Path]) -> Iterator[str]:
 
 
 def _output_stems(paths: list[Path]) -> list[str]:
-    """The stem of each path, cut where the results' names would be too long; where several have the same, the later
-    ones get ``-2``, ``-3``, ...
+    """The stem of each path, shortened if the result's name would be too long.
+    Of several equal stems the later ones get ``-2``, ``-3``, ...
     """
     originals, used = {path.stem for path in paths}, set()
     stems = []
@@ -168,7 +168,7 @@ def _output_stems(paths: list[Path]) -> list[str]:
 
 
 def _cut(stem: str, end: str) -> str:
-    """``stem`` and ``end``, with less of the stem where a result's name would have more than ``NAME`` bytes."""
+    """``stem`` and ``end``, with the stem shortened if the name of a result would exceed ``NAME`` bytes."""
     while len(os.fsencode(f"{stem}{end}_classes.png")) > NAME:
         stem = stem[:-1]
     return stem + end

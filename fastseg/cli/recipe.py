@@ -1,4 +1,4 @@
-"""What ``fastseg train`` takes from a recipe, from a data set's layout, and for deep supervision."""
+"""What ``fastseg train`` takes from a recipe and from a data set's layout, and its deep supervision."""
 
 import argparse
 import math
@@ -14,7 +14,7 @@ from fastseg.training.recipe import UNTRIED, read_recipe, recipes
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """``--recipe`` and what only recipes need; a recipe's settings become the defaults of all other arguments."""
+    """Add ``--recipe`` and its arguments; the settings of a recipe become the defaults of all other arguments."""
     add = parser.add_argument
     add("--recipe", choices=recipes(), help="an article's settings, in place of the defaults of what is not given")
     add_layout(parser)
@@ -32,7 +32,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
         try:
             found = before.parse_known_args(args)[0].recipe
         except argparse.ArgumentError:
-            found = None  # without a value: the parser itself will say so
+            found = None  # without a value: the parser itself will report it
         if found in recipes():
             settings = read_recipe(found)[1]
             settings["option"] = list(settings.pop("options").items())
@@ -47,7 +47,7 @@ def add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def add_layout(parser: argparse.ArgumentParser) -> None:
-    """``--layout``."""
+    """Add ``--layout``."""
     parser.add_argument("--layout", choices=LAYOUTS, default="folders", help="of --data (default: %(default)s)")
 
 
@@ -60,7 +60,7 @@ def _place(text: str) -> str | int:
 
 
 def open_splits(args: argparse.Namespace) -> list[FolderDataset]:
-    """The pictures to learn from and those to score; ``args.epochs`` follows from ``--iterations``."""
+    """Open the pictures to train on and those to score; ``args.epochs`` follows from ``--iterations``."""
     splits = [open_dataset(args.layout, args.data, split, args.dataset) for split in (args.train_split, "val")]
     if args.iterations is not None:
         args.epochs = math.ceil(args.iterations / max(1, len(splits[0]) // args.batch))
@@ -68,7 +68,7 @@ def open_splits(args: argparse.Namespace) -> list[FolderDataset]:
 
 
 def introduce(args: argparse.Namespace) -> str | None:
-    """A line about the recipe."""
+    """Print a line about the recipe."""
     if args.recipe is None:
         return None
     about, _ = read_recipe(args.recipe)
@@ -76,17 +76,17 @@ def introduce(args: argparse.Namespace) -> str | None:
 
 
 def model_options(args: argparse.Namespace) -> list[tuple[str, object]]:
-    """``--option``, which go before a recipe's; UNet++ gets its heads where ``--deep-supervision`` wants them."""
+    """The values of ``--option``, which override a recipe's; with ``--deep-supervision`` UNet++ gets its heads."""
     pairs = list(args.option) if args.recipe is None else list(dict(args.option).items())
     heads = args.deep_supervision and args.model == "unetplusplus" and not args.supervise
     return [*pairs, ("deep_supervision", True)] if heads and "deep_supervision" not in dict(pairs) else pairs
 
 
 def supervised(model: nn.Module, args: argparse.Namespace) -> nn.Module:
-    """The model with the heads that are asked for; ``args.deep_supervision`` is "constant" where only they are.
+    """The model with the heads that are asked for; ``args.deep_supervision`` becomes "constant" if only they are.
 
     Raises:
-        ValueError: weights of heads, and none there.
+        ValueError: weights of heads are given, and there are no heads.
     """
     if args.supervise:
         args.deep_supervision = args.deep_supervision or "constant"

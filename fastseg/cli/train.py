@@ -34,7 +34,7 @@ from fastseg.training.lock import lock
 from fastseg.training.run import FILES, Settings, train
 from fastseg.training.signals import stop_signals
 
-# Exit status -> the signal that ended the training: as a shell reports a process that the signal ended.
+# Exit status -> the signal that ended the training, as a shell reports a process ended by that signal.
 STOPPED = {128 + number: number for number in (signal.SIGTERM, signal.SIGINT)}
 PREEMPTED = 128 + signal.SIGTERM
 LABELS = """labels: each picture DIR/train/images/NAME.png (or .jpg, .tif, .bmp, .webp, .gif ...) has a label
@@ -44,7 +44,7 @@ Pixels of the value ignore_index count for nothing. dataset.json: {"classes": ["
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = (
         f"{LABELS}\n\noptions of the models, for --option NAME=VALUE, with their defaults:\n{describe_options()}\n\n"
@@ -87,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train; 0, also where --max-seconds ended it, or a key of ``STOPPED`` where a signal did.
+    """Train; return 0, also if --max-seconds ended it, or a key of ``STOPPED`` if a signal did.
 
     Bad data raises ``ValueError``, a full disk ``OSError``.
     """
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _checked(split: FolderDataset, group: Processes) -> Census:
-    """What all processes found in a split; the first says what somebody should know."""
+    """The census of a split over all processes; the first process prints the remarks."""
     census = split.check(range(group.rank, len(split), group.count), shown=group.first).of_all(group)
     remarks = census.remarks(split.split, split.spec.classes, split.spec.ignore_index)
     for line in (*split.left_out, *remarks) if group.first else ():
@@ -174,7 +174,7 @@ def _held(folder: Path, group: Processes, to_the_end: ExitStack) -> bool:
 def _load_encoder(model: nn.Module, path: Path, name: str) -> None:
     try:
         load_encoder_weights(model, path)
-    except TypeError as error:  # the model has none that torchvision's weights are of
+    except TypeError as error:  # the model has no encoder that torchvision's weights fit
         raise ValueError(f"--encoder-weights: torchvision's weights fit no encoder of {name}: {error}") from error
 
 

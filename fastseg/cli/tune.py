@@ -20,7 +20,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's arguments."""
+    """Add the command's arguments."""
     parser.add_argument("ops", nargs="*", metavar="OP", help="tune the kernels whose names begin so (default: all)")
     parser.add_argument("--model", default="deeplabv3plus", choices=names(), help="tune what this model launches")
     parser.add_argument("--classes", type=positive_int, default=21)
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Tune; 0 when a table was written, 1 when nothing was tuned.
+    """Tune; return 0 if a table was written, 1 if nothing was tuned.
 
     Raises:
         ValueError: there is no GPU, or no such kernel.
@@ -66,9 +66,9 @@ def tune_steps(
     Args:
         steps: forwards or training steps of models.
         path: ``<folder>/<gpu>.json``; the folder is made.
-        ops: beginnings of the kernels' names; all where empty.
-        seconds: begin nothing after this time.
-        search: options of ``kernels.tune.search``.
+        ops: prefixes of kernel names; empty means all.
+        seconds: start no search after this time.
+        search: options of ``kernels.tools.tune.search``.
 
     Returns:
         The command's exit status.
@@ -112,7 +112,7 @@ def _steps(options: argparse.Namespace, device: torch.device) -> list[Callable[[
 
 
 def _note(show: Callable[[str], None], path: Path, row, trials) -> None:
-    """Write what one row's search found, and show it."""
+    """Write and print what the search of one row found."""
     from fastseg.kernels.tools import tune
 
     chosen = tune.best(trials)

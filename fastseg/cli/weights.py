@@ -1,4 +1,4 @@
-"""Weights on the command line: the file, the model that it is of where the file does not say so, and its options."""
+"""Weights on the command line: the file, its model if the file does not say so, and the model's options."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ from fastseg.models import names
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:
-    """``--weights``, and what is needed to read those of others."""
+    """Add ``--weights``, and the arguments needed to read other codes' files."""
     add = parser.add_argument
     add("--weights", required=True, type=Path, metavar="FILE",
         help="of fastseg train, or others with --model: safetensors, or of torch.save")  # fmt: skip
@@ -26,7 +26,7 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 
 
 def read_weights(args: argparse.Namespace, num_classes: int | None = None) -> tuple[nn.Module, list[str]]:
-    """The model, in eval mode on the CPU, and the names of its classes; what was left out is said on stderr.
+    """The model, in eval mode on the CPU, and its class names; what was left out is printed to stderr.
 
     Raises:
         ValueError, OSError: as ``load_checkpoint``.

@@ -1,8 +1,8 @@
 """Texture mosaics: pictures composed of real photographs, with a label map that is exact by construction.
 
-The photographs are four of those that scikit-image's wheel holds, each in the public domain (CC0): brick, grass, gravel
-and a retina. Left and right half of each photograph never mix, so a net that is trained on mosaics of one half is
-tested on pixels that it has not seen. All four have the same mean and contrast: only texture tells them apart.
+The photographs are four from scikit-image's wheel, each in the public domain (CC0): brick, grass, gravel and a retina.
+The left and right halves of a photograph never mix, so a net trained on mosaics of one half is tested on pixels that it
+has not seen. All four have the same mean and contrast: only texture tells them apart.
 """
 
 import importlib.util
@@ -24,10 +24,10 @@ SIDE = 512
 
 
 def load_photographs() -> dict[str, np.ndarray]:
-    """The photographs, (512, 512) float32 each, with mean 0 and deviation 1. Reads files only, never downloads.
+    """Load the photographs, (512, 512) float32 each, with mean 0 and deviation 1. Reads files only; never downloads.
 
     Raises:
-        ValueError: scikit-image is not installed, or has not the files.
+        ValueError: scikit-image is not installed, or lacks the files.
     """
     spec = importlib.util.find_spec("skimage")  # found, not imported: importing it sets up its downloader
     if spec is None or spec.origin is None:
@@ -69,7 +69,7 @@ def mosaic(textures: dict[str, np.ndarray], side: int, rng: np.random.Generator)
     Args:
         textures: class name -> (H, W) float32 of mean 0 and deviation 1, both at least ``side``.
         side: height and width in pixels.
-        rng: decides everything that is random.
+        rng: source of all randomness.
 
     Returns:
         The picture, (side, side, 3) uint8 (grey), and its labels, (side, side) int64.

@@ -1,4 +1,4 @@
-"""Around the models: tiles, files and pictures, mosaics of textures, weights with their options, timing."""
+"""Run models: on tiles, on pictures, batch by batch, or many times over with a ``Runner``."""
 
 from fastseg.inference.classes import class_map
 from fastseg.inference.predictor import Predictor

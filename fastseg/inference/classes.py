@@ -1,4 +1,4 @@
-"""The class map of any model: its own where it is one of ours, else the argmax of its logits."""
+"""Class maps of any model: its own ``predict`` for ours, else the argmax of its logits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ def class_map(model: nn.Module, x: Tensor) -> Tensor:
     give it, is class 1 where it is above 0, a probability of more than 0.5, and else class 0.
 
     Returns:
-        (N, H, W), uint8 up to 256 classes, else int64.
+        (N, H, W), uint8 for up to 256 classes, else int64.
 
     Raises:
         TypeError: the output holds no logits (N, classes, h, w).
@@ -40,7 +40,7 @@ def _is_ours(model: nn.Module) -> bool:
 
 
 def logits_of(output: Any) -> Tensor | None:
-    """The map of logits in what a model returns."""
+    """The map of logits in a model's output."""
     if isinstance(output, Tensor):
         return output if output.dim() == 4 and output.is_floating_point() else None
     if isinstance(getattr(output, "logits", None), Tensor):

@@ -1,4 +1,4 @@
-"""A function's launches as one CUDA graph."""
+"""Capture the launches of a function as one CUDA graph."""
 
 import contextlib
 import threading
@@ -10,21 +10,21 @@ import torch
 from fastseg.ops.core.torch_private import end_allocate_to_pool
 
 WARMUP = 3  # calls before the capture: autotuning, folding and packing must not be captured
-_capturing = threading.Lock()  # of the process: an allocation in one thread would end a capture in another
+_capturing = threading.Lock()  # of the process: an allocation in another thread would end a capture
 
 
 def captured(function: Callable[[], Any], pool: tuple[int, int] | None = None) -> Callable[[], Any]:
-    """``function`` as a CUDA graph; what is returned replays it and gives the same output tensors each time.
+    """Capture ``function`` as a CUDA graph; a call of the result replays it and returns the same output tensors.
 
-    It is captured on the current device, on a stream of its own there.
+    The capture is on the current device, on a stream of its own.
 
     Args:
-        function: what launches.
-        pool: of ``torch.cuda.graph_pool_handle()``: graphs that are never replayed at once may share their memory.
+        function: the function whose launches are captured.
+        pool: from ``torch.cuda.graph_pool_handle()``; graphs that are never replayed at once may share one.
 
     Raises:
-        torch.OutOfMemoryError: its buffers do not fit.
-        RuntimeError: it does what cannot be captured, such as waiting for the device.
+        torch.OutOfMemoryError: the buffers do not fit into memory.
+        RuntimeError: the function does something that cannot be captured, such as waiting for the device.
     """
     with _capturing:
         outer = torch.cuda.current_stream()

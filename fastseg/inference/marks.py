@@ -1,4 +1,4 @@
-"""Whether a model is as it was: its tensors, their numbers, its options, its modules and their hooks."""
+"""Detect changes of a model: its tensors, their values, its options, its modules and their hooks."""
 
 import copy
 import operator
@@ -13,7 +13,7 @@ from fastseg.ops.core.torch_private import tree_leaves
 
 Check = Literal["counts", "samples", "values"]
 CHECKS: tuple[str, ...] = get_args(Check)
-WHOLE = 2**20  # bytes that "samples" reads at most, but for one PIECE of each place
+WHOLE = 2**20  # bytes that "samples" reads at most, apart from one PIECE of each place
 SMALL, PIECE = 2**10, 64  # bytes: a tensor that is read whole; what is read of another in each of PLACES
 PLACES = 4
 
@@ -22,15 +22,14 @@ _OF_EVERY_MODULE = frozenset(vars(nn.Module()))  # these, other hooks, and ``tra
 
 
 class Marks:
-    """A model as it is now. It holds every tensor and its memory, so that neither is given out again.
+    """The state of a model at one time. It holds every tensor and its storage, so that no id or address is reused.
 
     Args:
         model: any module.
-        check: beside tensors, memory, options, modules and hooks, all of them compared at each call:
-            "counts": torch's count of writes;
-            "samples": the same, and 1 MiB of numbers, smaller tensors first and whole, of the larger ones 4 pieces;
-            "values": the same as "counts", and all numbers. What was made in inference mode, where nothing counts
-            writes, has all its numbers compared in any case.
+        check: what to compare at each call beside tensors, memory, options, modules and hooks: "counts": torch's
+            version counters; "samples": the same, and 1 MiB of values: small tensors whole, 4 pieces of each larger
+            one; "values": the same as "counts", and all values. Tensors made in inference mode, which have no version
+            counter, have all their values compared in any case.
     """
 
     def __init__(self, model: nn.Module, check: Check):
@@ -57,7 +56,7 @@ class Marks:
         self.sample = self._sampled()
 
     def are_current(self) -> bool:
-        """Whether the model is as it was."""
+        """True if the model is unchanged."""
         objects = list(chain.from_iterable(self.held))
         if any(self.empty) or len(objects) != len(self.objects) or not all(map(operator.is_, objects, self.objects)):
             return False
@@ -81,14 +80,14 @@ class Marks:
 
 
 def _getters(dicts: list[dict]) -> tuple[list[Callable[[dict], Any]], list[dict]]:
-    """What reads the options of each module that has any, and the dictionaries to read them from."""
+    """The readers of each module's options, and the dictionaries to read them from."""
     names = [[name for name in one if name not in _OF_EVERY_MODULE] for one in dicts]
     found = [(operator.itemgetter(*own), one) for own, one in zip(names, dicts, strict=True) if own]
     return [getter for getter, _ in found], [one for _, one in found]
 
 
 def _as_it_is(value: Any) -> Any:
-    """Containers are copied, so that a change inside is one; what they hold is compared as it is."""
+    """Copy containers, so that a change inside shows; their contents are compared as they are."""
     if type(value) in (tuple, list):
         return type(value)(map(_as_it_is, value))
     if isinstance(value, dict | list | set):
@@ -97,12 +96,12 @@ def _as_it_is(value: Any) -> Any:
 
 
 def _has_memory(t: Tensor) -> bool:
-    """Whether it is an ordinary tensor: a fake has none, and a sparse or distributed one has its own elsewhere."""
+    """True for an ordinary tensor: a fake one has no memory, a sparse or distributed one has it elsewhere."""
     return type(t) in (Tensor, nn.Parameter, nn.Buffer) and t.layout == torch.strided and not t.is_meta
 
 
 def _equal(t: Tensor, old: Tensor) -> bool:
-    """Bit by bit: NaN is NaN."""
+    """Equal bit by bit, so that NaN equals NaN."""
     return t.dtype == old.dtype and torch.equal(_bytes(t.detach()), _bytes(old))
 
 

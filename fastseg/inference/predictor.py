@@ -15,13 +15,13 @@ from fastseg.io.checkpoint import load_checkpoint
 class Predictor:
     """Class maps of a batch of pictures: a dictionary of arrays in, a dictionary of arrays out.
 
-    It can be pickled; weights that are named by a path are read where it is first called.
+    It can be pickled. Weights given by a path are read at the first call.
 
     Args:
         model: a model, or the path of a checkpoint.
-        device: None takes a GPU where there is one, when first called.
-        column: of the pictures, (N, H, W, 3) uint8, or N pictures of several sizes in an object array.
-        result: of the class maps, (N, H, W), or N of them; the other columns are passed on, the pictures are not.
+        device: None means a GPU if there is one at the first call.
+        column: key of the pictures, (N, H, W, 3) uint8, or N pictures of several sizes in an object array.
+        result: key of the class maps, (N, H, W), or N of them; other columns are passed on, the pictures are not.
 
     Example:
         >>> ray.data.read_images(folder).map_batches(Predictor("best.pt"), batch_size=4)  # doctest: +SKIP
@@ -43,7 +43,7 @@ class Predictor:
         """Segment the pictures of ``batch``.
 
         Raises:
-            ValueError: there are no such pictures in it, or the weights cannot be read.
+            ValueError: the batch has no such pictures, or the weights cannot be read.
         """
         if self.column not in batch:
             raise ValueError(f"Predictor: the batch has {', '.join(batch)}, and no {self.column!r}")

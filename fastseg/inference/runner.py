@@ -1,4 +1,4 @@
-"""A model that is run for evaluation many times over: everything that can be made once is made once."""
+"""Run a model for evaluation many times over: everything that can be prepared is prepared once."""
 
 import copy
 import threading
@@ -23,36 +23,38 @@ FORWARD, PREDICT = "forward", "predict"
 
 
 class Runner:
-    """Runs ``model.eval()(x)`` and its class maps as fast as the device does them, without gradients.
+    """Run ``model.eval()(x)`` and its class maps as fast as the device allows, without gradients.
 
-    It works on a copy of the model in channels_last, whose folded norms are kept. On CUDA the launches of a call become
-    one graph per shape. On a CPU convolutions take weights packed once, and 3x3 convolutions of 32 to 64 channels and
-    more Winograd's form (differences to the model of about 1e-5 of the largest output, more at pixels where a SegNet's
-    pooling nearly ties). Both are done for ``example``'s shape, and for others when they come a second time.
+    The runner works on a channels_last copy of the model and keeps its folded norms. On CUDA the launches of a call
+    become one graph per shape. On a CPU, convolutions use weights packed once, and 3x3 convolutions of 32 to 64
+    channels or more use Winograd's form; results differ from the model's by about 1e-5 of the largest output, and by
+    more at pixels where a SegNet's pooling nearly ties. Both are prepared for the shape of ``example``, and for another
+    shape at its second use.
 
-    The model stays the caller's: it may be trained on, and changed. Each call compares it with what was copied, and
-    copies again where they differ: parameters and buffers, their memory, counts of writes, options of modules,
-    submodules, and hooks. Writes that torch does not count, through ``p.data`` in place, are looked for as ``check``
-    says. docs/runner.md says what each costs. What neither sees, such as a function that a module calls and that was
-    changed, needs ``refresh``.
+    The model stays the caller's and may be trained and changed. Each call compares it with the copy and copies it again
+    if they differ in parameters and buffers, their memory, version counters, options of modules, submodules, or hooks.
+    ``check`` says how to look for writes that torch does not count, through ``p.data`` in place; docs/runner.md has the
+    cost of each. After a change that neither can see, such as one of a function that a module calls, call ``refresh``.
 
     Results are the caller's to keep. A runner may be called from several threads and streams, in and out of inference
-    mode; on CUDA one call runs after the other. It can be pickled and deep-copied, with its model.
+    mode; on CUDA calls run one after the other. It can be pickled and deep-copied, with its model.
 
     Args:
         model: any module that takes one (N, C, H, W) tensor.
         example: an input, on the model's device; run once.
-        dtype: of the copy: None keeps the model's; ``torch.bfloat16`` and ``torch.float16`` convert all but norms.
-        winograd: whether a CPU may take Winograd's form.
-        winograd_bytes: of transformed filters at most, for all shapes; for one they are 4 times the weights.
-        max_shapes: whose graphs or packed weights are kept; the least recently used are dropped.
+        dtype: dtype of the copy: None keeps the model's; ``torch.bfloat16`` and ``torch.float16`` convert all but
+            norms.
+        winograd: True if a CPU may use Winograd's form.
+        winograd_bytes: limit on transformed filters over all shapes, in bytes; for one shape they are 4 times the
+            weights.
+        max_shapes: shapes whose graphs or packed weights are kept; the least recently used are dropped.
         check: of numbers, at each call: "counts", torch's count of writes alone; "samples", 1 MiB of numbers too, the
             smaller tensors whole; "values", all numbers. None: "samples" on a CPU, "counts" elsewhere, where reading
             numbers would wait for the device. Of tensors made in inference mode all numbers are compared.
 
     Raises:
-        TypeError: ``example`` is no floating-point tensor.
-        ValueError: it is not (N, C, H, W), or on another device than the model; an unknown ``check``.
+        TypeError: ``example`` is not a floating-point tensor.
+        ValueError: ``example`` is not (N, C, H, W) or is on another device than the model; ``check`` is unknown.
 
     Example:
         >>> runner = Runner(model, torch.rand(1, 3, 512, 512))  # doctest: +SKIP
@@ -95,9 +97,9 @@ class Runner:
         self._start()
 
     def __call__(self, x: Tensor, *, out: Tensor | None = None) -> Any:
-        """``model.eval()(x)``, x (N, C, H, W); converted to the runner's dtype if it has another.
+        """``model.eval()(x)`` for x (N, C, H, W), which is converted to the runner's dtype if it has another.
 
-        ``out`` takes the result, where that is one tensor, of its shape.
+        ``out`` receives the result, if that is one tensor; it must have its shape.
         """
         return self._run(FORWARD, x, out)
 
@@ -114,7 +116,7 @@ class Runner:
     def _run(self, method: str, x: Tensor, out: Tensor | None) -> Any:
         self._check(x)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
-            if not captures(x):  # nothing is shared but what is made once: calls may overlap
+            if not captures(x):  # nothing is shared except what is prepared once: calls may overlap
                 result = self._current().call(method, x, packed=self._returns(x))
                 return result if out is None else _into(out, result)
             with self._lock, torch.cuda.device_of(x):
@@ -127,7 +129,7 @@ class Runner:
                 return result
 
     def _replay(self, method: str, x: Tensor, out: Tensor | None) -> Any:
-        """The device begins before the host looks whether the model has changed; in that case it begins again."""
+        """Start the device before the host checks if the model has changed; if it has, start again."""
         returns, state = self._returns(x), self._state
         graph = None if state is None else state.graph(method, x)
         if graph is not None:
@@ -143,7 +145,7 @@ class Runner:
         return result if out is None else _into(out, result)
 
     def _returns(self, x: Tensor) -> bool:
-        """Whether a shape was seen before."""
+        """True if the shape was seen before."""
         with self._lock:
             shape = tuple(x.shape)
             returns = shape in self._seen
@@ -151,7 +153,7 @@ class Runner:
             return returns
 
     def _current(self) -> "_State":
-        """The copy of the model as it is now."""
+        """The copy of the model in its present state."""
         with self._lock:
             if self._state is None or not self._state.marks.are_current():
                 self._drop()  # its memory goes before the new copy comes
@@ -181,7 +183,7 @@ class Runner:
 
 
 def captures(x: Tensor) -> bool:
-    """Whether calls become graphs."""
+    """True if calls become graphs."""
     return x.device.type == "cuda"
 
 
@@ -198,7 +200,7 @@ def _into(out: Tensor, result: Any) -> Tensor:
 
 
 class _State:
-    """A copy of a model, and all that was made for it."""
+    """A copy of a model, and everything that was prepared for it."""
 
     def __init__(self, runner: Runner):
         model = runner.model
@@ -238,7 +240,7 @@ class _State:
         return graphs.get(method)
 
     def captured(self, method: str, x: Tensor) -> "_Graph | None":
-        """The graph for inputs like ``x``, captured now if there is none; None where it cannot be."""
+        """The graph for inputs like ``x``, captured now if there is none; None if it cannot be captured."""
         graphs = self.graphs.get(tuple(x.shape), {})
         if method not in graphs:
             graphs[method] = self.capture(method, x)
@@ -282,7 +284,7 @@ class _Graph:
 
 
 def _use(kept: OrderedDict, key: tuple, value: Any, most: int) -> None:
-    """Keep ``value`` as the last used; drop the least recently used past ``most``."""
+    """Store ``value`` as the last used; drop the least recently used beyond ``most``."""
     kept[key] = value
     kept.move_to_end(key)
     while len(kept) > most:
@@ -290,7 +292,7 @@ def _use(kept: OrderedDict, key: tuple, value: Any, most: int) -> None:
 
 
 def _converted(model: nn.Module, dtype: torch.dtype | None) -> nn.Module:
-    """A copy for evaluation, in channels_last; all but its norms in ``dtype``."""
+    """A copy for evaluation, in channels_last; all but its norms are in ``dtype``."""
     out = copy.deepcopy(model).eval().requires_grad_(False)
     if dtype is not None:
         norms = (*NORMS, nn.GroupNorm, nn.LayerNorm)

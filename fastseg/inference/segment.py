@@ -18,8 +18,8 @@ def segment(
     Args:
         model: in eval mode; its class maps are those of ``class_map``.
         images: (N, H, W, 3), uint8, RGB.
-        plan: of ``plan_tiles(model, ...)``; None gives the model each picture as a whole.
-        batch_size: tiles at once.
+        plan: from ``plan_tiles(model, ...)``; None passes each picture as a whole.
+        batch_size: tiles per call of the model.
         progress: show a bar of the tiles on stderr.
 
     Returns:
@@ -33,7 +33,7 @@ def segment(
 
 
 class _OfPixels(nn.Module):
-    """A model that takes pixels, 0 to 255, where ``model`` takes what ``to_tensor`` makes of them."""
+    """A model that takes pixels, 0 to 255, and applies ``to_tensor``'s normalisation before ``model``."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

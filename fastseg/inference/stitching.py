@@ -1,9 +1,9 @@
-"""Where tiles lie, and how their results become one image: weights, sums, and what is kept for tiles to come.
+"""Where tiles lie, and how their results become one image: weights, sums, and what is held for later tiles.
 
-Tiles run row by row. A pixel is written once, as soon as the last tile on it is done, so what is held is the tile, its
-columns that the next tile shares, and its rows that the next row shares. The latter are as wide as a panel of at most
-``PANEL`` tiles: a wider image is done in panels one after the other, each of which repeats the last tile column of the
-one before.
+Tiles run row by row. A pixel is written once, when the last tile on it is done. So three things are held: the tile, its
+columns that the next tile shares, and its rows that the next row shares. The rows are as wide as a panel of at most
+``PANEL`` tiles. A wider image is processed in panels one after the other, each of which repeats the last tile column of
+the one before.
 """
 
 import itertools
@@ -21,7 +21,7 @@ PANEL = 16  # tile columns; one more is computed for each panel after the first,
 
 
 class Axis(NamedTuple):
-    """Tiles along a side of the image: each gives ``core`` pixels from its ``start``, a multiple of the phase."""
+    """Tiles along one side of the image: each gives ``core`` pixels from its ``start``, a multiple of the phase."""
 
     extent: int  # of the image
     side: int  # of the tile
@@ -38,19 +38,19 @@ class Axis(NamedTuple):
         return 1 + math.ceil(max(0, self.extent - self.core) / self.step)
 
     def start(self, i: int) -> int:
-        """The steps are equal, but for the phase, and the last tile ends less than a phase beyond the image."""
+        """Steps are equal up to the phase, and the last tile ends less than a phase beyond the image."""
         return 0 if i == 0 else i * math.ceil((self.extent - self.core) / self.phase) // (self.count - 1) * self.phase
 
     def end(self, i: int) -> int:
-        """Up to where no later tile reaches."""
+        """The end of the pixels that no later tile reaches."""
         return self.start(i + 1) if i + 1 < self.count else self.extent
 
     def source(self, i: int) -> tuple[int, int]:
-        """The first pixel of the image that tile ``i`` sees, below 0 before the image, and the one after the last."""
+        """The first pixel of the image that tile ``i`` reads, below 0 before the image, and one past the last."""
         return self.start(i) - self.margin, self.start(i) - self.margin + self.side
 
     def weights(self, i: int, blend: Blend) -> Tensor:
-        """(core,) fp64, of the pixels of tile ``i``: the weights of all tiles on a pixel sum to one."""
+        """Weights (core,), fp64, of the pixels of tile ``i``; the weights of all tiles on a pixel sum to one."""
         pixels = torch.arange(self.core, dtype=torch.float64, device="cpu")
         if blend == "crop":
             low = 0 if i == 0 else (self.start(i - 1) + self.core - self.start(i)) // 2
@@ -71,7 +71,7 @@ class Axis(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Tile (i, j) of image n, in the panel of columns from ``first`` on; those from ``begin`` on only reach into it."""
+    """Tile (i, j) of image n, in the panel of columns from ``first`` on; columns from ``begin`` on are shared only."""
 
     n: int
     i: int
@@ -92,10 +92,10 @@ def jobs(images: int, rows: Axis, columns: Axis, blended: bool) -> Iterator[Job]
 
 
 class Stitcher:
-    """Sums weighted tiles, and writes what no later tile will touch.
+    """Sum weighted tiles, and write pixels that no later tile will touch.
 
-    Tile (i, j) owns the pixels from its own start to the next tile's. Columns beyond are kept in ``left``, for the next
-    tile to add; of the columns that it owns, rows beyond are kept in ``above``, for the next row to add.
+    Tile (i, j) owns the pixels from its own start to that of the next tile. Columns beyond are kept in ``left`` for the
+    next tile. Of the columns that it owns, rows beyond are kept in ``above`` for the next row.
     """
 
     def __init__(self, rows: Axis, columns: Axis, blend: Blend | None, argmax: bool, out: Tensor | np.ndarray):

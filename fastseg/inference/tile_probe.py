@@ -1,7 +1,7 @@
-"""What a model does to the size of an image: how much it takes off at the sides, and from where to where it repeats.
+"""How a model changes the size of an image: the margin that it removes, and the phase at which it repeats.
 
 Both are found by propagating shapes: the model runs on fake tensors, which have sizes and no memory. Its own tensors
-are neither copied nor touched. A model whose code needs values (``.item()``) runs on zeros instead.
+are neither copied nor changed. A model whose code needs values (``.item()``) runs on zeros instead.
 """
 
 import copy
@@ -25,9 +25,9 @@ SPAN_ON_ZEROS = 64  # without fake tensors the pixels are computed
 
 @dataclass(frozen=True)
 class TileGeometry:
-    """How a model treats square tiles: ``tile`` pixels in, ``tile - 2 margin`` out, of the middle.
+    """How a model treats square tiles: ``tile`` pixels in, the central ``tile - 2 margin`` out.
 
-    Moving the image by ``phase`` pixels moves the result by as many; by fewer, pooling windows fall elsewhere.
+    A shift of the image by ``phase`` pixels shifts the result by as many; a smaller shift moves the pooling windows.
     """
 
     tile: int
@@ -38,10 +38,10 @@ class TileGeometry:
 
 
 def tile_geometry(model: nn.Module, tile: int, channels: int) -> TileGeometry:
-    """Margin and phase of a model, from the sizes of its maps.
+    """Find margin and phase of a model from the sizes of its maps.
 
-    A size is valid where the model runs and takes off no more than it must: the smallest difference of input and
-    output over one period of sizes. So a net that floors at odd sizes is held to those at which it floors nothing.
+    A size is valid if the model runs and removes no more than it must, which is the least difference of input and
+    output over one period of sizes. So a net that floors odd sizes is held to the sizes that it does not floor.
 
     Args:
         model: (1, channels, H, W) -> (1, K, H - 2 margin, W - 2 margin), in eval mode.
@@ -91,7 +91,7 @@ def _lost(probe: "SizeProbe", side: int) -> int:
 
 
 class SizeProbe:
-    """The output's size for any size of the input, and the strides in between.
+    """The size of the output for any size of the input, and the strides in between.
 
     Args:
         model: as in ``tile_geometry``.
@@ -113,21 +113,21 @@ class SizeProbe:
             return
 
     def output(self, height: int, width: int) -> tuple[int, int] | None:
-        """Height and width of the logits; None, and ``why``, where the model fails at this size."""
+        """Height and width of the logits; None if the model fails at this size, and ``why`` says so."""
         size = height, width
         if size not in self._known:
             try:
                 self._known[size] = self._run(height, width)
             except TypeError:
                 raise
-            except Exception as error:  # models refuse sizes in any way they like
+            except Exception as error:  # models may raise anything for a size
                 self._known[size], self.why[size] = None, first_line(error)
         return self._known[size]
 
     def phase(self, side: int) -> int:
         """The least common multiple of all strides, from the square maps of two images that differ by ``SPAN``.
 
-        Both are larger than ``side``, at which deep maps may be as small as pooled ones.
+        Both images are larger than ``side``, at which deep maps may be as small as pooled ones.
         """
         span = SPAN if self._mode else SPAN_ON_ZEROS
         pair = []
@@ -177,7 +177,7 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 class _Recorder(TorchDispatchMode):
-    """The side of every square map that any op makes, in order."""
+    """Record the side of every square map that any op returns, in order."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""Images of any size, in tiles: the overlap-tile strategy of U-Net, and blended tiles for nets that pad.
+"""Images of any size, in tiles: U-Net's overlap-tile strategy, and blended tiles for nets that pad.
 
-A valid net makes of a tile the middle of it. Tiles are cut from the mirrored image so that their outputs abut, at
-multiples of the net's phase, where every pooling window falls as it does in the whole image: the result is that of the
-whole image. A net that pads sees zeros around every tile; its tiles overlap and are blended by weights that sum to one
-in each pixel (``stitching.py``).
+A net without padding returns the centre of a tile. Tiles are cut from the mirrored image so that their outputs abut, at
+multiples of the net's phase, where every pooling window lies as in the whole image: the result equals that of the whole
+image. A net that pads sees zeros around every tile. Its tiles overlap and are blended by weights that sum to one in
+each pixel (``stitching.py``).
 """
 
 import itertools
@@ -24,20 +24,20 @@ PAD_MODES = ("reflect", "replicate", "constant")
 
 @dataclass(frozen=True)
 class TilePlan:
-    """What ``overlap_tile`` knows of a model before it sees an image, and by how many pixels its tiles overlap."""
+    """What ``overlap_tile`` knows of a model before it sees an image, and the overlap of the tiles in pixels."""
 
     geometry: TileGeometry
     overlap: int
 
     @property
     def step(self) -> int:
-        """The largest distance of neighbouring tiles, in pixels."""
+        """The largest distance between neighbouring tiles, in pixels."""
         geometry = self.geometry
         return (geometry.tile - 2 * geometry.margin - self.overlap) // geometry.phase * geometry.phase
 
 
 def plan_tiles(model: nn.Module, tile: int, overlap: int | None = None, channels: int = 3) -> TilePlan:
-    """Check a model, its tile and overlap, without an image; for several images of one model. As ``overlap_tile``."""
+    """Check model, tile and overlap without an image, once for several images. Arguments as ``overlap_tile``."""
     if model.training:
         raise ValueError("overlap_tile: the model is in training mode, where tiles differ at random; call model.eval()")
     for name, value, least in (("tile", tile, 1), ("overlap", overlap or 0, 0)):
@@ -68,41 +68,40 @@ def overlap_tile(
     argmax: bool = False,
     out: Tensor | np.ndarray | None = None,
 ) -> Tensor | np.ndarray:
-    """``model(image)`` for an image of any size, tile by tile, at the image's size.
+    """Compute ``model(image)`` for an image of any size, tile by tile, at the size of the image.
 
     For a net without padding, such as ``UNet(padding="valid")``, the result is that of the whole image, mirrored by the
-    net's margin, to rounding. For a net that pads, tiles overlap and are blended, which is close, not equal. Margin and
-    phase (2^depth) are found by the model's own maps.
+    net's margin, up to rounding. For a net that pads, tiles overlap and are blended, which is close but not equal.
+    Margin and phase (2^depth) are found from the sizes of the model's maps.
 
-    Memory depends on the tile, not on the image, which is read tile by tile: give a memory-mapped array, and another as
-    ``out``. ``out`` is written as tiles are done; where the model fails, it is left in part.
+    Memory depends on the tile, not on the image, which is read tile by tile: pass a memory-mapped array, and another as
+    ``out``. ``out`` is written as tiles finish; if the model fails, part of it is written.
 
     Args:
         model: (B, C, h, w) -> logits (B, K, h - 2 margin, w - 2 margin), in eval mode. Tiles are moved to the device
-            and dtype of its parameters: of uint8 pixels it gets their values, and normalises them itself.
+            and dtype of its parameters; uint8 pixels keep their values, and the model must normalise them.
         image: (N, C, H, W), of any dtype; an array (H, W, C) is ``array.transpose(2, 0, 1)[None]``, without a copy.
-        tile: side of the square that the model is given, margin included, in pixels. Images that need less get less.
-        batch_size: tiles that the model is given at once.
-        pad_mode: what lies beyond the image, as in ``torch.nn.functional.pad``: "reflect" (mirrored as often as is
-            needed), "replicate", or "constant" zeros.
+        tile: side of the model's square input, margin included, in pixels. Small images get smaller tiles.
+        batch_size: tiles per call of the model.
+        pad_mode: padding beyond the image, as in ``torch.nn.functional.pad``: "reflect" (mirrored as often as needed),
+            "replicate", or "constant" zeros.
         progress: show a bar on stderr.
-        overlap: pixels by which the outputs of neighbouring tiles overlap, at least. None: 0 for a net with a margin,
-            else a quarter of the tile. Where it is 0 nothing is blended.
-        blend: weights in the overlap: "gaussian" (deviation an eighth of the tile), "constant", or "crop", which
-            takes each pixel from the tile whose border is farther. Where ``overlap`` is twice a net's reach, "crop"
-            gives the result of the whole image.
-        argmax: give class maps in place of logits.
-        out: where the result goes: of its shape; with ``argmax`` of integers, else of floating point.
+        overlap: least overlap of the outputs of neighbouring tiles, in pixels. None means 0 for a net with a margin,
+            else a quarter of the tile. With 0 nothing is blended.
+        blend: weights in the overlap: "gaussian" (deviation an eighth of the tile), "constant", or "crop", which takes
+            each pixel from the tile whose border is farther. Where ``overlap`` is twice a net's reach, "crop" gives the
+            result of the whole image.
+        argmax: return class maps instead of logits.
+        out: receives the result, and has its shape; integers with ``argmax``, else floating point.
 
     Returns:
-        ``out``, or where that is None a tensor on the image's device, for an array an array: logits (N, K, H, W) in
-        the model's dtype (an array has no bfloat16, but float32), or class maps (N, H, W), uint8 up to 256 classes,
-        else int64.
+        ``out``, or a new tensor on the image's device, or a new array for an array: logits (N, K, H, W) in the model's
+        dtype (an array has no bfloat16, but float32), or class maps (N, H, W), uint8 up to 256 classes, else int64.
 
     Raises:
-        ValueError: a size that the model cannot take (the nearest valid ones are named), an overlap that is too large,
-            an image without pixels, an ``out`` that does not fit, or a model in training.
-        TypeError: the image, or what the model returns, is of the wrong kind.
+        ValueError: the model cannot take the tile (the nearest valid sizes are named), the overlap is too large, the
+            image has no pixels, ``out`` does not fit, or the model is in training mode.
+        TypeError: the image or the model's output has the wrong type.
 
     Reference: Ronneberger, Fischer and Brox, U-Net, arXiv:1505.04597, figure 2.
 
@@ -127,7 +126,7 @@ def overlap_tile(
 
 
 def check_image(image: Tensor | np.ndarray) -> int:
-    """The channels of an image that ``overlap_tile`` can take."""
+    """Return the channels of an image, after a check that ``overlap_tile`` can take it."""
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"overlap_tile: image is a {type(image).__name__}; give a tensor or an array")
     if image.ndim != 4 or 0 in image.shape[1:]:
@@ -148,7 +147,7 @@ def run_tiles(
     argmax: bool = False,
     out: Tensor | np.ndarray | None = None,
 ) -> Tensor | np.ndarray:
-    """``overlap_tile`` by a plan that was made before, for this model or one that wraps it."""
+    """``overlap_tile`` with a plan that was made before, for this model or one that wraps it."""
     check_image(image)
     for name, value, known in (("pad_mode", pad_mode, PAD_MODES), ("blend", blend, BLENDS)):
         if value not in known:
@@ -172,7 +171,7 @@ def run_tiles(
 
 
 def _axes(plan: TilePlan, height: int, width: int) -> tuple[Axis, Axis]:
-    """The tiles of an image. A side that is short of a tile's output gets a smaller tile, where the model takes it."""
+    """The tiles of an image. A side shorter than a tile's output gets a smaller tile, if the model takes it."""
     geometry = plan.geometry
     tile, margin, phase, probe = geometry.tile, geometry.margin, geometry.phase, geometry.probe
 
@@ -214,7 +213,7 @@ def _output(
 def _cut(
     image: Tensor | np.ndarray, n: int, rows: tuple[int, int], columns: tuple[int, int], pad_mode: PadMode
 ) -> Tensor:
-    """(C, h, w) of image ``n``, copied from it; pixels beyond it as ``pad_mode`` says."""
+    """Copy (C, h, w) from image ``n``; pixels beyond it as ``pad_mode`` says."""
     (top, bottom, down), (left, right, across) = (
         _mirrored(*span, extent, pad_mode) for span, extent in ((rows, image.shape[2]), (columns, image.shape[3]))
     )
@@ -233,7 +232,7 @@ def _cut(
 
 
 def _mirrored(begin: int, end: int, extent: int, pad_mode: PadMode) -> tuple[int, int, Tensor]:
-    """Which pixels, of ``extent``, stand at ``begin`` to ``end``: their range, and indices into that range."""
+    """The pixels, of ``extent``, that stand at ``begin`` to ``end``: their range, and indices into that range."""
     index = torch.arange(begin, end, device="cpu")
     if pad_mode == "reflect":  # ... 2 1 0 1 2 ... n-2 n-1 n-2 ...: repeats after 2 (n - 1)
         period = max(1, 2 * (extent - 1))

@@ -1,7 +1,7 @@
-"""Weights that know their model: one file with the model's name, its options, its classes' names, and its tensors.
+"""Weights that name their model: one file with the model's name, options, class names, and tensors.
 
-The file is what ``torch.save`` makes of ``{"model": name, "options": {...}, "classes": [...], "state_dict": {...}}``:
-plain data and tensors, which ``torch.load(weights_only=True)`` reads. A bare ``state_dict`` is read as well.
+The file is ``torch.save`` of ``{"model": name, "options": {...}, "classes": [...], "state_dict": {...}}``: plain data
+and tensors, which ``torch.load(weights_only=True)`` reads. A bare ``state_dict`` is read as well.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ MANY = 9_973  # classes; no layer has a width of that
 def save_checkpoint(
     path: str | Path, model: nn.Module, name: str, options: Mapping[str, Any], classes: Sequence[str]
 ) -> None:
-    """Write the weights of ``model``, which is ``create(name, len(classes), **options)``, whole or not at all."""
+    """Write the weights of ``model``, which is ``create(name, len(classes), **options)``, atomically."""
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     with atomic_write(path) as file:
         torch.save({"model": name, "options": dict(options), "classes": list(classes), "state_dict": state}, file)
@@ -38,21 +38,21 @@ def load_checkpoint(
     options: Mapping[str, Any] | None = None,
     key: str | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """Build the model that a file of weights belongs to, in eval mode on the CPU, and the names of its classes.
+    """Build the model that a file of weights belongs to, in eval mode on the CPU; return it and its class names.
 
-    The file is read once. Nothing is allocated for the model before names and shapes were found to fit.
+    The file is read once. Memory for the model is allocated only after names and shapes were found to fit.
 
     Args:
-        path: a checkpoint, or weights of others: all that ``fastseg.models.load_weights`` reads.
-        name: of the model; None takes the checkpoint's.
-        num_classes: None takes the number that the shapes of the classifier say.
-        options: of the model's constructor; they go before the checkpoint's own.
-        key: where the file holds several sets of weights that fit, a name on the way to one, such as "model_ema".
+        path: a checkpoint, or any file that ``fastseg.models.load_weights`` reads.
+        name: of the model; None means the checkpoint's.
+        num_classes: None means the number in the shapes of the classifier.
+        options: of the model's constructor; they override the checkpoint's own.
+        key: name on the way to one set of weights, such as "model_ema"; needed if several in the file fit.
 
     Raises:
-        FileNotFoundError: no such file.
-        IsADirectoryError: a directory.
-        ValueError: the file cannot be read, or is not of this model.
+        FileNotFoundError: the file does not exist.
+        IsADirectoryError: the path is a directory.
+        ValueError: the file cannot be read, or does not belong to this model.
     """
     path = Path(path)
     if path.is_dir():
@@ -93,7 +93,7 @@ def _skeleton(name: str, num_classes: int, options: Mapping[str, Any], path: Pat
 
 
 def _classes_in(payload: object, name: str, options: Mapping[str, Any], path: Path, key: str | None) -> int:
-    """The number of classes: what the file has where a model of ``MANY`` classes has that many."""
+    """The number of classes: the size that the file has where a model of ``MANY`` classes has that many."""
     model = _skeleton(name, MANY, options, path)
     found = locate(payload, model_forms(model), path, key=key)
     counts = {target: tuple(value.shape) for target, value in model.state_dict().items() if MANY in value.shape}

@@ -1,4 +1,4 @@
-"""Files of anyone: regular ones alone are opened, what is written is whole or not there; text fit for a terminal."""
+"""Files from anyone: only regular files are opened, writes are atomic, text is safe for a terminal."""
 
 import errno
 import json
@@ -21,21 +21,21 @@ _UNFIT = (
 
 
 def printable(text: object) -> str:
-    """``text`` on one line, as a terminal may get it: what would steer it becomes an escape such as ``\\x1b``."""
+    """``text`` on one line, safe for a terminal: characters that would steer it become escapes such as ``\\x1b``."""
     return _UNFIT.sub(lambda found: found[0].encode("unicode_escape").decode(), str(text))
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's message, or its type where there is none."""
+    """The first line of an exception's message, or its type if there is none."""
     return str(error).strip().split("\n")[0] or type(error).__name__
 
 
 @contextmanager
 def open_regular(path: str | Path) -> Iterator[BinaryIO]:
-    """A regular file to read from; a pipe or a device, which may never end or never begin, is not opened.
+    """Open a regular file for reading; a pipe or a device, which may block forever, is refused.
 
     Raises:
-        ValueError: no such file, no regular file, or one that cannot be opened.
+        ValueError: the file does not exist, is not regular, or cannot be opened.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -56,8 +56,8 @@ def read_json(path: str | Path) -> object:
     """Read a JSON file in UTF-8.
 
     Raises:
-        ValueError: it cannot be opened, is larger than ``MAX_JSON``, no JSON, nested too deeply, or says a name twice
-            in one object.
+        ValueError: it cannot be opened, is larger than ``MAX_JSON``, is not JSON, is nested too deeply, or has a name
+            twice in one object.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -81,9 +81,9 @@ def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
-    """A file to write into that replaces ``path`` at the end of the block; on an error ``path`` stays as it was.
+    """Open a file that replaces ``path`` at the end of the block; on an error ``path`` is unchanged.
 
-    The temporary file is new: what someone has planted under its name is neither followed nor overwritten.
+    The temporary file is new: a link or file planted under its name is neither followed nor overwritten.
 
     Raises:
         OSError: the folder cannot be written to.
@@ -102,14 +102,14 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def look_at_folder(folder: str | Path, names: Sequence[str] = ()) -> None:
-    """Whether ``folder`` can be made or written to, before the work whose results go there; nothing is made.
+    """Check that ``folder`` can be made or written to, before the work whose results go there; creates nothing.
 
     Args:
         folder: of the results.
         names: of the files that will be written; none of them may be a folder.
 
     Raises:
-        OSError: it cannot.
+        OSError: it cannot be made or written to.
     """
     folder = Path(folder)
     try:

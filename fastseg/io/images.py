@@ -1,9 +1,9 @@
-"""Images in and out: safe reading of files from anyone, whole files or none on the way out.
+"""Images in and out: safe reading of files from anyone, atomic writing.
 
-A file is opened only if it is a regular one, and only in the formats below; its size is checked from the header before
-a pixel is decoded, and whatever a decoder raises on a broken file becomes one ``ValueError`` that names the file.
+A file is opened only if it is regular and has one of the formats below. Its size is checked from the header before a
+pixel is decoded. Whatever a decoder raises on a broken file becomes one ``ValueError`` that names the file.
 
-What is read of the less usual ones: of 16 bits a pixel the high byte, of several pages (TIFF, GIF, APNG) the first.
+Of 16 bits per pixel the high byte is read; of several pages (TIFF, GIF, APNG) the first.
 """
 
 import colorsys
@@ -21,7 +21,7 @@ from fastseg.io.files import atomic_write, first_line, open_regular, printable
 
 T = TypeVar("T")
 
-# Pillow's name of a format -> its files' suffixes. None runs a program, as EPS does, or has no mark of its own.
+# Pillow's name of a format -> its files' suffixes. None of them runs a program, as EPS does, or lacks a signature.
 FORMATS = {
     "PNG": (".png", ".apng"),
     "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
@@ -44,12 +44,12 @@ STD = (0.229, 0.224, 0.225)
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file of a folder is one of its images, by its name: what a system hides, as "._a.png", is none."""
+    """True if a file is an image of its folder, by its name; hidden files such as "._a.png" are not."""
     return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
 
 
 def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read a picture in one of ``FORMATS``, upright as its EXIF orientation says, without alpha.
+    """Read a picture in one of ``FORMATS``, upright by its EXIF orientation, without alpha.
 
     Args:
         path: the file; of several pages the first is read, of 16 bits a pixel the high byte.
@@ -59,13 +59,14 @@ def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         (H, W, 3), uint8, RGB.
 
     Raises:
-        ValueError: the file is missing, unreadable, no such picture, truncated, or too large; its pixels have 32 bits.
+        ValueError: the file is missing, unreadable, of another format, truncated, or too large, or has 32 bits per
+            pixel.
     """
     return read(path, lambda image: _rgb(ImageOps.exif_transpose(image)), max_pixels)
 
 
 def read_label(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
-    """Read the class indices of a palette or grey picture, as they are stored: of 1, 2, 4, 8, 16 or 32 bits.
+    """Read the class indices of a palette or grey picture as stored, with 1, 2, 4, 8, 16 or 32 bits.
 
     Args:
         path: the file, in a format that keeps values: PNG, TIFF, BMP, PGM, or a grey GIF; of several pages the first is
@@ -76,21 +77,21 @@ def read_label(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray:
         (H, W): uint8, or int64 where the file has more than 8 bits a pixel.
 
     Raises:
-        ValueError: as ``read_image``, or the file has colours or fractions and no indices.
+        ValueError: as ``read_image``, or the file holds colours or fractions, not indices.
     """
     return read(path, _indices, max_pixels)
 
 
 def read_palette(path: str | Path, max_pixels: int = MAX_PIXELS) -> np.ndarray | None:
-    """The palette of a picture, (N, 3) uint8, or None where it has none."""
+    """Read the palette of a picture, (N, 3) uint8, or None if it has none."""
     return read(path, _colours, max_pixels)
 
 
 def read(path: str | Path, convert: Callable[[Image.Image], T], max_pixels: int = MAX_PIXELS) -> T:
-    """``convert`` of the opened picture, of which only the header has been read.
+    """Return ``convert`` of the opened picture, of which only the header has been read.
 
     Raises:
-        ValueError: as ``read_image``, and for whatever ``convert`` raises.
+        ValueError: as ``read_image``, or ``convert`` raises anything.
     """
     with open_regular(path) as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd tags; what matters is an error, and one line is enough
@@ -110,13 +111,13 @@ def read(path: str | Path, convert: Callable[[Image.Image], T], max_pixels: int 
 
 
 def _formats() -> list[str]:
-    """Those that this Pillow was built with."""
+    """The formats that this Pillow was built with."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]
 
 
 def several_pages(image: Image.Image) -> bool:
-    """Whether there are pages behind the first; a camera's JPEG with a thumbnail has one picture."""
+    """True if pages follow the first; a camera's JPEG with a thumbnail counts as one picture."""
     return bool(getattr(image, "is_animated", False)) and image.format != "MPO"
 
 
@@ -131,7 +132,7 @@ def _rgb(image: Image.Image) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
-# What Pillow multiplies grey of few bits by; undone for class indices.
+# Factor by which Pillow multiplies grey of few bits; undone for class indices.
 SPREAD = {"L": 1, "L;2": 85, "L;4": 17}
 
 
@@ -156,7 +157,7 @@ def _indices(image: Image.Image) -> np.ndarray:
 
 
 def _grey_gif(image: Image.Image) -> np.ndarray:
-    """A GIF's greys: writers of GIF number the colours anew, so that the numbers alone mean nothing."""
+    """The greys of a GIF: writers renumber the colours, so that the indices alone mean nothing."""
     colours = np.array(image.convert("RGB"))
     if (colours != colours[..., :1]).any():
         raise ValueError("it is a GIF with colours, which writers of GIF number anew; class indices need PNG or TIFF")
@@ -168,13 +169,13 @@ def _colours(image: Image.Image) -> np.ndarray | None:
 
 
 def to_tensor(images: np.ndarray) -> Tensor:
-    """uint8 RGB, (H, W, 3) or (N, H, W, 3), to float32, (N, 3, H, W): ``(image / 255 - MEAN) / STD``."""
+    """Convert uint8 RGB, (H, W, 3) or (N, H, W, 3), to float32 (N, 3, H, W): ``(image / 255 - MEAN) / STD``."""
     stack = torch.from_numpy(images).reshape(-1, *images.shape[-3:])
     return normalised(stack.permute(0, 3, 1, 2).float())  # channels_last in memory, as the pixels were
 
 
 def normalised(pixels: Tensor) -> Tensor:
-    """RGB (N, 3, H, W), floating point, 0 to 255, to what models take: ``(pixels / 255 - MEAN) / STD``."""
+    """Normalise RGB (N, 3, H, W), floating point, 0 to 255, for the models: ``(pixels / 255 - MEAN) / STD``."""
     mean, std = (_channels(values, pixels) for values in (MEAN, STD))
     return (pixels / 255 - mean) / std
 
@@ -185,13 +186,13 @@ def _channels(values: Sequence[float], like: Tensor) -> Tensor:
 
 
 def write_png(path: str | Path, image: Image.Image) -> None:
-    """Write ``image`` as a PNG file, whole or not at all."""
+    """Write ``image`` as a PNG file, atomically."""
     with atomic_write(path) as file:
         image.save(file, format="PNG")
 
 
 def palette(num_classes: int) -> np.ndarray:
-    """Distinct colours, (num_classes, 3) uint8: the hue turns by the golden ratio, so neighbours differ."""
+    """Distinct colours, (num_classes, 3) uint8; hues step by the golden ratio, so that neighbours differ."""
     if not 1 <= num_classes <= MAX_CLASSES:
         raise ValueError(f"palette: num_classes is {num_classes}; a class map holds 1 to {MAX_CLASSES} classes")
     tones = ((0.75, 0.95), (0.95, 0.65), (0.45, 0.85))  # saturation and value, by turns
@@ -205,7 +206,7 @@ def class_map(labels: np.ndarray, num_classes: int, colours: np.ndarray | None =
     Args:
         labels: class indices.
         num_classes: classes.
-        colours: of the classes, (num_classes, 3) uint8; None: ``palette``.
+        colours: of the classes, (num_classes, 3) uint8; None means ``palette``.
 
     Raises:
         ValueError: a label is outside ``[0, num_classes)``.
@@ -219,7 +220,7 @@ def class_map(labels: np.ndarray, num_classes: int, colours: np.ndarray | None =
 
 
 def overlay(image: np.ndarray, labels: np.ndarray, num_classes: int, alpha: float = 0.45) -> Image.Image:
-    """The colours of ``labels``, (H, W), laid over ``image``, (H, W, 3) uint8: ``(1 - alpha) image + alpha colour``."""
+    """Blend the colours of ``labels`` (H, W) over ``image`` (H, W, 3) uint8: ``(1 - alpha) image + alpha colour``."""
     return Image.blend(Image.fromarray(image), class_map(labels, num_classes).convert("RGB"), alpha)
 
 
@@ -231,7 +232,7 @@ def figure(
 ) -> Image.Image:
     """Rows of panels of one size under their titles, and below them a legend of the class colours.
 
-    A legend wider than the panels goes on in a further line. ``colours`` are those of ``class_map``.
+    A legend wider than the panels continues on a further line. ``colours`` are those of ``class_map``.
     """
     font, gap, line = ImageFont.load_default(), 8, 22
     classes = [printable(name) for name in classes]

@@ -11,7 +11,7 @@ from torch import distributed as dist
 
 @dataclass(frozen=True)
 class Processes:
-    """How many processes work together, and which one this is.
+    """The number of processes that work together, and the rank of this one.
 
     Attributes:
         device: of this process.
@@ -25,11 +25,11 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this process is the one that prints and writes."""
+        """True if this process is the one that prints and writes."""
         return self.rank == 0
 
     def sum(self, *values: float) -> list[float]:
-        """The sums of the values of all processes."""
+        """Sum the values over all processes."""
         if self.count == 1:
             return list(values)
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -37,7 +37,7 @@ class Processes:
         return total.tolist()
 
     def gather(self, values: list) -> list:
-        """The lists of all processes in one, on every one of them."""
+        """Concatenate the lists of all processes, on each of them."""
         if self.count == 1:
             return values
         parts: list[list] = [[] for _ in range(self.count)]
@@ -45,16 +45,16 @@ class Processes:
         return [value for part in parts for value in part]
 
     def wait(self) -> None:
-        """Until all processes are here."""
+        """Wait until all processes are here."""
         self.sum(0)
 
 
 @contextmanager
 def processes(device: torch.device, patience: timedelta | None = None) -> Iterator[Processes]:
-    """The processes that ``torchrun`` has started, or this one alone; a group that exists already is used.
+    """The processes that ``torchrun`` started, or this one alone; an existing group is used.
 
-    On CUDA each process of a machine takes a GPU of its own. ``patience`` is how long one waits for another before it
-    gives up, by default as long as torch does: half an hour, on CUDA ten minutes.
+    On CUDA each process of a machine takes its own GPU. ``patience`` is how long a process waits for another before it
+    gives up; the default is torch's: half an hour, on CUDA ten minutes.
     """
     started = dist.is_available() and not dist.is_initialized() and dist.is_torchelastic_launched()
     if started:

@@ -1,4 +1,4 @@
-"""A progress bar on stderr: tqdm's where it is installed, else plain lines."""
+"""A progress bar on stderr: tqdm's if it is installed, else plain lines."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -13,8 +13,8 @@ except ImportError:
 def progress(items: Sequence, title: str, unit: str = "it", leave: bool = True, shown: bool = True) -> Any:
     """Iterate with a progress bar on stderr: tqdm's, or a line every tenth of the way where tqdm is not installed.
 
-    The result also has ``set_postfix_str(text)`` and ``write(line)``. With ``leave=False`` a bar goes away at its end;
-    with ``shown=False`` there is none.
+    The result also has ``set_postfix_str(text)`` and ``write(line)``. With ``leave=False`` the bar disappears at its
+    end; with ``shown=False`` there is none.
     """
     if tqdm is None:
         return _Lines(items, title, shown)
@@ -22,7 +22,7 @@ def progress(items: Sequence, title: str, unit: str = "it", leave: bool = True, 
 
 
 class _Lines:
-    """As much of tqdm as the commands use."""
+    """The part of tqdm that the commands use."""
 
     def __init__(self, items: Sequence, title: str, shown: bool):
         self.items, self.title, self.shown, self.postfix = items, title, shown, ""

@@ -1,1 +1,1 @@
-"""Latency studies: cases and how they are timed, the paths of a model, files and plots."""
+"""Latency studies: cases, timing, the paths of a model, files and plots."""

@@ -1,4 +1,4 @@
-"""fastseg against eager PyTorch: the same layers and parameters, called as one op or as plain torch modules."""
+"""fastseg against eager PyTorch: the same layers and parameters, run as one op or as plain torch modules."""
 
 import copy
 import math
@@ -94,7 +94,7 @@ def op_cases(device: torch.device, dtype: torch.dtype, side_divisor: int = 1) ->
 
 
 def model_case(name: str, model: nn.Module, side: int, device: torch.device, dtype: torch.dtype) -> Case:
-    """Class map of one image, ``side`` pixels square: ``predict`` against ``forward`` and argmax in plain PyTorch."""
+    """Class map of one image of ``side`` pixels square: ``predict`` against ``forward`` and argmax in plain PyTorch."""
     model = copy.deepcopy(model).to(device, dtype, memory_format=torch.channels_last).eval()
     plain = eager_form(model)
     x = random_image(3, side, device, dtype)
@@ -105,15 +105,15 @@ def model_case(name: str, model: nn.Module, side: int, device: torch.device, dty
 
 
 def module_case(name: str, shape: str, module: nn.Module, plain: nn.Module, x: Tensor) -> Case:
-    """``module(x)`` against ``plain(x)``."""
+    """Compare ``module(x)`` with ``plain(x)``."""
     return Case(name, shape, lambda: module(x), lambda: plain(x))
 
 
 def eager_form(model: nn.Module) -> nn.Module:
     """A copy of ``model`` that calls its torch children one after the other: Conv2d, BatchNorm2d, activation.
 
-    fastseg fuses children only while nobody watches them, so a hook that does nothing on each convolution and norm is
-    enough. A bilinear transposed convolution takes its weight for any other.
+    fastseg fuses children only if they are not watched, so a no-op hook on each convolution and norm is enough. A
+    bilinear transposed convolution treats its weight as any other.
     """
     plain = copy.deepcopy(model)
     for module in plain.modules():

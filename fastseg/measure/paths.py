@@ -1,4 +1,4 @@
-"""The paths of a latency study: one model, built to be called in eager PyTorch, as fastseg, compiled, or by a peer."""
+"""The paths of a latency study: one model called in eager PyTorch, as fastseg, compiled, or by a peer."""
 
 import contextlib
 import copy
@@ -26,7 +26,7 @@ class Built(NamedTuple):
     """A path, ready to be timed."""
 
     call: Callable[[], object]
-    counts: bool  # whether torch's dispatcher sees what runs
+    counts: bool  # True if torch's dispatcher sees what runs
 
 
 class Unavailable(Exception):
@@ -88,7 +88,7 @@ def _compiled(mode: str | None, freezing: bool = False) -> Callable[..., Built]:
         try:
             with _quiet(), inductor_patch(freezing=True) if freezing else contextlib.nullcontext():
                 call()
-        except Exception as error:  # no compiler, an op that it cannot take: the study goes on
+        except Exception as error:  # no compiler, or an op that it cannot take: the study goes on
             raise Unavailable(f"torch.compile: {first_line(error)}") from error
         return Built(call, counts=False)
 
@@ -139,7 +139,7 @@ def _openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters print."""
+    """Suppress what exporters print."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

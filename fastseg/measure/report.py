@@ -17,7 +17,7 @@ COLOURS = ("#c8553d", "#5b8db8", "#588157", "#8a6fb0", "#e0a458", "#555555", "#3
 
 
 def write_results(folder: Path, results: Mapping) -> list[Path]:
-    """Write ``latency.json``, ``latency.csv`` and, where matplotlib is installed, plots; each whole or not at all."""
+    """Write ``latency.json``, ``latency.csv`` and, with matplotlib, plots; each atomically."""
     written = [folder / "latency.json", folder / "latency.csv"]
     with atomic_write(written[0]) as file:
         file.write(json.dumps(results, indent=1).encode())
@@ -40,7 +40,7 @@ def read_results(path: Path) -> dict:
     """Read a ``latency.json``.
 
     Raises:
-        ValueError: it is no such file, or an entry that is compared is not there or of another type.
+        ValueError: it is not such a file, or an entry that is compared is missing or of another type.
     """
     try:
         results = read_json(path)
@@ -77,7 +77,7 @@ def _fault(row: object) -> str | None:
 
 
 def table(rows: Sequence[Mapping], base: str = "eager") -> str:
-    """A text table: of each case its paths, with times over that of ``base``."""
+    """A text table: for each case its paths, with times over that of ``base``."""
     lines, previous = [], None
     of_base = {_case(row): row["median_ms"] for row in rows if row["path"] == base and "median_ms" in row}
     for row in rows:
@@ -101,7 +101,7 @@ def _case(row: Mapping) -> tuple:
 
 
 class Verdict(NamedTuple):
-    """What became of one row: ``ratio`` is after over before, ``noise`` what the spreads allow for."""
+    """The verdict on one row: ``ratio`` is after over before, ``noise`` is what the spreads allow for."""
 
     name: str
     before_ms: float
@@ -116,7 +116,7 @@ class Verdict(NamedTuple):
 
 
 def compare(before: Mapping, after: Mapping) -> list[Verdict]:
-    """Rows of two results that stand for the same: faster, slower, or no difference beyond their spreads and 2 %."""
+    """Compare equal rows of two results: faster, slower, or no difference beyond their spreads and 2 %."""
     old = {tuple(row[k] for k in KEY): row for row in before["rows"] if "median_ms" in row}
     verdicts = []
     for row in after["rows"]:
@@ -132,7 +132,7 @@ def compare(before: Mapping, after: Mapping) -> list[Verdict]:
 
 
 def ratios(rows: Sequence[Mapping], base: str = "eager") -> dict[str, float]:
-    """path -> geometric mean over the cases of its median over that of ``base``."""
+    """Map each path to the geometric mean over the cases of its median over that of ``base``."""
     times: dict[tuple, dict[str, float]] = {}
     for row in rows:
         if "median_ms" in row:

@@ -41,16 +41,16 @@ def measure(
     repetitions: int = 20,
     warmup: int = 3,
 ) -> list[dict]:
-    """Build all paths, then time them interleaved: what slows the machine for a while slows them alike.
+    """Build all paths, then time them interleaved, so that a slow phase of the machine slows all of them alike.
 
     Args:
-        case: what to run; weights are random, norms as after some training.
+        case: what to run; weights are random, running statistics are those of a trained net.
         paths: keys of ``PATHS``.
-        device: where.
+        device: where to run.
         classes: of the model.
         options: of ``fastseg.models.create``.
-        repetitions: timed calls of each path.
-        warmup: calls before.
+        repetitions: timed calls per path.
+        warmup: calls per path before them.
 
     Returns:
         One row for each path: the case, ``path``, milliseconds ``median_ms``, ``p95_ms``, ``p99_ms``, ``spread`` (the
@@ -80,7 +80,7 @@ def measure(
     for path in paths:
         try:
             built[path] = PATHS[path](model, x, DTYPES[case.dtype])
-            built[path].call()  # what fails, fails here and not among the timed
+            built[path].call()  # what fails must fail here, not among the timed calls
         except Exception as error:
             failed(path, error)
     samples = interleaved({path: b.call for path, b in built.items()}, repetitions=repetitions, warmup=warmup)
@@ -101,7 +101,7 @@ def _counted(built: Built, device: torch.device) -> dict[str, float | None]:
 
 
 def statistics_of(seconds: Sequence[float], batch: int) -> dict[str, float]:
-    """The numbers of one path's samples."""
+    """Statistics of one path's samples."""
     ms = np.asarray(seconds) * 1e3
     low, median, high = np.percentile(ms, [25, 50, 75])
     return {

@@ -1,4 +1,4 @@
-"""Timing of several functions against each other."""
+"""Time several functions against each other."""
 
 import random
 import statistics
@@ -11,16 +11,16 @@ import torch
 def interleaved(
     functions: dict[str, Callable[[], object]], *, repetitions: int = 15, warmup: int = 3, seed: int = 0
 ) -> dict[str, list[float]]:
-    """Time each function ``repetitions`` times, in an order drawn anew for each round.
+    """Time each function ``repetitions`` times, in a new random order for each round.
 
-    Whatever slows the machine for a while then slows all functions alike, and ratios of medians stay fair. On CUDA the
-    device is synchronised inside each sample, so a sample is launch and execution together.
+    A slow phase of the machine then slows all functions alike, and ratios of medians stay fair. On CUDA the device is
+    synchronised inside each sample, so a sample is launch and execution together.
 
     Args:
-        functions: name -> what to time.
+        functions: name -> function to time.
         repetitions: samples of each function.
         warmup: calls of each function before the first sample.
-        seed: of the order.
+        seed: of the random order.
 
     Returns:
         name -> samples in seconds.

@@ -1,4 +1,4 @@
-"""Architectures, by name."""
+"""Architectures by name."""
 
 import inspect
 from typing import Any
@@ -53,7 +53,7 @@ __all__ = [
 
 
 def names() -> list[str]:
-    """The names that ``create`` knows, sorted."""
+    """The names that ``create`` accepts, sorted."""
     return sorted(MODELS)
 
 
@@ -66,7 +66,7 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
         options: keywords of the model's constructor.
 
     Raises:
-        ValueError: no such model or option, or a value that the option cannot take.
+        ValueError: there is no such model or option, or the option cannot have that value.
 
     Example:
         >>> model = create("deeplabv3plus", num_classes=21, output_stride=8)

@@ -1,9 +1,9 @@
-"""Class maps and losses of scores that a bilinear transposed convolution brings to the image's size.
+"""Class maps and losses of scores upsampled by a bilinear transposed convolution.
 
-With kernel 2 * stride and an even stride, that convolution is an interpolation (``align_corners=False``) of the scores
-within a frame of zeros, the bias added to both. So class map and loss go through the fused heads, which build no scores
-at full resolution; the results are equal to rounding. Where the weight is learnt, or was loaded as something else than
-the bilinear kernel, the full scores are built.
+With kernel 2 * stride and an even stride, that convolution equals an interpolation (``align_corners=False``) of the
+scores framed by zeros, with the bias added to both. So class map and loss go through the fused heads, which never store
+full-size scores; results are equal up to rounding. If the weight is trained, or was loaded as something else than the
+bilinear kernel, the full-size scores are computed.
 """
 
 from typing import Any
@@ -19,8 +19,9 @@ from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
 def upsampled(
     upsample: nn.Module, scores: Tensor, size: tuple[int, int] | None, *, skip: Tensor | None = None, offset: int = 0
 ) -> Tensor:
-    """``upsample(scores)`` cut to ``size`` at the bottom and right, plus the window of ``skip`` that begins at
-    ``offset``: one kernel, or, where somebody watches ``upsample`` or it is another module, one after another."""
+    """``upsample(scores)`` cropped to ``size`` at the bottom and right, plus the window of ``skip`` at ``offset``.
+    One kernel does both. If ``upsample`` is watched or is another module, they run one after another.
+    """
     if not watched(upsample, BilinearConvTranspose2d):
         return upsample(scores, size, skip=skip, skip_offset=offset)
     y = upsample(scores)
@@ -33,7 +34,7 @@ def upsampled(
 
 
 def class_map(upsample: nn.Module, scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """``upsample(scores, size).argmax(1)``: (N, C, h, w) -> (N, *size), uint8 up to 256 classes."""
+    """Return ``upsample(scores, size).argmax(1)``: (N, C, h, w) -> (N, *size), uint8 for up to 256 classes."""
     if watched(upsample, BilinearConvTranspose2d) or upsample._kind() != "bilinear":
         return UpsampleArgmax(scale_factor=1)(upsampled(upsample, scores, size))
     framed, (top, left) = _framed(upsample, scores, size)
@@ -60,10 +61,10 @@ def cross_entropy(upsample: nn.Module, scores: Tensor, target: Tensor, **options
 
 
 def _framed(upsample: BilinearConvTranspose2d, scores: Tensor, size: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-    """The scores that, interpolated, hold ``upsample(scores, size)``, and the first row and column of it there.
+    """The framed scores whose interpolation holds ``upsample(scores, size)``, and its first row and column there.
 
     Pixel y of the transposed convolution without padding is pixel y + stride / 2 of the interpolation of the scores
-    within a frame of one zero. Rows and columns of scores that the window does not touch are left out.
+    framed by one zero. Rows and columns of scores that the window does not touch are left out.
     """
     stride, padding = upsample.stride[0], upsample.padding[0]
     assert upsample.kernel_size[0] == 2 * stride and stride % 2 == 0

@@ -1,4 +1,4 @@
-"""DeconvNet: VGG16 to a single vector, and its mirror image back, by unpooling and transposed convolutions."""
+"""DeconvNet: VGG16 down to a single vector, and its mirror image back up by unpooling and transposed convolutions."""
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,32 +14,32 @@ from fastseg.nn.pooling import IndexFormat, MaxPool2d, MaxUnpool2d
 # Widths of the transposed convolutions after each unpooling, deepest stage first.
 DECODER = ((512, 512, 512), (512, 512, 256), (256, 256, 128), (128, 64), (64, 64))
 HIDDEN = 4096
-NORM_SHIFT, STD = 0.001, 0.01  # of the reference: initial batch norm bias, Gaussian weights
+NORM_SHIFT, STD = 0.001, 0.01  # of the reference: initial batch norm bias, standard deviation of Gaussian weights
 
 
 class DeconvNet(SegmentationNet):
     """DeconvNet (Noh, Hong and Han, arXiv:1505.04366), the net that SegNet's paper compares itself with.
 
-    VGG16 with batch norm down to stride 32; a fully connected bottleneck, ``fc6`` (7x7) and ``fc7`` (1x1) of 4096
-    channels, and ``fc6_deconv``, a 7x7 transposed convolution back; then five stages, each unpooling with the indices
-    of its pooling and 3x3 transposed convolutions; at last a 1x1 convolution. Every layer has a bias, and all but the
-    last batch norm and ReLU, as in https://github.com/HyeonwooNoh/DeconvNet, whose names the layers have ("_" for "-"),
-    but for the encoder's, which are torchvision's. 251,805,653 parameters with 21 classes; SegNet leaves the
-    bottleneck's 222,324,224 out.
+    The encoder is VGG16 with batch norm, down to stride 32. The bottleneck is fully connected: ``fc6`` (7x7) and
+    ``fc7`` (1x1) with 4096 channels, and ``fc6_deconv``, a 7x7 transposed convolution back. Five decoder stages follow,
+    each with an unpooling by the indices of its pooling and 3x3 transposed convolutions, then a 1x1 convolution. Every
+    layer has a bias, and all but the last have batch norm and ReLU, as in https://github.com/HyeonwooNoh/DeconvNet.
+    Layers have its names ("_" for "-"); those of the encoder have torchvision's. With 21 classes there are 251,805,653
+    parameters; SegNet leaves out the bottleneck's 222,324,224.
 
-    The reference is fed 224x224 pixels, of which the bottleneck makes one vector. Any size will do: a larger image has
-    several, and of a smaller one the last map is filled up with zeros to 7x7 at its bottom and right, and cut again.
-    Odd sides are pooled in ceil mode, as in Caffe.
+    The reference takes 224x224 pixels, of which the bottleneck makes one vector. Images of any size work: a larger one
+    gives several vectors; the last map of a smaller one is padded with zeros to 7x7 at the bottom and right, and
+    cropped again. Odd sides are pooled in ceil mode, as in Caffe.
 
     ``fastseg.models.load_encoder_weights`` reads torchvision's ``vgg16_bn`` files; the first two layers of their
     classifier become fc6 and fc7.
 
     Args:
         num_classes: classes, background included.
-        index_format: of the pooling indices: "compact" or "int64".
+        index_format: format of the pooling indices: "compact" or "int64".
         in_channels: channels of the image.
         width: multiplier of every width; the results are rounded to multiples of 8.
-        bottleneck: kernel size of ``fc6`` and ``fc6_deconv``, an image's side over 32.
+        bottleneck: kernel size of ``fc6`` and ``fc6_deconv``, the side of an image divided by 32.
 
     Raises:
         ValueError: an option has a value that it cannot take.
@@ -84,7 +84,7 @@ class DeconvNet(SegmentationNet):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As the reference: Gaussian weights, those of VGG16 apart; biases of 0; small shifts."""
+        """Initialise as the reference: Gaussian weights except in VGG16, biases of 0, small shifts."""
         encoders = set(self.encoder.modules())
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -112,7 +112,7 @@ class DeconvNet(SegmentationNet):
         return x if x.shape[-2:] == (height, width) else x[..., :height, :width].contiguous()
 
     def encoder_state(self) -> dict[str, Tensor]:
-        """The tensors that a classifier has too, not copies, in torchvision's names and shapes."""
+        """The tensors that a classifier has too, uncopied, in torchvision's names and shapes."""
         state = dict(self.encoder.state_dict())
         for name, index in (("fc6", 0), ("fc7", 3)):
             layer = getattr(self, name)

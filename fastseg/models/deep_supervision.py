@@ -11,30 +11,30 @@ from torch.nn import functional as F
 
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
 
-SIDE = 64  # pixels of the square image that is followed through the net: it tells depths 0 to 5 apart
+SIDE = 64  # pixels per side of the image that is traced through the net; enough to tell depths 0 to 5 apart
 
 
 class DeepSupervision(nn.Module):
     """``model`` with an auxiliary head, a 1x1 convolution, at each depth of ``at``.
 
-    In training the heads' class scores are brought to the label's size (bilinear, ``align_corners=False``), and
-    their losses are added to the model's. In evaluation the heads are not computed, and all is the model's own, which
-    is ``self.model``: save that one. UNet++ has heads of its own, ``deep_supervision=True``.
+    In training, the heads' class scores are upsampled to the size of the label (bilinear, ``align_corners=False``), and
+    their losses are added to the model's. In evaluation the heads are not computed: everything is the model's own. The
+    model is ``self.model``; save that one. UNet++ has heads of its own, ``deep_supervision=True``.
 
     Args:
         model: a net of this package, or one with its ``loss`` and ``predict``.
-        at: a head each: the dotted name of a submodule whose output is supervised, such as "backbone.layer3", or an
-            integer i, the last map of stride 2^i before the logits (in a decoder's path, where there is one).
-        weights: factors of the heads' losses, or one for all; the model's own loss has 1.
-        in_channels: channels of the image; None takes those of the model's first convolution.
+        at: one entry per head: the dotted name of a submodule whose output is supervised, such as "backbone.layer3", or
+            an integer i for the last map of stride 2^i before the logits (in the decoder, if there is one).
+        weights: factors of the heads' losses, or one for all; that of the model's own loss is 1.
+        in_channels: channels of the image; None means those of the model's first convolution.
 
     Attributes:
         at: the names.
-        supervised: the number of losses, the heads' and the model's.
+        supervised: the number of losses, that of the model included.
 
     Raises:
-        ValueError: no such submodule or depth, one that gives no map (N, C, h, w) or is not called, weights that are
-            not one a head, or a model whose logits leave a margin out.
+        ValueError: there is no such submodule or depth, it returns no map (N, C, h, w) or is not called, there is not
+            one weight per head, or the model's logits leave out a margin.
 
     Reference: Lee et al., Deeply-supervised nets, arXiv:1409.5185.
 
@@ -85,7 +85,7 @@ class DeepSupervision(nn.Module):
         return [*map(resized, self._scores(maps)), y]
 
     def logits(self, x: Tensor) -> Tensor:
-        """The model's."""
+        """The model's logits."""
         return self.model.logits(x)
 
     def predict(self, x: Tensor) -> Tensor:
@@ -98,12 +98,12 @@ class DeepSupervision(nn.Module):
         Args:
             x: (N, in_channels, H, W).
             target: class indices (N, H, W).
-            weights: factors of the losses, the heads' in the order of ``at`` and the model's last; None takes those of
-                the constructor. ``fading_weights`` gives those that fade out.
+            weights: factors of the losses, first the heads' in the order of ``at``, then the model's; None means those
+                of the constructor. ``fading_weights`` computes factors that fade out.
             options: those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
 
         Raises:
-            ValueError: ``weights`` are not one for each loss.
+            ValueError: there is not one weight per loss.
         """
         weights = self.weights if weights is None else weights
         if len(weights) != len(self.weights):
@@ -127,14 +127,14 @@ class DeepSupervision(nn.Module):
 
     @contextmanager
     def _watched(self) -> Iterator[dict[str, Tensor]]:
-        """The outputs of ``at``, filled in by what runs inside of the block; no hook stays."""
+        """The outputs of ``at``, filled in while the block runs; no hook stays."""
         with _outputs({name: self.model.get_submodule(name) for name in self.at}) as found:
             yield found
 
 
 @contextmanager
 def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
-    """Name -> the last output of the module, in the order in which they end."""
+    """Map names to the last outputs of their modules, in the order in which these return."""
     found: dict[str, Tensor] = {}
 
     def note(name: str):
@@ -152,7 +152,7 @@ def _outputs(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, Tensor]]:
 
 
 def _followed(model: nn.Module, at: Sequence[str | int], in_channels: int | None) -> tuple[list[str], list[int], int]:
-    """Names and widths of the maps that ``at`` means, and the number of classes, from two small runs."""
+    """The names and widths of the maps that ``at`` means, and the number of classes, found by two small runs."""
     name, modules = type(model).__name__, {key: module for key, module in model.named_modules() if key}
     missing = [key for key in at if not isinstance(key, int) and key not in modules]
     if missing:
@@ -170,7 +170,7 @@ def _followed(model: nn.Module, at: Sequence[str | int], in_channels: int | None
         for key, y in every.items():
             if is_map(y) and 1 < y.shape[2] == y.shape[3]:
                 i = round(math.log2(SIDE / y.shape[2]))
-                if i >= 0 and abs(y.shape[2] - SIDE / 2**i) <= 1:  # a pool that rounds up may add a pixel
+                if i >= 0 and abs(y.shape[2] - SIDE / 2**i) <= 1:  # a pooling in ceil mode may add a pixel
                     depths[i] = key
         absent = [i for i in at if isinstance(i, int) and i not in depths]
         if absent:
@@ -188,7 +188,7 @@ def _followed(model: nn.Module, at: Sequence[str | int], in_channels: int | None
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside of the block; then each module's own mode again, such as a frozen norm's."""
+    """Evaluation mode inside the block; afterwards each module's own mode, such as that of a frozen norm."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""DeepLabV2: summed atrous convolutions on a dilated ResNet, over several scales of the image."""
+"""DeepLabV2: summed atrous convolutions on a dilated ResNet, at several scales of the image."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -23,31 +23,32 @@ class DeepLabV2(SegmentationNet):
     """DeepLabV2 (Chen et al., arXiv:1606.00915) on ResNet, as https://github.com/kazuto1011/deeplab-pytorch builds it.
 
     The head is the sum of four dilated 3x3 convolutions, without norm or activation. The net runs on the image and on
-    smaller copies of it; of their logits, upsampled to the first's size, the largest counts at every pixel. The encoder
-    strides in the first 1x1 of a bottleneck and pools with ``ceil_mode``, as the MSRA's; resizes have
-    ``align_corners=False``. Names are torchvision's for the encoder, and ``aspp.convs.i``; ``load_weights`` knows that
-    code's own too.
+    smaller copies of it; the result is the maximum of their logits, upsampled to those of the image. As in MSRA's
+    encoder, bottlenecks have their stride in the first 1x1 convolution and pooling has ``ceil_mode``. Resizes have
+    ``align_corners=False``. Names are torchvision's for the encoder and ``aspp.convs.i`` for the head; ``load_weights``
+    also reads that code's own names.
 
-    It trains in two ways, which ``preset`` chooses; in evaluation there is no difference. By default each of the four
-    logits is upsampled to the image, for labels of full size, and norms have torch's momentum. With "kazuto" training
-    is that code's: each keeps its own size, labels are shrunk to it by nearest neighbours, and the momentum is 0.001.
-    (Its script also holds all norms in evaluation, has 10 times the learning rate for the weights and 20 times for the
-    biases of ``aspp``, and no decay of the latter: that is the optimiser's part.)
+    ``preset`` chooses between two ways of training; evaluation is the same. By default each of the four logits is
+    upsampled to the image, for labels of full size, and norms have torch's momentum. With "kazuto" each keeps its own
+    size, labels are shrunk to it by nearest neighbours, and the momentum is 0.001, as in that code. (Its script also
+    keeps all norms in evaluation mode, and gives the weights of ``aspp`` 10 times the learning rate and the biases 20
+    times, without decay; that belongs to the optimiser.)
 
     Args:
         num_classes: classes, background included.
         backbone: "resnet101" or "resnet50".
         output_stride: input size / size of the deepest features: 8 or 16.
-        scales: of the smaller copies, in (0, 1); none: the image alone. With scales ``forward`` gives, in training, a
-            list: the maximum, the image's own logits and the copies'. ``loss`` adds up their losses.
+        scales: of the smaller copies, in (0, 1); empty for the image alone. With scales, ``forward`` returns, in
+            training, a list: the maximum, the logits of the image, those of the copies. ``loss`` is the sum of their
+            losses.
         rates: dilation of each 3x3 of the head, in pixels.
         width: multiplier of the backbone's widths.
         in_channels: channels of the image.
-        preset: "kazuto" or None, how it is trained. With "kazuto" the list that ``forward`` gives in training is that
-            code's: the image's own logits, the copies', the maximum, of their own sizes.
+        preset: the way of training, "kazuto" or None. With "kazuto", ``forward`` returns that code's list in training:
+            the logits of the image, those of the copies, the maximum, each of its own size.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> model = DeepLabV2(num_classes=21).eval()
@@ -97,15 +98,15 @@ class DeepLabV2(SegmentationNet):
         return [self._resize(logits, x.shape[-2:]) for logits in (self._largest(each), *self._of_one_size(each))]
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits at the output stride, the largest of all scales."""
+        """(N, in_channels, H, W) -> logits at the output stride, the maximum over all scales."""
         return self._largest(self._each(x))
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and class indices ``target`` (N, H, W); in training the sum over the list.
 
-        With ``preset="kazuto"`` the labels of each of the list are the nearest ones to its pixels' centres. There
-        ``reduction="sum"`` counts a label as often as it stands for a pixel of the image, and "none" is refused, since
-        each has its own size.
+        With ``preset="kazuto"`` each entry of the list takes the labels nearest to the centres of its pixels. Then
+        ``reduction="sum"`` counts a label once per pixel of the image that it stands for. "none" is refused, because
+        the entries differ in size.
 
         ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
 
@@ -132,12 +133,12 @@ class DeepLabV2(SegmentationNet):
         return total
 
     def _each(self, x: Tensor) -> list[Tensor]:
-        """The logits of every scale, the image's first, each of its own size."""
+        """The logits of each scale, that of the image first, each of its own size."""
         smaller = (F.interpolate(x, scale_factor=s, mode="bilinear", align_corners=False) for s in self.scales)
         return [self.aspp(self.backbone(image)[-1]) for image in (x, *smaller)]
 
     def _with_largest(self, each: list[Tensor]) -> list[Tensor]:
-        """As the reference's training has them: the maximum last; one scale is its own maximum."""
+        """The list for training, as in the reference: the maximum last; a single scale is its own maximum."""
         return [*each, self._largest(each)] if len(each) > 1 else each
 
     def _of_one_size(self, each: list[Tensor]) -> list[Tensor]:
@@ -151,9 +152,9 @@ class DeepLabV2(SegmentationNet):
 
 
 def shrunk(labels: Tensor, size: tuple[int, int]) -> Tensor:
-    """(N, H, W) -> (N, *size): the label at the centre of each pixel, as Pillow's nearest neighbours.
+    """(N, H, W) -> (N, *size): the label at the centre of each pixel, as in Pillow's nearest neighbours.
 
-    A centre on the edge of two labels takes the second; Pillow's sums of floats take either.
+    A centre on the edge between two labels takes the second; Pillow's floating-point sums may take either.
     """
     for dim, side in zip((-2, -1), size, strict=True):
         places = torch.arange(side, device=labels.device)

@@ -23,26 +23,26 @@ class DeepLabV3(SegmentationNet):
     """DeepLabV3 (Chen et al., arXiv:1706.05587), with torchvision's names, which resizes with ``align_corners=False``.
 
     The weights of ``torchvision.models.segmentation.deeplabv3_resnet50`` and ``_resnet101`` load unchanged, with
-    ``aux=True`` those of the auxiliary head too; without it ``load_weights`` says that they are left out. ResNet-18 and
-    34 dilate their basic blocks, which torchvision refuses. ``dilation_style="smp", align_corners=True`` is the net of
-    segmentation_models_pytorch, whose files ``load_weights`` then reads.
+    ``aux=True`` those of the auxiliary head too; without it ``load_weights`` warns that they are left out. ResNet-18
+    and 34 dilate their basic blocks, which torchvision refuses. ``dilation_style="smp", align_corners=True`` is the net
+    of segmentation_models_pytorch, whose files ``load_weights`` then reads.
 
     Args:
         num_classes: classes, background included.
-        backbone: "resnet" and 18, 34, 50 or 101.
+        backbone: "resnet18", "resnet34", "resnet50" or "resnet101".
         output_stride: input size / size of the deepest features: 8 or 16.
-        aux: whether a second head stands on ``layer3``; ``forward`` then gives, in training, a list of two, and
-            ``loss`` adds half of the second's.
+        aux: True for a second head on ``layer3``; in training ``forward`` then returns a list of two, and ``loss`` adds
+            half of the second head's loss.
         width: multiplier of the backbone's widths.
         in_channels: channels of the image.
         channels: width of the ASPP and the head.
         dilation_style: of the encoder: "torchvision" or "smp", see ``fastseg.models.encoders.ResNet``.
         align_corners: of the interpolation to the image's size.
-        rates: dilations of the ASPP; None: 12, 24 and 36 at output stride 8, half of that at 16. (In
+        rates: dilations of the ASPP, in pixels; None means 12, 24 and 36 at output stride 8, half of that at 16. (In
             segmentation_models_pytorch they do not depend on the output stride.)
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Training needs a batch of two or more: batch norm follows the image pooling, which leaves one pixel per image.
 

@@ -17,14 +17,14 @@ from fastseg.nn.leaf import leaf
 BACKBONES = ("mobilenet_v2", "xception", "resnet50", "resnet101", "resnet18", "resnet34")  # of ENCODERS
 PRESETS = ("bubbliiiing", "google")
 ASPP_RATES = (6, 12, 18)  # at output stride 16; twice that at 8
-# Of all running statistics: the decay is 0.9997. (The authors have that with Xception; slim's own with others.)
+# Of all running statistics: the decay is 0.9997. The authors use it with Xception, slim's default with others.
 GOOGLE_MOMENTUM = 3e-4
 
 
 class DeepLabV3Plus(SegmentationNet):
     """DeepLabV3+ (Chen et al., arXiv:1802.02611).
 
-    Two forms, both resizing with ``align_corners=True`` throughout:
+    There are two forms, both with ``align_corners=True`` in all resizes:
 
     - ``preset="bubbliiiing"``, the widely used PyTorch code https://github.com/bubbliiiing/deeplabv3-plus-pytorch, its
       names, biases and dropout; weights load unchanged, those of Xception with the ReLU that leaks into its skips.
@@ -34,17 +34,17 @@ class DeepLabV3Plus(SegmentationNet):
 
     Args:
         num_classes: classes, background included.
-        backbone: "mobilenet_v2", "xception", or "resnet" and 18, 34, 50 or 101.
+        backbone: "mobilenet_v2", "xception", "resnet18", "resnet34", "resnet50" or "resnet101".
         output_stride: input size / size of the deepest features: 8 or 16.
         preset: "bubbliiiing" or "google".
         width: multiplier of the backbone's widths.
         in_channels: channels of the image.
         decoder_channels: width of the ASPP and of the decoder, a multiple of 16. The low-level features are reduced to
             3/16 of it: 48 of 256.
-        encoder_options: what else the backbone takes, such as ``middle_blocks`` of Xception.
+        encoder_options: further keywords of the backbone, such as ``middle_blocks`` of Xception.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Training needs a batch of two or more: batch norm follows the image pooling, which leaves one pixel per image.
 
@@ -115,7 +115,7 @@ class DeepLabV3Plus(SegmentationNet):
 
 
 class _ASPP(nn.Module):
-    """Atrous spatial pyramid pooling under the names of the "bubbliiiing" preset."""
+    """Atrous spatial pyramid pooling with the names of the "bubbliiiing" preset."""
 
     def __init__(self, in_channels: int, channels: int, rates: Iterable[int]):
         super().__init__()

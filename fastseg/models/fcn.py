@@ -43,31 +43,31 @@ class FCN(nn.Module):
       its last stage, and a bilinear interpolation brings the scores to the image's size. With ``aux=True`` there is a
       head on ``layer3`` too.
 
-    Any image size will do. ResNet maps are aligned at the top left: where a side does not divide by 32, upsampled
-    scores are cut at the bottom and right to the next stage's size, and at last to the image's.
+    Images of any size work. ResNet maps are aligned at the top left: if 32 does not divide a side, upsampled
+    scores are cropped at the bottom and right to the size of the next stage, and finally to that of the image.
 
     Args:
         num_classes: classes, background included.
-        backbone: "vgg16", "resnet18", "resnet34", "resnet50" or "resnet101"; None: "vgg16", with
-            ``preset="torchvision"`` "resnet50".
+        backbone: "vgg16", "resnet18", "resnet34", "resnet50" or "resnet101"; None means "vgg16", or "resnet50" with
+            ``preset="torchvision"``.
         stride: of the finest scores, in pixels: 32, 16 or 8, with a ResNet also 4; 8 with ``preset="torchvision"``.
-        aux: whether the scores of the deepest stage (torchvision: of ``layer3``) are trained as well. In training
-            ``forward`` then returns a list, the logits and those of FCN-32s (torchvision: of the second head), and
-            ``loss`` adds 0.5 times the latter's loss. Not for stride 32.
-        trainable_upsampling: whether the kernels of all transposed convolutions, bilinear at first, are learnt, from
-            every class to every class. Fixed ones, as the reference's, need no memory and run through the fused heads.
+        aux: True to train the scores of the deepest stage (torchvision: of ``layer3``) as well. In training ``forward``
+            then returns a list, the logits and those of FCN-32s (torchvision: of the second head), and ``loss`` adds
+            0.5 times the latter's loss. Not for stride 32.
+        trainable_upsampling: True to learn the kernels of all transposed convolutions, bilinear at first, from every
+            class to every class. Fixed kernels, as in the reference, need no memory and run through the fused heads.
         width: multiplier of the encoder's widths, and of VGG16's fc6 and fc7.
         in_channels: channels of the image.
-        at_once: scale pool4 and pool3 before they are scored, by which the reference trains FCN-8s in one stage; for
-            "vgg16" at stride 8.
+        at_once: True to scale pool4 and pool3 before they are scored, as the reference does to train FCN-8s in one
+            stage; for "vgg16" at stride 8.
         preset: None or "torchvision".
-        as_dict: whether ``forward`` returns, in training and in evaluation, a dictionary as torchvision's and the
-            article's: "out", the logits, and with ``aux`` "aux", the others.
+        as_dict: True if ``forward`` returns, in training and in evaluation, a dictionary as torchvision's and the
+            article's do: "out" holds the logits and, with ``aux``, "aux" the auxiliary ones.
 
-    Score layers begin at random, not at zero as in the reference, whose paper found no difference.
+    Score layers are initialised at random, not to zero as in the reference; its paper found no difference.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> model = FCN(num_classes=21, backbone="resnet50", stride=4).eval()
@@ -144,14 +144,14 @@ class FCN(nn.Module):
         return logits if second else logits[0]
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits before the last transposed convolution, one for ``stride`` pixels.
+        """(N, in_channels, H, W) -> logits before the last transposed convolution, one per ``stride`` pixels.
 
         With VGG16 they also cover the frame of zeros around the image.
         """
         return self._scores(x)[0]
 
     def predict(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> class map (N, H, W), that of ``forward``; uint8 up to 256 classes."""
+        """(N, in_channels, H, W) -> class map (N, H, W) of ``forward``; uint8 for up to 256 classes."""
         scores = self._scores(x)[0]
         if self._form == "torchvision":
             return UpsampleArgmax()(scores, x.shape[2:])
@@ -173,7 +173,7 @@ class FCN(nn.Module):
         return loss + AUX_WEIGHT * self._cross_entropy(self._deepest, other, target, **options) if second else loss
 
     def _full(self, name: str, scores: Tensor, size: tuple[int, int]) -> Tensor:
-        """Scores at the image's size; ``name`` is of their transposed convolution."""
+        """Scores at the size of the image; ``name`` is that of their transposed convolution."""
         if self._form == "torchvision":
             return F.interpolate(scores, size=size, mode="bilinear", align_corners=False)
         return bilinear_score.upsampled(getattr(self, name), scores, size)
@@ -184,7 +184,7 @@ class FCN(nn.Module):
         return bilinear_score.cross_entropy(getattr(self, name), scores, target, **options)
 
     def encoder_state(self) -> dict[str, Tensor]:
-        """The encoder's tensors, not copies, in torchvision's names and shapes; VGG16's include fc6 and fc7."""
+        """The encoder's tensors, uncopied, in torchvision's names and shapes; VGG16's include fc6 and fc7."""
         if self._form in ("resnet", "torchvision"):
             return self.backbone.state_dict()
         state = self.state_dict()
@@ -199,7 +199,7 @@ class FCN(nn.Module):
         return {f"{names[name]}.{rest}": state[key] for key, (name, _, rest) in parts.items() if name in names}
 
     def _scores(self, x: Tensor, second: bool = False) -> tuple[Tensor, Tensor]:
-        """The sum of all scores, at ``stride``, and those of the auxiliary loss, if there is a ``second``."""
+        """The sum of all scores, at ``stride``, and the scores of the auxiliary loss, if there is a ``second``."""
         if self._form == "torchvision":
             *_, middle, deep = self.backbone(x)
             scores = self.classifier(deep)
@@ -208,7 +208,7 @@ class FCN(nn.Module):
         deepest, *skips = maps(x)
         scores = deepest
         for (name, offset), skip in zip(self._steps, skips, strict=True):
-            # VGG16's skip is larger than what is upsampled, by its padding; a ResNet's may be smaller, by a pixel.
+            # VGG16's skip is larger than the upsampled map, by its padding; a ResNet's may be smaller, by a pixel.
             size = None if self._form == "vgg16" else skip.shape[2:]
             scores = bilinear_score.upsampled(getattr(self, name), scores, size, skip=skip, offset=offset)
         return scores, deepest
@@ -232,7 +232,7 @@ class FCN(nn.Module):
             self.score_pool3 = nn.Conv2d(pool3, num_classes, 1)
             self.upscore_pool4 = up(2, padding=0)
         self._steps = (("upscore2", 5), ("upscore_pool4", 9))[: {32: 0, 16: 1, 8: 2}[self.stride]]
-        # The reference crops the image out of the last map: that is padding, by as much.
+        # The reference crops the image out of the last map, which equals that much padding.
         self._last, crop = {32: ("upscore", 19), 16: ("upscore16", 27), 8: ("upscore8", 31)}[self.stride]
         self.add_module(self._last, up(self.stride, padding=crop))
         if self.aux:

@@ -1,4 +1,4 @@
-"""The head of torchvision's FCN, which its DeepLabV3 has as the auxiliary one."""
+"""The head of torchvision's FCN, which is also the auxiliary head of its DeepLabV3."""
 
 from torch import nn
 

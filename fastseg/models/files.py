@@ -1,4 +1,4 @@
-"""Files of weights: safetensors, or of ``torch.save``; read without trust."""
+"""Read files of weights, safetensors or ``torch.save``, without trusting them."""
 
 import pickle
 import warnings
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def read_payload(path: Path) -> object:
-    """What the file holds; tensors are on the CPU, and code in a pickle is refused, not executed.
+    """Return what the file holds, with tensors on the CPU; code in a pickle is refused, never executed.
 
     Raises:
-        ValueError: the file is damaged, holds Python objects, or is of another kind.
+        ValueError: the file is damaged, holds Python objects, or has another format.
     """
     try:
         with path.open("rb") as file:
@@ -24,7 +24,7 @@ def read_payload(path: Path) -> object:
         if zipped:
             _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about how the file was written; the reader has one line to read
+            warnings.simplefilter("ignore")  # warnings about how the file was written; the user gets one line
             # Mapped, a tensor cannot claim more bytes than the file has.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
@@ -46,7 +46,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _check_archive(path: Path) -> None:
-    """torch.load looks at neither: compressed records are read as if they were not, checksums not at all."""
+    """Check what torch.load ignores: it reads compressed records as if uncompressed, and skips checksums."""
     with zipfile.ZipFile(path) as archive:
         if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
             raise ValueError("it is a compressed archive, which torch.save never writes")

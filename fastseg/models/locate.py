@@ -1,4 +1,4 @@
-"""Where in a file the tensors of a model are: what training code wraps around a ``state_dict`` is taken off."""
+"""Find the tensors of a model in a file, and strip what training code wraps around a ``state_dict``."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fastseg.models.keys import COUNTER, Form
 
-DEPTH = 4  # of dictionaries in dictionaries that are looked into
-INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # by torch, anywhere in a name
-# Names that training code gives to the attribute that holds the net; beside them stand entries that are none of its.
+DEPTH = 4  # levels of nested dictionaries that are searched
+INSERTED = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # inserted by torch, anywhere in a name
+# Names that training code gives to the attribute that holds the net; entries beside them do not belong to it.
 WRAPPERS = {"module", "model", "net", "network", "ema", "ema_model", "model_ema", "student", "segmentor"}
 ENCODERS = {"backbone", "encoder", "base"}
 HARMLESS = {"mask_values", "n_averaged"}  # of milesial's train.py; of torch.optim.swa_utils.AveragedModel
@@ -19,11 +19,11 @@ SHOWN = 3  # keys of each kind that a message lists
 
 
 class Found(NamedTuple):
-    """Tensors under the model's names, and what is to be said about the others."""
+    """Tensors under the model's names, and what to report about the others."""
 
     tensors: dict[str, object]
     form: Form
-    place: str  # wrappers and prefix, joined by dots; empty: the file's outermost names
+    place: str  # wrappers and prefix, joined by dots; empty for the file's top level
     missing: list[str]  # in the file's names
     unexpected: list[str]
     notes: list[str]
@@ -34,16 +34,16 @@ def locate(
 ) -> Found:
     """Find the one dictionary of named tensors in ``payload`` that has all names of one of ``forms``.
 
-    Dictionaries are looked for inside of dictionaries; whatever segments stand before every name are taken off, as are
-    those that ``torch.compile``, FSDP and activation checkpointing insert. Where no dictionary has all names, the one
-    that has most is given, with what is missing.
+    Nested dictionaries are searched. Segments that stand before every name are stripped, and so are those that
+    ``torch.compile``, FSDP and activation checkpointing insert. If no dictionary has all names, the one with most is
+    returned, with what is missing.
 
     Args:
-        payload: what the file holds.
-        forms: the first that a dictionary has all names of is taken.
-        path: of the file, for messages.
-        key: a name on the way to the tensors, where several places in the file fit.
-        encoder: whether an encoder is looked for, beside which a file may hold the rest of its model.
+        payload: content of the file.
+        forms: candidates; the first whose names are all in a dictionary is taken.
+        path: of the file, for error messages.
+        key: a name on the way to the tensors, needed if several places in the file fit.
+        encoder: True to look for an encoder; the file may hold the rest of its model too.
 
     Raises:
         ValueError: there is no dictionary of named tensors, or several fit.
@@ -85,7 +85,7 @@ def locate(
 
 
 def _dictionaries(payload: object) -> Iterator[tuple[tuple[str, ...], Mapping]]:
-    """(keys on the way, dictionary) of those that hold named tensors; each once."""
+    """(keys on the way, dictionary) of each dictionary that holds named tensors."""
     seen: set[int] = set()
     level: list[tuple[tuple[str, ...], object]] = [((), payload)]
     for _ in range(DEPTH):
@@ -101,7 +101,7 @@ def _dictionaries(payload: object) -> Iterator[tuple[tuple[str, ...], Mapping]]:
 
 
 def _plain(tensors: Mapping) -> dict[str, object]:
-    """Without nested dictionaries, and without the segments that torch inserts."""
+    """The names without nesting, and without the segments that torch inserts."""
     plain = {}
     for key, value in tensors.items():
         if isinstance(value, Mapping):
@@ -112,7 +112,7 @@ def _plain(tensors: Mapping) -> dict[str, object]:
 
 
 def _prefixes(tensors: Mapping[str, object], wanted: set[str]) -> list[tuple[str, int]]:
-    """(prefix, how many of ``wanted`` stand behind it): all that have the whole, else the best one."""
+    """(prefix, how many of ``wanted`` stand behind it): all prefixes with all of them, else the best one."""
     votes: Counter[str] = Counter({"": 0})
     depth = max((name.count(".") for name in wanted), default=0)
     for key in tensors:

@@ -1,4 +1,4 @@
-"""How deep a UNet++ must be for a data set: its levels scored and timed, and the smallest that is good enough."""
+"""Choose the depth of a UNet++ for a data set: score and time its levels, and take the smallest that is good enough."""
 
 import math
 import time
@@ -18,9 +18,9 @@ class Level:
 
     Attributes:
         level: 1 to the model's ``levels``, or None for the whole net as it was given.
-        mean_iou: over the pixels of all data, classes that are in neither left out.
-        parameters: learnt numbers.
-        seconds: of all class maps, without the data's reading.
+        mean_iou: mean IoU over all data, without classes that are in neither target nor prediction.
+        parameters: number of parameters.
+        seconds: time for all class maps, without reading the data.
     """
 
     level: int | None
@@ -34,11 +34,11 @@ class Pruned:
     """What ``auto_prune`` chose; ``str()`` gives a table.
 
     Attributes:
-        model: the pruned net, in evaluation mode; the model itself where no level is within the tolerance.
-        level: its level; None where it is the model itself.
+        model: the pruned net, in evaluation mode; the model itself if no level is within the tolerance.
+        level: its level; None if it is the model itself.
         tolerance: as given.
-        levels: a row for each level, the smallest first, and at last the whole net.
-        pictures: how many the data had.
+        levels: a row for each level, the smallest first, then the whole net.
+        pictures: number of pictures in the data.
     """
 
     model: UNetPlusPlus
@@ -66,11 +66,11 @@ def auto_prune(
     *,
     ignore_index: int | None = None,
 ) -> Pruned:
-    """The smallest level of a UNet++ whose mean IoU on held-out data is within ``tolerance`` of the whole net's.
+    """Find the smallest level of a UNet++ whose mean IoU is within ``tolerance`` of the whole net's.
 
-    That is the article's choice of the level "by the difficulty of the test set": where the data is easy a shallow net
-    will do. ``model.prune(level)`` computes the same logits as that level's head, so nothing is trained again. Data
-    that chose the level no longer is a test: score the result on other data.
+    This is the article's choice of the level "by the difficulty of the test set": a shallow net is enough for easy
+    data. ``model.prune(level)`` computes the logits of that level's head, so nothing is trained again. Data that chose
+    the level is no test any more: score the result on other data.
 
     Args:
         model: trained with ``deep_supervision=True``; its mode and weights stay as they are. As "whole" it is scored in
@@ -81,8 +81,9 @@ def auto_prune(
         ignore_index: label value that is not counted.
 
     Raises:
-        TypeError: another model than UNet++.
-        ValueError: it has one head only; ``tolerance`` is negative or not finite; no pixel of ``data`` has a class.
+        TypeError: the model is not a ``UNetPlusPlus``.
+        ValueError: the model has one head, ``tolerance`` is negative or not finite, or no pixel of ``data`` has a
+            class.
 
     Reference: Zhou et al., arXiv:1807.10165, figure 3.
 

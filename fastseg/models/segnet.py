@@ -33,7 +33,7 @@ class _SegNet(SegmentationNet):
     def _risen(
         self, stage: int, x: Tensor, indices: Tensor | PoolIndices | None, size: tuple[int, int], layers: nn.Module
     ) -> Tensor:
-        """The way up to ``size``, and the decoder's ``layers`` of a stage."""
+        """Upsample to ``size``, then run the decoder's ``layers`` of a stage."""
         if self.up == "unpool":
             return run_unpool(x, indices, self.unpool, size, layers)
         return layers(self.rise[stage](x, size))
@@ -50,23 +50,24 @@ class _SegNet(SegmentationNet):
 class SegNet(_SegNet):
     """SegNet on VGG16 with batch norm (Badrinarayanan, Kendall, Cipolla, arXiv:1511.00561).
 
-    Five stages down, each ended by a 2x2 ceil-mode max pooling; five up, each begun by unpooling to the size before
-    that pooling with its indices; any image size. All convolutions are 3x3 with bias, batch norm and ReLU but the
-    last, which gives the logits. The encoder has torchvision's names: ``fastseg.models.load_encoder_weights`` reads
-    its ``vgg16_bn`` files.
+    The encoder has five stages, each ending in a 2x2 max pooling in ceil mode. The decoder has five, each beginning
+    with an unpooling by those indices to the size before the pooling. Images of any size work. All convolutions are 3x3
+    with bias, batch norm and ReLU, except the last, which gives the logits. The encoder has torchvision's names:
+    ``fastseg.models.load_encoder_weights`` reads its ``vgg16_bn`` files.
 
     Args:
         num_classes: classes, background included.
-        index_format: of the pooling indices: "compact", 2 bits a window, or "int64", torch's.
+        index_format: format of the pooling indices: "compact", 2 bits per window, or "int64", torch's.
         in_channels: channels of the image.
         width: multiplier of every width; the results are rounded to multiples of 8.
-        eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
-        up: how a decoder stage gets to the size before its pooling: "unpool", with the pooling's indices; "bilinear",
-            an interpolation (``align_corners=False``); or "transpose", a learnt 2x2 transposed convolution. The last
-            two keep no indices.
+        eps: epsilon of all norms. It is 1e-9 in the reference's Caffe; ``load_weights`` sets that for files converted
+            from it.
+        up: how a decoder stage upsamples to the size before its pooling: "unpool", with the pooling's indices;
+            "bilinear", an interpolation (``align_corners=False``); or "transpose", a learnt 2x2 transposed convolution.
+            The last two need no indices.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> SegNet(num_classes=11).eval()(torch.randn(1, 3, 45, 60)).shape
@@ -110,7 +111,7 @@ class SegNet(_SegNet):
 
 
 class ResponseNorm(nn.LocalResponseNorm):
-    """As torch's, which knows no 16 bits on a CPU; difference: 16-bit input is normalised in float32."""
+    """As ``torch.nn.LocalResponseNorm``; difference: 16-bit input is normalised in float32, for CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in (torch.bfloat16, torch.float16):
@@ -126,14 +127,15 @@ class SegNetBasic(_SegNet):
 
     Args:
         num_classes: classes, background included.
-        index_format: of the pooling indices: "compact" or "int64".
+        index_format: format of the pooling indices: "compact" or "int64".
         in_channels: channels of the image.
         channels: width of every layer.
-        eps: of all norms; 1e-9 in the reference's Caffe. ``load_weights`` sets that with a file converted from it.
+        eps: epsilon of all norms. It is 1e-9 in the reference's Caffe; ``load_weights`` sets that for files converted
+            from it.
         up: "unpool", "bilinear" or "transpose", as in ``SegNet``.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> SegNetBasic(num_classes=11).eval()(torch.randn(1, 3, 45, 60)).shape

@@ -1,4 +1,4 @@
-"""What SegNet may do in place of unpooling: interpolation, or a learnt transposed convolution."""
+"""Alternatives to SegNet's unpooling: interpolation, or a learnt transposed convolution."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -12,12 +12,12 @@ UPS = ("unpool", "bilinear", "transpose")
 
 
 class Rise(nn.Module):
-    """(N, C, h, w) -> (N, C, H, W), where 2x2 pooling in ceil mode made h of H and w of W.
+    """Upsample (N, C, h, w) to (N, C, H, W), the size before a 2x2 pooling in ceil mode.
 
     Args:
         up: "bilinear", an interpolation (``align_corners=False``) straight to the size, without parameters; or
-            "transpose", a 2x2 transposed convolution of stride 2 with bias, whose last row and column are cut off where
-            H or W is odd.
+            "transpose", a 2x2 transposed convolution of stride 2 with bias, whose last row and column are cropped if H
+            or W is odd.
         channels: C.
     """
 
@@ -32,10 +32,10 @@ class Rise(nn.Module):
 
 
 def rises(up: Up, channels: Sequence[int], net: str) -> nn.ModuleList:
-    """A ``Rise`` for each decoder stage, whose inputs have ``channels``; none where ``up`` is "unpool".
+    """A ``Rise`` for each decoder stage, whose inputs have ``channels``; none if ``up`` is "unpool".
 
     Raises:
-        ValueError: no such ``up``.
+        ValueError: ``up`` is unknown.
     """
     if up not in UPS:
         raise ValueError(f"{net}: up is {up!r}; use one of {', '.join(UPS)}")

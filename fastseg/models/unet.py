@@ -1,4 +1,4 @@
-"""U-Net: an encoder-decoder whose decoder sees the encoder's maps of every scale."""
+"""U-Net: an encoder-decoder with skip connections at every scale."""
 
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -22,28 +22,29 @@ Up = Literal["transpose", "bilinear"]
 class UNet(SegmentationNet):
     """U-Net (Ronneberger, Fischer and Brox, arXiv:1505.04597), as published and in its padded forms.
 
-    At each scale two 3x3 convolutions with ReLU; a 2x2 max pooling down; up by two, beside the encoder's map of that
-    scale, and two convolutions again; a 1x1 convolution at last. Names are those of
-    https://github.com/milesial/Pytorch-UNet, whose nets are ``padding="same", norm=True`` with either ``up``.
+    Each scale has two 3x3 convolutions with ReLU and a 2x2 max pooling. On the way up, the map is doubled and
+    concatenated with the encoder's map of that scale, and two convolutions follow; a 1x1 convolution ends the net.
+    Names are those of https://github.com/milesial/Pytorch-UNet, whose nets are ``padding="same", norm=True`` with
+    either ``up``.
 
     - ``padding="valid"``, the paper's: convolutions see no zeros, so logits cover the image without ``margin`` pixels
       at each side (92 with five widths: 572 -> 388), and encoder maps are cropped. A side must be 12 modulo 16, 188 or
       more; with n + 1 widths, -4 modulo ``stride`` = 2^n.
     - ``padding="same"``: logits of the image's size, for any side of ``stride`` pixels or more; where an odd side was
-      halved, zeros fill the upsampled map up.
+      halved, zeros pad the upsampled map.
 
     Args:
         num_classes: classes, background included.
         in_channels: channels of the image.
         padding: "valid" or "same".
-        norm: whether a batch norm, in place of a bias, follows each 3x3 convolution.
+        norm: True for a batch norm, in place of a bias, after each 3x3 convolution.
         up: "transpose", a 2x2 transposed convolution that halves the channels, or "bilinear", an interpolation
             (``align_corners=True``); there the deepest maps and those that go up have half the width.
         widths: channels at each scale, the finest first.
-        dropout: of the deepest map's elements, in training; the paper drops out there, and gives no rate.
+        dropout: probability of dropout on the deepest map, in training; the paper gives no rate.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> UNet(num_classes=2, in_channels=1).eval()(torch.randn(1, 1, 188, 204)).shape
@@ -86,7 +87,7 @@ class UNet(SegmentationNet):
 
     @property
     def stride(self) -> int:
-        """Image pixels per pixel of the deepest map; tiles that begin at multiples of it see what the image does."""
+        """Image pixels per pixel of the deepest map. Tiles that begin at multiples of it are pooled as the image is."""
         return 2**self.depth
 
     @property
@@ -110,7 +111,7 @@ class UNet(SegmentationNet):
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and class indices ``target`` (N, H, W), of which the logits' window counts.
 
-        ``target`` is of the image's size, or already of the logits'. ``options`` are those of
+        ``target`` has the size of the image, or that of the logits. ``options`` are those of
         ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
 
         Raises:
@@ -138,7 +139,7 @@ class UNet(SegmentationNet):
 
 
 class DoubleConv(nn.Module):
-    """Twice 3x3 convolution, batch norm or bias, ReLU."""
+    """Two 3x3 convolutions, each with batch norm or bias, and ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int, mid: int = 0, *, padding: int, norm: bool):
         super().__init__()
@@ -184,19 +185,19 @@ class _Classifier(nn.Module):
 
 
 def up_module(in_channels: int, out_channels: int, bilinear: bool) -> nn.Module:
-    """Twice the size: n -> (n - 1) * 2 + 2 by a 2x2 transposed convolution of stride 2, or by interpolation."""
+    """Double the size: n -> (n - 1) * 2 + 2 by a 2x2 transposed convolution of stride 2, or by interpolation."""
     if bilinear:
         return UpsamplingBilinear2d(scale_factor=2)
     return nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
 
 
 def innermost(x: Tensor) -> Tensor:
-    """``x`` with its channels innermost on a CPU: there all layers are faster so, a pooling many times."""
+    """Convert ``x`` to channels_last on a CPU, where all layers are faster that way, pooling many times."""
     return x.contiguous(memory_format=torch.channels_last) if x.device.type == "cpu" and x.dim() == 4 else x
 
 
 def check_form(name: str, up: str, widths: Sequence[int]) -> None:
-    """Errors of what U-Net and UNet++ both take."""
+    """Check the options that U-Net and UNet++ share."""
     if up not in ("transpose", "bilinear"):
         raise ValueError(f'{name}: up is {up!r}; use "transpose" or "bilinear"')
     if len(widths) < 2 or min(widths) < 1:

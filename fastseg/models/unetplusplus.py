@@ -1,4 +1,4 @@
-"""UNet++: a U-Net whose skip connections are nets of their own, with an output at every depth."""
+"""UNet++: a U-Net with nested skip connections and an output at every depth."""
 
 import copy
 from collections.abc import Sequence
@@ -33,25 +33,25 @@ class UNetPlusPlus(SegmentationNet):
     ReLU, and the upsampled map first. ``norm=True, up="bilinear"`` is that of
     https://github.com/4uiiurz1/pytorch-nested-unet, the upsampled map last, whose names all forms have.
 
-    Any side of ``stride`` pixels or more will do: where an odd side was halved, zeros fill the upsampled map up.
+    Images whose sides have ``stride`` pixels or more work; where an odd side was halved, zeros pad the upsampled map.
 
     Args:
         num_classes: classes, background included.
         in_channels: channels of the image.
-        norm: whether a batch norm follows each 3x3 convolution.
+        norm: True for a batch norm after each 3x3 convolution.
         up: "transpose", a 2x2 transposed convolution to the width of its node, or "bilinear", an interpolation
             (``align_corners=True``) that keeps the channels.
-        widths: channels at each depth; their number less one is the highest level.
-        deep_supervision: whether X(0, 1), X(0, 2) ... have a 1x1 head each, not only the last. In training ``forward``
-            then returns the list of their logits, the shallowest first, and ``loss`` is a sum over them.
-        mode: what ``logits`` is of several heads: "accurate", their mean, or "fast", the last; ``prune`` makes the
-            others the last.
-        average: what "accurate" takes the mean of: "probabilities", as the authors, whose heads end in sigmoids (the
-            sigmoid of ``logits`` is then the mean of the heads' sigmoids), or "logits".
-        dropout: of elements after each ReLU, in training; None means 0.5 without norm, 0 with.
+        widths: channels at each depth; the highest level is their number minus one.
+        deep_supervision: True to give each of X(0, 1), X(0, 2) ... a 1x1 head, not only the last. In training
+            ``forward`` then returns the list of their logits, the shallowest first, and ``loss`` is a sum over them.
+        mode: what ``logits`` returns for several heads: "accurate", their mean, or "fast", the last; ``prune`` makes
+            another one the last.
+        average: what "accurate" averages: "probabilities", as the authors do, whose heads end in sigmoids (the sigmoid
+            of ``logits`` is then the mean of the heads' sigmoids), or "logits".
+        dropout: probability of dropout after each ReLU, in training; None means 0.5 without norm, 0 with.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> model = UNetPlusPlus(num_classes=2, deep_supervision=True).eval()
@@ -105,7 +105,7 @@ class UNetPlusPlus(SegmentationNet):
 
     @property
     def supervised(self) -> int:
-        """The number of heads, each of which has a loss in training."""
+        """Number of heads, each of which has a loss in training."""
         return len(self._heads())
 
     @leaf
@@ -116,7 +116,7 @@ class UNetPlusPlus(SegmentationNet):
         return self.logits(x)
 
     def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): the heads' mean, or in mode "fast" the last."""
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W): the mean of the heads; in mode "fast" the last."""
         names = self._heads() if self.mode == "accurate" else self._heads()[-1:]
         branches = self._branches(x, names)
         if len(branches) == 1:
@@ -129,12 +129,12 @@ class UNetPlusPlus(SegmentationNet):
         Args:
             x: (N, in_channels, H, W).
             target: class indices (N, H, W).
-            weights: a factor for each head's loss, the shallowest first, with deep supervision in training: their sum
-                is the loss. None takes the mean. ``fading_weights`` gives those that fade out.
+            weights: a factor per head, the shallowest first, for training with deep supervision; the weighted sum is
+                the loss. None means the mean. ``fading_weights`` computes weights that fade out.
             options: those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
 
         Raises:
-            ValueError: ``target`` has another size than ``x``; ``weights`` are not one for each of several heads.
+            ValueError: ``target`` has another size than ``x``, or there is not one weight for each of several heads.
         """
         names = self._heads()
         if weights is not None and (not self.deep_supervision or len(weights) != len(names)):
@@ -150,9 +150,9 @@ class UNetPlusPlus(SegmentationNet):
         return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
 
     def prune(self, level: int) -> "UNetPlusPlus":
-        """A net of its own with one head, the ``level``-th, and only the nodes that it needs: X(i, j), i + j <= level.
+        """Return a net with the ``level``-th head alone, and only the nodes that it needs: X(i, j), i + j <= level.
 
-        Its logits are those of that head; it is ``UNetPlusPlus(..., widths=widths[: level + 1])``.
+        Its logits are those of that head. It is a ``UNetPlusPlus(..., widths=widths[: level + 1])``.
 
         Args:
             level: 1 to ``levels``; below ``levels`` the model must have been built with ``deep_supervision=True``.
@@ -194,7 +194,7 @@ class UNetPlusPlus(SegmentationNet):
 
 
 class _Node(nn.Module):
-    """Twice 3x3 convolution with bias, batch norm where asked for, ReLU, dropout."""
+    """Two 3x3 convolutions with bias, each with an optional batch norm, ReLU and dropout."""
 
     def __init__(self, in_channels: int, channels: int, norm: bool, dropout: float):
         super().__init__()
@@ -221,15 +221,15 @@ def mean_of_sigmoids(each: Sequence[Tensor]) -> Tensor:
 
 
 def fading_weights(heads: int, progress: float, auxiliary: float = 1.0) -> list[float]:
-    """Loss weights of deep supervision that fade out: 1 for the last head, ``auxiliary * (1 - progress)`` for others.
+    """Loss weights of deep supervision: 1 for the last head, ``auxiliary * (1 - progress)`` for the others.
 
     Args:
-        heads: their number.
-        progress: how much of the training is done, 0 to 1.
-        auxiliary: what the others begin with.
+        heads: number of heads.
+        progress: fraction of the training that is done, in [0, 1].
+        auxiliary: initial weight of the others.
 
     Raises:
-        ValueError: ``progress`` is outside of [0, 1].
+        ValueError: ``progress`` is outside [0, 1].
 
     Reference: Lee et al., Deeply-supervised nets, arXiv:1409.5185.
 

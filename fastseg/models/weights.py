@@ -1,4 +1,4 @@
-"""Weights from a local file, checked as a whole before any of them is copied."""
+"""Load weights from a local file; everything is checked before any tensor is copied."""
 
 import os
 import warnings
@@ -21,27 +21,27 @@ ENCODER_TYPES = (VGG16, ResNet, MobileNetV2, Xception65)
 def load_weights(model: nn.Module, path: str | os.PathLike, *, key: str | None = None) -> None:
     """Load a ``state_dict`` from a local file into ``model``.
 
-    Reads safetensors, and files of ``torch.save`` by ``torch.load(weights_only=True)``: code in a pickle is refused,
-    not executed. What training code wraps around a ``state_dict`` is taken off, in any combination: dictionaries, such
-    as those under "state_dict", "model_state_dict" or "model_ema"; what stands before every name, such as "module." of
-    DistributedDataParallel and AveragedModel, "model." of Lightning, "_orig_mod." of ``torch.compile``. Other entries
-    beside "model." and its like are left out with a warning. Strict apart from that: names, shapes and kinds of numbers
-    must fit, and every value must be finite; only BatchNorm's ``num_batches_tracked`` may be absent, as it is from old
-    files. Unless all of it fits, the model is left as it was.
+    Reads safetensors files, and those of ``torch.save`` by ``torch.load(weights_only=True)``: code in a pickle is
+    refused, never executed. Wrappers that training code puts around a ``state_dict`` are stripped, in any combination:
+    dictionaries, such as those under "state_dict", "model_state_dict" or "model_ema", and prefixes of every name, such
+    as "module." of DistributedDataParallel and AveragedModel, "model." of Lightning, "_orig_mod." of ``torch.compile``.
+    Entries beside "model." and the like are left out with a warning. Otherwise loading is strict: names, shapes and
+    kinds of numbers must fit, and every value must be finite; only BatchNorm's ``num_batches_tracked`` may be absent,
+    as it is from old files. If anything does not fit, the model is left unchanged.
 
-    Names of other codes are known where their networks are ours: https://github.com/kazuto1011/deeplab-pytorch
+    Names of other codes are known for networks that we share: https://github.com/kazuto1011/deeplab-pytorch
     (``DeepLabV2``), segmentation_models_pytorch (``DeepLabV3``), the FCN article (``FCN``), and files converted from
-    Caffe's SegNet, whose eps all norms of ``SegNet`` and ``SegNetBasic`` are then given. Heads that the model lacks,
-    torchvision's ``aux_classifier``, are left out with a warning.
+    Caffe's SegNet, whose eps is then given to all norms of ``SegNet`` and ``SegNetBasic``. A head that the model lacks,
+    torchvision's ``aux_classifier``, is left out with a warning.
 
     Args:
         model: filled in place; its devices and dtypes stay.
         path: the file. Nothing is downloaded.
-        key: where the file holds several sets of weights that fit, a name on the way to one, such as "model_ema".
+        key: name on the way to one set of weights, such as "model_ema"; needed if several in the file fit.
 
     Raises:
-        FileNotFoundError: no file is there.
-        ValueError: the file cannot be read, does not fit the model, or holds several sets of weights that do.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file cannot be read, does not fit the model, or holds several sets of weights that fit.
     """
     path = _file(path, "load_weights")
     found = checked(read_payload(path), path, type(model).__name__, model.state_dict(), model_forms(model), key=key)
@@ -51,20 +51,20 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, key: str | None =
 def load_encoder_weights(model: nn.Module, path: str | os.PathLike, *, key: str | None = None) -> None:
     """Load classification weights into the encoder of ``model``.
 
-    Known are torchvision's vgg16, vgg16_bn, resnet18 to resnet101 and mobilenet_v2; the files of MobileNetV2 and
-    Xception that the code of the DeepLabV3+ article begins with; timm's xception65, for ``preset="google"``; and
-    https://github.com/kazuto1011/deeplab-pytorch's ResNet, for ``DeepLabV2``. Reads and checks the file as
-    ``load_weights`` does. Its classifier is left out, but for FCN on VGG16, whose fc6 and fc7 are the first two layers
-    of it. Unless the encoder fits, the model is left as it was.
+    It reads torchvision's vgg16, vgg16_bn, resnet18 to resnet101 and mobilenet_v2; the files of MobileNetV2 and
+    Xception that the code of the DeepLabV3+ article starts from; timm's xception65, for ``preset="google"``; and the
+    ResNet of https://github.com/kazuto1011/deeplab-pytorch, for ``DeepLabV2``. It reads and checks the file as
+    ``load_weights`` does. The classifier is left out, except for FCN on VGG16, where its first two layers become fc6
+    and fc7. If anything does not fit, the model is left unchanged.
 
     Args:
         model: an encoder, or a model with one; its other tensors stay.
         path: the file. Nothing is downloaded.
-        key: where the file holds several sets of weights that fit, a name on the way to one, such as "model_ema".
+        key: name on the way to one set of weights, such as "model_ema"; needed if several in the file fit.
 
     Raises:
-        FileNotFoundError: no file is there.
-        TypeError: the model has no such encoder, or several.
+        FileNotFoundError: the file does not exist.
+        TypeError: the model has no encoder, or several.
         ValueError: the file cannot be read, or does not fit the encoder.
     """
     encoder, expected = _encoder_state(model)
@@ -87,10 +87,10 @@ def checked(
     key: str | None = None,
     function: str = "load_weights",
 ) -> Found:
-    """The tensors of ``payload`` under the names of ``expected``, if they fit it in every respect.
+    """Return the tensors of ``payload`` under the names of ``expected``, if they fit in every respect.
 
     Raises:
-        ValueError: they do not; ``name`` is what they are said not to fit.
+        ValueError: they do not fit; the message says that they do not fit ``name``.
     """
     found = locate(payload, forms, path, key=key, encoder=function == "load_encoder_weights")
     if found.form.flat:
@@ -139,14 +139,14 @@ def _file(path: str | os.PathLike, function: str) -> Path:
 
 
 def _flat(value: object, expected: Tensor) -> object:
-    """A vector that was saved with more dimensions, as one."""
+    """Flatten a vector that was saved with more dimensions."""
     if isinstance(value, Tensor) and expected.dim() == 1 and value.numel() == expected.numel():
         return value.flatten()
     return value
 
 
 def _faults(found: Found, expected: Mapping[str, Tensor]) -> list[str]:
-    """What keeps the tensors from being loaded, one entry per kind; names and shapes before any value is looked at."""
+    """Why the tensors cannot be loaded, one entry per kind of fault; names and shapes come before values."""
     tensors, names = found.tensors, found.form.names
     mismatched = [
         f"{names[key]}: {_describe(value)} in the file, {_describe(expected[key])} in the model"

@@ -1,4 +1,4 @@
-"""Modules with parameters and buffers; drop-ins for ``torch.nn`` wherever torch has the module."""
+"""Modules with parameters and buffers; drop-ins for ``torch.nn`` modules of the same name."""
 
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.conv import SeparableConv2d

@@ -12,30 +12,31 @@ from fastseg.nn.leaf import leaf
 
 
 class ASPP(nn.Module):
-    """Atrous spatial pyramid pooling: a 1x1, dilated 3x3 convolutions and the image mean side by side, merged by a 1x1.
+    """Atrous spatial pyramid pooling (ASPP): parallel 1x1, dilated 3x3 and image-mean branches, merged by a 1x1.
 
-    With ``fusion="concat"`` (DeepLabV3 and V3+) every branch ends with batch norm and ReLU, as does the projection.
-    With ``fusion="sum"`` (DeepLabV2) there are the dilated convolutions alone, and their sum.
+    With ``fusion="concat"`` (DeepLabV3 and V3+) every branch and the projection end with batch norm and ReLU. With
+    ``fusion="sum"`` (DeepLabV2) the module is the sum of dilated convolutions.
 
-    In evaluation, where no gradient is wanted, norms are folded; all branches are then one launch, which skips what
-    would multiply padding, and the projection another: the pooled vector's share is a bias of its own for each image.
-    In training ``x`` is kept once for all branches, and one norm runs over all branches' channels, each with its own
-    batch statistics.
+    In evaluation without gradients, norms are folded. One launch computes all branches and skips products with padding;
+    another computes the projection, which takes the pooled vector as a bias per image. In training the backward saves
+    ``x`` once for all branches, and one norm runs over the channels of all branches, with batch statistics per channel.
 
-    Children are ordinary torch modules, with torchvision's names: ``convs.0`` (1x1), ``convs.1`` and on (one per rate),
-    the last of ``convs`` (image pool, if there is one), ``project``. With ``separable`` the branch of a rate is a
-    ``SeparableConv2d`` with a norm and a ReLU after each half. With "sum" ``convs.i`` is the ``nn.Conv2d`` itself.
+    Children are ordinary torch modules with torchvision's names: ``convs.0`` (1x1), ``convs.1`` and following (one per
+    rate), the last of ``convs`` (image pool, if any), ``project``. With ``separable``, each rate's branch is a
+    ``SeparableConv2d`` with a norm and a ReLU after each of its two convolutions. With "sum", ``convs.i`` is the
+    ``nn.Conv2d`` itself.
 
     Args:
         in_channels: C of the (N, C, H, W) input.
         out_channels: channels of every branch, and of the output.
         rates: dilation of each 3x3 branch, in pixels.
-        separable: whether these are depthwise separable; "concat" only.
-        bias: whether convolutions have biases.
-        image_pool: whether the image mean is a branch; "concat" only.
+        separable: True for depthwise separable 3x3 branches; "concat" only.
+        bias: True to give convolutions a bias.
+        image_pool: True to add a branch for the image mean; "concat" only.
         fusion: "concat" or "sum".
-        dropout: probability, after the projection; after the sum with "sum".
-        pool_first: whether the pooled channels come first in the projection's weight (TensorFlow's order), not last.
+        dropout: probability of dropout after the projection, or after the sum.
+        pool_first: True if the pooled channels come first in the projection's weight (TensorFlow's order), False if
+            last.
         eps: of the norms.
         momentum: of the norms; None averages cumulatively.
         device: of the parameters.
@@ -45,7 +46,7 @@ class ASPP(nn.Module):
         (N, out_channels, H, W).
 
     Raises:
-        ValueError: no rates, or a rate below 1; an unknown fusion; a separable sum.
+        ValueError: there are no rates, a rate is below 1, the fusion is unknown, or a sum is to be separable.
 
     Training with an image pool needs a batch of two or more: its norm sees one pixel per image.
 

@@ -1,4 +1,4 @@
-"""Separable convolution as a module, and the function that runs it over existing Conv2d and BatchNorm2d children."""
+"""Depthwise separable convolution as a module."""
 
 import torch
 from torch import Tensor, nn
@@ -11,29 +11,29 @@ from fastseg.ops.core.sizes import whole
 
 
 class SeparableConv2d(nn.Module):
-    """Depthwise K x K, then pointwise 1x1, each with optional batch norm and activation, as one op.
+    """Depthwise KxK convolution and pointwise 1x1, each with optional batch norm and activation, as one op.
 
-    The order is ``pre_act, depthwise, mid_norm, mid_act, pointwise, post_norm, post_act``; leaving parts out gives the
-    orders found in the field (the article's Xception blocks: ``pre_act="relu", mid_norm=True, post_act=None``;
-    MobileNetV2: ``mid_norm=True, mid_act="relu6", post_act=None``; a separable ASPP branch: ``mid_norm=True,
-    mid_act="relu"``). An order that begins with a norm is ``nn.BatchNorm2d`` in front, and ``pre_act``.
+    The order is ``pre_act, depthwise, mid_norm, mid_act, pointwise, post_norm, post_act``. Leaving parts out gives the
+    usual orders: ``pre_act="relu", mid_norm=True, post_act=None`` for the Xception blocks of DeepLabV3+,
+    ``mid_norm=True, mid_act="relu6", post_act=None`` for MobileNetV2, ``mid_norm=True, mid_act="relu"`` for a separable
+    ASPP branch. For an order that begins with a norm, put an ``nn.BatchNorm2d`` in front and use ``pre_act``.
 
     Children ``depthwise``, ``mid_norm``, ``pointwise``, ``post_norm`` are ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d``
-    (absent norms are None): weights load, convert and quantise as torch's own.
+    modules (None for absent norms): weights load, convert and quantise as torch's own.
 
     Args:
         in_channels: C of the (N, C, H, W) input.
         out_channels: channels of the output.
         kernel_size: K, in taps.
-        stride: in pixels.
+        stride: of the depthwise convolution, in pixels.
         padding: zeros on each side, in pixels; None means ``dilation * (kernel_size - 1) // 2``, which keeps H and W at
             stride 1 where ``dilation * (kernel_size - 1)`` is even.
-        dilation: distance of neighbouring taps, in pixels.
-        bias: whether both convolutions have a bias.
+        dilation: distance between neighbouring taps, in pixels.
+        bias: True to give both convolutions a bias.
         pre_act: activation of the input: None, "relu", "relu6" or "leaky_relu".
-        mid_norm: whether a batch norm stands between the halves.
-        mid_act: activation between the halves.
-        post_norm: whether a batch norm ends the module.
+        mid_norm: True for a batch norm after the depthwise convolution.
+        mid_act: activation after ``mid_norm``.
+        post_norm: True for a batch norm after the pointwise convolution.
         post_act: activation of the output.
         eps: of both norms.
         momentum: of both norms; None averages cumulatively.
@@ -44,7 +44,7 @@ class SeparableConv2d(nn.Module):
         (N, out_channels, OH, OW), in the memory format of the input.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: an activation is unknown, or ``kernel_size`` is not an int.
 
     Reference: Chollet, Xception, arXiv:1610.02357.
 
@@ -92,7 +92,7 @@ class SeparableConv2d(nn.Module):
 
     @leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W); residual: shaped as the output, added last."""
+        """x: (N, C, H, W); residual: (N, out_channels, OH, OW), added to the output."""
         return run_separable(
             x, self.depthwise, self.mid_norm, self.mid_act, self.pointwise, self.post_norm, self.post_act,
             pre_act=self.pre_act, residual=residual,

@@ -11,15 +11,14 @@ from fastseg.ops.core.sizes import whole
 
 
 class ConvNormAct2d(nn.Module):
-    """``act(norm(conv(x)))``.
+    """Compute ``act(norm(conv(x)))``.
 
-    In evaluation, where no gradient is wanted, the batch norm is folded into the convolution's weights, in each call
-    and where that pays; inside ``fastseg.frozen`` and in a ``Runner`` once. Parameters, buffers and ``state_dict`` stay
-    as they are. On CUDA bias and ReLU then run in cuDNN's fused call where it takes the convolution;
-    ``fastseg.explain()`` says why not.
+    In evaluation without gradients, the batch norm is folded into the convolution's weights: at each call where that
+    pays, once inside ``fastseg.frozen`` and in a ``Runner``. Parameters, buffers and ``state_dict`` do not change. On
+    CUDA, cuDNN's fused call then adds bias and ReLU if it takes the convolution; ``fastseg.explain()`` says why not.
 
-    Children ``conv`` and ``norm`` are ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` (``norm=False``: None). A child
-    that is replaced, or has hooks, is called as it is.
+    Children ``conv`` and ``norm`` are an ordinary ``nn.Conv2d`` and ``nn.BatchNorm2d`` (None with ``norm=False``). A
+    child that was replaced, or has hooks, is called instead of fused.
 
     Args:
         in_channels: C of the (N, C, H, W) input.
@@ -29,17 +28,20 @@ class ConvNormAct2d(nn.Module):
         padding: zeros on each side, in pixels; None means ``dilation * (kernel_size - 1) // 2``, which keeps H and W at
             stride 1 where ``dilation * (kernel_size - 1)`` is even.
         dilation: distance of neighbouring taps, in pixels.
-        groups: of channels that do not mix.
-        bias: whether the convolution has one; None means where no norm follows.
-        norm: whether a batch norm follows.
+        groups: groups of the convolution.
+        bias: True to give the convolution a bias; None means only without a norm.
+        norm: True for a batch norm after the convolution.
         act: None, "relu", "relu6" or "leaky_relu".
         eps: of the norm.
         momentum: of the norm; None averages cumulatively.
         device: of the parameters.
         dtype: of the parameters.
 
+    Returns:
+        (N, out_channels, OH, OW), with OH and OW as ``nn.Conv2d``.
+
     Raises:
-        ValueError: an unknown activation; what ``nn.Conv2d`` does not take.
+        ValueError: the activation is unknown, or ``nn.Conv2d`` raises it.
 
     Reference: Ioffe and Szegedy, Batch Normalization, arXiv:1502.03167.
 

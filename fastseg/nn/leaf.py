@@ -1,4 +1,4 @@
-"""Modules that ``torch.fx`` records whole, as it does torch's own."""
+"""Modules that ``torch.fx`` records as one call, as it does torch's own."""
 
 import functools
 from collections.abc import Callable
@@ -9,10 +9,10 @@ from torch.overrides import has_torch_function
 
 
 def leaf(forward: Callable) -> Callable:
-    """Decorate a module's ``forward``: among a tracer's stand-ins it is one ``call_module``, not looked into.
+    """Decorate a module's ``forward`` so that ``torch.fx`` records it as one ``call_module``.
 
-    A ``torch.fx.Tracer`` takes for leaves what lies in ``torch.nn``, and would go into a drop-in for it, whose choices
-    between kernels no graph of calls can hold. A module that is itself the root of the trace is gone into.
+    A ``torch.fx.Tracer`` treats modules from ``torch.nn`` as leaves. It would trace into a drop-in for one, whose
+    choices between kernels no graph can hold. A module that is the root of the trace is traced into.
     """
 
     @functools.wraps(forward)

@@ -7,17 +7,23 @@ from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
 
 class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
-    """``cross_entropy(interpolate(logits, target.shape[-2:], mode="bilinear"), target)``.
+    """Compute ``cross_entropy(interpolate(logits, target.shape[-2:], mode="bilinear"), target)``.
 
     As ``torch.nn.CrossEntropyLoss``; differences: the logits are first upsampled to the size of the target, and the
-    target holds class indices, of uint8, int32 or int64.
+    target holds class indices of dtype uint8, int8, int16, int32 or int64. See ``fastseg.ops.upsample_cross_entropy``.
 
     Args:
-        weight: (C,), a factor for each class.
-        ignore_index: target value that contributes nothing.
+        weight: (C,), a factor per class.
+        ignore_index: target value of pixels that do not count.
         reduction: "mean", "sum" or "none".
         label_smoothing: in [0, 1].
-        align_corners: as ``torch.nn.functional.interpolate``.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        A scalar, or (N, H, W) for ``reduction="none"``.
+
+    Raises:
+        ValueError, TypeError, IndexError: those of ``fastseg.ops.upsample_cross_entropy``, which ``forward`` calls.
 
     Example:
         >>> loss = UpsampleCrossEntropyLoss(ignore_index=255)
@@ -39,7 +45,7 @@ class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
 
     @leaf
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Logits (N, C, h, w) and class indices (N, H, W) -> a scalar, or (N, H, W) without reduction."""
+        """Logits (N, C, h, w) and class indices (N, H, W) -> a scalar, or (N, H, W) for ``reduction="none"``."""
         return upsample_cross_entropy(
             logits,
             target,

@@ -1,4 +1,4 @@
-"""Batch norm + residual + activation as a module, over one process or many, and over existing BatchNorm2d children."""
+"""Batch norm, residual and activation as a module, for one process or many."""
 
 import torch
 from torch import Tensor, nn
@@ -12,29 +12,31 @@ from fastseg.ops.core.norm import Activation
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
-    """As ``torch.nn.BatchNorm2d``; differences: an activation follows, and a residual may come in between, in one op.
+    """As ``torch.nn.BatchNorm2d``; differences: a residual and an activation may follow, in the same op.
 
-    The ``state_dict`` is ``BatchNorm2d``'s. Where kernels run, the backward keeps the input and no activated map.
+    The ``state_dict`` is that of ``BatchNorm2d``. With kernels, the backward saves the input and no activated map.
 
-    With ``sync`` the statistics of training are those of all processes, as in ``torch.nn.SyncBatchNorm``, on CPUs too;
-    without a process group, or in evaluation, it changes nothing. ``fastseg.nn.SyncBatchNorm.convert_sync_batchnorm``
-    sets it throughout a model. torch's own converter would build a norm without the activation, and gets an error.
+    With ``sync``, training uses the statistics of all processes, as in ``torch.nn.SyncBatchNorm``, on CPUs too. Without
+    a process group, or in evaluation, it changes nothing. ``fastseg.nn.SyncBatchNorm.convert_sync_batchnorm`` sets it
+    throughout a model. torch's own converter would build a norm without the activation, so it gets an error.
 
     Args:
         num_features: C of the (N, C, H, W) input.
         eps: added to the variance.
         momentum: of the running statistics; None averages cumulatively.
-        affine: whether there are a weight and a bias.
-        track_running_stats: whether there are running statistics.
+        affine: True for a weight and a bias.
+        track_running_stats: True for running statistics.
         device: of parameters and buffers.
         dtype: of parameters and buffers.
         act: None, "relu", "relu6" or "leaky_relu".
-        sync: whether processes share their batch statistics.
-        process_group: which processes; None: all.
-        options: what else this torch's ``BatchNorm2d`` takes.
+        sync: True to share batch statistics between processes.
+        process_group: the processes that share them; None means all.
+        options: further keywords of this torch's ``BatchNorm2d``.
 
     Raises:
-        ValueError: an unknown activation.
+        ValueError: the activation is unknown.
+
+    Reference: Ioffe and Szegedy, Batch Normalization, arXiv:1502.03167.
 
     Example:
         >>> norm = BatchNormAct2d(16)
@@ -64,13 +66,13 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @leaf
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        """input: (N, C, H, W); residual: the same, added before the activation."""
-        if not has_torch_function_unary(input):  # a tracer's stand-in has no dimensions to check
+        """input: (N, C, H, W); residual: (N, C, H, W), added before the activation."""
+        if not has_torch_function_unary(input):  # a tracer's proxy has no dimensions to check
             self._check_input_dim(input)
         return batch_norm_act(input, batch_norm_args(self), self.act, residual, process_group=self._group())
 
     def _group(self) -> "dist.ProcessGroup | None":
-        """Whose statistics to share now."""
+        """The process group whose statistics to share at present."""
         if not (self.sync and self.training and dist.is_available() and dist.is_initialized()):
             return None
         group = self.process_group or dist.group.WORLD
@@ -78,7 +80,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
 
     @property
     def qconfig(self):
-        """What torch's SyncBatchNorm converter carries over, and its quantisation looks for."""
+        """Read by torch's SyncBatchNorm converter, which copies it, and by torch's quantisation."""
         if "qconfig" not in vars(self) and self.act is not None:
             raise TypeError(
                 "torch.nn.SyncBatchNorm.convert_sync_batchnorm would drop the activation of a BatchNormAct2d; "
@@ -110,8 +112,10 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     @classmethod
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: "dist.ProcessGroup | None" = None) -> nn.Module:
-        """As torch's, but a ``BatchNorm2d`` becomes a ``BatchNormAct2d`` without activation, which fused ops
-        know; one that is there stays, and syncs. Other batch norms become torch's SyncBatchNorm."""
+        """As torch's, except that a ``BatchNorm2d`` becomes a ``BatchNormAct2d`` without activation, which ops can
+        fuse.
+                A ``BatchNormAct2d`` stays and is set to sync. Other batch norms become torch's ``SyncBatchNorm``.
+        """
         if type(module) is nn.BatchNorm2d:
             norm = BatchNormAct2d(
                 module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats, "meta",

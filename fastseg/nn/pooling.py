@@ -1,4 +1,4 @@
-"""Max pooling with small indices, and max unpooling that is deterministic: drop-ins for torch's modules."""
+"""Max pooling with compact indices and deterministic max unpooling: drop-ins for torch's modules."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from fastseg.ops.pool_indices import PoolIndices
 
 
 class _MaxPool:
-    """What the three poolings add to torch's."""
+    """What the three poolings add to torch's modules."""
 
     pool: Callable
 
@@ -49,8 +49,8 @@ class MaxPool1d(_MaxPool, nn.MaxPool1d):
 class MaxPool2d(_MaxPool, nn.MaxPool2d):
     """As ``torch.nn.MaxPool2d``; difference: ``index_format="compact"`` returns a ``fastseg.ops.PoolIndices``.
 
-    That is 2 bits a window of up to 4 cells, 4 up to 16, 8 up to 256, where torch's int64 takes 64. ``MaxUnpool2d``
-    takes either. See ``fastseg.ops.max_pool2d``.
+    Compact indices take 2 bits for windows of up to 4 cells, 4 up to 16, 8 up to 256; torch's int64 takes 64.
+    ``MaxUnpool2d`` takes either. See ``fastseg.ops.max_pool2d``.
 
     Example:
         >>> pool = MaxPool2d(2, return_indices=True, index_format="compact")
@@ -74,7 +74,7 @@ class MaxPool3d(_MaxPool, nn.MaxPool3d):
 
 
 class _MaxUnpool:
-    """What the three unpoolings add to torch's."""
+    """What the three unpoolings add to torch's modules."""
 
     unpool: Callable
 
@@ -86,7 +86,7 @@ class _MaxUnpool:
 
     @leaf
     def forward(self, input: Tensor, indices: Tensor | PoolIndices, output_size: list[int] | None = None) -> Tensor:
-        """Values of windows to where the indices say; zeros elsewhere."""
+        """Write the values of the windows at their indices; zeros elsewhere."""
         return self.unpool(
             input, indices, self.kernel_size, self.stride, self.padding, output_size, check_indices=self.check_indices
         )
@@ -108,9 +108,9 @@ class MaxUnpool1d(_MaxUnpool, nn.MaxUnpool1d):
 
 
 class MaxUnpool2d(_MaxUnpool, nn.MaxUnpool2d):
-    """As ``torch.nn.MaxUnpool2d``; differences: deterministic, also with ``torch.use_deterministic_algorithms(True)``;
-    takes compact indices; never follows an index that is outside; ``check_indices="sync"`` raises for one at once, on a
-    GPU too. See ``fastseg.ops.max_unpool2d``.
+    """As ``torch.nn.MaxUnpool2d``; differences: deterministic, and takes compact indices.
+        It works under ``torch.use_deterministic_algorithms(True)``. An index outside the output is never used as an
+        address; ``check_indices="sync"`` raises for one at once, on a GPU too. See ``fastseg.ops.max_unpool2d``.
 
     Example:
         >>> values, indices = MaxPool2d(2, return_indices=True)(torch.randn(2, 3, 8, 8))

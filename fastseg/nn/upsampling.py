@@ -1,4 +1,4 @@
-"""Bilinear upsampling, as interpolation and as a transposed convolution, and what is fused with it."""
+"""Bilinear upsampling, as interpolation and as transposed convolution, and the argmax fused with it."""
 
 import weakref
 from typing import Literal
@@ -21,7 +21,7 @@ from fastseg.ops.upsample_bilinear import upsample_bilinear
 
 
 class Upsample(nn.Upsample):
-    """As ``torch.nn.Upsample``; differences: ``mode="bilinear"`` is ``fastseg.ops.upsample_bilinear``.
+    """As ``torch.nn.Upsample``; difference: ``mode="bilinear"`` runs ``fastseg.ops.upsample_bilinear``.
 
     Example:
         >>> Upsample(scale_factor=2, mode="bilinear")(torch.randn(1, 8, 4, 4)).shape
@@ -37,7 +37,7 @@ class Upsample(nn.Upsample):
 
 
 class UpsamplingBilinear2d(nn.UpsamplingBilinear2d):
-    """As ``torch.nn.UpsamplingBilinear2d`` (``align_corners=True``); differences: as ``Upsample``.
+    """As ``torch.nn.UpsamplingBilinear2d`` (``align_corners=True``); difference: as ``Upsample``.
 
     Example:
         >>> UpsamplingBilinear2d(size=(7, 9))(torch.randn(1, 8, 4, 4)).shape
@@ -48,7 +48,7 @@ class UpsamplingBilinear2d(nn.UpsamplingBilinear2d):
 
 
 class UpsamplingNearest2d(nn.UpsamplingNearest2d):
-    """As ``torch.nn.UpsamplingNearest2d``, without differences: torch's own kernel copies, and its backward gathers.
+    """As ``torch.nn.UpsamplingNearest2d``; no difference: torch's kernel copies, and its backward gathers.
 
     Example:
         >>> UpsamplingNearest2d(scale_factor=2)(torch.tensor([[[[1.0, 2.0]]]]))[0, 0, 0]
@@ -59,33 +59,36 @@ class UpsamplingNearest2d(nn.UpsamplingNearest2d):
 
 
 class BilinearConvTranspose2d(nn.ConvTranspose2d):
-    """``ConvTranspose2d(channels, channels, ...)`` whose weight begins as the bilinear kernel, and usually stays it.
+    """``ConvTranspose2d(channels, channels, ...)`` whose weight is initialised to the bilinear kernel.
 
     ``weight`` is the dense (channels, channels, K, K) tensor of ``ConvTranspose2d``: FCN checkpoints load, and an
-    optimiser can train it. What the weight is decides what runs, always with the same result:
+    optimiser can train it. The values of the weight decide which form runs; the result is the same:
 
-        the bilinear kernel, not trained   four taps an output pixel (``fastseg.ops.bilinear_conv_transpose2d``)
+        the bilinear kernel, not trained   four taps per output pixel (``fastseg.ops.bilinear_conv_transpose2d``)
         zero between different channels    a grouped convolution
-        anything else, or being trained    ``conv_transpose2d``: every element has its gradient
+        anything else, or being trained    ``conv_transpose2d``: every element gets its gradient
 
-    The weight is looked at in each call, which reads it once, and waits for a GPU; inside ``fastseg.frozen`` and in a
-    ``Runner`` in the first call alone. ``torch.compile`` looks when it traces; ``torch.export``, and a CUDA graph that
-    is captured, go by what was seen last.
+    Each call reads the weight once to find out, and waits for a GPU; inside ``fastseg.frozen`` and in a ``Runner`` only
+    the first call does. ``torch.compile`` reads it when it traces. ``torch.export`` and the capture of a CUDA graph use
+    the last result.
 
     Args:
         channels: of input and output.
         stride: output pixels per input pixel.
         kernel_size: K, in taps; None means ``2 * stride - stride % 2``.
-        padding: output pixels cut off on each side; None means that the output is ``stride`` times the input.
-        bias: whether a bias is added; it is trained.
-        trainable: whether ``weight`` requires a gradient.
+        padding: output pixels cropped on each side; None makes the output ``stride`` times the input.
+        bias: True to add a trainable bias.
+        trainable: True if ``weight`` requires a gradient.
         device: of the parameters.
         dtype: of the parameters.
 
-    Raises:
-        ValueError: a number out of range, or no padding with which the output is ``stride`` times the input.
+    Returns:
+        (N, channels, OH, OW); ``forward`` has the sizes.
 
-    Reference: Long et al., arXiv:1411.4038; it keeps the kernel fixed.
+    Raises:
+        ValueError: a number is out of range, or no padding makes the output ``stride`` times the input.
+
+    Reference: Long et al., arXiv:1411.4038, who keep the kernel fixed.
 
     Example:
         >>> BilinearConvTranspose2d(21, 8)(torch.randn(1, 21, 8, 8)).shape
@@ -110,7 +113,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
         self._seen = (weakref.ref(self.weight), _stamp(self.weight), "bilinear")
 
     def reset_parameters(self) -> None:
-        """The bilinear kernel, and a bias of 0."""
+        """Reset the weight to the bilinear kernel, and the bias to 0."""
         with torch.no_grad():
             kernel = bilinear_kernel(self.in_channels, self.out_channels, self.kernel_size[0], dtype=self.weight.dtype)
             self.weight.copy_(kernel)
@@ -130,9 +133,9 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
 
         Args:
             input: the coarse map.
-            output_size: OH and OW, any; None means ``(n - 1) * stride + K - 2 * padding``.
-            skip: (N, C, SH, SW), added in the same kernel.
-            skip_offset: FCN's crop of the skip, in pixels.
+            output_size: (OH, OW), in pixels, of any size; None means ``(n - 1) * stride + K - 2 * padding``.
+            skip: (N, C, SH, SW); its window is added in the same kernel.
+            skip_offset: first row and column of the window, in pixels: FCN's crop.
         """
         kind = self._kind()
         size = None if output_size is None else tuple(output_size[-2:])
@@ -153,7 +156,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             self._look()
 
     def __getstate__(self) -> dict:
-        return {**super().__getstate__(), "_seen": None}  # a weak reference neither pickles nor copies
+        return {**super().__getstate__(), "_seen": None}  # a weak reference can neither be pickled nor copied
 
     def _kind(self) -> Literal["bilinear", "diagonal", "dense"]:
         if self.weight.requires_grad and torch.is_grad_enabled():
@@ -172,9 +175,9 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             known = self._seen is not None and self._seen[0]() is not None and self._seen[1] is not None
             return self._seen[2] if known and self._seen[1] == _stamp(self._seen[0]()) else "dense"
         if not isinstance(weight, nn.Parameter):
-            return "dense"  # computed anew in each call: looking would cost more than it brings
+            return "dense"  # computed anew in each call: reading it would cost more than it saves
         if weight.requires_grad and rewritten(self):
-            return "dense"  # trained, and nothing tells when
+            return "dense"  # trained, and no counter tells when
         seen = self._seen is not None and self._seen[0]() is weight and self._seen[1] == stamp
         if not (seen and weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             kind = made_once((weight,), ("kind",), lambda: kind_of(weight))
@@ -183,7 +186,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
 
 
 def _stamp(weight: Tensor) -> tuple[int, int] | None:
-    """What changes with the values of ``weight``: its version and address; None where it has none."""
+    """The version and address of ``weight``, which change with its values; None if it has no version."""
     try:
         stamp = (weight._version, weight.data_ptr())
     except RuntimeError:
@@ -204,12 +207,18 @@ def kind_of(weight: Tensor) -> Literal["bilinear", "diagonal", "dense"]:
 
 
 class UpsampleArgmax(nn.Module):
-    """Class map from low-resolution logits: ``interpolate(logits, mode="bilinear", ...).argmax(1)``.
+    """Class map of low-resolution logits: ``interpolate(logits, mode="bilinear", ...).argmax(1)``.
 
     Args:
         size: output height and width in pixels, or one number for both.
-        scale_factor: multiplier of height and width; instead of ``size``.
-        align_corners: as ``torch.nn.functional.interpolate``.
+        scale_factor: output pixels per input pixel; instead of ``size``.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        Class indices (N, H, W), uint8 for up to 256 classes, else int64.
+
+    Raises:
+        ValueError, TypeError: those of ``fastseg.ops.upsample_argmax``, which ``forward`` calls.
 
     Example:
         >>> UpsampleArgmax(scale_factor=4)(torch.randn(1, 21, 32, 32)).shape
@@ -235,8 +244,8 @@ class UpsampleArgmax(nn.Module):
 
         Args:
             logits: low-resolution logits.
-            size: output size of this call, in place of the module's own size or factor.
-            dtype: uint8 or int64; None gives uint8 up to 256 classes, else int64.
+            size: output size of this call, in pixels, instead of the module's own size or factor.
+            dtype: uint8 or int64; None means uint8 for up to 256 classes, else int64.
         """
         factor = self.scale_factor if size is None else None
         size = self.size if size is None else size

@@ -1,4 +1,4 @@
-"""Differentiable functions: the functional API."""
+"""The functional API: differentiable functions with fused kernels."""
 
 from fastseg.ops.aspp import aspp
 from fastseg.ops.atrous_conv2d import atrous_conv2d

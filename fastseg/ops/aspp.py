@@ -1,4 +1,4 @@
-"""Atrous spatial pyramid pooling over folded weights: branches, image pool and projection."""
+"""Atrous spatial pyramid pooling with folded weights: branches, image pool and projection."""
 
 from collections.abc import Sequence
 
@@ -24,37 +24,37 @@ def aspp(
     act: Activation | None = "relu",
     fusion: str = "concat",
 ) -> Tensor:
-    """Atrous spatial pyramid pooling; the norms are folded into the weights, or absent.
+    """Compute atrous spatial pyramid pooling (ASPP); batch norms are folded into the weights, or absent.
 
-    ``"concat"``, of DeepLabV3::
+    ``fusion="concat"`` is the ASPP of DeepLabV3::
 
         b_i = act(conv2d(x, weights[i], biases[i], padding="same", dilation=dilations[i]))
         p   = act(conv2d(mean(x), pool_weight, pool_bias)), the same over all pixels of an image
         y   = act(conv2d(cat([b_0, b_1, ..., p]), project_weight, project_bias))
 
-    The branches are one kernel, which skips the taps that lie in the padding and writes its results side by side. ``p``
-    is never made a map: its share of the projection is one bias per image. ``"sum"``, of DeepLabV2, is the sum of
-    ``conv2d(x, weights[i], biases[i])``, each added in the epilogue of the next; it takes nothing that begins with
-    ``project`` or ``pool``, and no activation.
+    One kernel computes all branches. It skips the taps that lie in the padding and writes the results side by side.
+    ``p`` is never stored as a map: it enters the projection as one bias per image. ``fusion="sum"``, of DeepLabV2, is
+    the sum of ``conv2d(x, weights[i], biases[i])``; each convolution adds the previous sum in its epilogue. It takes no
+    activation and no argument whose name begins with ``project`` or ``pool``.
 
     Args:
         x: (N, C, H, W).
         weights: (M, C, 1, 1) or (M, C, 3, 3) each.
-        dilations: of each branch, in pixels; a 1x1 has any.
+        dilations: of each branch, in pixels; ignored for a 1x1.
         biases: (M,) each, or None.
-        project_weight: (OUT, K, 1, 1); K counts the channels of the branches, and M more with the image pool.
+        project_weight: (OUT, K, 1, 1); K is M times the number of branches, the image pool counted as one.
         project_bias: (OUT,).
-        pool_weight: (M, C, 1, 1), or None: there is no image pool.
+        pool_weight: (M, C, 1, 1), or None for no image pool.
         pool_bias: (M,).
-        pool_first: whether the pool's channels come first in ``project_weight``, not last.
-        act: of branches, pool and projection: None, "relu", "relu6" or "leaky_relu".
+        pool_first: True if the pool's channels come first in ``project_weight``, False if last.
+        act: activation of branches, pool and projection: None, "relu", "relu6" or "leaky_relu".
         fusion: "concat" or "sum".
 
     Returns:
         (N, OUT, H, W); with "sum" (N, M, H, W).
 
     Raises:
-        ValueError: shapes that do not fit each other; an unknown activation or fusion.
+        ValueError: shapes do not match, or the activation or fusion is unknown. Also the errors of ``atrous_conv2d``.
 
     Reference: Chen et al., DeepLab, arXiv:1606.00915 ("sum"); DeepLabV3, arXiv:1706.05587 ("concat").
     """
@@ -78,7 +78,7 @@ def aspp(
 
 
 def split_projection(weight: Tensor, channels: int, pool_first: bool) -> tuple[Tensor, Tensor]:
-    """The projection's (OUT, K, 1, 1) weight as that of the branches' ``channels``, and that of the pooled vector."""
+    """Split the projection weight (OUT, K, 1, 1) into the ``channels`` of the branches and those of the pool."""
     rest = weight.shape[1] - channels
     if pool_first:
         return weight[:, rest:], weight[:, :rest]
@@ -91,7 +91,7 @@ def pooled(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation | Non
 
 
 def pool_share(p: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """What the pooled (N, M, 1, 1) adds to the projection, its own bias included: (N, OUT)."""
+    """Contribution of the pooled (N, M, 1, 1) vector to the projection, plus the projection's bias: (N, OUT)."""
     return F.linear(p.flatten(1), weight.flatten(1), bias)
 
 
@@ -100,8 +100,8 @@ def project(
 ) -> Tensor:
     """``act(sum of conv2d(map, weight) + image_bias)``, with one bias per image and channel: (N, OUT, H, W).
 
-    Each sum is taken up by the next one's epilogue. To copy B maps beside each other and project them would move 3B + 1
-    maps in two launches, the chain moves 3B - 1 in B.
+    Each convolution adds the previous sum in its epilogue. A chain over B maps moves 3B - 1 maps in B launches; a copy
+    of all maps side by side and one projection move 3B + 1 in two.
     """
     args, y = ((1, 1), (0, 0), (1, 1), 1), None
     for part, weight in zip(maps[:-1], weights[:-1], strict=True):
@@ -114,7 +114,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, act: Activation | 
 
 
 def _check(x, weights, dilations, biases, project_weight, project_bias, pool, act, fusion: str) -> None:
-    """What ``atrous_branches`` does not check itself."""
+    """Check the arguments that ``atrous_branches`` does not check."""
     if act is not None and act not in ACTIVATIONS:
         raise ValueError(f'aspp: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
     if fusion not in ("concat", "sum"):

@@ -1,4 +1,4 @@
-"""A dilated convolution that does not multiply its padding."""
+"""Dilated convolution that skips the products with zero padding."""
 
 from collections.abc import Sequence
 
@@ -34,19 +34,20 @@ def atrous_conv2d(
 ) -> Tensor:
     """``act(conv2d(x, weight, bias, padding=dilation * (K // 2), dilation=dilation) + residual)``: stride 1, one group.
 
-    On a GPU the map is cut into rectangles in which each tap lies in the map everywhere or nowhere, and the taps that
-    read padding are left out: 61 % of a 3x3 at rate 18 on a 32x32 map. So do both gradients. Bias, residual and
-    activation cost no launch: a sum of convolutions is a chain of calls. A cost model (``explain`` shows its numbers)
-    leaves to the library what it does faster, undilated 3x3 always.
+    On a GPU the map is cut into rectangles in which each tap lies either wholly inside the map or wholly outside. Taps
+    outside are skipped: 61 % of the products of a 3x3 at rate 18 on a 32x32 map. Both gradients skip them too. Bias,
+    residual and activation cost no extra launch, so a sum of convolutions is a chain of calls. A cost model
+    (``explain`` shows its numbers) leaves to the library what the library computes faster; that is always the case for
+    an undilated 3x3.
 
-    As torch, but for weights that are not finite: those of a tap that reads padding at every pixel stay out of the
-    result, where torch multiplies them by 0.
+    Results equal torch's for finite weights. A non-finite weight whose tap reads padding at every pixel does not reach
+    the result; torch multiplies it by 0 and gets NaN.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; contiguous input costs one copy each way.
-        weight: (COUT, C, K, K), K odd; kernels take 1 and 3.
+        weight: (COUT, C, K, K), K odd; the Triton kernel takes K = 1 and 3.
         bias: (COUT,).
-        dilation: distance of neighbouring taps, in pixels, on both axes.
+        dilation: distance between neighbouring taps, in pixels, on both axes.
         act: activation of the output; None, "relu", "relu6" or "leaky_relu" (slope 0.01).
         residual: (N, COUT, H, W), added before the activation.
 
@@ -54,9 +55,9 @@ def atrous_conv2d(
         (N, COUT, H, W), in the memory format of ``x``. Under autocast in autocast's dtype, as torch's convolutions.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, tensors on different devices.
-        TypeError: dtypes of ``x``, weight and residual that differ outside autocast, or are no floating point; the bias
-            may have another floating-point dtype.
+        ValueError: shapes do not match, the activation is unknown, or tensors are on different devices.
+        TypeError: ``x``, weight and residual differ in dtype outside autocast, or are not floating point; the bias may
+            have another floating-point dtype.
 
     Reference: Chen et al., DeepLab, arXiv:1606.00915.
     """
@@ -105,26 +106,26 @@ def atrous_branches(
 ) -> Tensor:
     """``act(cat([conv2d(x, w, b, padding=d * (K // 2), dilation=d) ...], 1) + residual)``, as one launch.
 
-    Products with padding are left out where the cost model finds that this pays (``explain`` shows its numbers): one
-    decision for all branches. ``x`` is kept once for the backward.
+    The kernel skips products with padding if the cost model finds that this pays (``explain`` shows its numbers); it
+    decides once for all branches. The backward saves ``x`` once.
 
     Args:
         x: (N, C, H, W).
-        weights: of each branch (COUT, C, K, K), one COUT, K odd; the kernel takes 1 and 3.
-        biases: of each branch (COUT,), or None.
+        weights: one (COUT, C, K, K) for each branch, COUT the same for all, K odd; the kernel takes K = 1 and 3.
+        biases: one (COUT,) for each branch, or None.
         dilations: of each branch, in pixels.
         act: None, "relu", "relu6" or "leaky_relu".
         residual: (N, B * COUT, H, W), added before the activation.
-        name: what messages and ``explain`` call the op.
-        as_x: give the result in the memory format of ``x``.
+        name: name of the op in error messages and in ``explain``.
+        as_x: return the result in the memory format of ``x``.
 
     Returns:
-        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran,
-        unless ``as_x``. Under autocast in autocast's dtype, as torch's convolutions.
+        (N, B * COUT, H, W), branch b in channels b * COUT and following; channels_last where the kernel ran, unless
+        ``as_x``. Under autocast in autocast's dtype, as torch's convolutions.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, tensors on different devices.
-        TypeError: dtypes of ``x``, weights and residual that differ outside autocast, or are no floating point.
+        ValueError: shapes do not match, the activation is unknown, or tensors are on different devices.
+        TypeError: ``x``, weights and residual differ in dtype outside autocast, or are not floating point.
 
     Reference: Chen et al., DeepLabV3, arXiv:1706.05587.
     """
@@ -139,12 +140,12 @@ def atrous_maps(
     dilations: Sequence[int],
     act: Activation | None = None,
 ) -> list[Tensor]:
-    """The parts of ``atrous_branches`` as they come, nothing copied: the kernel's one map, or the library's of each."""
+    """The maps that ``atrous_branches`` concatenates: one from the kernel, or one per branch from the library."""
     return _run(NAME, x, weights, biases, dilations, act, None, False)
 
 
 def are_one_map(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
-    """Whether ``atrous_branches`` writes all branches into one map, or copies what a GPU's library gave there."""
+    """True if ``atrous_branches`` writes all branches into one map; False if it concatenates a GPU library's maps."""
     if torch.compiler.is_compiling() or not kernels_run(x):
         return True
     return not _unsupported(x, weights, (), dilations, None, None)[0]
@@ -175,14 +176,14 @@ def _takes_kernel(name: str, x: Tensor, weights, biases, dilations, act, residua
 
 
 def _nothing_follows(*tensors: Tensor) -> bool:
-    """Whether no gradient is wanted, no compiler looks on, and it is not the reference that is asked for."""
+    """True if no gradient is needed, nothing traces or transforms the call, and ``fastseg.reference()`` is off."""
     if followed(*tensors) or in_reference():
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 def _one_by_one(x, weights, biases, dilations, act) -> list[Tensor]:
-    """The library's convolutions, each with its bias and activation in its own call where it has one."""
+    """One library convolution per branch, with bias and activation fused into the call where the library can."""
     cast = lambda t: t if t is None or torch.is_autocast_enabled(x.device.type) else t.to(x.dtype)
     return [
         conv2d_act(x, cast(w), cast(b), act, (1, 1), (d * (w.shape[-1] // 2),) * 2, (d, d), 1)
@@ -207,7 +208,7 @@ def _check(name, x, weights, biases, dilations, act, residual) -> None:
         if w.dim() != 4 or w.shape[1:] != (x.shape[1], K, K) or K % 2 == 0 or w.shape[0] != weights[0].shape[0]:
             raise ValueError(
                 f"{name}: a weight is {tuple(w.shape)}; x has {x.shape[1]} channels: use (COUT, {x.shape[1]}, K, K), K "
-                "odd, one COUT, no groups"
+                "odd, the same COUT for all weights, no groups"
             )
         if not isinstance(d, (int, torch.SymInt)) or isinstance(d, bool) or d < 1:
             raise ValueError(f"{name}: dilation is {d!r}; it must be a whole number of pixels >= 1, for both axes")
@@ -228,7 +229,7 @@ def _check(name, x, weights, biases, dilations, act, residual) -> None:
 
 
 def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str]:
-    """Why torch's convolutions run, or ""; and what the cost model says, which a captured graph asks when it runs."""
+    """Return why torch's convolutions run, or "", and what the cost model says; a graph asks again when it runs."""
     kernels = [w.shape[-1] for w in weights]
     if any(K not in (1, 3) for K in kernels):
         return f"kernel size {max(kernels)}: the kernel takes 1 and 3", ""

@@ -1,4 +1,4 @@
-"""Batch norm, residual and activation in one pass; statistics of this process, or of a group of processes."""
+"""Batch norm, residual and activation in one pass; batch statistics of one process or of a process group."""
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from fastseg.ops.core.recompute import remember
 from fastseg.ops.core.register import DECOMPOSITIONS, qualified
 from fastseg.ops.registered.batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
 
-MOST_CHANNELS = 65535  # one to a block, blocks along a grid axis of CUDA
+MOST_CHANNELS = 65535  # blocks lie along a grid axis of CUDA, one channel to a block
 
 
 def batch_norm_act(
@@ -37,28 +37,28 @@ def batch_norm_act(
     *,
     process_group: "dist.ProcessGroup | None" = None,
 ) -> Tensor:
-    """``act(batch_norm(x) + residual)``, as ``torch.nn.functional.batch_norm`` and what follows it, in one pass.
+    """Compute ``act(batch_norm(x) + residual)`` in one pass, with the batch norm of ``torch.nn.functional.batch_norm``.
 
-    In training the batch statistics take one read of ``x`` more. The backward keeps ``x`` and vectors, and computes the
-    activation's input again; with a residual it holds on to the result, which the next convolution keeps as well.
-    Without one, a following ``fastseg.nn.ConvNormAct2d`` keeps no map of its own: its backward makes the result again.
-    Second derivatives, forward-mode AD, empty batches and a residual of another dtype run in plain PyTorch; with a
-    ``process_group`` gradients are first order, and to differentiate them raises.
+    Training reads ``x`` once more, for the batch statistics. The backward saves ``x`` and per-channel vectors and
+    recomputes the input of the activation; with a residual it saves the result, which the next convolution saves too.
+    Without a residual, a ``fastseg.nn.ConvNormAct2d`` that follows saves no map of its own: its backward recomputes the
+    result. Second derivatives, forward-mode AD, empty batches and a residual of another dtype run in plain PyTorch.
+    With a ``process_group`` only first derivatives exist; differentiating the gradients raises.
 
     Args:
-        x: (N, C, H, W), contiguous or channels_last; norms and statistics of a half ``x`` may be float32.
-        norm: tensors and options of the batch norm; weight or bias may be None by itself.
+        x: (N, C, H, W), contiguous or channels_last; norm and statistics may be float32 for 16-bit ``x``.
+        norm: tensors and options of the batch norm; weight, bias, or both may be None.
         act: None, "relu", "relu6" or "leaky_relu" (slope 0.01).
-        residual: as ``x``, added before the activation.
-        process_group: whose processes share their batch statistics, as in ``torch.nn.SyncBatchNorm``: each calls this
-            function, its batch may be empty. Training only. None: this process alone.
+        residual: (N, C, H, W), added before the activation.
+        process_group: the processes that share batch statistics, as in ``torch.nn.SyncBatchNorm``. Each of them calls
+            this function; a batch may be empty. Training only. None means this process alone.
 
     Returns:
         (N, C, H, W), in the memory format of ``x``.
 
     Raises:
-        ValueError: an unknown activation; ``x`` is not 4-D; a norm or residual that does not fit it; batch statistics
-            of one value per channel.
+        ValueError: the activation is unknown; ``x`` is not 4-D; norm or residual does not fit ``x``; batch statistics
+            would come from one value per channel.
 
     Reference: Ioffe and Szegedy, arXiv:1502.03167; the order of a residual block, He et al., arXiv:1512.03385.
     """
@@ -86,9 +86,9 @@ def batch_norm_act(
     if group is None and not needs_grad(x, weight, bias, residual):
         return fwd_op(*args)
     y = _BatchNormAct.apply(*args, group)
-    if not kernel or residual is not None:  # with a residual the result itself is kept
+    if not kernel or residual is not None:  # with a residual the result itself is saved
         return y
-    if weight is not None:  # copies: FSDP frees parameters between a forward and its backward
+    if weight is not None:  # copies, because FSDP frees parameters between a forward and its backward
         weight, bias = torch.stack((weight.detach(), bias.detach())).unbind()
     vectors = (mean.detach(), var.detach(), weight, bias)
     return remember(y, (x,), lambda source: fwd_op(source, *vectors, *args[5:]))
@@ -97,16 +97,16 @@ def batch_norm_act(
 def batch_norm_act_ref(
     x: Tensor, norm: BatchNormArgs, act: Activation | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """``batch_norm_act`` in plain PyTorch, in place behind the norm, which keeps its input alone.
+    """``batch_norm_act`` in plain PyTorch; residual and activation are applied in place, behind the norm.
 
-    It keeps ``x`` and the activated map. To keep ``x`` alone and compute the map again in the backward makes forward
-    and backward 4 % to 42 % slower on a CPU, and saves nothing where a convolution follows, which keeps that map.
+    The backward saves ``x`` and the activated map. Saving ``x`` alone and recomputing the map makes forward and
+    backward 4 % to 42 % slower on a CPU, and saves nothing if a convolution follows, because it saves that map anyway.
     """
     return activate(add_residual(torch_norm(x, norm), residual), act, inplace=True)
 
 
 def _whole(norm: BatchNormArgs) -> BatchNormArgs:
-    """Weight and bias both or neither: a missing one is 1 or 0."""
+    """Replace a missing weight by ones, or a missing bias by zeros, if the other one is given."""
     if norm.weight is None and norm.bias is not None:
         return norm._replace(weight=torch.ones_like(norm.bias, requires_grad=False))
     if norm.weight is not None and norm.bias is None:
@@ -122,7 +122,7 @@ def _check(x, norm: BatchNormArgs, act, residual, process_group) -> None:
         raise ValueError(f"{name}: expected 4D input (got {x.dim()}D input); x must be (N, C, H, W)")
     if process_group is not None and not norm.training:
         raise ValueError(f"{name}: process_group is given with fixed statistics; set norm.training=True")
-    pixels = x.shape if process_group is None else (2, *x.shape[1:3], 1)  # processes may have one pixel each
+    pixels = x.shape if process_group is None else (2, *x.shape[1:3], 1)  # each process may have one pixel
     check_norm(f"{name}: norm", norm, x.shape[1], x, pixels)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}; they must be equal")
@@ -137,14 +137,14 @@ def _unsupported(x: Tensor, residual: Tensor | None) -> str:
 
 
 class _Group:
-    """Statistics of all processes of a group, and the means over all their pixels that a backward takes."""
+    """Statistics over all processes of a group, and the means over all their pixels that the backward needs."""
 
     def __init__(self, process_group, plain: bool):
         self.process_group, self.plain = process_group, plain
         self.pixels = torch.empty(0, device="cpu")
 
     def merge(self, stats: Tensor, pixels: int) -> Tensor:
-        """This process's (3, C) statistics of so many pixels -> those of all, by Chan's formula; in fp64: vectors."""
+        """Merge this process's (3, C) statistics with those of the others by Chan's formula, in fp64."""
         C = stats.shape[1]
         mine = torch.cat(
             (stats[0].double(), stats[1].double() * pixels, stats.new_full((1,), pixels, dtype=torch.float64))
@@ -158,7 +158,7 @@ class _Group:
         return torch.stack((mean, m2 / self.pixels, m2 / (self.pixels - 1))).to(stats.dtype)
 
     def means(self, sums: Tensor) -> Tensor:
-        """This process's (2, C) sums -> means over the pixels of all."""
+        """Turn this process's (2, C) sums into means over the pixels of all processes."""
         total = sums.clone()
         dist.all_reduce(total, group=self.process_group)
         return total / self.pixels.to(total.dtype)
@@ -207,7 +207,7 @@ class _BatchNormAct(torch.autograd.Function):
                 grads = _BatchNormAct.gradients(ctx, saved, dy)
             return refused("batch_norm_act", "with a process_group", grads, (x, weight, bias, dy))
         wide = stats_dtype_of(x)
-        if y is not None:  # which side of its kinks an activation is on has no derivative
+        if y is not None:  # the side of its kinks that an activation is on has no derivative
             dy, act = ACTIVATION_GRADS[act](dy, y.detach()), "none"
         running = (None, None) if batch else (mean.to(wide), var.to(wide))
 
@@ -222,7 +222,7 @@ class _BatchNormAct(torch.autograd.Function):
 
 
 def _pick(op, group: _Group | None):
-    """The op, or inside ``fastseg.reference()`` its plain form: only a group comes here then."""
+    """The op, or its plain form inside ``fastseg.reference()``; only calls with a process group get here then."""
     return DECOMPOSITIONS[op.op] if group is not None and group.plain else op
 
 

@@ -1,4 +1,4 @@
-"""Batch norm, activation and max pooling in one pass over a convolution's output."""
+"""Batch norm, activation and max pooling in one pass over the output of a convolution."""
 
 import torch
 from torch import Tensor
@@ -45,31 +45,31 @@ def batch_norm_act_max_pool2d(
     index_format: IndexFormat = "compact",
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
-    """What ends a stage of an encoder, ``max_pool2d(act(norm(x)), kernel_size, stride, padding, ...)``, as one op.
+    """Compute ``max_pool2d(act(norm(x)), kernel_size, stride, padding, ...)``, the end of an encoder stage, as one op.
 
-    The kernel reads the convolution's output once and writes a pooled map and 2 to 8 bits a window; the normalised map
-    is never stored. In training the batch statistics take one read more, and the backward keeps ``x`` and the codes,
-    where plain modules keep ``x``, the activated map and int64 indices. Windows that overlap, and contiguous maps, run
-    as norm, activation and ``max_pool2d`` one after another; second derivatives and forward-mode AD in plain PyTorch.
+    The kernel reads ``x`` once and writes the pooled map and 2 to 8 bits per window; the normalised map is never
+    stored. Training reads ``x`` once more, for the batch statistics. The backward saves ``x`` and the codes; plain
+    modules save ``x``, the activated map and int64 indices. Overlapping windows in training and contiguous maps run as
+    norm, activation and ``max_pool2d`` in turn. Second derivatives and forward-mode AD run in plain PyTorch.
 
     Args:
-        x: (N, C, H, W), channels_last for the one-pass kernel.
-        norm: the batch norm; None leaves it out (it was folded into the convolution).
+        x: (N, C, H, W); the one-pass kernel takes channels_last.
+        norm: the batch norm; None if it was folded into the convolution.
         act: None, "relu", "relu6" or "leaky_relu".
-        kernel_size: as ``max_pool2d``, and so the next four.
-        stride: distance of windows.
-        padding: on each side.
-        ceil_mode: whether a window that ends outside counts.
-        return_indices: whether to return the chosen cells.
+        kernel_size: size of the windows, in pixels; this and the next five are as in ``max_pool2d``.
+        stride: distance between windows, in pixels; None means ``kernel_size``.
+        padding: on each side, in pixels.
+        ceil_mode: True to keep a window that begins inside the map and ends outside.
+        return_indices: True to return the indices of the maxima too.
         index_format: "compact" or "int64".
-        inplace: whether ``x`` may be overwritten, where that saves a map.
+        inplace: True if ``x`` may be overwritten to save a map.
 
     Returns:
         The maxima, (N, C, OH, OW), and with ``return_indices`` a ``PoolIndices`` or int64 indices.
 
     Raises:
-        ValueError: an unknown activation; a norm that does not fit ``x``; whatever ``max_pool2d`` raises it for.
-        RuntimeError: whatever ``max_pool2d`` raises it for.
+        ValueError: the activation is unknown, the norm does not fit ``x``, or ``max_pool2d`` raises it.
+        RuntimeError: ``max_pool2d`` raises it.
 
     Reference: the encoder of SegNet, arXiv:1511.00561.
     """
@@ -113,13 +113,13 @@ def batch_norm_act_max_pool2d_ref(
     index_format: IndexFormat = "compact",
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
-    """The same, one after another; the pooling by itself may still be a kernel."""
+    """Norm, activation and pooling in turn; the pooling itself may still run as a kernel."""
     y = activate(torch_norm(x, norm), act, inplace=inplace or norm is not None)
     return max_pool2d(y, kernel_size, stride, padding, 1, ceil_mode, return_indices, index_format=index_format)
 
 
 def _unsupported(x: Tensor, norm: BatchNormArgs | None, geometry: Geometry, wants_grad: bool) -> str:
-    if transforms_active() or not x.is_contiguous(memory_format=torch.channels_last):  # vmap knows no such layout
+    if transforms_active() or not x.is_contiguous(memory_format=torch.channels_last):  # vmap has no channels_last
         return "not channels_last: one after another"
     if wants_grad and norm is None:
         return "nothing is saved without a norm: one after another"
@@ -132,7 +132,7 @@ def _unsupported(x: Tensor, norm: BatchNormArgs | None, geometry: Geometry, want
 
 
 def _kernel_norm(x, mean, var, weight, bias, kind, eps):
-    """The kernels' Norm, and the batch's statistics (3, C), empty where they are not taken."""
+    """The kernels' ``Norm``, and the batch statistics (3, C), empty if the running statistics are used."""
     vectors = [None if t is None else t.contiguous() for t in (mean, var, weight, bias)]
     stats = x.new_empty(0, dtype=stats_dtype_of(x))
     if kind == "none":
@@ -165,7 +165,9 @@ def _launch_bwd(
 def _plain_fwd(x, mean, var, weight, bias, kind, eps, act, *sizes):
     x = channels_last(x)
     norm = PlainNorm(kind, mean, var, weight, bias, eps, x)
-    y, index = plain_pool(ACTIVATIONS[act](norm(x)).to(x.dtype), *sizes, last=True)  # with one channel x is both
+    y, index = plain_pool(
+        ACTIVATIONS[act](norm(x)).to(x.dtype), *sizes, last=True
+    )  # with one channel, x is in both layouts
     return y, index, norm.stats
 
 

@@ -1,4 +1,4 @@
-"""Transposed convolution with the fixed bilinear kernel, one channel at a time: FCN's upsampling, four taps a pixel."""
+"""Transposed convolution with a fixed bilinear kernel per channel: FCN's upsampling, four taps per output pixel."""
 
 from contextlib import nullcontext
 
@@ -28,22 +28,22 @@ def bilinear_kernel(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The weight with which ``conv_transpose2d`` interpolates bilinearly, each channel by itself.
+    """Make the weight with which ``conv_transpose2d`` interpolates each channel bilinearly.
 
     With f = (K + 1) // 2 and the centre c = (K - 1) / 2, tap (y, x) is (1 - |y - c| / f) (1 - |x - c| / f).
 
     Args:
-        in_channels: of the transposed convolution.
+        in_channels: channels of the input.
         out_channels: equal to ``in_channels``, or 1.
         kernel_size: K, odd or even.
         device: of the weight.
         dtype: of the weight.
 
     Returns:
-        (in_channels, out_channels, K, K), the taps where both channels are the same, else 0.
+        (in_channels, out_channels, K, K): the taps where input and output channel are equal, else 0.
 
     Raises:
-        IndexError: channels that differ, neither being 1.
+        IndexError: the two numbers of channels differ and neither is 1.
 
     Reference: Long et al., arXiv:1411.4038 (``surgery.py``); Dive into Deep Learning, section 14.11.
     """
@@ -57,7 +57,7 @@ def bilinear_geometry(stride: int, kernel_size: int | None, padding: int | None)
     """``kernel_size`` and ``padding`` with their defaults filled in.
 
     Raises:
-        ValueError: no padding makes the output ``stride`` times the input; or a number out of range.
+        ValueError: a number is out of range, or no padding makes the output ``stride`` times the input.
     """
     stride, kernel_size, padding = whole(stride), whole(kernel_size), whole(padding)
     if stride < 1:
@@ -87,7 +87,7 @@ def bilinear_conv_transpose2d(
     skip_offset: int = 0,
     output_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """``conv_transpose2d(x, bilinear_kernel(C, C, K), bias, stride, padding)``, plus a window of ``skip``.
+    """Compute ``conv_transpose2d(x, bilinear_kernel(C, C, K), bias, stride, padding)``, plus a window of ``skip``.
 
     Equal everywhere, borders included: zeros lie around ``x``, where ``interpolate`` would repeat its last pixel. An
     output takes four taps of its own channel, not C K K / S S. FCN's crops need no copies: to crop a skip at n is
@@ -99,20 +99,20 @@ def bilinear_conv_transpose2d(
     Args:
         x: (N, C, H, W), contiguous or channels_last; neither is copied.
         stride: S, output pixels per input pixel.
-        kernel_size: K, in taps; None means ``2 S - S % 2``. Above 2 S it takes the reference path.
-        padding: output pixels cut off above and to the left, and, without ``output_size``, below and to the right;
-            None means (K - S) / 2, which makes the output S times the input.
+        kernel_size: K, in taps; None means ``2 S - S % 2``. K > 2 S runs the reference.
+        padding: output pixels cropped above and to the left, and, without ``output_size``, below and to the right; None
+            means (K - S) / 2, which makes the output S times the input.
         bias: (C,), added to each channel.
-        skip: (N, C, SH, SW), whose window of the output's size is added.
+        skip: (N, C, SH, SW); its window of the output's size is added.
         skip_offset: first row and column of that window, in pixels.
-        output_size: OH and OW, any: more than torch's is what the kernel gives there, and 0 past its reach. None means
-            (n - 1) S + K - 2 padding.
+        output_size: (OH, OW), in pixels, of any size. Past torch's size the output holds what the kernel gives there,
+            and 0 beyond its reach. None means (n - 1) S + K - 2 padding on each axis.
 
     Returns:
         (N, C, OH, OW), in the memory format of ``x``; in autocast's dtype under autocast, as torch's convolutions.
 
     Raises:
-        ValueError: shapes or numbers that do not fit, tensors on different devices.
+        ValueError: shapes do not match, a number is out of range, or tensors are on different devices.
         TypeError: ``x`` is not floating point, or ``skip`` has another dtype outside autocast.
 
     Reference: Long et al., Fully convolutional networks for semantic segmentation, arXiv:1411.4038.
@@ -149,7 +149,7 @@ def bilinear_conv_transpose2d_ref(
 ) -> Tensor:
     """``bilinear_conv_transpose2d`` in plain PyTorch."""
     K, padding = bilinear_geometry(stride, kernel_size, padding)
-    # In 16 bits large kernels are slow on a CPU (64 taps: 7 times fp32).
+    # In 16 bits, large kernels are slow on a CPU: 64 taps take 7 times as long as in fp32.
     wide = torch.promote_types(x.dtype, torch.float32)
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, skip))
@@ -157,7 +157,7 @@ def bilinear_conv_transpose2d_ref(
         alone = is_plain(x) and not wants_grad and not followed(x, bias, skip)
         if alone and stride >= LEAST_STRIDE and stride <= K <= 2 * stride:
             y = two_passes(x.to(wide), K, stride, padding, output_size)
-        else:  # one group a channel, in the memory format of x: 0.1 to 0.3 of the time of a dense weight on a CPU
+        else:  # one group per channel, in the memory format of x: 0.1 to 0.3 of a dense weight's time on a CPU
             weight = grouped_taps(K, x, wide)
             y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, x.shape[1], output_size)
         add = Tensor.add_ if alone else Tensor.add
@@ -187,11 +187,11 @@ def conv_transpose2d_plus(
         weight: of ``conv_transpose2d``.
         bias: (C,).
         stride: output pixels per input pixel.
-        padding: output pixels cut off.
-        diagonal: no channel takes from another: a grouped convolution is enough.
-        skip: (N, C, SH, SW) or (C, SH, SW), whose window of the output's size is added.
-        skip_offset: where that window begins.
-        output_size: OH and OW.
+        padding: output pixels cropped on each side.
+        diagonal: True if no channel reads another, so that a grouped convolution is enough.
+        skip: (N, C, SH, SW) or (C, SH, SW); its window of the output's size is added.
+        skip_offset: first row and column of that window, in pixels.
+        output_size: (OH, OW), in pixels.
     """
     groups = x.shape[1] if diagonal and x.dim() == 4 else 1
     if groups > 1:
@@ -202,12 +202,12 @@ def conv_transpose2d_plus(
 
 
 def window(skip: Tensor, offset: int, size: tuple[int, int]) -> Tensor:
-    """(N, C, *size) of ``skip``, from row and column ``offset`` on."""
+    """The (N, C, *size) window of ``skip`` that begins at row and column ``offset``."""
     return skip[..., offset : offset + size[0], offset : offset + size[1]]
 
 
 def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple[int, int]:
-    """Raise on bad arguments; -> the output's height and width."""
+    """Raise on bad arguments; return the output's height and width."""
     if x.dim() != 4 or 0 in x.shape[1:]:
         raise ValueError(f"{NAME}: x is {tuple(x.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
     if not x.is_floating_point():
@@ -215,7 +215,9 @@ def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple
     natural = tuple((n - 1) * stride + K - 2 * padding for n in x.shape[2:])
     size = natural if output_size is None else tuple(map(whole, output_size))
     if len(size) != 2 or min(size) < 1:
-        raise ValueError(f"{NAME}: the output would be {size}, from {tuple(x.shape)} with padding {padding}")
+        raise ValueError(
+            f"{NAME}: the output would be {size}, from {tuple(x.shape)} with padding {padding}; use less padding"
+        )
     if bias is not None and bias.shape != (x.shape[1],):
         raise ValueError(f"{NAME}: bias is {tuple(bias.shape)}; it must be ({x.shape[1]},)")
     if skip is not None:
@@ -317,7 +319,7 @@ class _BilinearConvTranspose2d(torch.autograd.Function):
 
 
 class _BilinearConvTranspose2dBwd(torch.autograd.Function):
-    """The transpose; its own backward is the map again."""
+    """The transposed map; its own backward is the forward map."""
 
     @staticmethod
     def forward(ctx, dy: Tensor, *args):

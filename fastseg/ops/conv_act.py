@@ -1,4 +1,4 @@
-"""A convolution and what follows it where nobody wants a gradient: one launch of cuDNN, or of our own."""
+"""Convolution with bias, residual and activation, without gradients: one launch of cuDNN or of our own kernel."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -14,20 +14,20 @@ from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.pointwise_conv import choose, finish, pointwise_conv2d
 from fastseg.ops.registered.stem_conv import choose_stem, stem_conv2d
 
-INDEXABLE = 2**31  # elements; F.conv2d cuts larger maps into parts, the fused call does not
+INDEXABLE = 2**31  # elements; F.conv2d splits larger maps, the fused call does not
 LANES = {torch.float32: 4, torch.float16: 8, torch.bfloat16: 8}  # channels in 16 bytes
 
-_refused: set[tuple] = set()  # what cuDNN had no engine for
+_refused: set[tuple] = set()  # configurations for which cuDNN had no engine
 
 
 class Request(NamedTuple):
-    """What the decision depends on."""
+    """Everything that the decision depends on."""
 
     device: str  # "cuda", "cpu" ...
-    cudnn: bool  # whether torch has the fused call, and cuDNN to make it
-    deterministic: bool  # whether only deterministic algorithms may run
-    plain: bool  # 4-D tensors of torch's own type, without a gradient or tangent
-    dtypes: tuple[torch.dtype, ...]  # of input, weight, and what else there is
+    cudnn: bool  # True if torch has the fused call and cuDNN to run it
+    deterministic: bool  # True if only deterministic algorithms may run
+    plain: bool  # 4-D tensors of torch's own type, without gradient or tangent
+    dtypes: tuple[torch.dtype, ...]  # of input, weight, and the other tensors
     act: str | None
     padding: Sequence[int] | str
     channels: tuple[int, int]  # in, out
@@ -51,18 +51,18 @@ def conv2d_act(
 ) -> Tensor:
     """``act(conv2d(x, weight, bias, stride, padding, dilation, groups) + image_bias[:, :, None, None] + residual)``.
 
-    Meant for where no gradient is wanted; where one is, and while compiling, it is torch's functions one by one.
+    Meant for calls that need no gradient. With a gradient, or while compiling, torch's functions run one by one.
 
-    With cuDNN bias, residual and a ReLU are added in the convolution's epilogue (``torch.cudnn_convolution_relu``,
-    ``torch.cudnn_convolution_add_relu``), where torch's convolution reads and writes the map once more for each.
-    cuDNN's ReLU may give 0 for NaN. A ReLU6 behind it is one more pass, a minimum. A 1x1 convolution at stride 1 has a
-    kernel of its own for everything that cuDNN's call cannot end with, and so has a network's first convolution, whose
-    few channels the call refuses; a cost model says where they are faster (``explain`` shows it).
+    cuDNN adds bias, residual and a ReLU in the epilogue of the convolution (``torch.cudnn_convolution_relu``,
+    ``torch.cudnn_convolution_add_relu``); torch reads and writes the map once more for each. cuDNN's ReLU may turn NaN
+    into 0. A ReLU6 costs one more pass, a minimum. Two kinds of convolution have kernels of their own: a 1x1 at stride
+    1, for every epilogue that cuDNN's call lacks, and the first convolution of a network, whose few channels the call
+    refuses. A cost model chooses between them and the library (``explain`` shows it).
 
     Args:
         x: (N, C, H, W).
-        residual: shaped as the output.
-        image_bias: (N, COUT), the same for all pixels of an image.
+        residual: (N, COUT, OH, OW), added before the activation.
+        image_bias: (N, COUT), a bias for each image.
     """
     args = (stride, padding, dilation, groups)
     if torch.compiler.is_compiling():
@@ -107,8 +107,8 @@ def conv2d_act(
             return y if act == "relu" else y.clamp_(max=6)
     why = why or "a bias for each image, or a residual before a ReLU6, is added after cuDNN's call"
     record("conv2d_act", x, "reference", said or why)
-    # On a CPU, 64 channels 256^2, 256 64^2, 512 32^2, one thread: channels_last takes 0.85, 0.93 and 0.95 of NCHW's
-    # time; oneDNN's own call on packed weights, a private one whose ReLU drops NaN, 0.85, 0.91 and 0.88.
+    # On a CPU with one thread (64 channels 256^2, 256 64^2, 512 32^2), channels_last takes 0.85, 0.93 and 0.95 of
+    # NCHW's time; oneDNN's own call on packed weights, a private one whose ReLU drops NaN, takes 0.85, 0.91 and 0.88.
     if residual is None and image_bias is None:
         return conv2d(x, weight, bias, *args, act=act)
     return finish(conv2d(x, weight, bias, *args), act, residual, image_bias)
@@ -119,7 +119,7 @@ def _is_plain_1x1(weight: Tensor, stride, padding, dilation, groups: int) -> boo
 
 
 def _is_stem(weight: Tensor, stride, padding, dilation, groups: int) -> bool:
-    """Square and undilated, on a few channels; a kernel of its own may take it."""
+    """True for a square, undilated convolution on few channels, which the stem kernel may take."""
     numbers = not isinstance(padding, str) and padding[0] == padding[1] and stride[0] == stride[1]
     square = weight.shape[2] == weight.shape[3] > 1
     return numbers and square and weight.shape[1] <= 4 and tuple(dilation) == (1, 1) and groups == 1
@@ -136,7 +136,7 @@ def unsupported(r: Request) -> str:
     if not r.cudnn:
         return "no cuDNN, or a torch without cudnn_convolution_relu"
     if r.deterministic:
-        return "the fused call may take algorithms that are not deterministic"
+        return "the fused call may choose algorithms that are not deterministic"
     if not r.plain:
         return "a gradient, a tangent, a tensor subclass, or not 4-D"
     if r.act not in ("relu", "relu6"):
@@ -150,7 +150,7 @@ def unsupported(r: Request) -> str:
     if any(channels % LANES[r.dtypes[0]] for channels in r.channels):
         return f"{r.channels[0]} -> {r.channels[1]} channels are not multiples of {LANES[r.dtypes[0]]}"
     if r.dtypes[0] != torch.float32 and not r.channels_last:
-        return "16 bits, and not channels_last: tensor cores would need copies"
+        return "16 bits, but not channels_last: tensor cores would need copies"
     if r.elements >= INDEXABLE:
         return "a map of 2^31 elements or more"
     return ""

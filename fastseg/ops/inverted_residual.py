@@ -1,4 +1,4 @@
-"""An inverted residual block with its norms folded, as one registered op: evaluation only, without gradients."""
+"""Inverted residual block with folded norms as one registered op, without gradients."""
 
 from typing import Literal
 
@@ -20,21 +20,21 @@ if HAS_TRITON:
 
 
 def takes_whole(x: Tensor, hidden: int, out_channels: int, stride: int, dilation: int) -> bool:
-    """Whether one kernel for the whole block is faster than expansion and pair; recorded for ``explain``.
+    """True if one kernel is faster than an expansion and a pair of convolutions; recorded for ``explain``.
 
     Args:
-        x: (N, C, H, W), of which no gradient is wanted.
+        x: (N, C, H, W); it needs no gradient.
         hidden: channels of the expanded map.
-        out_channels: of the block.
+        out_channels: channels of the block's output.
         stride: of the depthwise convolution, in pixels.
-        dilation: of the depthwise convolution, and its padding, in pixels.
+        dilation: of the depthwise convolution, in pixels; its padding is the same.
     """
     why, form = _why_parts(x, hidden, out_channels, stride, dilation)
     return use_kernel("inverted_residual", x, unsupported=why, form=lambda: form)
 
 
 def _why_parts(x: Tensor, hidden: int, out_channels: int, stride: int, dilation: int) -> tuple[str, str]:
-    """Why the block runs in parts, or ""; and what the cost model says."""
+    """Return why the block runs as expansion and pair ("" if it runs whole) and what the cost model says."""
     if not HAS_TRITON or x.dim() != 4 or x.numel() == 0:
         return "an empty map, or not 4-D", ""
     dtype = autocast_dtype(x)
@@ -64,7 +64,7 @@ def inverted_residual(
     dilation: int = 1,
     residual: bool = False,
 ) -> Tensor:
-    """An inverted residual block whose norms are folded into its weights, in one launch:
+    """Compute an inverted residual block, with norms folded into its weights, in one launch:
 
         e = act(conv2d(x, expand, expand_bias))
         u = act(conv2d(e, depthwise, depthwise_bias, stride, padding=dilation, dilation=dilation, groups=HIDDEN))
@@ -80,14 +80,14 @@ def inverted_residual(
         project_bias: (COUT,).
         act: "relu" or "relu6".
         stride: of the depthwise convolution, in pixels.
-        dilation: of the depthwise convolution, which is padded by as much, in pixels.
-        residual: whether ``x`` is added.
+        dilation: of the depthwise convolution, in pixels; its padding is the same.
+        residual: True to add ``x``.
 
     Returns:
         (N, COUT, ceil(H / stride), ceil(W / stride)), in the memory format of ``x``; without gradients.
 
     Raises:
-        ValueError: shapes that do not fit, or another activation.
+        ValueError: shapes do not match, or the activation is neither.
 
     Reference: Sandler et al., MobileNetV2, arXiv:1801.04381.
     """

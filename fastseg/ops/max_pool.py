@@ -29,7 +29,7 @@ def max_pool1d(
     *,
     index_format: IndexFormat = "int64",
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
-    """As ``torch.nn.functional.max_pool1d``, on (N, C, L) or (C, L); ``index_format`` as in ``max_pool2d``."""
+    """As ``torch.nn.functional.max_pool1d``, for (N, C, L) or (C, L); see ``max_pool2d`` for ``index_format``."""
     return _max_pool(
         1, max_pool1d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format
     )
@@ -46,28 +46,28 @@ def max_pool2d(
     *,
     index_format: IndexFormat = "int64",
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
-    """As ``torch.nn.functional.max_pool2d``, with the same values, indices, layouts and errors; and small indices.
+    """As ``torch.nn.functional.max_pool2d``, with the same values, indices, layouts and errors, and compact indices.
 
-    Ties go to the window's first cell, NaN wins, the last one of several; padding is never chosen. First and second
-    derivatives, forward-mode too. Where no index is asked for, the backward keeps codes of 2 to 8 bits a window.
+    Ties go to the first cell of a window. NaN wins; of several NaNs, the last. Padding is never chosen. First, second
+    and forward-mode derivatives work. Without ``return_indices``, the backward saves codes of 2 to 8 bits per window.
 
     Args:
         input: (N, C, H, W) or (C, H, W), contiguous or channels_last.
-        kernel_size: of the windows, in pixels; one number, or one for each axis, as the next three.
-        stride: distance of windows, in pixels; None means ``kernel_size``.
-        padding: on each side, in pixels, at most half the window's reach.
-        dilation: distance of neighbouring cells of a window, in pixels.
-        ceil_mode: whether a window that begins inside but ends outside counts.
-        return_indices: whether to return the chosen cells as well.
-        index_format: "int64", torch's flat indices, or "compact", a ``PoolIndices`` of 2 bits a window of up to 4
-            cells, 4 up to 16, 8 up to 256: a 32nd to an 8th of the bytes.
+        kernel_size: size of the windows, in pixels: one number, or one per axis, as for the next three.
+        stride: distance between windows, in pixels; None means ``kernel_size``.
+        padding: on each side, in pixels; at most half the dilated window.
+        dilation: distance between neighbouring cells of a window, in pixels.
+        ceil_mode: True to keep a window that begins inside the map and ends outside.
+        return_indices: True to return the indices of the maxima too.
+        index_format: "int64" for torch's flat indices, or "compact" for ``PoolIndices``: 2 bits for windows of up to 4
+            cells, 4 up to 16, 8 up to 256; that is 1/32 to 1/8 of the bytes.
 
     Returns:
-        The maxima, (N, C, OH, OW), and with ``return_indices`` their indices, both laid out as the input.
+        The maxima (N, C, OH, OW) and, with ``return_indices``, their indices, both in the memory format of ``input``.
 
     Raises:
-        RuntimeError: whatever torch's function raises it for.
-        ValueError: ``index_format`` is neither of the two, or a window of more than 256 cells is to have compact ones.
+        RuntimeError: as torch's function.
+        ValueError: ``index_format`` is neither of the two, or compact and the windows have more than 256 cells.
 
     Reference: ``torch.nn.functional.max_pool2d``; 2 bits a window: Badrinarayanan et al., SegNet, arXiv:1511.00561.
     """
@@ -93,7 +93,7 @@ def max_pool3d(
     *,
     index_format: IndexFormat = "int64",
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
-    """As ``torch.nn.functional.max_pool3d``, (N, C, D, H, W) or (C, D, H, W); ``index_format`` as in ``max_pool2d``."""
+    """As ``torch.nn.functional.max_pool3d``, for (N, C, D, H, W) or (C, D, H, W); see also ``max_pool2d``."""
     return _max_pool(
         3, max_pool3d, input, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format
     )
@@ -132,9 +132,9 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
 def max_pool_ref(
     input: Tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format, geometry, dims: int
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
-    """``max_pool1d``, ``2d`` and ``3d`` in plain PyTorch; raises torch's errors where there is no ``geometry``."""
+    """``max_pool1d``, ``2d`` and ``3d`` in plain PyTorch; without a ``geometry``, torch raises its own errors."""
     if dims == 1 and not torch.compiler.is_compiling():
-        input = input.resolve_neg()  # torch's max_pool1d without gradients reads the values that are to be negated
+        input = input.resolve_neg()  # without gradients, torch's max_pool1d ignores the lazy negation
     if geometry is not None:
         kernel_size, stride, padding, dilation = geometry[2:]
     if geometry is None or not return_indices or index_format == "int64":
@@ -147,7 +147,7 @@ def max_pool_ref(
 
 
 def spatial(value: Sizes, dims: int) -> tuple[int, ...] | None:
-    """One number for each spatial axis; None where ``value`` is neither one number nor that many."""
+    """Expand ``value`` to one number per spatial axis; None if it is neither one number nor ``dims`` of them."""
     if type(value) is int:
         return (value,) * dims
     value = tuple(map(whole, value)) if isinstance(value, Iterable) else (whole(value),)
@@ -159,16 +159,15 @@ def spatial(value: Sizes, dims: int) -> tuple[int, ...] | None:
 def pool_geometry(
     input: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool, dims: int
 ) -> tuple[Geometry | None, str]:
-    """The sizes of a pooling, and why the kernels cannot take it, or "". No sizes: torch is to say what is wrong."""
-    # A trace's sizes are tensors: those of this input stand for all.
+    """The sizes of a pooling, and why the kernels cannot take it, or "". None for sizes: torch must raise the error."""
+    # The sizes of a trace are tensors; the example's sizes stand for them.
     traced = not torch.compiler.is_dynamo_compiling() and is_tracing()
     shape = torch.Size(map(int, input.shape)) if traced else input.shape
     return _pool_geometry(shape, kernel_size, stride, padding, dilation, ceil_mode, dims)
 
 
 def _least(a: int, b: int) -> int:
-    """Their minimum, without a guard on symbolic sizes. Dynamo makes ``sym_min`` of ``min``, for torch 2.11 of no other
-    call on plain numbers."""
+    """The minimum, without a guard on symbolic sizes. Dynamo turns only ``min`` into ``sym_min`` (torch 2.11)."""
     return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)
 
 
@@ -182,12 +181,12 @@ def _pool_geometry(shape: torch.Size, kernel_size, stride, padding, dilation, ce
     kernel, stride, padding, dilation = values
     out = []
     for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
-        reach = k if dims == 3 else d * (k - 1) + 1  # what torch holds the padding against
+        reach = k if dims == 3 else d * (k - 1) + 1  # torch compares the padding with this
         if k < 1 or s < 1 or d < 1 or not 0 <= p <= reach // 2:
             return None, bad
         span = n + 2 * p - d * (k - 1) - 1
         o = span // s + 1
-        if ceil_mode:  # but no window begins in the padding at the end
+        if ceil_mode:  # no window begins in the padding at the end
             o = _least((span + s - 1) // s + 1, (n + p - 1) // s + 1)
         if o < 1:
             return None, bad

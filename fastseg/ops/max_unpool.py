@@ -28,7 +28,7 @@ def max_unpool1d(
     *,
     check_indices: CheckIndices = "async",
 ) -> Tensor:
-    """As ``torch.nn.functional.max_unpool1d``, on (N, C, L) or (C, L); the rest as in ``max_unpool2d``."""
+    """As ``torch.nn.functional.max_unpool1d``, for (N, C, L) or (C, L); see ``max_unpool2d``."""
     return _max_unpool(1, max_unpool1d, input, indices, kernel_size, stride, padding, output_size, check_indices)
 
 
@@ -42,33 +42,33 @@ def max_unpool2d(
     *,
     check_indices: CheckIndices = "async",
 ) -> Tensor:
-    """As ``torch.nn.functional.max_unpool2d``; deterministic, and safe with any index.
+    """As ``torch.nn.functional.max_unpool2d``, but deterministic, and memory-safe for any index.
 
-    Each output element is written once, by the window that owns it: no memset, no atomics, nothing to forbid under
-    ``torch.use_deterministic_algorithms(True)``. Of several windows that name one cell the last in memory order wins,
-    and the gradient flows to each. First and second derivatives, forward-mode too.
+    The window that owns an output element writes it, once. There is no memset and no atomic, and
+    ``torch.use_deterministic_algorithms(True)`` has nothing to forbid. If several windows name one cell, the last in
+    memory order wins, and the gradient flows to each of them. First, second and forward-mode derivatives work.
 
-    An int64 index outside the output is never followed, neither here nor in the backward, and is an error. On a CPU it
-    is torch's. On a GPU the kernel notes it and a device-side assertion reads the note: the error comes with the next
-    synchronisation, as torch's does, and the host waits for nothing. ``check_indices="sync"`` waits, raises here, with
-    the index, and leaves the CUDA context usable: for data that is not trusted, and for debugging.
+    An int64 index outside the output is an error, and is never used as an address, in the forward or the backward. On a
+    CPU torch's error is raised. On a GPU the kernel records the index and a device-side assertion reads the record: as
+    in torch, the error appears at the next synchronisation and the host does not wait. ``check_indices="sync"`` waits
+    and raises here, names the index, and leaves the CUDA context usable: use it for untrusted data and for debugging.
 
     Args:
-        input: values of the windows, (N, C, h, w) or (C, h, w), floating point, contiguous or channels_last.
-        indices: int64, flat in the output's plane, shaped as ``input``; or the ``PoolIndices`` of the pooling.
-        kernel_size: of the pooling's windows, in pixels; one number, or one for each axis, as the next two.
-        stride: distance of the windows; None means ``kernel_size``.
-        padding: of the pooling.
-        output_size: (H, W) or (N, C, H, W); None means (h - 1) stride - 2 padding + kernel_size. It may differ from
-            that by less than a stride.
+        input: values of the windows, (N, C, h, w) or (C, h, w); floating point, contiguous or channels_last.
+        indices: int64, flat in the output's plane, of the shape of ``input``; or the ``PoolIndices`` of the pooling.
+        kernel_size: size of the pooling's windows, in pixels: one number, or one per axis, as for the next two.
+        stride: distance between windows, in pixels; None means ``kernel_size``.
+        padding: of the pooling, in pixels.
+        output_size: (H, W) or (N, C, H, W), in pixels; None means (h - 1) stride - 2 padding + kernel_size. It may
+            differ from that by less than a stride.
         check_indices: "async" or "sync", as above.
 
     Returns:
-        (N, C, H, W): the values where the indices say, zeros elsewhere; laid out as ``input``.
+        (N, C, H, W): the values at their indices, zeros elsewhere; in the memory format of ``input``.
 
     Raises:
-        RuntimeError: an index outside the output; indices of another dtype or shape; an empty plane.
-        ValueError: an ``output_size`` out of range; ``check_indices`` is neither of the two.
+        RuntimeError: an index is outside the output, indices have another dtype or shape, or a plane is empty.
+        ValueError: ``output_size`` is out of range, or ``check_indices`` is neither of the two.
         NotImplementedError: ``input`` is not floating point.
 
     Reference: ``torch.nn.functional.max_unpool2d``; Zeiler and Fergus, arXiv:1311.2901.
@@ -86,7 +86,7 @@ def max_unpool3d(
     *,
     check_indices: CheckIndices = "async",
 ) -> Tensor:
-    """As ``torch.nn.functional.max_unpool3d``, on (N, C, d, h, w) or (C, d, h, w); the rest as in ``max_unpool2d``."""
+    """As ``torch.nn.functional.max_unpool3d``, for (N, C, d, h, w) or (C, d, h, w); see ``max_unpool2d``."""
     return _max_unpool(3, max_unpool3d, input, indices, kernel_size, stride, padding, output_size, check_indices)
 
 
@@ -104,7 +104,7 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     if check_indices not in ("async", "sync"):
         raise ValueError(f'{name}: check_indices is {check_indices!r}; use "async" or "sync"')
     sizes = [spatial(v, dims) for v in (kernel_size, kernel_size if stride is None else stride, padding)]
-    if not _is_window(sizes, (kernel_size, stride, padding)):  # torch says what is wrong with it
+    if not _is_window(sizes, (kernel_size, stride, padding)):  # torch raises the error
         index = indices.to_torch() if isinstance(indices, PoolIndices) else indices
         return UNPOOL[dims](input, index, kernel_size, stride, padding, output_size)
     kernel, stride, padding = sizes
@@ -119,7 +119,7 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     if isinstance(indices, PoolIndices):
         if indices.codes.numel() and [list(s) for s in indices_window(indices)] == [list(s) for s in geometry.window]:
             index, bits, last = indices.codes, indices.bits, indices.channels_last
-        else:  # codes are of another plane: torch reads flat indices of one plane in another, and so it shall be here
+        else:  # codes belong to another plane; torch reads flat indices of one plane in another, and so does this
             index, bits, last = indices.to_torch(), INT64, False
     else:
         index, bits, last = indices, INT64, False
@@ -161,7 +161,7 @@ def _two(value: Sizes) -> tuple[int, int]:
 
 
 def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:
-    """Whether kernel, stride and padding have a number for each axis, in the range that it must be in."""
+    """True if kernel, stride and padding have one number per axis, each within its range."""
     if None in sizes or any(isinstance(v, (tuple, list)) and len(v) != len(sizes[0]) for v in given):
         return False
     kernel, stride, padding = sizes
@@ -171,7 +171,7 @@ def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:
 def _output_size(input: Tensor, kernel, stride, padding, output_size: list[int] | None) -> list[int]:
     """The output's spatial size, refused as torch refuses one.
 
-    A graph takes it as it is: a check would be a guard, which sizes that hold for all inputs cannot always prove.
+    A graph takes the size unchecked: a check would become a guard, which symbolic sizes cannot always prove.
     """
     dims = len(kernel)
     windows = input.shape[-dims:]
@@ -205,19 +205,19 @@ def indices_window(indices: PoolIndices) -> tuple[tuple[int, ...], ...]:
 
 
 def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, sync: bool = False) -> Tensor:
-    """``max_unpool1d``, ``2d`` and ``3d`` in plain PyTorch: torch's own, but where that is forbidden or cannot be.
+    """``max_unpool1d``, ``2d`` and ``3d`` in plain PyTorch: torch's own functions, or a scatter where these cannot run.
 
     Args:
         v: (N, C, *windows).
         index: int64, of the same shape.
-        geometry: sizes; ``size`` is the output's.
-        trusted: the index was made of codes; -1, where they name no cell, is then left out.
+        geometry: sizes of the pooling; ``size`` is that of the output.
+        trusted: True if the index was decoded from codes; its -1, for codes that name no cell, is then dropped.
         sync: as ``check_indices``.
     """
     dims = len(geometry.size)
     cpu = v.device.type == "cpu" and not followed()
     dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
-    # Traces and transforms: torch's own looks at sizes and values, and knows neither vmap nor ONNX.
+    # Traces and transforms: torch's own function looks at sizes and values, and supports neither vmap nor ONNX.
     composed = dropped or (followed() and not torch.compiler.is_compiling())
     if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
         checked = not trusted and 0 not in geometry.size  # into an empty plane torch looks at no index
@@ -228,7 +228,7 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
 
 
 def _check(input: Tensor, indices: Tensor | PoolIndices, name: str, dims: int) -> None:
-    """Raise what torch raises, in its words: its own functions cannot be asked in deterministic mode."""
+    """Raise torch's errors in torch's words; its own functions cannot be called in deterministic mode."""
     if input.dim() not in (dims + 1, dims + 2):
         raise RuntimeError(
             f"Input to max_unpooling{dims}d should be a {dims + 1}d or {dims + 2}d Tensor, but got a tensor with "

@@ -1,4 +1,4 @@
-"""Unpooling and the convolution after it."""
+"""Max unpooling followed by a convolution."""
 
 from collections.abc import Iterable, Sequence
 
@@ -31,27 +31,28 @@ def max_unpool_conv2d(
     stride: int | tuple[int, int] | None = None,
     output_size: Sequence[int] | None = None,
 ) -> Tensor:
-    """What a decoder's stage begins with: ``act(conv2d(max_unpool2d(input, indices), weight, bias))``, same padding.
+    """Compute ``act(conv2d(max_unpool2d(input, indices), weight, bias))`` with "same" padding, as a decoder stage does.
 
-    Without gradients, from compact indices and in channels_last the unpooled map can stay unwritten: the convolution's
-    operand is then built from the windows. A cost model says where that pays (``explain`` shows it): for 1x1. Else the
-    map is written by the unpooling kernel and read by the library's convolution.
+    Without gradients, and with compact indices in channels_last, the unpooled map need not be stored: the kernel builds
+    the convolution's operand from the windows. A cost model chooses this form where it pays, for 1x1 weights
+    (``explain`` shows it). Otherwise the unpooling kernel writes the map and the library's convolution reads it.
 
     Args:
         input: values of the windows, (N, C, h, w).
-        indices: of the pooling; compact ones for the kernel.
+        indices: int64 or ``PoolIndices`` of the pooling, as in ``max_unpool2d``; the kernel takes compact ones.
         weight: (COUT, C, K, K), K odd.
         bias: (COUT,).
         act: None, "relu", "relu6" or "leaky_relu".
-        kernel_size: of the pooling's windows.
-        stride: distance of the windows; None means ``kernel_size``.
-        output_size: as ``max_unpool2d``.
+        kernel_size: size of the pooling's windows, in pixels.
+        stride: distance between windows, in pixels; None means ``kernel_size``.
+        output_size: as in ``max_unpool2d``.
 
     Returns:
         (N, COUT, H, W).
 
     Raises:
-        ValueError: the weight does not fit; and whatever ``max_unpool2d`` raises.
+        ValueError: the weight does not fit ``input``, or the activation is unknown. Also the errors of
+            ``max_unpool2d``.
 
     Reference: the decoder of SegNet, arXiv:1511.00561.
     """
@@ -60,7 +61,7 @@ def max_unpool_conv2d(
         raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
     if weight.dim() != 4 or input.dim() != 4 or weight.shape[1] != input.shape[1]:
         raise ValueError(
-            f"{name}: input is {tuple(input.shape)}, weight {tuple(weight.shape)}; give (N, C, h, w), (COUT, C, K, K)"
+            f"{name}: input is {tuple(input.shape)}, weight {tuple(weight.shape)}; use (N, C, h, w), (COUT, C, K, K)"
         )
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name}: weight is {tuple(weight.shape)}; its kernel must be square and odd")
@@ -74,9 +75,9 @@ def max_unpool_conv2d(
 
 
 def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size) -> tuple[str, str]:
-    """Why the map is written, or ""; and what the cost model says."""
+    """Return why the map is stored ("" if it is not) and what the cost model says."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return "gradients are wanted: unpooling, then convolution", ""
+        return "gradients are needed: unpooling, then convolution", ""
     if followed():
         return "a captured graph, a trace or transform: unpooling, then convolution", ""
     if not isinstance(indices, PoolIndices) or not indices.channels_last or input.numel() == 0:

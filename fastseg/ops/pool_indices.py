@@ -1,4 +1,4 @@
-"""Which cell of each window won a max pooling, in 2, 4 or 8 bits a window."""
+"""Compact indices of a max pooling: 2, 4 or 8 bits per window."""
 
 import math
 from dataclasses import dataclass, replace
@@ -14,21 +14,22 @@ _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 @dataclass(frozen=True, eq=False)
 class PoolIndices:
-    """The indices of a max pooling as window-local codes: 2 bits a window of up to 4 cells, 4 up to 16, 8 up to 256.
+    """Indices of a max pooling as codes inside the window: 2 bits for up to 4 cells, 4 up to 16, 8 up to 256.
 
-    ``max_pool2d(..., return_indices=True, index_format="compact")`` makes one; ``max_unpool2d`` takes it in place of
-    int64 indices. The code of a cell is its number in its window, row by row; a code names no cell outside its window.
+    ``max_pool2d(..., return_indices=True, index_format="compact")`` returns one; ``max_unpool2d`` takes it in place of
+    int64 indices. The code of a cell is its number in the window, row by row, so a code cannot name a cell outside its
+    window.
 
     Attributes:
-        codes: uint8, rows of packed codes, the first in the lowest bits; along channels where ``channels_last``, else
-            along the last axis of the windows.
-        shape: of the indices, (N, C, *windows) or (C, *windows).
-        input_size: spatial size of the pooling's input, in pixels.
-        kernel_size: of the windows, one number each spatial axis, as the next three.
-        stride: distance of neighbouring windows.
-        padding: cells before the first pixel that windows may cover.
-        dilation: distance of neighbouring cells of a window.
-        channels_last: whether the pooled map is laid out so.
+        codes: uint8 (rows, bytes), packed codes, the first in the lowest bits; packed along channels if
+            ``channels_last``, else along the last axis of the windows.
+        shape: (N, C, *windows) or (C, *windows).
+        input_size: spatial size of the input of the pooling, in pixels.
+        kernel_size: size of the windows, in pixels, one number per spatial axis, as for the next three.
+        stride: distance between windows, in pixels.
+        padding: padding before the first pixel, in pixels.
+        dilation: distance between neighbouring cells of a window, in pixels.
+        channels_last: True if the pooled map is channels_last.
 
     Example:
         >>> values, indices = max_pool2d(x, 2, return_indices=True, index_format="compact")
@@ -46,12 +47,12 @@ class PoolIndices:
 
     @property
     def bits(self) -> int:
-        """Bits of one code."""
+        """Bits per code."""
         return bits_of(self.kernel_size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the codes."""
+        """Size of the codes, in bytes."""
         return self.codes.nbytes
 
     @property
@@ -59,11 +60,11 @@ class PoolIndices:
         return self.codes.device
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "PoolIndices":
-        """The same on another device."""
+        """Copy to another device."""
         return replace(self, codes=self.codes.to(device, non_blocking=non_blocking))
 
     def to_torch(self) -> Tensor:
-        """int64 indices as torch's own: flat in the un-padded plane; -1 where a code names no cell of it."""
+        """Decode to torch's int64 indices: flat in the unpadded plane; -1 for a code that names no cell of it."""
         batch = self.shape[: -len(self.input_size)]
         windows = self.shape[len(batch) :]
         N, C = batch if len(batch) == 2 else (1, *batch)
@@ -86,25 +87,27 @@ class PoolIndices:
         *,
         channels_last: bool = False,
     ) -> "PoolIndices":
-        """Codes of int64 indices (N, C, *windows) or (C, *windows) that a max pooling of that geometry gave.
+        """Encode int64 indices (N, C, *windows) or (C, *windows) of a max pooling with this geometry.
 
         Raises:
-            ValueError: windows of more than 256 cells, or an index outside its window.
+            ValueError: windows have more than 256 cells, or an index is outside its window.
         """
         dims = len(input_size)
         flat = indices if indices.dim() == dims + 2 else indices[None]
         codes = encode(flat, input_size, kernel_size, stride, padding, dilation)
         back = decode(codes, input_size, kernel_size, stride, padding, dilation)
         if not torch.equal(back, flat):
-            raise ValueError("PoolIndices.from_torch: an index is outside its window: not of a pooling like this")
+            raise ValueError(
+                "PoolIndices.from_torch: an index is outside its window; give the geometry of the indices' pooling"
+            )
         codes = pack(codes, bits_of(kernel_size), channels_last)
         return cls(codes, indices.shape, *_tuples(input_size, kernel_size, stride, padding, dilation), channels_last)
 
     def check(self) -> None:
-        """Raise where the parts do not fit each other, as those of a damaged file.
+        """Check that the parts fit each other; a damaged file may hold parts that do not.
 
         Raises:
-            ValueError: they do not.
+            ValueError: the parts do not fit.
         """
         dims = len(self.input_size)
         batch, windows = tuple(self.shape[:-dims]), tuple(self.shape[-dims:])
@@ -143,10 +146,10 @@ def _tuples(*sizes) -> tuple[tuple[int, ...], ...]:
 
 
 def bits_of(kernel_size: tuple[int, ...]) -> int:
-    """Bits of a code that tells the cells of a window apart.
+    """Bits of a code for windows of this size.
 
     Raises:
-        ValueError: more than 256 cells.
+        ValueError: the windows have more than 256 cells.
     """
     taps = math.prod(kernel_size)
     if taps > MOST_TAPS:
@@ -161,12 +164,12 @@ def _origins(axis: int, dims: int, windows: int, stride: int, padding: int, like
 
 
 def encode(indices: Tensor, input_size, kernel_size, stride, padding, dilation) -> Tensor:
-    """int64 indices (N, C, *windows) -> codes, uint8, of the same shape and layout."""
+    """Encode int64 indices (N, C, *windows) as uint8 codes of the same shape and layout."""
     dims = len(input_size)
     code: Tensor | int = 0
-    rest, taps = indices.to(torch.int32) if math.prod(input_size) < 2**31 else indices, 1  # half the bytes to pass over
+    rest, taps = indices.to(torch.int32) if math.prod(input_size) < 2**31 else indices, 1  # halves the bytes to read
     for axis in reversed(range(dims)):
-        at = rest  # the first coordinate takes what is left
+        at = rest  # the first coordinate is the remainder
         if axis > 0:
             rest = rest // input_size[axis]
             at = at - rest * input_size[axis]
@@ -178,10 +181,10 @@ def encode(indices: Tensor, input_size, kernel_size, stride, padding, dilation) 
 
 
 def decode(codes: Tensor, input_size, kernel_size, stride, padding, dilation) -> Tensor:
-    """Codes (N, C, *windows) -> int64 indices of the same shape; -1 where the code names no cell of the plane."""
+    """Decode codes (N, C, *windows) to int64 indices of the same shape; -1 where a code names no cell of the plane."""
     dims = len(input_size)
     wide = torch.int32 if math.prod(input_size) < 2**31 else torch.int64
-    ok = codes <= math.prod(kernel_size) - 1  # 256 is no number of its dtype
+    ok = codes <= math.prod(kernel_size) - 1  # 256 does not fit the dtype
     rest, flat, cells = codes if max(kernel_size) < 256 else codes.to(wide), 0, 1
     for axis in reversed(range(dims)):
         step, n, windows = rest, input_size[axis], codes.shape[2 + axis]
@@ -202,7 +205,7 @@ def decode(codes: Tensor, input_size, kernel_size, stride, padding, dilation) ->
 
 
 def pack(codes: Tensor, bits: int, channels_last: bool) -> Tensor:
-    """uint8 codes (N, C, *windows) -> (rows, bytes): a row is a pixel of channels, or a line of a plane."""
+    """Pack uint8 codes (N, C, *windows) into (rows, bytes); a row is the channels of a pixel or a line of a plane."""
     rows = (codes.movedim(1, -1) if channels_last else codes).reshape(-1, codes.shape[1 if channels_last else -1])
     fields = 8 // bits
     if fields == 1:

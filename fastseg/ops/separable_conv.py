@@ -1,4 +1,4 @@
-"""Depthwise convolution, batch norm, activation, pointwise convolution, batch norm, activation, residual: one op."""
+"""Depthwise separable convolution with norms, activations and residual as one op."""
 
 from collections.abc import Callable
 
@@ -53,8 +53,8 @@ def separable_conv2d(
         z = conv2d(mid_act(mid_norm(u)), pointwise_weight, pointwise_bias)
         y = out_act(post_act(post_norm(z)) + residual)
 
-    On a GPU the depthwise map stays on the chip or is stored once, whichever a cost model finds faster (``explain``
-    shows it); for the backward, ``x`` and ``z`` are kept, everything else is computed again.
+    On a GPU a cost model decides whether the depthwise map stays on the chip or is stored once (``explain`` shows it).
+    The backward saves ``x`` and ``z`` and recomputes the rest.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; contiguous input costs one copy each way.
@@ -62,27 +62,27 @@ def separable_conv2d(
         pointwise_weight: (COUT, C, 1, 1).
         depthwise_bias: (C,).
         pointwise_bias: (COUT,).
-        stride: of the depthwise taps, in pixels.
+        stride: of the depthwise convolution, in pixels.
         padding: zeros on each side, in pixels; None means ``dilation * (K - 1) // 2``, which keeps H and W at stride 1
             where ``dilation * (K - 1)`` is even.
-        dilation: distance of neighbouring taps, in pixels.
+        dilation: distance between neighbouring taps, in pixels.
         pre_act: activation applied to ``x``; None, "relu", "relu6" or "leaky_relu" (slope 0.01).
-        mid_norm: batch norm between the halves.
-        mid_act: activation between the halves.
+        mid_norm: batch norm after the depthwise convolution.
+        mid_act: activation after ``mid_norm``.
         post_norm: batch norm of the output.
         post_act: activation of the output.
-        residual: (N, COUT, OH, OW).
-        out_act: activation after the residual; without gradients, and without ``post_act``, it costs no launch.
+        residual: (N, COUT, OH, OW), added to the output.
+        out_act: activation after the residual; it costs no launch without gradients and without ``post_act``.
 
     Returns:
         (N, COUT, OH, OW), OH = (H + 2 padding - dilation (K - 1) - 1) // stride + 1, in the memory format of ``x``.
         Under autocast the convolutions run in autocast's dtype, as torch's do.
 
     Raises:
-        ValueError: shapes that do not fit, an unknown activation, tensors on different devices, batch statistics of one
-            value per channel.
-        TypeError: dtypes of ``x``, weights and residual that differ outside autocast, or are no floating point; biases
-            and norms may have another floating-point dtype.
+        ValueError: shapes do not match, an activation is unknown, tensors are on different devices, or batch statistics
+            would come from one value per channel.
+        TypeError: ``x``, weights and residual differ in dtype outside autocast, or are not floating point; biases and
+            norms may have another floating-point dtype.
 
     Reference: Chollet, Xception, arXiv:1610.02357; orders of norm and activation as in MobileNetV2 (arXiv:1801.04381)
     and DeepLabV3+ (arXiv:1802.02611).
@@ -137,7 +137,7 @@ def separable_conv2d_ref(
     residual: Tensor | None = None,
     out_act: Activation | None = None,
 ) -> Tensor:
-    """``separable_conv2d`` in plain PyTorch; without gradients, fixed fp32 norms are folded into the weights (CPUs)."""
+    """``separable_conv2d`` in plain PyTorch; on a CPU without gradients it folds fixed fp32 norms into the weights."""
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     if not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64):
         pixels = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
@@ -173,7 +173,7 @@ def _takes_kernel(x: Tensor, given: tuple[Tensor | None, ...], mid_norm, out, *g
 
 
 def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, Callable[[], str]]:
-    """Why the kernels cannot take these sizes, or ""; and the form the cost model chooses, for ``explain``."""
+    """Return why the kernels cannot take these sizes, or "", and the form of the cost model, for ``explain``."""
     if not HAS_TRITON:
         return "", str
     g = Geometry(*x.shape, out[1], *out[2:], dw.shape[-1], stride, padding, dilation)
@@ -188,7 +188,7 @@ def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, 
 def _check(
     x, dw, pw, dw_bias, pw_bias, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act, residual
 ) -> tuple[int, int, int, int]:
-    """Raise on bad arguments; -> the output's shape."""
+    """Raise on bad arguments; return the output's shape."""
     name = "separable_conv2d"
     for label, act in (("pre_act", pre_act), ("mid_act", mid_act), ("post_act", post_act)):
         if act is not None and act not in ACTIVATIONS:

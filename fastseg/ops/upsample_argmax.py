@@ -22,10 +22,10 @@ if HAS_TRITON:
     from fastseg.kernels.upsample.argmax import prunes, upsample_argmax_fwd
 
 UINT8_CLASSES = 256
-_FEW = 4  # classes, below which each is compared with the best before it
-_BLOCK = 2**17  # values of a block of rows on a CPU: 512 KiB of fp32
-_STRIP, _LEAST_ROWS = 2**17, 32  # values of a strip, and its rows at least
-_LARGE = 2**19  # upsampled logits, from which a CPU takes strips: smaller ones stay in its caches
+_FEW = 4  # classes; below it, each class is compared with the best of those before it
+_BLOCK = 2**17  # values in a block of rows on a CPU: 512 KiB of fp32
+_STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of rows
+_LARGE = 2**19  # upsampled logits; from here on a CPU works in strips, smaller maps stay in its caches
 
 
 def upsample_argmax(
@@ -38,24 +38,24 @@ def upsample_argmax(
 ) -> Tensor:
     """Upsample logits bilinearly and take the class of each pixel: ``interpolate(logits, ...).argmax(1)``.
 
-    On a GPU the upsampled logits are never stored, and fp16 and bf16 logits are interpolated in fp32, without the
-    rounding that makes ties of classes apart.
+    On a GPU the upsampled logits are never stored. fp16 and bf16 logits are interpolated in fp32, so that rounding
+    makes no ties between classes.
 
     Args:
         logits: (N, C, h, w), floating point, any layout.
         size: output height and width in pixels, or one number for both.
-        scale_factor: multiplier of height and width; exactly one of ``size`` and ``scale_factor`` is given.
-        align_corners: as ``torch.nn.functional.interpolate``.
-        dtype: uint8 or int64; None gives uint8 up to 256 classes, else int64.
+        scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+        dtype: uint8 or int64; None means uint8 for up to 256 classes, else int64.
 
     Returns:
-        Class indices (N, H, W); the first NaN counts as the largest, among equal logits the first class. No gradient
-        flows through them.
+        Class indices (N, H, W). The first NaN counts as the largest; among equal logits the first class wins. No
+        gradient flows through them.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``dtype`` is neither uint8 nor int64.
-        ValueError: ``logits`` is not 4-D, or has no class or no pixel; both or none of ``size`` and ``scale_factor``
-            given, or one of them not positive; uint8 asked for more than 256 classes.
+        ValueError: ``logits`` is not 4-D, or has no class or no pixel; both or neither of ``size`` and ``scale_factor``
+            are given, or one is not positive; ``dtype`` is uint8 for more than 256 classes.
 
     Reference: ``torch.nn.functional.interpolate`` (mode "bilinear") and ``torch.argmax``.
     """
@@ -85,7 +85,7 @@ def upsample_argmax_ref(
     align_corners: bool = False,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
-    """``upsample_argmax`` in plain PyTorch; on a CPU upsampled logits of a few rows at a time, or of few classes."""
+    """``upsample_argmax`` in plain PyTorch; on a CPU it works in strips of rows, or on few classes at once."""
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     logits = logits.detach()
     args = (H, W, factors, align_corners, dtype)
@@ -105,14 +105,14 @@ def upsample_argmax_ref(
 
 
 def _argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
-    # With the classes innermost a maximum is sought along memory, and torch's max with indices, which has the rules of
-    # argmax, takes 0.7 of its time: together 0.24 of the time of argmax in NCHW (CPU, 21 classes, 128 -> 512).
+    # With the classes innermost the maximum runs along memory, and torch's max with indices, which follows the rules of
+    # argmax, takes 0.7 of argmax's time: together 0.24 of the time of argmax in NCHW (CPU, 21 classes, 128 -> 512).
     logits = channels_last(logits)
     return interpolate(logits, H, W, factors, align_corners).max(1).indices.to(dtype)
 
 
 def _argmax_of_two(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """Where the difference of two finite classes, interpolated, is positive: one plane and one comparison."""
+    """Two finite classes: the argmax is the sign of their interpolated difference, one plane and one comparison."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32)).contiguous()
     second = interpolate(wide[:, 1:] - wide[:, :1], H, W, factors, align_corners)[:, 0] > 0
     return second.view(torch.uint8).to(dtype)
@@ -121,10 +121,11 @@ def _argmax_of_two(logits: Tensor, H: int, W: int, factors: Factors, align_corne
 def _argmax_by_rows(
     logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
-    """As ``_argmax``, strips of rows on threads, in blocks that stay in the cache.
+    """As ``_argmax``, with strips of rows on threads, in blocks that stay in the cache.
 
-    Classes are lines: a maximum over them is a vector operation, and so is the search for the first that has it.
-    Differences, products and sums are rounded one by one, alike for all classes: equal logits stay equal.
+    Each class is a line of memory, so the maximum over classes and the search for the first class that has it are
+    vector operations. Differences, products and sums are rounded one by one and alike for all classes, so equal logits
+    stay equal.
     """
     N, C, h = logits.shape[:3]
     kind = torch.promote_types(logits.dtype, torch.float32)
@@ -139,7 +140,7 @@ def _argmax_by_rows(
         end = min(H, begin + length)
         low = firsts[begin]
         wide = along_x(logits[n, :, low : seconds[end - 1] + 1].to(kind), W, align_corners, factors[1]).view(-1, C, W)
-        step = torch.zeros_like(wide)  # to the row below; the last has none, or itself
+        step = torch.zeros_like(wide)  # to the row below; the last row has none, or itself
         torch.sub(wide[1:], wide[:-1], out=step[:-1])
         upper = first[begin:end] - low
         for start in range(0, end - begin, most):
@@ -169,7 +170,8 @@ def _launch(logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, al
     if unsupported(logits, H, W):
         return _plain(logits, H, W, factor_h, factor_w, align_corners, wide)
     up = upsampling(logits, H, W, (factor_h, factor_w), align_corners)
-    # Unpruned, neighbouring pixels of one class are read together: classes innermost, they lie C elements apart.
+    # Without pruning, neighbouring pixels of one class are read together: with classes innermost they lie C elements
+    # apart.
     x = logits if prunes(logits, up) else logits.contiguous()
     return upsample_argmax_fwd(x, up, torch.int64 if wide else torch.uint8)
 

@@ -1,4 +1,4 @@
-"""Bilinear interpolation with torch's numbers, and a backward that gathers."""
+"""Bilinear interpolation with torch's values and a deterministic backward."""
 
 import torch
 from torch import Tensor
@@ -25,28 +25,28 @@ def upsample_bilinear(
 ) -> Tensor:
     """As ``torch.nn.functional.interpolate(x, ..., mode="bilinear")``; differences: the backward is deterministic.
 
-    Each input pixel gathers the gradient of its outputs, with fp32 sums, the same bits in every run; torch's CUDA
-    kernel adds them atomically in the dtype of ``x``. A pixel of weight 0 gets nothing, where torch gives it 0 times
-    the gradient: another result if that is not finite. The map is linear: second and forward-mode derivatives work.
+    Each input pixel gathers the gradient of its outputs, summed in fp32 in a fixed order; torch's CUDA kernel adds them
+    atomically in the dtype of ``x``. A pixel of weight 0 gets no gradient, where torch gives it 0 times the gradient:
+    this differs if the gradient is not finite. The map is linear, so second and forward-mode derivatives work.
 
     Args:
         x: (N, C, H, W), contiguous or channels_last; neither is copied.
         size: output height and width in pixels, or one number for both.
-        scale_factor: output pixels per input pixel, for height and width or both; instead of ``size``. Positions follow
-            it as given, except along an axis that keeps its size: that is copied, as torch does on a CPU.
-        align_corners: whether the centres of the corner pixels coincide, rather than the corners of the images.
-        recompute_scale_factor: take positions from the rounded sizes, not from ``scale_factor`` as given.
+        scale_factor: output pixels per input pixel, one number or (height, width); instead of ``size``. Positions
+            follow it as given, except that an axis which keeps its size is copied, as torch does on a CPU.
+        align_corners: True aligns the centres of the corner pixels, False the corners of the images.
+        recompute_scale_factor: True takes positions from the rounded sizes, not from ``scale_factor`` as given.
 
     Returns:
-        (N, C, OH, OW), in the dtype and memory format of ``x``; float32 under autocast on CUDA, as torch's.
+        (N, C, OH, OW), in the dtype and memory format of ``x``; float32 under autocast on CUDA, as in torch.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: torch's own, for what ``interpolate`` does not take.
+        ValueError, RuntimeError, NotImplementedError: torch's own, for arguments that ``interpolate`` refuses.
 
     Reference: ``torch.nn.functional.interpolate``.
     """
     target = _target(x.shape, size, scale_factor, recompute_scale_factor) if x.is_floating_point() else None
-    if target is None:  # torch takes it, or says why not
+    if target is None:  # torch takes it or raises
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
         x = x.float()
@@ -72,7 +72,7 @@ def upsample_bilinear_ref(
 
 @memoized_as_given
 def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
-    """-> output (height, width), factors that positions follow or None each; None for what torch shall judge."""
+    """Return the output's (height, width) and the scale factors, or None if torch must check the arguments."""
     if len(shape) != 4 or (size is None) == (scale_factor is None):
         return None
     given = size if scale_factor is None else scale_factor
@@ -119,7 +119,7 @@ def _plain_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float 
 
 def _launch_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
     channels_last = memory_format_of(dy) == torch.channels_last
-    held = held_channels(dy, channels_last)  # a slice of channels, as a concatenation's gradient is one, is not copied
+    held = held_channels(dy, channels_last)  # no copy of a slice of channels, such as the gradient of a concatenation
     dy = dy if held else settle(dy)[0]
     if unsupported(held or dy.shape[1], tuple(size), tuple(dy.shape[2:])):
         return _plain_bwd(dy, size, align_corners, factor_h, factor_w)
@@ -140,7 +140,7 @@ _bwd = register(f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_
 
 
 def transposed(dy: Tensor, size: tuple[int, int], align_corners: bool, *factors: float | None) -> Tensor:
-    """The gradient at a map of ``size`` of what it was interpolated to; differentiable."""
+    """The gradient at a map of ``size``, given that of its interpolation; differentiable."""
     args = (dy, size, align_corners, *factors)
     return run(_UpsampleBilinearBwd, _bwd, *args)
 
@@ -162,7 +162,7 @@ class _UpsampleBilinear(torch.autograd.Function):
 
 
 class _UpsampleBilinearBwd(torch.autograd.Function):
-    """The transpose; its own backward is the map again."""
+    """The transposed map; its own backward is the forward map."""
 
     @staticmethod
     def forward(ctx, dy: Tensor, *args):

@@ -1,4 +1,4 @@
-"""Bilinear interpolation beside skip maps: a U-Net's skip connection, its map written once."""
+"""Bilinear interpolation concatenated with skip maps: a U-Net's skip connection, each element written once."""
 
 from collections.abc import Sequence
 
@@ -22,21 +22,21 @@ def upsample_concat(
 ) -> Tensor:
     """``cat([*skips, interpolate(x, skips[0].shape[2:], mode="bilinear", ...)], 1)``, each element written once.
 
-    The interpolation writes into its channels of the result, where torch writes a map, reads it and writes it again;
-    the skips are copied beside it. The backward reads the gradient's channels where they lie. The map is linear:
-    second and forward-mode derivatives work.
+    The interpolation writes its channels of the result directly; torch writes a map, reads it and writes it again. The
+    skips are copied beside it. The backward reads the gradient's channels in place. The map is linear, so second and
+    forward-mode derivatives work.
 
     Args:
         x: (N, C, h, w), contiguous or channels_last.
-        skips: maps (N, C_i, H, W) of one size; windows of larger maps are not copied first.
-        align_corners: as ``torch.nn.functional.interpolate``.
-        up_first: ``cat([interpolate(x, ...), *skips], 1)``.
+        skips: maps (N, C_i, H, W), all of one size; a view into a larger map is not copied first.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+        up_first: True for ``cat([interpolate(x, ...), *skips], 1)``.
 
     Returns:
-        (N, C + sum of C_i, H, W), in the memory format of ``x``, in the dtype that ``x`` and the skips promote to.
+        (N, C + sum of C_i, H, W), in the memory format of ``x`` and the dtype that ``x`` and the skips promote to.
 
     Raises:
-        ValueError: no skip; a map that is not 4-D or has no pixel; batches or sizes that differ.
+        ValueError: there is no skip, a map is not 4-D or has no pixel, or batches or sizes differ.
         TypeError: a map is not floating point.
 
     Reference: Ronneberger et al., U-Net, arXiv:1505.04597; ``torch.cat``, ``torch.nn.functional.interpolate``.
@@ -120,7 +120,7 @@ _fwd = register(
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:
-    """At x and at the skips; these are slices of ``dy``."""
+    """Gradients at x and at the skips; the latter are slices of ``dy``."""
     channels, *size = ctx.low
     *places, at = _places(channels, ctx.counts, ctx.up_first)
     dup = dy.narrow(1, at, channels)
@@ -142,7 +142,7 @@ torch.library.register_autograd(qualified(NAME), _registered_backward, setup_con
 
 
 class _UpsampleConcat(torch.autograd.Function):
-    """The registered op with its tensors one by one: eager's Function."""
+    """The registered op with its tensors as separate arguments: the Function for eager calls."""
 
     @staticmethod
     def forward(ctx, align_corners: bool, up_first: bool, x: Tensor, *skips: Tensor):

@@ -1,4 +1,4 @@
-"""A 3x3 convolution of an upsampled map beside another: what DeepLabV3+'s decoder begins with."""
+"""3x3 convolution of an upsampled map concatenated with another: the start of DeepLabV3+'s decoder."""
 
 from typing import NamedTuple
 
@@ -36,27 +36,27 @@ def upsample_concat_conv2d(
 ) -> Tensor:
     """``act(conv2d(cat([interpolate(deep, low.shape[2:], mode="bilinear", ...), low], 1), weight, bias, padding=1))``.
 
-    The convolution of the upsampled channels is linear in the small map: nine 1x1 convolutions of ``deep`` as it is,
-    whose results are interpolated and shifted. That is the same sum in another order, borders included: results differ
-    by roundings. From 32^2 to 128^2 pixels, 256 -> 256 channels, 19.3 GFLOP become at most 2.6. A cost model chooses
-    between this form and the plain one (``fastseg.explain()`` shows it): on a GPU without gradients, on a CPU in fp32
-    and fp64 with and without.
+    The convolution of the upsampled channels is linear in the small map: it equals nine 1x1 convolutions of ``deep``,
+    interpolated and shifted. This is the same sum in another order, borders included, so results differ by rounding
+    only. From 32^2 to 128^2 pixels and 256 -> 256 channels, 19.3 GFLOP become at most 2.6. A cost model chooses between
+    this form and the plain one (``fastseg.explain()`` shows it): on a GPU without gradients, on a CPU in fp32 and fp64
+    with and without gradients.
 
     Args:
-        deep: (N, C, h, w), the small map; channels_last is not copied.
-        low: (N, CL, H, W).
+        deep: (N, C, h, w), the small map; not copied if channels_last.
+        low: (N, CL, H, W), the map that ``deep`` is upsampled to.
         weight: (COUT, C + CL, 3, 3).
         bias: (COUT,).
         act: None, "relu", "relu6" or "leaky_relu".
-        align_corners: as ``torch.nn.functional.interpolate``.
-        up_first: False: ``cat([low, interpolate(deep, ...)], 1)``.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+        up_first: False for ``cat([low, interpolate(deep, ...)], 1)``.
 
     Returns:
-        (N, COUT, H, W), in the memory format of ``deep``; in autocast's dtype where it is on.
+        (N, COUT, H, W), in the memory format of ``deep``; in autocast's dtype under autocast.
 
     Raises:
-        ValueError: a map that is not 4-D or has no pixel, batches that differ, a weight or bias that does not fit, an
-            unknown activation.
+        ValueError: a map is not 4-D or has no pixel, batches differ, weight or bias does not fit, or the activation is
+            unknown.
         TypeError: a map is not floating point.
 
     Reference: the decoder of DeepLabV3+, Chen et al., arXiv:1802.02611.
@@ -108,7 +108,9 @@ def _check(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, act: 
         if not t.is_floating_point():
             raise TypeError(f"{NAME}: {label} is {t.dtype}; it must be a floating-point tensor")
     if deep.shape[0] != low.shape[0]:
-        raise ValueError(f"{NAME}: deep is {tuple(deep.shape)}, low {tuple(low.shape)}; give as many images of each")
+        raise ValueError(
+            f"{NAME}: deep is {tuple(deep.shape)}, low {tuple(low.shape)}; both must have the same batch size"
+        )
     channels = deep.shape[1] + low.shape[1]
     if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3):
         raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; it must be (COUT, {channels}, 3, 3)")
@@ -116,7 +118,7 @@ def _check(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None, act: 
         raise ValueError(f"{NAME}: bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
 
 
-# --- the plain form, and the two that leave the upsampled map unwritten
+# --- the plain form, and the two that do not store the upsampled map
 
 
 def _plain(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
@@ -129,7 +131,7 @@ def _plain(deep, low, weight, bias, act, align_corners: bool, up_first: bool) ->
 
 
 def _halves(weight: Tensor, channels: int, up_first: bool) -> tuple[Tensor, Tensor]:
-    """-> the filters of the upsampled channels, of the others."""
+    """Split the filters: those of the upsampled channels, those of the others."""
     rest = weight.shape[1] - channels
     if up_first:
         return weight[:, :channels], channels_last(weight[:, channels:])
@@ -155,16 +157,16 @@ def at_low_resolution(deep, low, weight, bias, act, align_corners: bool, up_firs
     return like(deep, activate(y, act, inplace=True))
 
 
-# --- which of them
+# --- the choice between them
 
 
 def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, str]:
-    """Why the kernel does not run, or ""; and what the cost model says."""
+    """Return why the kernel does not run ("" if it does) and what the cost model says."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (deep, low, weight, bias)):
-        return "gradients are wanted: upsampling, then convolution", ""
+        return "gradients are needed: upsampling, then convolution", ""
     N, C, h, w = deep.shape
     sizes = (N, C, low.shape[1], weight.shape[0], h, w, *low.shape[2:])
-    if followed(deep, low, weight, bias):  # a graph: the model's tables are no part of it, nor are sizes known
+    if followed(deep, low, weight, bias):  # a graph: the cost model's tables are no part of it, and sizes are unknown
         return "", ""
     if low.shape[0] == 0 or weight.shape[0] == 0:
         return "nothing to compute", ""
@@ -176,12 +178,12 @@ def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -
 
 
 def _no_low_resolution(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, str]:
-    """Why a CPU upsamples first, or ""; and what the cost model says."""
+    """Return why a CPU upsamples first ("" if it does not) and what the cost model says."""
     tensors = [t for t in (deep, low, weight, bias) if t is not None]
     if followed(*tensors):
         return "a graph, a transform or forward-mode AD: upsampling, then convolution", ""
     if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
-        return "no kernel, and not a plain CPU tensor", ""
+        return "no kernel for it, and not a plain CPU tensor", ""
     if deep.dtype not in (torch.float32, torch.float64):
         return f"CPU tensor of {str(deep.dtype).removeprefix('torch.')}: upsampling, then convolution", ""
     if low.shape[0] == 0 or weight.shape[0] == 0:
@@ -204,16 +206,16 @@ class PlanCpu(NamedTuple):
         return f"{form}: model says {self.taps_gflop:.3g} against {self.plain_gflop:.3g} GFLOP's worth of time"
 
 
-# What an element of a strip, updated by a short GEMM, and an element that interpolation or ``cat`` writes cost, in
-# floating-point operations of a long GEMM: by times of 11 shapes on a busy machine, one thread, channels_last. Low
-# resolution took 0.27 of the plain form's time for 256 + 48 -> 256 channels, 32^2 to 128^2; 0.68 for 64 + 16 -> 64;
-# 1.2 for 32 + 16 -> 64; from 32^2 to 64^2 1.05 for 128 + 16 -> 64 and 1.4 for 64 + 16 -> 64. With its backward it
-# gained more: 0.20, 0.27 and (32 + 16 -> 32) 0.52.
+# Cost of an element of a strip, updated by a short GEMM, and of an element written by interpolation or ``cat``, in
+# floating-point operations of a long GEMM. Fitted to times of 11 shapes on a busy machine, one thread, channels_last.
+# Low resolution took 0.27 of the plain form's time for 256 + 48 -> 256 channels, 32^2 to 128^2; 0.68 for 64 + 16 -> 64;
+# 1.2 for 32 + 16 -> 64. From 32^2 to 64^2 it took 1.05 for 128 + 16 -> 64 and 1.4 for 64 + 16 -> 64. With the backward
+# it gained more: 0.20, 0.27 and (32 + 16 -> 32) 0.52.
 STRIP_ELEMENT, COPY_ELEMENT = 260, 70
 
 
 def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int) -> PlanCpu:
-    """Which form takes less time on one thread of a CPU; the convolution of ``low`` is in both."""
+    """The faster form on one CPU thread; both include the convolution of ``low``."""
     taps = 18 * N * h * w * C * COUT + STRIP_ELEMENT * 3 * N * (H + h) * W * COUT
     plain = 18 * N * H * W * C * COUT + COPY_ELEMENT * N * H * W * (2 * C + CL)
     return PlanCpu(taps < plain, taps * 1e-9, plain * 1e-9)

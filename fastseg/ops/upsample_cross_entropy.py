@@ -1,4 +1,4 @@
-"""Cross entropy on bilinearly upsampled logits."""
+"""Cross entropy of bilinearly upsampled logits."""
 
 import torch
 from torch import Tensor
@@ -23,32 +23,32 @@ def upsample_cross_entropy(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """Upsample logits bilinearly to the size of the target and take the cross entropy.
+    """Upsample logits bilinearly to the size of the target and compute the cross entropy.
 
-    Equals ``cross_entropy(interpolate(logits, target.shape[-2:], mode="bilinear", ...), target, ...)``, without the
-    logits at full size or their gradient: the forward keeps one number a pixel. Everything is computed in fp32 from
-    logits as they are, fp16 and bf16 too. Gradients are deterministic; second derivatives run as torch's two steps.
+    Equals ``cross_entropy(interpolate(logits, target.shape[-2:], mode="bilinear", ...), target, ...)``, but stores
+    neither the full-size logits nor their gradient: the forward saves one number per pixel. All dtypes are computed in
+    fp32. Gradients are deterministic. Second derivatives run as torch's two steps.
 
     Args:
         logits: (N, C, h, w), floating point, any layout.
         target: class indices (N, H, W), uint8, int8, int16, int32 or int64.
-        weight: (C,), a factor for each class, of either sign.
-        ignore_index: target value that contributes nothing.
+        weight: (C,), a factor per class, of either sign.
+        ignore_index: target value of pixels that do not count.
         reduction: "mean" (over the weights of the pixels that count), "sum" or "none".
         label_smoothing: in [0, 1].
-        align_corners: as ``torch.nn.functional.interpolate``.
+        align_corners: as in ``torch.nn.functional.interpolate``.
 
     Returns:
-        A scalar, or (N, H, W) without reduction, in the dtype of ``logits``; under autocast in fp32. A mean over no
-        pixel is NaN, with a gradient of 0; over weights that sum up to 0 likewise, but NaN where a pixel counts.
+        A scalar, or (N, H, W) for "none", in the dtype of ``logits``; in fp32 under autocast. A mean over no pixels is
+        NaN, with gradient 0. A mean over weights that sum to 0 is NaN too; its gradient is NaN at pixels that count.
 
     Raises:
-        TypeError: ``logits`` is not floating point, or ``target`` is of none of the five dtypes.
-        ValueError: shapes that do not fit; an unknown reduction; ``label_smoothing`` outside [0, 1]; tensors on
-            different devices.
-        IndexError: a target names no class and is not ``ignore_index``. On a GPU, where waiting for the answer would
-            cost more than the loss, no such target is used as an index; its loss is NaN, and a device-side assertion
-            reports it when the stream is next waited for, as torch's own cross entropy does.
+        TypeError: ``logits`` is not floating point, or ``target`` has none of the five dtypes.
+        ValueError: shapes do not match, the reduction is unknown, ``label_smoothing`` is outside [0, 1], or tensors are
+            on different devices.
+        IndexError: a target is neither a class nor ``ignore_index``. On a GPU, where waiting for the answer would cost
+            more than the loss, the loss of such a target is NaN; it is never used as an address, and a device-side
+            assertion reports it at the next synchronisation, as in torch's own cross entropy.
 
     Reference: ``torch.nn.functional.interpolate`` and ``torch.nn.functional.cross_entropy``.
     """
@@ -77,7 +77,7 @@ def upsample_cross_entropy_ref(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """``upsample_cross_entropy`` in plain PyTorch; on a CPU a few rows at a time where that is faster."""
+    """``upsample_cross_entropy`` in plain PyTorch; on a CPU it takes a few rows at a time where that is faster."""
     by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
     by_rows = by_rows and target.numel() > 0 and not followed(logits, weight)
     if by_rows and not _weightless(target, weight, ignore_index, reduction):
@@ -91,7 +91,7 @@ def upsample_cross_entropy_ref(
 
 
 def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
-    """Whether a mean's weights may sum up to 0: its gradient is NaN where a pixel counts, and 0 elsewhere."""
+    """True if the weights of a mean may sum to 0; its gradient is then NaN where a pixel counts, and 0 elsewhere."""
     if reduction != "mean" or weight is None or bool((weight > 0).all()):
         return False
     target = target[~equal(target, ignore_index)].long()
@@ -100,7 +100,7 @@ def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduct
 
 
 def _in_planes(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
-    """Torch's two steps, each class a plane: few classes, or small maps."""
+    """Torch's two steps with each class a plane, for few classes or small maps."""
     kind = torch.promote_types(logits.dtype, torch.float32)
     with torch.autocast("cpu", enabled=False):
         planes, layout = logits.to(kind).contiguous(), memory_format_of(logits)

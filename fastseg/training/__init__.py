@@ -1,4 +1,4 @@
-"""Training and evaluation on folders of pictures: torch's loaders, optimisers, schedules and processes at work."""
+"""Training and evaluation on folders of pictures, with torch's loaders, optimisers, schedules and processes."""
 
 from fastseg.models.pruning import Level, Pruned, auto_prune
 

@@ -1,7 +1,7 @@
-"""Batches for training and for scoring, the same for any number of workers, of processes, and after a resume.
+"""Batches for training and scoring, the same for any number of workers and processes, and after a resume.
 
-The order of an epoch depends on the seed and the epoch, what happens to a picture on the seed, the epoch and the
-picture. No generator has a state that a checkpoint would have to hold.
+The order of an epoch depends on the seed and the epoch. The augmentation of a picture depends on the seed, the epoch
+and the picture. No generator has a state that a checkpoint would have to hold.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,13 +18,14 @@ from fastseg.training.transforms import Augment, resized
 
 
 class EpochSampler(DistributedSampler):
-    """As torch's, which deals the shuffled indices out to the processes in turn; differences: each index comes with its
-    epoch, what does not fill a round is left out, and the first samples of an epoch can be skipped.
+    """As torch's ``DistributedSampler``; differences: indices come with their epoch, and no epoch is padded.
+        It deals the shuffled indices out to the processes in turn. Indices that do not fill a round are left out, and
+        the first samples of an epoch can be skipped.
 
     Args:
-        count: pictures.
-        seed: of the order.
-        processes: among whom.
+        count: number of pictures.
+        seed: of the random order.
+        processes: that share the pictures.
     """
 
     def __init__(self, count: int, seed: int, processes: Processes):
@@ -41,7 +42,7 @@ class EpochSampler(DistributedSampler):
 
 
 class Augmented(Dataset):
-    """``dataset`` through ``augment``; an item is asked for by epoch and index."""
+    """``dataset`` with ``augment`` applied; an item is indexed by epoch and picture."""
 
     def __init__(self, dataset: Pairs, augment: Augment, seed: int):
         self.dataset, self.augment, self.seed = dataset, augment, seed
@@ -68,7 +69,7 @@ class Shard(Dataset):
 
 
 def collate(samples: Sequence[tuple]) -> tuple[Tensor, ...]:
-    """Pictures (N, H, W, 3) uint8, labels (N, H, W) uint8, and indices where there are some.
+    """Pictures (N, H, W, 3) uint8, labels (N, H, W) uint8, and indices if there are any.
 
     Raises:
         ValueError: the sizes differ.
@@ -87,7 +88,7 @@ def collate(samples: Sequence[tuple]) -> tuple[Tensor, ...]:
 def training_batches(
     dataset: Pairs, augment: Augment, batch: int, seed: int, processes: Processes, workers: int, pin: bool
 ) -> tuple[DataLoader, EpochSampler]:
-    """Loader of this process's share of each batch, and its sampler.
+    """The loader of this process's share of each batch, and its sampler.
 
     Raises:
         ValueError: the batch does not divide among the processes, or is larger than the data set.
@@ -114,7 +115,7 @@ def training_batches(
 def scoring_batches(
     dataset: Pairs, size: tuple[int, int] | None, batch: int, processes: Processes, workers: int, pin: bool
 ) -> DataLoader:
-    """Loader of this process's share of a split, in order, with indices."""
+    """The loader of this process's share of a split, in order, with indices."""
     shard = Shard(dataset, size, processes)
     return DataLoader(
         shard, batch, num_workers=workers, collate_fn=collate, pin_memory=pin, worker_init_fn=obey_parent_alone
@@ -122,7 +123,7 @@ def scoring_batches(
 
 
 def plain_errors(loader: DataLoader) -> Iterator:
-    """The batches; of an error in a worker, which comes with the worker's traceback, the message alone is kept."""
+    """Iterate over the batches; an error of a worker keeps its message and drops the worker's traceback."""
     batches = iter(loader)
     while True:
         try:

@@ -1,4 +1,4 @@
-"""What a split's labels hold, counted before the work: classes that occur nowhere, and marks of each pair."""
+"""Count what the labels of a split hold before training: classes that never occur, and marks of each pair."""
 
 import hashlib
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ class Census:
 
     Attributes:
         pixels: (256,), int64, of each label value.
-        several: pairs of which picture or label has several pages.
+        several: number of pairs whose picture or label has several pages.
         largest: pixels of the largest picture.
         marks: (index, mark) of each pair.
     """
@@ -43,15 +43,15 @@ class Census:
         return whole
 
     def fingerprint(self) -> dict[str, object]:
-        """The number of pairs, and a digest of them all, by which a changed split is known."""
+        """The number of pairs, and a digest of them all, which changes if the split changes."""
         marks = "".join(mark for _, mark in sorted(self.marks))
         return {"pictures": len(self.marks), "digest": hashlib.blake2b(marks.encode(), digest_size=16).hexdigest()}
 
     def remarks(self, split: str, names: Sequence[str], ignore: int | None) -> list[str]:
-        """Lines on what somebody should know before the work: classes that no label holds, pages that are left out.
+        """Lines that a user should read before training: classes that no label holds, pages that are left out.
 
         Raises:
-            ValueError: no pixel has a class; or, in "train", all have the same.
+            ValueError: no pixel has a class, or, in "train", all have the same.
         """
         counts, void = self.pixels[: self.classes].copy(), ""
         if ignore is not None:

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: the weights as ``fastseg predict`` reads them, and beside them all that goes on."""
+"""Checkpoints of a training run: weights as ``fastseg predict`` reads them, and the state of the run."""
 
 import io
 import math
@@ -15,7 +15,7 @@ from fastseg.models.weights import read_payload
 
 
 def write_checkpoint(path: Path, payload: Mapping[str, Any]) -> None:
-    """Write ``payload`` to the disk, whole or not at all; what was at ``path`` stays until the new file is complete.
+    """Write ``payload`` to the disk atomically: the file at ``path`` stays until the new one is complete.
 
     Raises:
         OSError: the file cannot be written, as on a full disk.
@@ -36,7 +36,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Read a checkpoint of a run with the same settings.
 
     Raises:
-        ValueError: it cannot be read, is none, or its run had other settings.
+        ValueError: it cannot be read, is not a checkpoint, or its run had other settings.
     """
     with open_regular(path):
         payload = read_payload(path)
@@ -53,10 +53,10 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def require_kind(saved: object, fresh: object, what: str) -> None:
-    """What was saved has the types of what a new run begins with, entry by entry.
+    """Check that what was saved has the types of a new run's state, entry by entry.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it does not.
     """
     if isinstance(fresh, Mapping):
         if not isinstance(saved, Mapping):
@@ -88,10 +88,10 @@ def _equal(one: object, other: object) -> bool:
 
 
 def refuse_other_data(path: Path, training: Mapping[str, Any], data: Mapping[str, Any], allowed: bool) -> bool:
-    """Whether the data set differs from that of the checkpoint's run; a checkpoint that does not say counts as equal.
+    """True if the data set differs from that of the checkpoint's run; a checkpoint without marks counts as equal.
 
     Raises:
-        ValueError: it differs, and that is not allowed.
+        ValueError: it differs, and this is not allowed.
     """
     old = training.get("data")
     if not isinstance(old, Mapping) or not old or not data or _equal(dict(old), dict(data)):
@@ -116,10 +116,10 @@ def refuse_other_data(path: Path, training: Mapping[str, Any], data: Mapping[str
 
 
 def require_finite(state: Mapping[str, Tensor], step: int) -> None:
-    """Weights that are written or scored are numbers.
+    """Check that weights are finite before they are written or scored.
 
     Raises:
-        Diverged: they are not.
+        Diverged: they are not finite.
     """
     bad = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if bad:
@@ -130,4 +130,4 @@ def require_finite(state: Mapping[str, Tensor], step: int) -> None:
 
 
 class Diverged(ValueError):
-    """The loss or the weights are no numbers any more."""
+    """The loss or the weights are not finite any more."""

@@ -1,4 +1,4 @@
-"""Learning curves as CSV, JSON, and a plot where matplotlib is installed."""
+"""Learning curves as CSV, JSON, and a plot if matplotlib is installed."""
 
 import csv
 import io
@@ -9,7 +9,7 @@ from fastseg.io.files import atomic_write
 
 
 def write_curves(folder: Path, history: list[dict]) -> None:
-    """Write ``curves.csv``, ``curves.json`` and ``curves.png``, each whole or not at all."""
+    """Write ``curves.csv``, ``curves.json`` and ``curves.png``, each atomically."""
     table = io.StringIO(newline="")
     writer = csv.DictWriter(table, list(history[0]))
     writer.writeheader()

@@ -1,10 +1,10 @@
-"""Folders of pictures and label PNGs, and the small file beside them that names the classes.
+"""Folders of pictures and label PNGs, and the file beside them that names the classes.
 
     DIR/dataset.json                    {"classes": ["sky", "road"], "ignore_index": 255, "palette": [[0, 0, 128], ...]}
     DIR/train|val|test/images/NAME.png  or .jpg, .bmp, .tif, .webp, .gif ...: as ``fastseg.io.images``
     DIR/train|val|test/labels/NAME.png  or .tif, .bmp ...; palette or grey: the pixel values are class indices
 
-Whatever is wrong with a file is one ``ValueError`` that names it; what is left out of a folder is counted.
+A fault of a file is one ``ValueError`` that names it; files that are left out are counted.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ class DatasetSpec:
 
     Attributes:
         classes: a name for each class index.
-        ignore_index: label value that is no class, such as "void"; None: every pixel has a class.
-        palette: RGB, 0 to 255, of each class; None: as ``FolderDataset.colours`` says.
+        ignore_index: label value that is not a class, such as "void"; None if every pixel has a class.
+        palette: RGB, 0 to 255, of each class; None means that ``FolderDataset.colours`` chooses.
     """
 
     classes: tuple[str, ...]
@@ -43,7 +43,7 @@ class DatasetSpec:
 
     @property
     def void(self) -> int:
-        """The value that loss and metrics leave out: ``ignore_index``, or 255 in what padding adds."""
+        """The value that loss and metrics leave out: ``ignore_index``, or 255 for padding."""
         return 255 if self.ignore_index is None else self.ignore_index
 
 
@@ -51,7 +51,7 @@ def read_spec(path: str | Path) -> DatasetSpec:
     """Read a ``dataset.json``.
 
     Raises:
-        ValueError: it is missing, no JSON, or says something that cannot be.
+        ValueError: it is missing, is not JSON, or has an invalid entry.
     """
     path = Path(path)
     if not os.path.lexists(path):
@@ -113,7 +113,7 @@ class FolderDataset:
         spec: of the labels.
 
     Raises:
-        ValueError: a folder is missing or empty, a picture has no label, or what is named as one is no regular file.
+        ValueError: a folder is missing or empty, a picture has no label, or a picture is not a regular file.
 
     Attributes:
         names: of the pictures, without suffixes, in order.
@@ -163,7 +163,7 @@ class FolderDataset:
         return image, label
 
     def label(self, index: int) -> np.ndarray:
-        """Class indices alone, (H, W) uint8.
+        """Return the class indices alone, (H, W) uint8.
 
         Raises:
             ValueError: the file cannot be read, or holds a value that is neither a class nor ``ignore_index``.
@@ -180,9 +180,9 @@ class FolderDataset:
         return label.astype(np.uint8, copy=False)
 
     def colours(self) -> np.ndarray:
-        """(classes, 3), uint8: the spec's palette, else that of the first label PNG, else the library's own.
+        """Colours (classes, 3), uint8: the spec's palette, else that of the first label PNG, else the library's own.
 
-        A label's palette counts where it has a colour of its own for each class, and not only greys.
+        A label's palette is used if it has a distinct colour for each class, and not only greys.
         """
         count = len(self.spec.classes)
         if self.spec.palette is not None:
@@ -199,13 +199,13 @@ class FolderDataset:
         return (self.label(index) for index in range(len(self)))
 
     def check(self, indices: Iterable[int] | None = None, shown: bool = True) -> Census:
-        """Read every label, and the header of every picture: an error now, and not in the third hour.
+        """Read every label, and the header of every picture, so that errors show now and not in the third hour.
 
         Returns:
-            What the labels hold, and marks by which changed pairs are known.
+            A census of the labels, and marks that change if a pair changes.
 
         Raises:
-            ValueError: as indexing, but for pictures that are damaged behind their header.
+            ValueError: as for indexing, except for pictures that are damaged behind their header.
         """
         census = Census(len(self.spec.classes))
         indices = range(len(self)) if indices is None else indices
@@ -219,7 +219,7 @@ class FolderDataset:
         return census
 
     def _mark(self, index: int, label: np.ndarray) -> str:
-        """Of the label's values, and of the picture's size and its first and last 64 KiB."""
+        """A mark of the label's values, and of the picture's size and its first and last 64 KiB."""
         mark = hashlib.blake2b(os.fsencode(self.names[index]), digest_size=16)
         mark.update(str(label.shape).encode() + label.tobytes())
         with open_regular(self.pairs[index][0]) as file:
@@ -239,7 +239,7 @@ def _header(image: Image.Image) -> tuple[tuple[int, int], bool]:
 
 
 def _by_stem(folder: Path) -> tuple[dict[str, Path], Counter]:
-    """The pictures of a folder, and what else is there; files that a system hides are not looked at."""
+    """The pictures of a folder, and what else is there; hidden files are skipped."""
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder; a data set has DIR/train, val and test with images/ and labels/")
     found: dict[str, Path] = {}

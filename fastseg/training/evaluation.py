@@ -1,4 +1,4 @@
-"""Scores of a model on a split, over all processes, without logits of full resolution."""
+"""Score a model on a split, over all processes, without full-size logits."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -38,21 +38,21 @@ class Listed:
 
 
 def pixels(images: Tensor, device: torch.device) -> Tensor:
-    """(N, H, W, 3) uint8 to what models take, (N, 3, H, W) float32, channels_last in memory."""
+    """Convert (N, H, W, 3) uint8 to the models' input, (N, 3, H, W) float32, channels_last in memory."""
     return normalised(images.to(device, non_blocking=True).permute(0, 3, 1, 2).float())
 
 
 def window(labels: Tensor, model: nn.Module) -> Tensor:
-    """The labels of the pixels that the model gives logits for: the valid U-Net leaves a margin out."""
+    """The labels of the pixels that have logits: the U-Net without padding leaves out a margin."""
     m = getattr(model, "margin", 0)
     return labels[..., m:-m, m:-m] if m else labels
 
 
 def class_mapping(names: Sequence[str], spec: DatasetSpec) -> Tensor | None:
-    """Which of the data set's classes each of a model's is, by name; None where the order is the same.
+    """Map the model's classes to the data set's by name; None if the order is the same.
 
     Raises:
-        ValueError: the names are not the same.
+        ValueError: the two sets of names differ.
     """
     if tuple(names) == spec.classes:
         return None
@@ -83,18 +83,18 @@ def evaluate(
     title: str = "evaluate",
     stop: Callable[[], object] = lambda: False,
 ) -> Evaluation:
-    """Score ``model.predict`` on the batches of ``scoring_batches``; the model's mode is left as it was.
+    """Score ``model.predict`` on the batches of ``scoring_batches``; the model keeps its mode.
 
     Args:
         model: on the device of ``processes``.
         loader: this process's share.
         spec: of the labels.
-        processes: whose counts are added up; all of them get the result.
-        amp: dtype of autocast; None: none.
-        mapping: (classes,) integer: entry i is the index in ``spec.classes`` of the model's class i; None: the same.
-        worst: pictures to name, those with the lowest mean IoU over the classes in them.
+        processes: their counts are summed; all of them get the result.
+        amp: dtype of autocast; None means no autocast.
+        mapping: (classes,) integer: entry i is the index in ``spec.classes`` of the model's class i; None means i.
+        worst: number of pictures to name, those with the lowest mean IoU over the classes in them.
         title: of the progress bar.
-        stop: asked before each batch; where it is true the rest of this process's share is left out.
+        stop: called before each batch; if it returns True, the rest of this process's share is skipped.
     """
     counts = lambda: ConfusionMatrix(len(spec.classes), ignore_index=spec.ignore_index)
     total, each, training = counts(), [], model.training
@@ -118,7 +118,7 @@ def evaluate(
 
 
 def report(evaluation: Evaluation, spec: DatasetSpec, names: list[str]) -> dict:
-    """The scores as plain data for JSON; what is not defined is None."""
+    """The scores as plain data for JSON; undefined scores are None."""
     scores, number = evaluation.scores, lambda value: None if np.isnan(value) else float(value)
     columns = (spec.classes, scores.iou.tolist(), scores.precision.tolist(), scores.recall.tolist())
     return {

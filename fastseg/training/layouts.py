@@ -1,4 +1,4 @@
-"""Data sets in their publishers' folders: PASCAL VOC 2012 and Cityscapes, and beside them fastseg's own.
+"""Data sets in their publishers' folders: PASCAL VOC 2012 and Cityscapes; and fastseg's own.
 
 VOC         DIR/JPEGImages/NAME.jpg, DIR/SegmentationClass/NAME.png, DIR/ImageSets/Segmentation/SPLIT.txt; DIR may be
             VOC2012 itself or a folder around it. The 10,582 training pictures of the articles are those of the list
@@ -18,7 +18,7 @@ VOC_CLASSES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable",
     "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
 )  # fmt: skip
-BORDER = 255  # VOC's value of objects' borders; Cityscapes' of what is no class in training
+BORDER = 255  # VOC's value of object borders; Cityscapes' of what is not a class in training
 
 # name: (id, colour), in the order of the train ids
 CITYSCAPES = {
@@ -46,7 +46,7 @@ CITYSCAPES_IDS = 34
 
 
 def voc_palette() -> np.ndarray:
-    """(21, 3) uint8: the bits of a class index, three at a time, become the highest bits of red, green and blue."""
+    """The VOC palette, (21, 3) uint8: the bits of a class index, three at a time, become the high bits of RGB."""
     index = np.arange(len(VOC_CLASSES))
     colours = np.zeros((len(index), 3), np.uint8)
     for bit in range(8):
@@ -56,7 +56,7 @@ def voc_palette() -> np.ndarray:
 
 
 def train_ids() -> np.ndarray:
-    """(256,) uint8: Cityscapes' id -> train id, 0 to 18, or 255 for the 15 that are not trained, and for 255."""
+    """Map Cityscapes' ids, (256,) uint8, to train ids 0 to 18, or to 255 for those that are not trained."""
     table = np.full(256, BORDER, np.uint8)
     table[[index for index, _ in CITYSCAPES.values()]] = np.arange(len(CITYSCAPES))
     return table
@@ -99,7 +99,7 @@ def _around(folder: Path) -> tuple[Path, ...]:
 
 
 class CityscapesDataset(FolderDataset):
-    """Cityscapes, the fine labels: the 34 ids become the 19 classes of training; the others are left out, as 255.
+    """Cityscapes with fine labels: of the 34 ids 19 become the classes of training, the others 255.
 
     Args:
         data: the folder with leftImg8bit and gtFine.
@@ -126,10 +126,10 @@ class CityscapesDataset(FolderDataset):
         _all_there(self, folder)
 
     def label(self, index: int) -> np.ndarray:
-        """Train ids, (H, W) uint8.
+        """Return the train ids, (H, W) uint8.
 
         Raises:
-            ValueError: the file cannot be read, or holds a value that is no id.
+            ValueError: the file cannot be read, or holds a value that is not an id.
         """
         path = self.pairs[index][1]
         if path.name.endswith("labelTrainIds.png"):
@@ -154,16 +154,16 @@ LAYOUTS = ("folders", "voc", "cityscapes")
 
 
 def open_dataset(layout: str, data: Path, split: str, spec: Path | None = None) -> FolderDataset:
-    """One split of a data set.
+    """Open one split of a data set.
 
     Args:
         layout: "folders", as ``fastseg.training.dataset`` says, "voc" or "cityscapes".
         data: its folder.
         split: its name.
-        spec: the file that names the classes of "folders"; None: dataset.json in ``data``.
+        spec: the file that names the classes of "folders"; None means dataset.json in ``data``.
 
     Raises:
-        ValueError: no such layout, a spec for a layout that has its own, or bad data.
+        ValueError: the layout is unknown, a spec is given for a layout that has its own, or the data is bad.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"open_dataset: layout is {layout!r}; use one of {', '.join(LAYOUTS)}")

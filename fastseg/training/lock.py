@@ -1,4 +1,4 @@
-"""One training in a folder at a time."""
+"""Allow one training per folder at a time."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ _held: set[int] = set()
 
 
 def _leave_to_the_parent() -> None:
-    """In a forked child: readers may outlive a killed training by seconds, and would keep its lock."""
+    """Close the lock in a forked child: readers may outlive a killed training by seconds, and would keep it locked."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()
@@ -27,9 +27,9 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Hold the folder; the system lets go of it when the process ends, however it ends: no lock is ever stale.
+    """Lock the folder; the system releases the lock when the process ends in any way, so no lock is stale.
 
-    Where the file system knows no locks nothing is held.
+    On a file system without locks nothing is locked.
 
     Raises:
         ValueError: another process holds it.

@@ -1,9 +1,9 @@
 """The articles' training settings, as files: ``fastseg train --recipe voc-deeplabv3plus --data VOC2012 -o run``.
 
 A recipe is ``recipes/NAME.json``: where its settings are published ("source"), how this training differs from that
-("differs"), the data, and the settings, which are defaults of ``fastseg train``: what is given beside ``--recipe``
-counts. They are tested to build their nets and to run on a few synthetic pictures in each layout; nobody has run them
-at full size with this library, so no score is promised.
+("differs"), the data, and the settings. These are defaults of ``fastseg train``; arguments beside ``--recipe`` override
+them. Tests build each recipe's net and run it on a few synthetic pictures in each layout. Nobody has run a recipe at
+full size with this library, so no score is promised.
 """
 
 import json
@@ -25,12 +25,12 @@ def recipes() -> list[str]:
 
 
 def read_recipe(name: str) -> tuple[dict[str, str], dict[str, Any]]:
-    """What a recipe says of itself, and its settings.
+    """Return the recipe's description and its settings.
 
     "dataset" is the path of the file that names the classes; "options" are those of the model.
 
     Raises:
-        ValueError: no such recipe.
+        ValueError: there is no such recipe.
     """
     if name not in recipes():
         raise ValueError(f"no recipe {name!r}; use one of {', '.join(recipes())}")

@@ -36,12 +36,12 @@ from fastseg.training.evaluation import Listed, evaluate, pixels, window
 from fastseg.training.transforms import Augment
 
 FILES = ("last.pt", "best.pt", "curves.csv", "curves.json", "curves.png")  # that a training writes
-LOOK = 10  # steps between looks at the loss, which wait for the device
+LOOK = 10  # steps between reads of the loss, which wait for the device
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides a learning curve; a checkpoint is resumed with the same only."""
+    """Everything that decides a learning curve; a checkpoint can be resumed only with the same settings."""
 
     model: str
     options: dict[str, Any]
@@ -65,11 +65,11 @@ class Settings:
 
 
 class ShareOfLoss(nn.Module):
-    """This process's share in the mean loss of the whole batch; what DistributedDataParallel wraps.
+    """This process's share of the mean loss over the whole batch; DistributedDataParallel wraps it.
 
         sum of the losses of its pixels * processes / sum of the class weights of all processes' pixels
 
-    DDP takes the mean of gradients, so they are those of one process with the whole batch, whatever a part leaves out.
+    DDP averages gradients, so they equal those of one process with the whole batch, even if parts ignore pixels.
     """
 
     def __init__(self, model: nn.Module, weight: Tensor | None, void: int):
@@ -84,7 +84,7 @@ class ShareOfLoss(nn.Module):
         return loss / total
 
     def weights_in(self, labels: Tensor, processes: Processes) -> Tensor:
-        """The divisor: the class weights of the pixels, the mean over processes."""
+        """The divisor: the sum of the class weights of the pixels, averaged over processes."""
         counted = labels != self.void
         if self.weight is None:
             total = counted.sum().float()
@@ -111,33 +111,33 @@ def train(
     data: Mapping[str, Any] | None = None,
     changed_data: bool = False,
 ) -> list[dict]:
-    """Train, write ``last.pt`` and ``best.pt`` (by mean IoU on ``val_set``) and the curves into ``output``.
+    """Train; write ``last.pt``, ``best.pt`` (by mean IoU on ``val_set``) and the curves into ``output``.
 
-    Where ``stop_asked()`` is true in one process, all stop with a checkpoint: after the step, or in the midst of the
-    scoring, which a resumed run then begins anew. Several GPUs look every ``LOOK`` steps. ``best.pt`` is written before
-    ``last.pt`` says so: whatever ends the process in between, the best is there.
+    If ``stop_asked()`` returns True in one process, all stop with a checkpoint: after the step, or during the scoring,
+    which a resumed run repeats. Several GPUs ask every ``LOOK`` steps. ``best.pt`` is written before the ``last.pt``
+    that refers to it, so the best weights survive whatever ends the process in between.
 
     Args:
         model: with ``loss`` and ``predict``.
-        settings: what decides the curve.
+        settings: everything that decides the curve.
         train_set: pairs to learn from.
         val_set: pairs to score each epoch on.
         output: an existing folder.
         processes: that work together.
-        workers: processes that read pictures.
-        resume: go on with the run in ``output``.
+        workers: number of processes that read pictures.
+        resume: continue the run in ``output``.
         save_every: steps between checkpoints within an epoch.
-        max_seconds: then stop with a checkpoint.
-        stop_asked: asked after each step.
-        data: marks of the data set, plain data; a resumed run with others is refused.
-        changed_data: go on with other data all the same: the epoch begins anew.
+        max_seconds: time after which to stop with a checkpoint.
+        stop_asked: called after each step.
+        data: marks of the data set, plain data; a resumed run with other marks is refused.
+        changed_data: continue with other data; the epoch begins again.
 
     Returns:
         The curve: a row for each finished epoch.
 
     Raises:
-        ValueError: bad data, a loss or weights that are not finite, a run that is there already and not to be resumed,
-            or a resumed one with other settings or other data.
+        ValueError: the data is bad, loss or weights are not finite, the folder holds a run and ``resume`` is False, or
+            the resumed run had other settings or other data.
         OSError: a checkpoint cannot be written.
     """
     last, start = output / "last.pt", time.perf_counter()
@@ -183,7 +183,7 @@ def train(
             for name, part in parts.items():
                 if not (changed and name == "schedule"):
                     part.load_state_dict(saved["training"][name])
-        if changed:  # other pictures, perhaps another number of steps: the epoch begins anew
+        if changed:  # other pictures, perhaps another number of steps: the epoch begins again
             state |= {"done": 0, "loss": 0.0}
             for group, begun in zip(optimizer.param_groups, fresh, strict=True):
                 group.update(begun)
@@ -290,7 +290,7 @@ def train(
 
 
 def _heads(model: nn.Module, settings: Settings, step: int, steps: int) -> list[float] | None:
-    """Factors of the losses of deep supervision in this step, of ``steps`` an epoch; None: the model's own."""
+    """Factors of the losses of deep supervision in this step, with ``steps`` per epoch; None: the model's own."""
     if settings.deep_supervision != "fading":
         return None
     return fading_weights(model.supervised, step / (steps * settings.epochs))
@@ -305,7 +305,7 @@ def _finite(loss: Tensor, step: int) -> float:
 
 @contextmanager
 def _of_this_run(path: Path) -> Iterator[None]:
-    """What is taken from a checkpoint fits, or is one error."""
+    """Check that what is taken from a checkpoint fits; raise one error if not."""
     try:
         yield
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""SIGTERM, with which a cluster takes its machine back, and Ctrl-C: a flag, and readers that outlive both."""
+"""SIGTERM, by which a cluster reclaims its machine, and Ctrl-C: a flag, and readers that outlive both."""
 
 import os
 import signal
@@ -9,11 +9,11 @@ from contextlib import contextmanager
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """The number of the SIGTERM or SIGINT that has come since the block began, or 0.
+    """Return a function that gives the SIGTERM or SIGINT received since the block began, or 0.
 
-    Within the block no SIGTERM ends the process, however many come: a launcher and its scheduler may each send one. A
-    second Ctrl-C raises KeyboardInterrupt, as one does outside the block. Outside the main thread, which alone gets
-    signals, it is 0.
+    Inside the block no SIGTERM ends the process, however many come: a launcher and its scheduler may each send one. A
+    second Ctrl-C raises KeyboardInterrupt, as one does outside the block. Only the main thread gets signals; in others
+    the value is 0.
     """
     came = 0
 
@@ -35,10 +35,9 @@ def stop_signals() -> Iterator[Callable[[], int]]:
 
 
 def obey_parent_alone(worker: int) -> None:
-    """What a DataLoader's worker does first: SIGTERM ends it only if the process that reads from it is the sender, and
-    Ctrl-C does not.
+    """Make a DataLoader's worker ignore Ctrl-C, and every SIGTERM that its reading process did not send.
 
-    Launchers send one to the whole process group, as terminals do; a worker that dies takes the step down before there
+    Launchers send one to the whole process group, as terminals do. A worker that dies would end the step before there
     is a checkpoint.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""What is done to a picture and its label on the way into a batch; all chance comes from the given generator."""
+"""Transforms of a picture and its label on the way into a batch; all randomness comes from the given generator."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ PADDING = tuple(round(255 * value) for value in MEAN)  # the colour that normali
 
 
 def resized(image: np.ndarray, label: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Picture (H, W, 3) and label (H, W) at ``size`` (height, width): bilinear, and the nearest pixel's class."""
+    """Picture (H, W, 3) and label (H, W) at ``size`` (height, width): bilinear, and nearest neighbour."""
     if size == label.shape:
         return image, label
     box = (size[1], size[0])
@@ -25,10 +25,10 @@ class Augment:
     """Scale, crop and flip a picture and its label alike.
 
     Attributes:
-        size: height and width that every picture is first brought to; None leaves it.
-        scale: least and largest random factor, drawn evenly on a logarithmic scale; (1, 1) keeps the size.
-        crop: height and width of the random window; what it has beyond the picture is padded. None: the whole.
-        flip: whether every second picture is mirrored, left to right.
+        size: height and width to which every picture is resized first; None keeps its size.
+        scale: least and largest random factor, log-uniform; (1, 1) keeps the size.
+        crop: height and width of the random window, padded beyond the picture; None means the whole picture.
+        flip: True to mirror half of the pictures, left to right.
         void: label value of padding.
     """
 
@@ -39,7 +39,7 @@ class Augment:
     void: int = 255
 
     def __call__(self, image: np.ndarray, label: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-        """Picture (H, W, 3) uint8 and label (H, W) uint8 to new ones."""
+        """Transform a picture (H, W, 3) uint8 and a label (H, W) uint8."""
         if self.size is not None:
             image, label = resized(image, label, self.size)
         if self.scale != (1.0, 1.0):

@@ -1,9 +1,9 @@
-"""The gradient of atrous convolutions at their weights; the story is in ``atrous_conv.py``.
+"""Weight gradient of atrous convolutions; ``fwd.py`` has the whole design.
 
     dw_b[o, ky, kx, c] = sum over the pixels p where the tap is valid of dy[p, b COUT + o] x[p + shift(b, ky, kx), c]
 
-For each branch and tap one GEMM whose sum runs over the rectangle of those pixels in all images. Its rows are cut into
-parts, which are added in a fixed order: two runs give the same bits. Traffic in elements: A + Y + the partial sums; the
+Each branch and tap is one GEMM whose sum runs over the rectangle of those pixels in all images. Its rows are cut into
+parts, which are added in a fixed order: two runs give the same bits. Traffic in elements: A + Y + the partial sums;
 taps and blocks of channels re-read A and Y from the cache.
 """
 
@@ -89,7 +89,7 @@ def _atrous_conv_bwd_weight_kernel(
 
 
 def atrous_conv_bwd_weight(dy: Tensor, x: Tensor, kernels: list[int], dilations: list[int]) -> Tensor:
-    """dy (N, B COUT, H, W), x (N, C, H, W) in NHWC memory -> (B parts of COUT K K C,), flat, in the dtype of sums."""
+    """dy (N, B COUT, H, W), x (N, C, H, W), NHWC in memory -> B parts of COUT K K C, flat, in the dtype of sums."""
     branches = tuple(Branch(K, d) for K, d in zip(kernels, dilations, strict=True))
     (N, C, H, W), COUT = x.shape, dy.shape[1] // len(kernels)
     cfg = select("atrous_conv_bwd_weight", size=N * H * W, device=x.device, C=C, COUT=COUT, dtype=x.dtype)

@@ -1,13 +1,13 @@
-"""Launch configurations of the atrous convolution, and the cost model that chooses between it and a library's.
+"""Launch configurations of the atrous convolution, and the cost model that chooses between our kernel and a library's.
 
-Heuristics with their reasons, and what tuning tries besides; what a GPU would show is an estimate until a table in
-``tuned/`` replaces it. With F the share of products that is left (``atrous_plan``) and D the dense ones:
+Heuristics with their reasons, and further candidates for tuning. GPU times are estimates until a table in ``tuned/``
+replaces them. With F the fraction of products that is left (``regions.py``) and D the dense products:
 
     own      max(bytes / BW,  F D / (OWN_GEMM rate),  longest program) + 1 launch
     library  for each branch  max(bytes / BW,  D_b / rate) + 1 launch;  then activation, residual, concatenation
 
-The library is taken at its best, so a tie is its: it may split the sums of the few long programs that a single image
-gives, which the own kernel does not.
+The library is modelled at its best, so it wins a tie: it may split the sums of the few long programs that a single
+image gives; our kernel does not.
 """
 
 import functools
@@ -49,10 +49,10 @@ def plan(
     ieee: bool = False,
     chip: Chip = H200,
 ) -> Plan:
-    """Whether the own kernel is faster, by the model in this file's header.
+    """Choose the faster form, by the model in this file's header.
 
-    ``passes``: elementwise passes over the output that the library's way takes and the own one does not: activation,
-    residual. ``ieee``: fp32 without tf32, on lanes instead of matrix units.
+    ``passes``: elementwise passes over the output (activation, residual) that the library needs and our kernel does
+    not. ``ieee``: fp32 without tf32, on lanes instead of matrix units.
     """
     rate, share = chip.dot(dtype, tf32=not ieee), OWN_LANES if ieee else OWN_GEMM
     cfg = _config(N * H * W, C, COUT, dtype)
@@ -76,7 +76,7 @@ def plan(
 def _config(size: int, C: int, COUT: int, dtype: torch.dtype) -> dict[str, int]:
     """128 x 128 is the smallest tile whose arithmetic hides its loads on Hopper; wgmma needs 64 rows.
 
-    With few rows, 64: rectangles of one image are small, and what a tile has too many is multiplied for nothing (at
+    With few rows, 64: the rectangles of one image are small, and surplus rows of a tile are multiplied for nothing (at
     32x32 and N = 1 an ASPP executes 0.72 with 64 rows, 0.85 with 128). fp32 operands would fill the registers.
     """
     block_n = min(128, max(16, next_power_of_2(COUT)))

@@ -1,19 +1,19 @@
-"""Atrous convolutions of one map, side by side, that multiply no padding: an implicit GEMM over rectangles of taps.
+"""Atrous convolutions of one map, side by side, without products with padding: an implicit GEMM over rectangles.
 
     y_b = act(conv2d(x, w_b, bias_b, padding=dilation_b * (K_b // 2), dilation=dilation_b) + residual_b)   b = 0, 1 ...
 
-All branches are one launch, which writes y_b into channels [b COUT, (b + 1) COUT) of one map: no concatenation. For the
-pixels of a rectangle (``atrous_plan``) every tap is valid everywhere or nowhere, so the loop over taps and channels has
-no masks, and the taps that read padding are not in it: at 32x32 and rates 6, 12, 18 an ASPP executes 0.59 of what a
-dense convolution does. Weights of a tap that is valid nowhere are never read: unlike in torch, their NaN stays out.
+All branches are one launch, which writes y_b into channels [b COUT, (b + 1) COUT) of one map: no concatenation. Inside
+a rectangle (``regions.py``) every tap is valid everywhere or nowhere. So the loop over taps and channels has no masks
+and leaves out the taps that read padding: at 32x32 and rates 6, 12, 18 an ASPP executes 0.59 of the products of a dense
+convolution. Weights of a tap that is valid nowhere are never read: unlike in torch, their NaN stays out of the result.
 
-The gradient at x is the same kernel, taps mirrored: it reads each branch's channels of dy and adds all branches up in
-one accumulator, over the rectangles that all cuts together make. The weights' gradient is a GEMM for each branch and
-tap over the pixels where that tap is valid (``atrous_conv_bwd``); x is kept once for all branches.
+The gradient at x is the same kernel with mirrored taps: it reads each branch's channels of dy and adds all branches in
+one accumulator, over the rectangles of all cuts together. The weight gradient is a GEMM for each branch and tap over
+the pixels where that tap is valid (``bwd.py``). x is saved once for all branches.
 
-Layout: NHWC, weights (COUT, K, K, C). Traffic in elements, A = x, Y = output: A + weights + Y (+ Y of a residual); the
-taps and branches re-read A from the cache (``atrous_plan.work_items`` gives the order). A simpler kernel, over pixel
-tiles that mask their taps, executes 0.72 to 0.79 at that size: a tile rarely misses the map as a whole.
+Layout: NHWC, weights (COUT, K, K, C). Traffic in elements, A = x, Y = output: A + weights + Y (+ Y of a residual); taps
+and branches re-read A from the cache (``regions.work_items`` gives the order). A simpler kernel, over pixel tiles with
+masked taps, executes 0.72 to 0.79 at that size: a tile rarely misses the map as a whole.
 """
 
 import triton
@@ -135,7 +135,7 @@ def atrous_conv_fwd(
 
 
 def atrous_conv_bwd_input(dy: Tensor, weights: list[Tensor], dilations: list[int]) -> Tensor:
-    """dy (N, B COUT, H, W), weights (COUT, C, K, K), NHWC in memory -> dx (N, C, H, W): the same."""
+    """dy (N, B COUT, H, W), weights (COUT, C, K, K), NHWC in memory -> dx (N, C, H, W), NHWC."""
     branches = tuple(Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True))
     COUT, C = weights[0].shape[:2]
     dx = _nhwc(dy, C)

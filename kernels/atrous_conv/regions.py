@@ -1,13 +1,14 @@
-"""What an atrous convolution multiplies once its padding is left out: rectangles, their taps, rows, work items.
+"""The products of an atrous convolution without its padding: rectangles, their taps, rows, work items.
 
-No Triton and no torch here: plain numbers, which kernels, cost model and benchmarks share. Convolutions have stride 1,
-an odd kernel and padding = dilation * (K // 2), so that the map keeps its size. A tap at distance s reads position p +
-s; it is valid where that lies in the map. Cut an axis wherever some tap's validity changes, and inside a piece every
-tap is valid everywhere or nowhere; two axes make rectangles. A 3x3 convolution has at most nine, several convolutions
-together (the gradient at their common input) at most 2 cuts each: three atrous ones 7 x 7 = 49.
+This file needs neither Triton nor torch: kernels, cost model and benchmarks share plain numbers. Convolutions have
+stride 1, an odd kernel and padding = dilation * (K // 2), so the map keeps its size. A tap at distance s reads position
+p + s, and is valid if that lies in the map. Each axis is cut wherever the validity of some tap changes. Inside a piece
+every tap is valid everywhere or nowhere; two axes make rectangles. A 3x3 convolution has at most nine. Several
+convolutions together (the gradient at their common input) have at most 2 cuts each per axis: three atrous ones
+make 7 x 7 = 49.
 
-Along one axis the valid taps of one convolution are neighbours, so a rectangle's taps are a first row and column and
-two counts: no list. The rows of a rectangle's GEMM are its pixels of all images: (n, y, x) flattened.
+Along one axis the valid taps of one convolution are neighbours, so a rectangle's taps are a first row, a first column
+and two counts. The rows of a rectangle's GEMM are its pixels in all images: (n, y, x) flattened.
 """
 
 from collections.abc import Iterator
@@ -53,7 +54,7 @@ class Region(NamedTuple):
 
 
 def distance(branch: Branch, tap: int) -> int:
-    """How far tap number ``tap`` of an axis reads from its centre, in pixels."""
+    """Distance that tap number ``tap`` of an axis reads from its centre, in pixels."""
     return (tap - branch.K // 2) * branch.dilation
 
 
@@ -64,7 +65,7 @@ def valid(branch: Branch, tap: int, size: int) -> tuple[int, int]:
 
 
 def pieces(size: int, branches: tuple[Branch, ...], *, mirrored: bool = False) -> Iterator[tuple[int, int, list]]:
-    """An axis, cut: -> start, length and, for each branch, (first valid tap, number of valid taps).
+    """Cut an axis; return start, length and, for each branch, (first valid tap, number of valid taps) of each piece.
 
     ``mirrored``: a tap reads at minus its distance, as in the gradient at the input.
     """
@@ -90,23 +91,23 @@ def _rectangles(H: int, W: int, branches: tuple[Branch, ...], first: int, mirror
 
 
 def forward_regions(H: int, W: int, branches: tuple[Branch, ...]) -> list[Region]:
-    """The rectangles of each branch by itself: every one writes channels of its own."""
+    """The rectangles of each branch by itself, since each writes its own channels."""
     return [region for b, branch in enumerate(branches) for region in _rectangles(H, W, (branch,), b, False)]
 
 
 def input_regions(H: int, W: int, branches: tuple[Branch, ...]) -> list[Region]:
-    """The rectangles of the gradient at the input: all branches add up in one."""
+    """The rectangles of the gradient at the input, to which all branches add."""
     return list(_rectangles(H, W, branches, 0, True))
 
 
 def work_items(regions: list[Region], N: int, block_m: int) -> list[tuple[int, int]]:
     """(region, first row) of every row tile, in the order of the programs.
 
-    By falling number of taps: programs differ ninefold in length, there are a few for each multiprocessor, and the last
-    to begin must be short ones. Among equals image by image, over all branches and rectangles: what runs at one time
-    reads the same images, and finds their rows in the cache. (The blocks of output channels of one tile, the kernel's
-    fastest index, share its rows in any case.) Counts are at most 9, 6, 4, 3, 2, 1: so often is x read from memory, if
-    it is too large for the cache.
+    Tiles are sorted by falling number of taps: programs differ ninefold in length, a multiprocessor gets few of them,
+    and the last to begin must be short. Among equals they go image by image, over all branches and rectangles: programs
+    that run at one time read the same images, and find their rows in the cache. (The blocks of output channels of a
+    tile, the kernel's fastest index, share its rows in any case.) The counts are at most 9, 6, 4, 3, 2, 1; x is read
+    from memory that often if it is too large for the cache.
     """
     items = []
     for index, region in enumerate(regions):
@@ -126,7 +127,7 @@ def dense(H: int, W: int, branches: tuple[Branch, ...], N: int) -> int:
 
 
 def executed_fraction(H: int, W: int, branches: tuple[Branch, ...], N: int, block_m: int) -> Fraction:
-    """Share of the dense multiplications that the forward executes, ragged row tiles counted whole."""
+    """Fraction of the dense multiplications that the forward executes, ragged row tiles counted whole."""
     return Fraction(executed(forward_regions(H, W, branches), N, block_m), dense(H, W, branches, N))
 
 

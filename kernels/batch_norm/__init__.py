@@ -1,1 +1,1 @@
-"""Batch norm + residual + activation: statistics, forward, backward."""
+"""Batch norm, residual and activation: statistics, forward, backward."""

@@ -3,11 +3,11 @@
     reduce   g = dy act'(norm(z) + residual),   dbias = sum(g),   dweight = sum(g zhat),   zhat = (z - mean) rstd
     input    dz = weight rstd (g - mean(g) - zhat mean(g zhat));  with fixed statistics weight rstd g, in the reduction
 
-The activation's input is computed again from z. With a residual it would take the residual's map as well; y tells the
-same, sign by sign, and whoever reads y next (a convolution, for its weight's gradient) keeps it anyway, so that holding
-on to it costs no memory, where a mask of bits would. g is then the residual's gradient: the reduction writes it, and
-the second pass reads it in place of dy and y.
-Traffic in elements, M = N*H*W: batch statistics 2MC + 3MC, with a residual 4MC + 3MC; fixed statistics 3MC, 5MC.
+The input of the activation is recomputed from z. With a residual that would need the residual's map as well. y has the
+same signs, and its next reader (a convolution, for its weight gradient) saves it anyway, so that saving it costs no
+memory; a mask of bits would. g is then the gradient of the residual: the reduction writes it, and the second pass reads
+it in place of dy and y. Traffic in elements, M = N*H*W: batch statistics 2MC + 3MC, with a residual 4MC + 3MC; fixed
+statistics 3MC, 5MC.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""A fixed batch norm folded into the convolution before it, in one launch: a row of filters per output channel.
+"""Fold a fixed batch norm into the convolution before it, in one launch: a row of filters per output channel.
 
     weight'[o, :] = weight[o, :] s[o],   shift[o] = (bias[o] - mean[o]) s[o] + beta[o],   s = gamma / sqrt(var + eps)
 

@@ -2,10 +2,10 @@
 
     forward    y = act((z - mean) rstd weight + bias + residual)       residual AFTER: act(...) + residual
 
-The statistics come from batch_norm_stats.py or are fixed; the backward is batch_norm_act_bwd.py. A map is walked in
-blocks of pixels x channels: NHWC, the batch is one image of N*H*W pixels whose channels are neighbours in memory; NCHW,
-each image is walked by itself, and pixels are neighbours. Only the offsets differ, so that both are one kernel.
-Traffic in elements, M = N*H*W: 2MC, 3MC with a residual.
+The statistics come from ``stats.py`` or are fixed; the backward is ``bwd.py``. A map is walked in blocks of pixels x
+channels. In NHWC the batch is one image of N*H*W pixels whose channels are neighbours in memory. In NCHW each image is
+walked by itself, and pixels are neighbours. Only the offsets differ, so both are one kernel. Traffic in elements, M =
+N*H*W: 2MC, 3MC with a residual.
 """
 
 from typing import Literal, NamedTuple
@@ -41,7 +41,7 @@ class Walk(NamedTuple):
         return cls(False, N, H * W, C)
 
     def key(self, z: Tensor) -> dict:
-        """What ``select`` is asked with: ``inner`` is the length of what is contiguous, in planes by powers of two."""
+        """The key for ``select``: ``inner`` is the length of the contiguous axis, in planes rounded to powers of 2."""
         inner = self.C if self.last else min(next_power_of_2(self.pixels), LONGEST)
         size = self.images * self.pixels
         return {"size": size, "device": z.device, "dtype": z.dtype, "inner": inner, "last": self.last}

@@ -1,12 +1,12 @@
-"""Statistics of a batch: mean and variance of each channel over images and pixels, without cancellation.
+"""Batch statistics: mean and variance of each channel over images and pixels, without cancellation.
 
     mean = sum(z) / M,   var = sum((z - mean)^2) / M,   M = N*H*W
 
-One kernel reads the map once and writes a (mean, squared deviations) pair per tile; a second merges the pairs by Chan's
-formula in a fixed order: no atomics, the same bits each time. A convolution of our own writes the pairs itself, while
-the tile is in registers, and only the merge is left. The map is walked as batch_norm_act.py says, in either layout.
-Traffic in elements: MC, and 2 C tiles. One kernel that did both would need a program per channel to see all of the map:
-too few of them, and in NHWC memory lines of which each uses one element.
+One kernel reads the map once and writes a pair (mean, squared deviations) per tile. A second merges the pairs by Chan's
+formula in a fixed order: no atomics, the same bits each time. A convolution of ours writes the pairs itself while the
+tile is in registers; only the merge is left. The map is walked as in ``fwd.py``, in either layout. Traffic in elements:
+MC, and 2 C tiles. One kernel for both would need a program per channel that sees the whole map: too few programs, and
+in NHWC one element used per line of memory.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""1x1 convolution with everything behind it in one launch: y = act(conv1x1(x) + bias + image_bias + residual), NHWC.
+"""1x1 convolution and everything after it in one launch: y = act(conv1x1(x) + bias + image_bias + residual), NHWC.
 
 The kernel is the pointwise half of the separable convolution. ``image_bias`` is a row for each image: a branch that is
 constant over pixels, such as ASPP's pooled one, is a bias of the projection, and is never spread over a map.

@@ -2,8 +2,8 @@
 
     y = act(conv2d(x, weight, stride, padding) + bias)
 
-An implicit GEMM whose inner dimension is all taps of all channels at once, 27 for 3x3 on RGB: cuDNN's tensor-core
-kernels want multiples of 8 channels, pad the image for them, and leave bias and activation to passes of their own over
+An implicit GEMM whose inner dimension is all taps of all channels at once, 27 for 3x3 on RGB. cuDNN's tensor-core
+kernels want multiples of 8 channels, so they pad the image, and leave bias and activation to passes of their own over
 the largest map of the network. Neighbouring elements of a window's row are neighbours in memory, but a window begins
 anywhere: loads are scalar, 32 for a pixel of 3x3 x 3, and hit the cache.
 

@@ -1,4 +1,4 @@
-"""Cost model of an inverted residual block: whole in one launch, or expansion and fused pair.
+"""Cost model of an inverted residual block: one launch, or expansion and fused pair.
 
 Whole: with M = HIDDEN elements after the stride, P positions for each output (``positions``), e bytes an element
 
@@ -9,10 +9,10 @@ C' and COUT' padded to powers of two as the kernel multiplies them; spread: how 
 chip. Parts: the models of the 1x1 convolution (own kernel or library) and of the separable convolution (fused or
 split), which spread likewise, and a launch each.
 
-What computing e again costs, against the bytes saved: with 16 -> 96 -> 24 at stride 2, 256^2 and 16 images the
-expansion is multiplied 6.75 times an output instead of 4 an output, 5.4 GFLOP instead of 3.2: 3 us. On the lanes it is
-64 operations an element instead of the pair's 19: 34 us. Writing and reading the expanded map is 94 us. At stride 1
-4.5 times e is made where once would do, and the map is a quarter as large: expansion and pair stay faster.
+The cost of recomputing e, against the bytes saved: with 16 -> 96 -> 24 at stride 2, 256^2 and 16 images the expansion
+is multiplied 6.75 times per output instead of 4, 5.4 GFLOP instead of 3.2: 3 us. On the lanes it is 64 operations per
+element instead of the pair's 19: 34 us. Writing and reading the expanded map takes 94 us. At stride 1 e is computed 4.5
+times instead of once, and the map is a quarter as large: expansion and pair stay faster.
 """
 
 import functools

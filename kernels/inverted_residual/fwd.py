@@ -5,14 +5,15 @@
     y = project u + project_bias (+ x)           (N, COUT, OH, OW)
 
 Batch norms are folded into weights and biases. e and u never reach memory: a program owns a tile of outputs and walks
-the hidden channels in blocks. Triton has no gather from shared memory, so e is computed again where taps share it: rows
-of the tile are GROUP neighbouring outputs, and e is made once for each of the 3 (3 + (GROUP - 1) stride) positions that
-a row's taps touch. That is P = 9, 6 or 4.5 times e for each output at stride 1, and 9, 7.5 or 6.75 at stride 2, where
+the hidden channels in blocks. Triton cannot gather from shared memory, so e is recomputed where taps share it. A row of
+the tile is GROUP neighbouring outputs, and e is computed once for each of the 3 (3 + (GROUP - 1) stride) positions that
+the taps of a row touch. That is P = 9, 6 or 4.5 times e for each output at stride 1, and 9, 7.5 or 6.75 at stride 2;
 sharing everything would take 1.3 to 1.6 (4.5 to 6 at stride 2). It is cheap while x is thin, since the expansion is on
-the matrix units; what it costs on the lanes is in ``inverted_residual_plan``.
+the matrix units; ``cost.py`` has its cost on the lanes.
 
 Traffic in elements: A + Y + weights; the residual is in the cache. Expansion and fused pair take A + 2E + Y, E = the
-expanded map, 6A in MobileNetV2. e is not rounded on its way, u once: nearer to exact than the parts one by one.
+expanded map, 6A in MobileNetV2. e is not rounded on its way, u once: the result is nearer to exact than that of the
+parts one by one.
 """
 
 from typing import NamedTuple

@@ -1,12 +1,12 @@
-"""Max pooling that notes which cell of each window won, in torch's int64 indices or in codes of 2, 4 or 8 bits.
+"""Max pooling that records the winning cell of each window, as torch's int64 index or a code of 2, 4 or 8 bits.
 
     forward    y = max over the window's cells, padding left out; ties: the first cell; NaN: the last NaN
     backward   max_unpool.py, with the windows' gradients summed
 
-Before it is compared a cell may pass a batch norm with given statistics and an activation: the pooling then reads the
-convolution's output once, and the normalised map is never written.
-Traffic in elements, hi cells and lo windows: hi + lo, and lo indices of 8 bytes or lo codes of 1/4, 1/2 or 1 byte. Each
-program owns whole windows; windows that overlap read their shared cells from the cache.
+A cell may first pass a batch norm with given statistics and an activation: the pooling then reads the convolution's
+output once, and the normalised map is never stored. Traffic in elements, hi cells and lo windows: hi + lo, and lo
+indices of 8 bytes or lo codes of 1/4, 1/2 or 1 byte. Each program owns whole windows; windows that overlap read their
+shared cells from the cache.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Max unpooling as a gather, and the kernels that give max pooling its gradients.
+"""Max unpooling as a gather, and the kernels of max pooling's gradients.
 
     spread (windows -> cells)   y[cell] = v[window] where the window's index names the cell, else 0
                                 forward of unpooling: of several windows that name one cell, the last wins, as on a CPU;
@@ -10,10 +10,10 @@ A program of the spread owns stride x stride cells for each of its windows and w
 the same bits at every run. Where windows overlap it reads the neighbours that reach into its cells from the cache.
 Traffic in elements, hi cells and lo windows: hi + lo, and lo indices of 8 bytes or lo codes of 1/4, 1/2 or 1 byte.
 
-A code cannot leave its window. An int64 index can: it may name any cell, one of another window too (where the output
-is not of the pooling's input size) or none at all. Each program of the spread reports what its windows' indices do, and
-a second kernel of a few blocks reads the report. As a rule it ends there; where an index names a foreign cell it writes
-all windows again, in the order of memory, many channels side by side. An index outside the plane is never followed.
+A code cannot leave its window. An int64 index can: it may name any cell, one of another window (if the output is not of
+the pooling's input size), or none at all. Each program of the spread reports what the indices of its windows do, and a
+second kernel of a few blocks reads the report. It usually ends there. If an index names a foreign cell, it writes all
+windows again, in memory order, many channels side by side. An index outside the plane is never used as an address.
 """
 
 import math

@@ -1,14 +1,14 @@
-"""Convolution of an unpooled map that is never written: y = act(conv2d(unpool(v, codes), weight, bias)), channels_last.
+"""Convolution of an unpooled map that is never stored: y = act(conv2d(unpool(v, codes), weight, bias)), channels_last.
 
 An implicit GEMM whose left operand is built from the windows: for tap (ky, kx) and output pixel (h, w)
 
     a[pixel, c] = v[window of (h + ky - P, w + kx - P), c]   where the window's code names that pixel, else 0
 
 Stride 1; windows that share no cell. Three of four products are with zeros, as in a plain convolution of the unpooled
-map: they are where the data says, not where a GEMM could leave them out. What is saved is the map: its write, and its
-read by the convolution. Traffic in elements, lo windows, Y outputs: lo + codes + Y + weights, lo from the cache K^2
-times more. ``plan`` says whether that pays. By its counts it does for 1x1; a 3x3 builds its operand nine times, which
-takes longer than writing and reading the map.
+map; the data decides where, so a GEMM cannot skip them. The map's write is saved, and its read by the convolution.
+Traffic in elements, lo windows, Y outputs: lo + codes + Y + weights, lo from the cache K^2 times more. ``plan`` says
+whether that pays. By its counts it does for 1x1; a 3x3 builds its operand nine times, which takes longer than writing
+and reading the map.
 """
 
 import functools

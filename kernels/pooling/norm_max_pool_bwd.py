@@ -3,9 +3,9 @@
     g    = dy act'(norm(z)) at each window's chosen cell, 0 at all others,      zhat = (z - mean) rstd
     dbias = sum(g),   dweight = sum(g zhat),   dz = weight rstd (g - mean(g) - zhat mean(g zhat))
 
-as in common.py; the normalised map and its gradient exist in registers only, and z is all that the forward keeps beside
-the index. Both kernels take windows that share no cell. Traffic in elements, hi cells and lo windows: reduce lo + lo
-chosen cells of z + index, input 2hi + lo + index.
+as in ``common/norm_act.py``. The normalised map and its gradient exist in registers only; the forward saves z and the
+index. Both kernels take windows that share no cell. Traffic in elements, hi cells and lo windows: reduce lo + lo chosen
+cells of z + index, input 2hi + lo + index.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""What the pooling kernels share: the geometry of windows, how maps are walked, and how codes are packed.
+"""Shared by the pooling kernels: the geometry of windows, the walk over maps, and the packing of codes.
 
 A map is walked as rows of an inner axis that is contiguous in memory: channels_last, a row is a pixel and the inner
 axis its channels; else a row is one line of one plane and the inner axis its pixels. All sizes have three dimensions;
@@ -35,7 +35,7 @@ Size = tuple[int, int, int]
 class Pooling:
     """One pooling, or the unpooling that undoes it: (N, C, *size) -> (N, C, *out) windows.
 
-    ``dims``: how many spatial axes the caller's maps have, the last ones of three.
+    ``dims``: the number of spatial axes of the caller's maps, the last ones of three.
     """
 
     N: int

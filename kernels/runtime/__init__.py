@@ -1,1 +1,1 @@
-"""What launches need and no kernel is: configurations, the launch guard, chips, sizes, dtypes."""
+"""Everything that launches need, without kernels: configurations, the launch guard, chips, sizes, dtypes."""

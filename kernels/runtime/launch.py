@@ -13,8 +13,8 @@ _intercept: Callable[[object, tuple[int, ...], tuple, dict], None] | None = None
 def launch(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
     """Launch ``kernel[grid](*args, **kwargs)`` on the tensors' own device.
 
-    Triton launches on the *current* device and stream; this enters the device of the arguments first. Also the one
-    place where launches are counted, compiled ahead of time, or watched (``intercept``).
+    Triton launches on the *current* device and stream, so this enters the device of the arguments first. It is also the
+    one place where launches are counted, compiled ahead of time, or watched (``intercept``).
     """
     devices = {arg.device for arg in args if isinstance(arg, Tensor)}
     assert len(devices) == 1, f"{kernel}: tensors on {' and '.join(sorted(map(str, devices)))}"

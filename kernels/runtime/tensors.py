@@ -1,4 +1,4 @@
-"""Dtypes that kernels accumulate in, the precision of their products, and output tensors."""
+"""Dtypes of accumulators and statistics, the precision of products, and output tensors."""
 
 import torch
 import triton.language as tl

@@ -1,7 +1,7 @@
-"""Kernels and launchers of the separable convolution's backward; the story is in ``separable_conv.py``.
+"""Kernels and launchers of the separable convolution's backward; ``launch.py`` has the whole design.
 
-Names: dz = gradient at the pointwise convolution's output, g1 = at the middle norm's output (behind the middle
-activation), du = at the depthwise convolution's output. dz and du are never stored: each kernel that needs them
+Names: dz = gradient at the output of the pointwise convolution, g1 = at the output of the middle norm (after the middle
+activation), du = at the output of the depthwise convolution. dz and du are never stored: each kernel that needs them
 computes them from (dy, z) and (g1, u) as it loads.
 """
 

@@ -1,4 +1,4 @@
-"""Kernels and launchers of the separable convolution's forward; the story is in ``separable_conv.py``."""
+"""Kernels and launchers of the separable convolution's forward; ``launch.py`` has the whole design."""
 
 from typing import NamedTuple
 

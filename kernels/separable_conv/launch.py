@@ -5,7 +5,7 @@
     z = pointwise(a) + pw_bias                   (N, COUT, OH, OW)
     y = post_act(post_norm(z)) + residual        or, without post_act, out_act(post_norm(z) + residual)
 
-Layout: NHWC, channels innermost, so that every tap is a row of 16-byte loads whatever its shift. Depthwise taps are
+Layout: NHWC, channels innermost, so that every tap is a row of 16-byte loads for any shift. Depthwise taps are
 multiply-adds in fp32 (one tensor-core tile per channel would be 1/16 used); only the pointwise half is a dot.
 
 Evaluation, in elements (A = x, U = u, Y = y or z): fused A + Y, split A + 2U + Y; unfused torch, with each norm and
@@ -16,7 +16,7 @@ both round u and z as torch does, so that they differ by the order of the dot's 
 Training with batch statistics: the kernel that produces u (or z) reduces each tile to (mean, squared deviations) while
 it holds it. Fused: A (statistics of u only) + A + Y, then 2Y to normalise z; split: A + 2U + Y + 2Y.
 
-Backward keeps x, z and the statistics. u is computed again (A + U); a, dz and du are computed where they are loaded:
+Backward saves x, z and the statistics. u is recomputed (A + U); a, dz and du are computed where they are loaded:
 
     sums of dz          2Y           sum(g), sum(g zhat): the bias and weight gradients of post_norm, and its mean terms
     g1 = (dz pw) act'   2Y + 2U      and the same two sums for mid_norm, from the tile in registers
@@ -24,13 +24,13 @@ Backward keeps x, z and the statistics. u is computed again (A + U); a, dz and d
     dx = du (*) dw      2U + A       a gather: each input pixel collects its taps
     ddw                 2U + A
 
-On top come a residual (Y), z where it is kept (Y), a second read of x by dx where there is a pre-activation (A), the
-weights, and partial sums (at most one tile of them for each of 1024 programs). Without batch statistics dx and ddw read
-no u. On maps of 4 M elements and more, torch first copies the taps into (K*K, C) order, 2 K^2 C elements.
+To this add a residual (Y), z if it is saved (Y), a second read of x by dx with a pre-activation (A), the weights, and
+partial sums (at most one tile of them for each of 1024 programs). Without batch statistics dx and ddw read no u. On
+maps of 4 M elements and more, torch first copies the taps into (K*K, C) order, 2 K^2 C elements.
 
-A dilated tile takes pixels ``dilation`` apart, in both directions (`common.in_phase_order`): they share their taps, as
-the pixels of a contiguous tile do without dilation. Tiles of 8x16 on a 64x64 map at rate 12 read 1.3 input pixels for
-each of their own, contiguous ones 5.6: all nine, but for those in the padding.
+A dilated tile takes pixels ``dilation`` apart, in both directions (`common.tiles.in_phase_order`). They share their
+taps, as the pixels of a contiguous tile do without dilation. Tiles of 8x16 on a 64x64 map at rate 12 read 1.3 input
+pixels for each of their own. Contiguous tiles read 5.6: all nine, except those in the padding.
 
 Blocks of channels of one tile have neighbouring program numbers (`tiles.tile_and_block`), so that what they share is
 read from DRAM once: `tests/kernels/test_order_of_work.py` replays every kernel through a model of the L2.

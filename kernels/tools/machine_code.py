@@ -1,6 +1,6 @@
-"""What the compiled code of a kernel says about itself: registers, spills, instructions.
+"""Registers, spills and instructions of a kernel's compiled code.
 
-NVIDIA: the cubin through ``cuobjdump``, which comes with Triton. AMD: the assembly text that Triton keeps.
+NVIDIA: the cubin, through ``cuobjdump``, which comes with Triton. AMD: the assembly text that Triton keeps.
 """
 
 import functools

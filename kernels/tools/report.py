@@ -1,8 +1,8 @@
 """What every kernel compiles to on each chip, on any machine: registers, spills, occupancy, instructions, offsets.
 
-``compile_launches`` calls ordinary launchers on ``meta`` tensors and compiles each launch instead of making it: what is
-reported is the code and the configuration that the launcher would run. As a command (in a process without Triton's
-interpreter) it prints the cases of ``cases.py`` and fails where a kernel breaks its claims:
+``compile_launches`` calls ordinary launchers on ``meta`` tensors and compiles each launch instead of running it: the
+report is about the code and the configuration that the launcher would run. As a command (in a process without Triton's
+interpreter) it prints the cases of ``cases/`` and fails if a kernel breaks its claims:
 
     TRITON_INTERPRET=0 python -P -m fastseg.kernels.tools.report --target sm_90
 """
@@ -72,7 +72,7 @@ class KernelReport:
         blocks, limiter, occupancy: resident blocks per multiprocessor, what bounds them, and the share of warp slots
             that they fill. For AMD an estimate, from the waves that the compiler says fit.
         tf32: the code rounds fp32 operands to tf32 (AMD: xf32).
-        overflows: offsets that leave 32 bits, over all launches of this specialisation (``offsets.py``).
+        overflows: offsets that leave 32 bits, over all launches of this specialisation (``int32_offsets.py``).
         elements: of the largest tensor among those launches.
         seconds: compilation time.
     """
@@ -211,7 +211,7 @@ def _ahead_of_time(gpu: GPUTarget) -> Iterator[None]:
 
 
 def broken_claims(report: KernelReport, claims: Claims) -> list[str]:
-    """Where ``report`` breaks the rules of every kernel (spills, shared memory, offsets) or its own claims."""
+    """Return where ``report`` breaks the rules of all kernels (spills, shared memory, offsets) or its own claims."""
     target, code = TARGETS[report.target], report.code
     matrix = {target.matrix, "HMMA"} if claims.small_tile else {target.matrix}
     broken = {

@@ -1,6 +1,6 @@
 """Search launch configurations on the GPU at hand and write them as a table that ``config.select`` reads.
 
-For each row that a workload asks for (``observe.py``), every candidate is compiled and judged by its spills and shared
+For each row that a workload asks for (``watch.py``), every candidate is compiled and judged by its spills and shared
 memory, checked against the heuristic's result in NaN-filled memory, and only then timed. Nothing here knows the names
 of a kernel's blocks.
 """
@@ -84,7 +84,7 @@ def device_us(launches: Sequence[Launch]) -> float:
 
 
 def wall_us(launches: Sequence[Launch]) -> float:
-    """Microseconds of one run of the launches by the host's clock: all there is under the interpreter."""
+    """Microseconds of one run of the launches by the host's clock, for the interpreter, which has no other."""
     begin = time.perf_counter()
     for launch in launches:
         run(*launch)
@@ -92,7 +92,7 @@ def wall_us(launches: Sequence[Launch]) -> float:
 
 
 def compiled_badly(launches: Sequence[Launch]) -> str:
-    """Compile the launches for the current device: why they are not worth running, or "". Interpreted ones pass."""
+    """Compile the launches for this device; return why they are not worth running, or "". Interpreted ones pass."""
     for kernel, grid, args, kwargs in launches:
         if not isinstance(kernel, JITFunction):
             continue
@@ -124,11 +124,11 @@ def search(
     """Try each candidate of ``row`` on ``workload``.
 
     Args:
-        workload: what asks for ``row``.
+        workload: function that asks for ``row``.
         row: the question; while it is searched, the candidate answers every question of the same kernel.
         timer: launches -> microseconds.
         implausible: launches -> why they are not worth running (spills, ...), or "".
-        deadline: ``time.monotonic()`` after which no further candidate is begun.
+        deadline: ``time.monotonic()`` after which no further candidate is started.
 
     Returns:
         The trials, the heuristic's first; the ones that ran and agreed have a time.
@@ -164,7 +164,7 @@ def search(
 
 
 def best(trials: Sequence[Trial]) -> Trial | None:
-    """The fastest; the heuristic's (the first) where nothing is faster by more than ``MARGIN``; None where none ran."""
+    """The fastest trial; the heuristic's (the first) if none is faster by more than ``MARGIN``; None if none ran."""
     timed = [trial for trial in trials if trial.us is not None]
     if not timed:
         return None
@@ -187,9 +187,9 @@ def tune(
     """Search rows one after another.
 
     Args:
-        rows: of ``rows_of``.
-        each: called with each row's trials as they are known: to show progress, to write what ``best`` finds.
-        seconds: after this time no further row is begun.
+        rows: from ``rows_of``.
+        each: called with each row's trials when they are done, to show progress and to write what ``best`` finds.
+        seconds: time after which no further row is started.
         options: of ``search``.
 
     Returns:

@@ -1,6 +1,6 @@
-"""What a workload asks of ``config.select``, and what it launches with the answers.
+"""Watch what a workload asks of ``config.select``, and what it launches with the answers.
 
-A workload is a function that calls ops and returns their tensors. Watching it is all that tuning knows of a kernel.
+A workload is a function that calls ops and returns their tensors. Tuning knows nothing else about a kernel.
 """
 
 from collections.abc import Callable, Iterable
@@ -38,7 +38,7 @@ class Launch(NamedTuple):
 
 
 def observe(workload: Workload) -> tuple[object, dict[Row, list[Launch]]]:
-    """Run ``workload``: its result, and for each row it asked for, the launches that followed."""
+    """Run ``workload``; return its result, and for each row it asked for, the launches that followed."""
     rows: dict[Row, list[Launch]] = {}
     current: dict[str, Row] = {}
 
@@ -79,7 +79,7 @@ def op_calls(workload: Workload, namespace: str = "fastseg") -> list[Workload]:
 
 
 def planned(workload: Workload, row: Row) -> list[Launch]:
-    """The launches of ``row``, none of which happens."""
+    """The launches of ``row``; none of them is executed."""
     launches: list[Launch] = []
     name = f"_{row.kernel}_kernel"
 

@@ -1,4 +1,4 @@
-"""Backward of ``bilinear.py``: each input pixel gathers from the outputs that it contributed to."""
+"""Backward of ``bilinear.py``: each input pixel gathers the gradients of the outputs that it contributed to."""
 
 import torch
 import triton

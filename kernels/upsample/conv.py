@@ -1,4 +1,4 @@
-"""Nine taps of a small map, interpolated, shifted and summed onto a convolution of a large one; bias, activation.
+"""Nine taps of a small map, interpolated, shifted and added to the convolution of a large one; bias, activation.
 
     y[n, o, p] = act(base[n, o, p] + bias + sum over ky, kx of
                      sum over i, j of  Ay[o + ky - 1, i] Ax[p + kx - 1, j] taps[ky, n, i, j, kx])

@@ -1,4 +1,4 @@
-"""Cross entropy on bilinearly upsampled logits; neither they nor their gradient are ever stored.
+"""Cross entropy of bilinearly upsampled logits; neither these nor their gradient are ever stored.
 
     v_c  = (1 - u) ((1 - t) a_c + t b_c) + u ((1 - t) c_c + t d_c)      a, b, c, d: the corners of the pixel's cell
     lse  = log sum_c exp v_c

@@ -1,4 +1,4 @@
-"""Backward of cross entropy on upsampled logits; the story is in ``upsample_cross_entropy.py``."""
+"""Backward of cross entropy of upsampled logits; ``cross_entropy.py`` has the whole design."""
 
 import torch
 import triton

@@ -1,4 +1,4 @@
-"""Encoders: image in, list of features out, entry i at stride 2^i (capped at the output stride)."""
+"""Encoders: an image in, a list of features out; entry i has stride 2^i (capped at the output stride)."""
 
 from collections.abc import Callable
 from functools import partial

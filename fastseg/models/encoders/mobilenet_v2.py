@@ -24,9 +24,9 @@ TAPS = (1, 3, 6, 13, 17)  # the last layer at nominal strides 2, 4, 8, 16, 32
 class MobileNetV2(nn.Module):
     """MobileNetV2 as an encoder.
 
-    ``features`` holds the stem and the 17 inverted residual blocks, named as in the DeepLabV3+ article's code. Past the
-    output stride, a stride of 2 becomes 1 and the later depthwise convolutions are dilated instead: the block that
-    loses its stride keeps the dilation before it, the following ones take twice that.
+    ``features`` holds the stem and the 17 inverted residual blocks, named as in the code of the DeepLabV3+ article.
+    Past the output stride, a stride of 2 becomes 1 and later depthwise convolutions are dilated instead: the block that
+    loses its stride keeps the dilation before it, and the following blocks double it.
 
     Args:
         in_channels: channels of the image.
@@ -69,7 +69,7 @@ class MobileNetV2(nn.Module):
                         stride=2 if strided else 1,
                         dilation=dilation,
                         expansion=expansion,
-                        # Decided before a stride is turned into dilation: that must not change the network's wiring.
+                        # Decided before strides become dilations, which must not change the wiring.
                         residual=stride == 1 and channels == out_channels,
                     )
                 )
@@ -93,16 +93,16 @@ class MobileNetV2(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """1x1 expansion, depthwise 3x3, linear 1x1 projection; the last two and the residual add are one fused op, in
-    evaluation all three where that is faster.
+    """An inverted residual block: 1x1 expansion, depthwise 3x3, linear 1x1 projection, residual.
+        The last three are one fused op; in evaluation all four are, if that is faster.
 
     Args:
         in_channels: channels in.
         out_channels: channels out.
         stride: of the depthwise convolution.
-        dilation: of the depthwise convolution, which is padded by as much.
-        expansion: hidden channels / ``in_channels``; 1 leaves the expansion out.
-        residual: whether the input is added to the output.
+        dilation: of the depthwise convolution, in pixels; its padding is the same.
+        expansion: hidden channels / ``in_channels``; 1 omits the expansion.
+        residual: True to add the input to the output.
     """
 
     def __init__(

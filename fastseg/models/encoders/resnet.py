@@ -1,4 +1,4 @@
-"""ResNet (He et al., arXiv:1512.03385), stride in the 3x3 convolution, without its classifier."""
+"""ResNet (He et al., arXiv:1512.03385), with the stride in the 3x3 convolution and without the classifier."""
 
 from functools import partial
 from typing import Literal
@@ -20,10 +20,10 @@ DilationStyle = Literal["torchvision", "smp"]
 class ResNet(nn.Module):
     """ResNet-18, 34, 50 or 101 as an encoder, with torchvision's names.
 
-    Past the output stride, a layer's stride of 2 becomes 1 and its 3x3 convolutions are dilated instead. Weights do
-    not show how: in style "torchvision" (its ``replace_stride_with_dilation``) the first block of such a layer keeps
-    the dilation before it and the following ones take twice that; in style "smp" the first block takes it as well.
-    Both hold for the basic blocks of ResNet-18 and 34 too, which torchvision refuses to dilate.
+    Past the output stride, a layer's stride of 2 becomes 1 and its 3x3 convolutions are dilated instead. There are two
+    styles, which weights do not tell apart. In "torchvision" (its ``replace_stride_with_dilation``) the first block of
+    such a layer keeps the dilation before it and the following blocks double it. In "smp" the first block doubles it
+    too. Both also hold for the basic blocks of ResNet-18 and 34, which torchvision refuses to dilate.
 
     Args:
         depth: 18, 34, 50 or 101.
@@ -31,14 +31,14 @@ class ResNet(nn.Module):
         output_stride: input size / size of the deepest features: 8, 16 or 32.
         width: multiplier of every width; the results are rounded to multiples of 8.
         dilation_style: "torchvision" or "smp".
-        msra: whether a bottleneck strides in its first 1x1 convolution, not in the 3x3, and the first pooling keeps an
-            odd last row and column, as in the authors' own weights.
+        msra: True to have a bottleneck's stride in its first 1x1 convolution, not in the 3x3, and to keep, in the first
+            pooling, an odd last row and column, as the authors' own weights need.
 
     Attributes:
         out_channels: the widths of what ``forward`` returns.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> [tuple(f.shape[1:]) for f in ResNet(18, output_stride=16)(torch.randn(1, 3, 64, 96))]
@@ -82,7 +82,7 @@ class ResNet(nn.Module):
                 first_dilation = dilation if dilation_style == "smp" else dilation // 2
             mid_channels = scaled(nominal, width, "ResNet")
             out_channels = mid_channels * (EXPANSION if bottleneck else 1)
-            # Not from the stride: turned into dilation, it must not change the network's wiring.
+            # Not taken from the stride, which dilation may replace: the wiring must not change.
             project = i > 0 or channels != out_channels
             layer = [block(channels, mid_channels, stride, first_dilation, project)]
             layer += [block(out_channels, mid_channels, 1, dilation, False) for _ in range(1, blocks[i])]
@@ -110,8 +110,8 @@ class BasicBlock(nn.Module):
         in_channels: channels in.
         channels: channels out.
         stride: of the first convolution.
-        dilation: of both, which are padded by as much.
-        project: whether a strided 1x1 convolution and a batch norm stand in the skip.
+        dilation: of both, in pixels; their padding is the same.
+        project: True for a strided 1x1 convolution and a batch norm in the skip.
     """
 
     def __init__(self, in_channels: int, channels: int, stride: int, dilation: int, project: bool):
@@ -137,9 +137,9 @@ class Bottleneck(nn.Module):
         in_channels: channels in.
         channels: width of the 3x3 convolution; a quarter of the channels out.
         stride: of the 3x3 convolution, or of the first.
-        dilation: of the 3x3 convolution, which is padded by as much.
-        project: whether a strided 1x1 convolution and a batch norm stand in the skip.
-        stride_first: whether the first 1x1 convolution has the stride, not the 3x3.
+        dilation: of the 3x3 convolution, in pixels; its padding is the same.
+        project: True for a strided 1x1 convolution and a batch norm in the skip.
+        stride_first: True if the first 1x1 convolution has the stride, False if the 3x3.
     """
 
     def __init__(
@@ -169,5 +169,5 @@ def _conv3x3(in_channels: int, out_channels: int, stride: int, dilation: int) ->
 
 
 def _projection(in_channels: int, out_channels: int, stride: int) -> Sequential:
-    """The skip's change of width and size."""
+    """The 1x1 convolution and norm of a skip that changes width or size."""
     return Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))

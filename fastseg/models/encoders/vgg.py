@@ -15,15 +15,15 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 class VGG16(nn.Module):
     """VGG16 as an encoder.
 
-    ``features`` holds the layers with the indices they have in torchvision's ``vgg16`` (with ``norm=True``:
-    ``vgg16_bn``), so that the names in a ``state_dict`` are the same.
+    ``features`` holds the layers under their indices in torchvision's ``vgg16`` (``vgg16_bn`` with ``norm=True``), so
+    that the names in a ``state_dict`` are the same.
 
     Args:
         in_channels: channels of the image.
         output_stride: 32; VGG does not dilate.
         width: multiplier of every width; the results are rounded to multiples of 8.
-        norm: whether a batch norm follows each convolution.
-        ceil_mode: whether the pools keep an odd last row and column, as in Caffe.
+        norm: True for a batch norm after each convolution.
+        ceil_mode: True if the pools keep an odd last row and column, as in Caffe.
         first_padding: zeros around the image, in pixels; FCN uses 100.
 
     Attributes:
@@ -73,15 +73,16 @@ class VGG16(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(N, in_channels, H, W) -> six maps; entry i at stride 2^i: each stage before its pool, the last pool."""
+        """(N, in_channels, H, W) -> six maps; entry i at stride 2^i: each stage before its pool, then the last pool."""
         taps = {place - 1: None for place in self.pools}
         y = run_tapped(self.features, x, taps)
         return [*taps.values(), y]
 
     def stages(self) -> list[list[tuple[nn.Module, nn.Module | None]]]:
-        """The five stages, each a list of (convolution, its norm or None), for nets with layers of their own between.
+        """The five stages, each a list of (convolution, its norm or None), for nets that put layers between them.
 
-        An activation follows each pair, a 2x2 max pool each stage. What stands in a layer's place counts as the layer.
+        An activation follows each pair, and a 2x2 max pool each stage. A module that replaces a layer counts as the
+        layer.
         """
         step, starts = 3 if self.norm else 2, [0, *(place + 1 for place in self.pools)]
         layers = list(self.features)
@@ -123,9 +124,9 @@ def _alike(own: nn.Module, pool: nn.Module) -> bool:
 
 
 def as_linear(conv: nn.Conv2d) -> Tensor:
-    """The weight of ``conv`` in the shape of the linear layer that torchvision's classifier has; it shares memory.
+    """The weight of ``conv`` in the shape of the linear layer in torchvision's classifier; it shares memory.
 
-    A weight in channels_last has no such view and is laid out anew.
+    A channels_last weight has no such view and is copied.
     """
     if not conv.weight.is_contiguous():
         conv.weight.data = conv.weight.data.contiguous()

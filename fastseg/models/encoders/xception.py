@@ -9,17 +9,18 @@ from fastseg.nn.fuse.sequential import noting
 from fastseg.nn.fuse.watch import watched
 
 MIDDLE_BLOCKS = 16
-MOMENTUM = 3e-4  # of the running statistics, in the two codes
+MOMENTUM = 3e-4  # momentum of the running statistics, in the two codes
 
 
 class Xception65(nn.Module):
-    """Xception-65 as an encoder, named as in the DeepLabV3+ article's code.
+    """Xception-65 as an encoder, named as in the code of the DeepLabV3+ article.
 
-    Stem ``conv1``, ``conv2``; blocks of three separable convolutions with a skip: ``block1`` to ``block3`` of the entry
-    flow, 16 of the middle flow, ``block20``; then ``conv3`` to ``conv5``, separable and without a skip. In a block the
-    order is ReLU, depthwise, norm, pointwise, norm; in the last three depthwise, norm, ReLU, pointwise, norm, ReLU.
+    The stem is ``conv1`` and ``conv2``. The blocks have three separable convolutions and a skip: ``block1`` to
+    ``block3`` in the entry flow, 16 in the middle flow, then ``block20``. ``conv3`` to ``conv5`` are separable, without
+    a skip. The order in a block is ReLU, depthwise, norm, pointwise, norm; in ``conv3`` to ``conv5`` it is depthwise,
+    norm, ReLU, pointwise, norm, ReLU.
 
-    There are two codes whose weights fit, and give other outputs in the other's net:
+    The weights of two codes fit, but give different outputs:
 
     - "bubbliiiing", https://github.com/bubbliiiing/deeplabv3-plus-pytorch: the ReLU that begins a block works in place,
       and so a skip without a convolution carries ``relu(x)``: y = f(relu(x)) + relu(x). All blocks past the output
@@ -38,7 +39,7 @@ class Xception65(nn.Module):
         out_channels: the widths of what ``forward`` returns.
 
     Raises:
-        ValueError: an option has a value that it cannot take.
+        ValueError: the value of an option is out of range.
 
     Example:
         >>> [tuple(f.shape[1:]) for f in Xception65(output_stride=16)(torch.randn(1, 3, 64, 96))]
@@ -94,7 +95,8 @@ class Xception65(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         """(N, in_channels, H, W) -> six maps; entry i has stride 2^i, capped at the output stride; entry 0 is ``x``.
 
-        Entries 2 to 4 are what the strided convolution of ``block2``, ``block3`` and ``block20`` takes, without a ReLU.
+        Entries 2 to 4 are the inputs of the strided convolutions of ``block2``, ``block3`` and ``block20``, without a
+        ReLU.
         """
         y = run_conv_norm_act(x, self.conv1, self.bn1, self.relu)
         y = run_conv_norm_act(y, self.conv2, self.bn2, self.relu)
@@ -139,7 +141,7 @@ class _Separable(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, *, rectified: bool = False, rectify: bool = False
     ) -> Tensor:
-        """``rectified``: ``x`` is what the ReLU in front gives; ``rectify``: a ReLU follows the residual."""
+        """``rectified``: ``x`` is the output of the ReLU in front; ``rectify``: apply a ReLU after the residual."""
         act = None if self.act_first else "relu"
         return run_separable(
             x, self.depthwise, self.bn1, act, self.pointwise, self.bn2, act,
@@ -168,9 +170,9 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, *, rectified: bool = False, rectify: bool = False, inner: list[Tensor] | None = None
     ) -> Tensor:
-        """``rectified``: relu(x) is given, all that a block that leaks takes; ``rectify``: it shall be returned.
+        """``rectified``: ``x`` is relu(x), all that a leaking block reads; ``rectify``: return the output after a ReLU.
 
-        ``inner`` gets the last separable convolution's input.
+        ``inner`` gets the input of the last separable convolution.
         """
         if self.skip is not None:
             skip = run_conv_norm_act(x, self.skip, self.skipbn, None)

@@ -1,4 +1,4 @@
-"""Encoders as the public classification weights name them."""
+"""Names of encoders in the public classification weights."""
 
 from collections.abc import Iterable
 
@@ -17,9 +17,10 @@ KAZUTO_BLOCK = {
 
 
 def encoder_forms(encoder: nn.Module | None, keys: Iterable[str]) -> list[Form]:
-    """The forms in which weights of ``encoder``, whose tensors are called ``keys``, are published.
+    """The forms in which weights of ``encoder``, with tensors named ``keys``, are published.
 
-    The first, torchvision's for VGG and ResNet and the DeepLabV3+ article's for MobileNetV2 and Xception, is ``keys``.
+    The first form is ``keys`` itself: torchvision's for VGG and ResNet, the DeepLabV3+ article's for MobileNetV2 and
+    Xception.
     """
     keys = list(keys)
     unused = (*CLASSIFIERS, "features.18.") if isinstance(encoder, MobileNetV2) else CLASSIFIERS
@@ -38,7 +39,7 @@ def encoder_forms(encoder: nn.Module | None, keys: Iterable[str]) -> list[Form]:
 
 
 def kazuto_resnet(key: str) -> str:
-    """torchvision's name of a tensor of a ResNet -> that of https://github.com/kazuto1011/deeplab-pytorch."""
+    """Translate torchvision's name of a ResNet tensor to that of https://github.com/kazuto1011/deeplab-pytorch."""
     stage, _, rest = key.partition(".")
     if not stage.startswith("layer"):
         return by_parts(key, {"conv1": "layer1.conv1.conv", "bn1": "layer1.conv1.bn"})
@@ -47,12 +48,12 @@ def kazuto_resnet(key: str) -> str:
 
 
 def _torchvision_mobilenet(keys: list[str]):
-    """The article's flat names -> torchvision's, which nests convolution, norm and ReLU."""
+    """Translate the article's flat names to torchvision's, which nests convolution, norm and ReLU."""
     known = set(keys)
 
     def rename(key: str) -> str:
         parts = key.split(".")
-        if parts[2] != "conv":  # the stem, which both name alike
+        if parts[2] != "conv":  # the stem, which has one name in both
             return key
         expands = ".".join([*parts[:3], "6.weight"]) in known
         places = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1", "6": "2", "7": "3"}
@@ -64,7 +65,7 @@ def _torchvision_mobilenet(keys: list[str]):
 
 
 def _timm_xception(encoder: Xception65):
-    """The article's names -> timm's of xception41, 65 and 71's kind: blocks are counted through."""
+    """Translate the article's names to those of timm's xception41, 65 and 71: blocks are numbered throughout."""
     blocks = ["block1", "block2", "block3", *encoder.middle, "block20"]
     parts = {"conv1": "stem.0.conv", "bn1": "stem.0.bn", "conv2": "stem.1.conv", "bn2": "stem.1.bn"}
     separable = {"depthwise": "conv_dw", "bn1": "bn_dw", "pointwise": "conv_pw", "bn2": "bn_pw"}

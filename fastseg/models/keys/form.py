@@ -1,4 +1,4 @@
-"""A form in which weights of a model are saved: the names that some code gives to its tensors."""
+"""A form of saved weights: the names that some code gives to the tensors of a model."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ class Form:
     """How one code names the tensors of a model.
 
     Attributes:
-        source: the code, in words; empty: fastseg's own names.
+        source: the code, in words; empty for fastseg's own names.
         names: {the model's name: the name in the file}.
-        constants: {the model's name: its value}, of tensors that the source does not have.
-        unused: beginnings of further names in the file that say nothing to the model; they are left out.
-        noted: {beginning of further names: what a user is told where they are left out}.
-        refusal: why these weights would give other outputs in this model; empty: they do not.
-        eps: of all norms, which is set where these weights are loaded; None leaves them.
-        flat: whether a vector may be saved with more dimensions, as Caffe does.
+        constants: {the model's name: its value}, for tensors that the source does not have.
+        unused: prefixes of names in the file that the model does not need; they are left out.
+        noted: {prefix of names in the file: the warning when they are left out}.
+        refusal: why these weights would give other outputs in this model; empty if they would not.
+        eps: epsilon that all norms get when these weights are loaded; None leaves it.
+        flat: True if vectors may be saved with more dimensions, as Caffe does.
     """
 
     source: str
@@ -32,14 +32,14 @@ class Form:
 
 
 def renamed(keys: Iterable[str], rename: Callable[[str], str]) -> dict[str, str]:
-    """{key: rename(key)}, checked: two keys with one name would lose a tensor."""
+    """Return {key: rename(key)}, checked: two keys with one name would lose a tensor."""
     names = {key: rename(key) for key in keys}
     assert len(set(names.values())) == len(names), "two tensors have one name"
     return names
 
 
 def by_parts(key: str, parts: Mapping[str, str]) -> str:
-    """``key`` with its longest beginning (of whole segments) that ``parts`` names replaced."""
+    """Replace the longest prefix of ``key`` (in whole segments) that ``parts`` names."""
     head = key
     while head not in parts:
         head, _, _ = head.rpartition(".")

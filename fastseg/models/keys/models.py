@@ -1,4 +1,4 @@
-"""Whole models as other codes name them."""
+"""Names of whole models in other codes."""
 
 import itertools
 from collections.abc import Iterable
@@ -36,7 +36,7 @@ def model_forms(model: nn.Module) -> list[Form]:
 
 
 def _fcn(keys: list[str]) -> list[Form]:
-    """torchvision's FCN; the FCN article's, whose code has two kernels that it never uses and names heads by pools."""
+    """torchvision's FCN; the FCN article's, which has two unused kernels and names its heads by pools."""
     if "classifier.0.weight" in keys:
         noted = {} if "aux_classifier.0.weight" in keys else AUXILIARY
         return [Form("", {key: key for key in keys}, noted=noted)]
@@ -63,7 +63,7 @@ def _kazuto(key: str) -> str:
 
 
 def _smp_deeplabv3(model: DeepLabV3, keys: list[str]) -> Iterable[Form]:
-    """segmentation_models_pytorch's, and that of its versions before 0.4, whose decoder counts its layers."""
+    """Those of segmentation_models_pytorch, and of its versions before 0.4, whose decoder numbers its layers."""
     refusal = ""
     if model.dilation_style != "smp" or not model.align_corners:
         refusal = 'build the model with dilation_style="smp" and align_corners=True'
@@ -80,7 +80,7 @@ def _smp_deeplabv3(model: DeepLabV3, keys: list[str]) -> Iterable[Form]:
 
 
 def _caffe_segnet() -> dict[str, str]:
-    """{our layer: Caffe's} of the reference's segnet_train.prototxt; the norm of a layer is its name and _bn."""
+    """Map our layers to those of the reference's segnet_train.prototxt; a layer's norm is its name and _bn."""
     indices = itertools.count()
     layers = {}
     for stage, count in enumerate(STAGES, 1):
@@ -105,8 +105,9 @@ def _caffe_basic() -> dict[str, str]:
 
 
 def _caffe(keys: list[str], layers: dict[str, str]) -> Iterable[Form]:
-    """A file converted from Caffe: with statistics; with none, as its ``compute_bn_statistics`` makes it, where a norm
-    is the scale and the shift that are left; with no norm, as its ``BN-absorber`` makes it. A decoder without biases.
+    """A file converted from Caffe: with statistics, without them, or without norms.
+    ``compute_bn_statistics`` leaves a norm with scale and shift only; ``BN-absorber`` leaves no norm, and a decoder
+    without biases.
     """
     names = renamed(keys, lambda key: by_parts(key, layers))
     norms = [key for key in keys if layers.get(key.rpartition(".")[0], "").endswith("_bn")]

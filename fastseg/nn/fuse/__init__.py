@@ -1,1 +1,1 @@
-"""Run existing torch children as one fused op where they allow it, else as they are written."""
+"""Run existing torch children as one fused op if they allow it, else as written."""

@@ -1,4 +1,4 @@
-"""Run the branches and the projection of an atrous spatial pyramid as few launches."""
+"""Run the branches and the projection of an ASPP in few launches."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -24,7 +24,7 @@ CONCAT, SUM = "concat", "sum"
 
 
 class _Dense(NamedTuple):
-    """The children of a branch that is a convolution, a norm and a ReLU."""
+    """The children of a branch made of convolution, norm and ReLU."""
 
     conv: nn.Conv2d
     norm: nn.BatchNorm2d
@@ -38,23 +38,23 @@ def run_aspp(
     *,
     pool_first: bool = False,
 ) -> Tensor:
-    """``projection(cat([*branches(x), pool(x)], 1))`` over existing modules, whatever they are called.
+    """Compute ``projection(cat([*branches(x), pool(x)], 1))`` with existing modules of any name.
 
     Args:
         x: (N, C, H, W).
-        branches: each a ``nn.Sequential`` of convolution, norm and ReLU, or any module that gives (N, *, H, W). Where
-            all are the former, and undisturbed by hooks and the like, they run as one op; else one after the other.
-        pool: gives the image's vector, (N, *, 1, 1), which is spread over the map; or None.
-        projection: a ``nn.Sequential`` that begins with a 1x1 convolution takes the maps one by one, and the vector as
-            a bias of each image; any other module gets them side by side.
-        pool_first: whether the pool's channels come first in the projection's weight, not last.
+        branches: each a ``nn.Sequential`` of convolution, norm and ReLU, or any module that returns (N, *, H, W). If
+            all are the former, without hooks and the like, they run as one op; else one after the other.
+        pool: returns a vector per image, (N, *, 1, 1), which is spread over the map; or None.
+        projection: a ``nn.Sequential`` that begins with a 1x1 convolution takes the maps one by one and the vector as a
+            bias per image; any other module gets their concatenation.
+        pool_first: True if the pool's channels come first in the projection's weight, False if last.
 
     Returns:
         (N, OUT, H, W).
     """
     parts = _run_branches(x, branches)
     vector = None if pool is None else pool(x)
-    if vector is not None and vector.shape[2:] != (1, 1):  # another pooling: its map is interpolated
+    if vector is not None and vector.shape[2:] != (1, 1):  # a pooling to another size: its map is interpolated
         resized = F.interpolate(vector, parts[0].shape[2:], mode="bilinear", align_corners=False)
         parts, vector = [resized, *parts] if pool_first else [*parts, resized], None
     layers = opened(projection)
@@ -72,7 +72,8 @@ def run_aspp(
     maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if vector is None:
         return projection(maps)
-    # The pooled branch is constant over an image, and so is its share of the projection: a bias per image and channel.
+    # The pooled branch is constant over an image, and so is its contribution to the projection: a bias per image and
+    # channel.
     weight, pooled_weight = split_projection(conv.weight, maps.shape[1], pool_first)
     share = pool_share(vector, pooled_weight, conv.bias)
     with kept_as_recipe(maps):
@@ -85,7 +86,7 @@ def _pointwise(conv: nn.Conv2d) -> bool:
 
 
 def _project_each(x: Tensor, parts: Sequence[Tensor], vector, conv: nn.Conv2d, pool_first: bool) -> Tensor:
-    """The projection, for gradients: one matrix product takes up the sum of the one before, and no map is copied."""
+    """The projection, with gradients: each matrix product adds the previous sum, and no map is copied."""
     channels = [part.shape[1] for part in parts]
     weight, pooled_weight = split_projection(conv.weight, sum(channels), pool_first)
     if vector is not None:
@@ -100,7 +101,7 @@ def _project_each(x: Tensor, parts: Sequence[Tensor], vector, conv: nn.Conv2d, p
 
 
 def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, conv, norm, act, pool_first: bool) -> Tensor:
-    """The projection with folded norm, each map through its own slice of the weight: nobody puts them side by side."""
+    """The projection with folded norm: each map meets its own slice of the weight, and nothing is concatenated."""
     pooled_channels = 0 if vector is None else conv.in_channels - sum(part.shape[1] for part in parts)
     place = start = pooled_channels if pool_first else 0
     weights = []
@@ -113,7 +114,7 @@ def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, conv, norm, act,
 
 
 def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
-    """The sum of ``conv(x)`` over existing dilated convolutions with padding that keeps H and W."""
+    """Sum ``conv(x)`` over existing dilated convolutions whose padding keeps H and W."""
     why = next(filter(None, map(_not_plain, convs)), "")
     if why:
         record_reference("aspp", x, why)
@@ -126,7 +127,7 @@ def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
 
 
 def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
-    """The branches' maps side by side, (N, sum of channels, H, W); or each, where they are not one op."""
+    """The concatenated maps of the branches, (N, sum of channels, H, W), or one map each if they are not one op."""
     parts = [_dense(branch) for branch in branches]
     why = next((part for part in parts if isinstance(part, str)), "") or _different(parts)
     if why:
@@ -149,7 +150,7 @@ def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
 
 
 def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
-    """Norms of one kind, each over its own channels of ``z``, and ReLU, as one: batch statistics are per channel."""
+    """ReLU and several norms with equal options as one op over the channels of ``z``; statistics are per channel."""
     each = [batch_norm_args(norm) for norm in norms]
     first = each[0]
     with torch.no_grad():
@@ -168,7 +169,7 @@ def _columns(each: Sequence[BatchNormArgs], start: int, stop: int) -> Iterator[l
 
 
 def _dense(branch: nn.Module) -> _Dense | str:
-    """Convolution and norm of a branch that ends with a ReLU, or why it must be called."""
+    """Convolution and norm of a branch that ends with a ReLU, or why the branch must be called."""
     if isinstance(branch, SeparableConv2d):
         return "a separable branch"
     layers = opened(branch)
@@ -180,7 +181,7 @@ def _dense(branch: nn.Module) -> _Dense | str:
 
 
 def _not_plain(conv: nn.Module) -> str:
-    """Why ``atrous_branches`` cannot stand for the convolution, or ""."""
+    """Why ``atrous_branches`` cannot replace the convolution, or ""."""
     if why := watched(conv, nn.Conv2d):
         return why
     (size, across), rate = conv.kernel_size, conv.dilation

@@ -1,4 +1,4 @@
-"""Which children a fused op may stand for, and what it reads of them."""
+"""Which children a fused op can replace, and what it reads from them."""
 
 from torch import nn
 
@@ -6,11 +6,11 @@ from fastseg.nn.fuse.watch import watched
 from fastseg.ops import BatchNormArgs
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 
-Act = Activation | nn.Module | None  # by its name, or the module that a model has for it
+Act = Activation | nn.Module | None  # by name, or as the module in a model
 
 
 def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
-    """What ``nn.BatchNorm2d.forward`` hands to ``batch_norm``; counts the batch, as it does."""
+    """The arguments that ``nn.BatchNorm2d.forward`` passes to ``batch_norm``; counts the batch, as it does."""
     if norm is None:
         return None
     momentum = norm.momentum

@@ -1,4 +1,4 @@
-"""Batch norm folded into the convolution before it, in evaluation; modules and ``state_dict`` stay as they are."""
+"""Fold a batch norm into the convolution before it, in evaluation; modules and ``state_dict`` do not change."""
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, always: bool =
 
 
 def _pays(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """Whether folding costs less than a pass over the map: it is done once, or the map is larger than the weight."""
+    """True if folding costs less than a pass over the map: it is done once, or the map is larger than the weight."""
     taps = conv.weight.shape[1:].numel()
     pixels = x.shape[0] * (x.shape[-2] // conv.stride[0]) * (x.shape[-1] // conv.stride[1])
     return taps <= pixels or keeper(_sources(conv, norm)) is not None
@@ -45,14 +45,14 @@ def _differentiated(*tensors: Tensor | None) -> bool:
 def folded(
     x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, inputs: tuple[int, int] | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of ``norm(conv(x))`` as one convolution, in the dtype that ``x`` is convolved in.
+    """Weight and bias of ``norm(conv(x))`` as one convolution, in the dtype in which ``x`` is convolved.
 
-    ``inputs``, from the first to before the last, are the input channels whose weights are wanted; None: all.
+    ``inputs``, (first, end), selects the input channels whose weights are returned; None selects all.
 
         weight' = weight s,   bias' = (bias - mean) s + shift,   s = norm.weight / sqrt(var + eps)
 
-    Made at each call: a weight may be written to in ways that nothing counts. Kept inside ``fastseg.frozen`` and in a
-    ``Runner``.
+    The result is computed at each call, because writes to a weight may go uncounted. It is kept inside
+    ``fastseg.frozen`` and in a ``Runner``.
     """
     dtype = autocast_dtype(x)
     last = x.is_contiguous(memory_format=torch.channels_last)
@@ -68,7 +68,7 @@ def folded(
 
 
 def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
-    """``norm(conv(x))`` as one convolution with folded weights; only where ``can_fold``."""
+    """``norm(conv(x))`` as one convolution with folded weights; requires ``can_fold``."""
     weight, bias = folded(x, conv, norm)
     if conv.padding_mode != "zeros":
         return conv._conv_forward(x, weight, bias)
@@ -76,7 +76,7 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
-    """``conv(x)``, which keeps the recipe of ``x`` if there is one; within ``packed_weights``, packed."""
+    """``conv(x)``; saves the recipe of ``x`` if there is one, and uses packed weights inside ``packed_weights``."""
     if packing() and not watched(conv, nn.Conv2d) and conv.padding_mode == "zeros":
         return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     with kept_as_recipe(x):
@@ -86,8 +86,9 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
 def run_conv_norm_act(
     x: Tensor, conv: nn.Module, norm: nn.Module | None, act: Act, residual: Tensor | None = None
 ) -> Tensor:
-    """``act(norm(conv(x)) + residual)``; the norm is folded into the convolution where it can be, else the convolution
-    is followed by norm, residual and activation as one op. Modules that somebody watches, and other kinds, are called.
+    """Compute ``act(norm(conv(x)) + residual)``.
+    The norm is folded into the convolution if possible; else norm, residual and activation run as one op after it.
+    Modules that are watched or of another class are called.
     """
     if isinstance(act, nn.Module):
         act, module = split_act(act)

@@ -1,4 +1,4 @@
-"""The function that runs an inverted residual block over its Conv2d and BatchNorm2d children, whole or in parts."""
+"""Run an inverted residual block on its Conv2d and BatchNorm2d children, in one kernel or in parts."""
 
 from torch import Tensor, nn
 
@@ -21,10 +21,11 @@ def run_inverted_residual(
     residual: bool,
     acts: tuple[Act, Act] = ("relu6", "relu6"),
 ) -> Tensor:
-    """``post_norm(pointwise(act(mid_norm(depthwise(act(expand_norm(expand(x))))))))``, and ``x`` if ``residual``.
+    """``post_norm(pointwise(act(mid_norm(depthwise(act(expand_norm(expand(x))))))))``, plus ``x`` if ``residual``.
 
-    In evaluation one kernel where a cost model finds that faster (``fastseg.explain()`` shows it: early, thin blocks);
-    else the expansion as a convolution with folded norm, and depthwise and pointwise convolution as one fused op.
+    In evaluation one kernel runs the whole block if a cost model finds it faster, as for early, thin blocks
+    (``fastseg.explain()`` shows it). Otherwise the expansion runs as a convolution with folded norm, and the depthwise
+    and pointwise convolutions as one fused op.
     """
     pairs = ((expand, expand_norm), (depthwise, mid_norm), (pointwise, post_norm))
     fold = all(can_fold(x, *pair) for pair in pairs) and all(split_act(act) == ("relu6", None) for act in acts)
@@ -39,7 +40,7 @@ def run_inverted_residual(
 
 
 def _regular(expand: nn.Conv2d, depthwise: nn.Conv2d, mid_norm, pointwise: nn.Conv2d, post_norm) -> bool:
-    """Whether sizes and options are those of the block in the article."""
+    """True if sizes and options are those of the article's block."""
     plain_1x1 = expand.kernel_size == (1, 1) and expand.stride == (1, 1) and expand.padding == (0, 0)
     same = depthwise.kernel_size == (3, 3) and depthwise.padding == depthwise.dilation
     return plain_1x1 and expand.groups == 1 and same and not not_fusible(depthwise, mid_norm, pointwise, post_norm)

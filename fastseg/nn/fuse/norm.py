@@ -11,20 +11,20 @@ from fastseg.ops.core.dispatch import record_reference
 
 
 def watched_norm(norm: nn.BatchNorm2d) -> str:
-    """As ``watched``; a ``BatchNormAct2d`` without activation is as good as a ``BatchNorm2d``."""
+    """As ``watched``, but a ``BatchNormAct2d`` without activation counts as a ``BatchNorm2d``."""
     return watched(norm, BatchNormAct2d if type(norm) is BatchNormAct2d and norm.act is None else nn.BatchNorm2d)
 
 
 def norm_group(norm: nn.BatchNorm2d) -> "dist.ProcessGroup | None":
-    """The processes that ``norm`` shares its statistics with now."""
+    """The processes that share statistics with ``norm`` at present."""
     return norm._group() if isinstance(norm, BatchNormAct2d) else None
 
 
 def run_norm_act(x: Tensor, norm: nn.Module, act: Act, residual: Tensor | None = None) -> Tensor:
-    """``act(norm(x) + residual)`` over an existing ``norm``, as one op.
+    """Compute ``act(norm(x) + residual)`` with an existing ``norm``, as one op.
 
-    A norm that the op cannot stand for (torch's SyncBatchNorm, another norm, one with hooks) is called, and the rest
-    follows; an activation that is not one of the op's is called on its result.
+    A norm that the op cannot replace (torch's SyncBatchNorm, another norm, one with hooks) is called first. An
+    activation that the op does not have is called on the result.
     """
     why = watched_norm(norm)
     if not why:

@@ -1,4 +1,4 @@
-"""Run convolution, norm and activation with the pooling behind or the unpooling before them."""
+"""Run convolution, norm and activation with the pooling after or the unpooling before them."""
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,16 @@ from fastseg.ops.pool_indices import PoolIndices
 def run_conv_norm_act_pool(
     x: Tensor, conv: nn.Module, norm: nn.Module, act: Act, pool: nn.Module
 ) -> tuple[Tensor, Tensor | PoolIndices]:
-    """``pool(act(norm(conv(x))))`` with indices: what follows the convolution is one op, and in evaluation the norm is
-    folded into it. Modules that somebody watches, and other kinds, are called one after another.
+    """Compute ``pool(act(norm(conv(x))))`` with indices.
+        Everything after the convolution is one op; in evaluation the norm is folded into the convolution. Modules that
+        are watched or of another class are called one after another.
 
-    Where no kernel runs the indices are int64 whatever the pool says: torch's pooling makes them for nothing, and codes
-    would have to be made of them.
+    Without kernels the indices are int64 whatever the pool says: torch's pooling returns them anyway, and codes would
+    have to be computed from them.
     """
     name, module = split_act(act)
     known = not (module or watched(conv, nn.Conv2d) or watched_norm(norm) or watched(pool, MaxPool2d))
-    # The op with the pool knows no dilation, and the statistics of one process.
+    # The fused op has neither dilation nor statistics of several processes.
     if not known or pool.dilation != 1 or not pool.return_indices or norm_group(norm) is not None:
         return pool(run_conv_norm_act(x, conv, norm, act))
     if can_fold(x, conv, norm):
@@ -43,7 +44,7 @@ def run_conv_norm_act_pool(
 def run_unpool(
     x: Tensor, indices: Tensor | PoolIndices, unpool: nn.Module, output_size: tuple[int, int], block: nn.Module
 ) -> Tensor:
-    """``block(unpool(x, indices, output_size))``, of a ``Sequential`` that begins with a convolution."""
+    """Compute ``block(unpool(x, indices, output_size))`` for a ``Sequential`` that begins with a convolution."""
     layers = opened(block)
     conv, norm, act, stop = next_group(layers or ())
     if conv is None:
@@ -61,7 +62,7 @@ def run_unpool_conv_norm_act(
     norm: nn.Module | None,
     act: Act,
 ) -> Tensor:
-    """``act(norm(conv(unpool(x, indices, output_size))))``; in evaluation the unpooled map may stay unwritten."""
+    """``act(norm(conv(unpool(x, indices, output_size))))``; in evaluation the unpooled map need not be stored."""
     name, module = split_act(act)
     fold = norm is not None and not module and not watched(unpool, MaxUnpool2d) and can_fold(x, conv, norm)
     if not fold or unpool.padding != (0, 0) or not _keeps_size(conv):
@@ -73,7 +74,7 @@ def run_unpool_conv_norm_act(
 
 
 def _keeps_size(conv: nn.Conv2d) -> bool:
-    """Whether it is square, odd and without stride, dilation or groups, with the zeros around that keep H and W."""
+    """True for a square, odd kernel without stride, dilation or groups, whose zero padding keeps H and W."""
     K = conv.kernel_size[0]
     plain = conv.stride == (1, 1) and conv.dilation == (1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
     return plain and conv.kernel_size == (K, K) and conv.padding == (K // 2, K // 2) and K % 2 == 1
@@ -82,7 +83,7 @@ def _keeps_size(conv: nn.Conv2d) -> bool:
 def unpooled(x: Tensor, indices: Tensor | PoolIndices, unpool: nn.Module, size: tuple[int, int]) -> Tensor:
     """``unpool(x, indices, size)``; a convolution after it may keep ``x``, and the backward unpool again."""
     if isinstance(indices, PoolIndices) and not isinstance(unpool, MaxUnpool2d):
-        indices = indices.to_torch()  # another module's unpooling knows torch's
+        indices = indices.to_torch()  # another module's unpooling takes torch's indices
     y = unpool(x, indices, size)
     if torch.compiler.is_compiling() or watched(unpool, MaxUnpool2d) or not (y.requires_grad and kernels_run(x)):
         return y

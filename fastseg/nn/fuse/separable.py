@@ -26,11 +26,11 @@ def run_separable(
     residual: Tensor | None = None,
     out_act: Activation | None = None,
 ) -> Tensor:
-    """Run torch modules, wherever they live and whatever they are called, as one separable convolution.
+    """Run torch modules, of any place and name, as one separable convolution.
 
-    Activations are names or modules. Modules that the op cannot stand for (SyncBatchNorm, a quantised or parametrised
-    child, one with hooks, string padding, another activation) are called one after the other instead, with the same
-    result; ``fastseg.explain()`` says why.
+    Activations are names or modules. Modules that the op cannot replace (SyncBatchNorm, a quantised or parametrised
+    child, one with hooks, string padding, another activation) are called one after the other, with the same result;
+    ``fastseg.explain()`` says why.
     """
     acts = (pre_act, mid_act, post_act)
     other = None

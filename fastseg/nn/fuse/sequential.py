@@ -1,4 +1,4 @@
-"""A sequence of modules whose convolutions, norms and activations run as one op where nobody watches them."""
+"""A ``Sequential`` that runs each convolution, norm and activation as one op, unless they are watched."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +18,8 @@ NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 class Sequential(nn.Sequential):
     """As ``torch.nn.Sequential``; difference: a ``Conv2d``, the ``BatchNorm2d`` and the activation after it are one op.
 
-    In evaluation the norm is folded into the convolution, as in ``ConvNormAct2d``. What is there decides: a child that
-    is another module, has hooks, or whose options the op does not have, is called as it is.
+    In evaluation the norm is folded into the convolution, as in ``ConvNormAct2d``. A child that is another module, has
+    hooks, or has options that the op lacks is called.
 
     Example:
         >>> Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())(torch.randn(2, 3, 8, 8)).shape
@@ -27,7 +27,7 @@ class Sequential(nn.Sequential):
     """
 
     def forward(self, input: Tensor, *, taps: dict[int, Tensor | None] | None = None) -> Tensor:
-        """The last child's output. ``taps``, with ascending keys, gets the output of child ``key`` at each of them."""
+        """Return the last child's output. ``taps``, with ascending keys, gets the output of the child at each key."""
         layers, start = list(self), 0
         for i in taps or ():
             taps[i] = input = run_layers(input, layers[start : i + 1])
@@ -36,7 +36,7 @@ class Sequential(nn.Sequential):
 
 
 class Group(NamedTuple):
-    """Children that follow each other and can run as one op; ``stop`` is the place after them."""
+    """Consecutive children that can run as one op; ``stop`` is the index after them."""
 
     conv: nn.Conv2d | None
     norm: nn.BatchNorm2d | None
@@ -45,8 +45,9 @@ class Group(NamedTuple):
 
 
 def next_group(layers: Sequence[nn.Module], start: int = 0) -> Group:
-    """A convolution, batch norm and activation from place ``start`` on, those that are there; none: ``stop`` is
-    ``start``. They may be watched: what runs them looks."""
+    """Find the convolution, batch norm and activation that begin at index ``start``, as many as there are.
+    Without any, ``stop`` is ``start``. The caller must check if they are watched.
+    """
     conv = norm = act = None
     stop, count = start, len(layers)
     if stop < count and type(layers[stop]) is nn.Conv2d:
@@ -59,7 +60,7 @@ def next_group(layers: Sequence[nn.Module], start: int = 0) -> Group:
 
 
 def run_layers(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
-    """The modules one after another, in groups."""
+    """Run the modules one after another, in groups."""
     place = 0
     while place < len(layers):
         conv, norm, act, stop = next_group(layers, place)
@@ -76,16 +77,16 @@ def run_layers(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
 
 
 def opened(module: nn.Module) -> list[nn.Module] | None:
-    """The children of a ``Sequential`` that nobody watches, to be run in its place; None: it must be called."""
+    """The children of a ``Sequential``, to be run in its place; None if it is watched and must be called."""
     if watched(module, Sequential) and watched(module, nn.Sequential):
         return None
     return list(module)
 
 
 def run_tapped(module: nn.Module, x: Tensor, taps: dict[int, Tensor | None]) -> Tensor:
-    """``module(x)``; ``taps`` gets the outputs of its children at its keys.
+    """Return ``module(x)``; ``taps`` gets the outputs of its children at its keys.
 
-    Where another module, or another forward, stands in the place of a ``Sequential``, hooks note the outputs.
+    If the module is not a plain ``Sequential``, hooks record the outputs.
     """
     if type(module) is Sequential and "forward" not in vars(module):
         return module(x, taps=taps)
@@ -97,7 +98,7 @@ def run_tapped(module: nn.Module, x: Tensor, taps: dict[int, Tensor | None]) -> 
 
 @contextmanager
 def noting(module: nn.Module, child: str, note: Callable[[Tensor], None]) -> Iterator[None]:
-    """Inside the block ``note`` gets what ``child`` of ``module`` gives; not for the traced."""
+    """Inside the block, call ``note`` with the output of ``child`` of ``module``; not while tracing."""
     hook = module.get_submodule(child).register_forward_hook(lambda child, args, out: note(out))
     try:
         yield

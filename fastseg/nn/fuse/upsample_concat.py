@@ -1,4 +1,4 @@
-"""Skip connections: a coarse map upsampled and put beside finer ones."""
+"""Skip connections: upsample a coarse map and concatenate it with finer ones."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,18 +22,18 @@ from fastseg.ops.core.recompute import recipe_of, remember
 def upsample_concat(
     x: Tensor, skips: Sequence[Tensor], up: nn.Module, *, crop: bool = False, up_first: bool = False
 ) -> Tensor:
-    """``cat([*skips, up(x)], 1)``; doubled by interpolation, without a copy (``fastseg.ops.upsample_concat``).
+    """``cat([*skips, up(x)], 1)``; without a copy if ``up`` interpolates (``fastseg.ops.upsample_concat``).
 
-    A transposed convolution writes its map, which is copied beside the skips as they are: no library's convolution
-    writes into a part of a map.
+    A transposed convolution writes its own map, which is copied beside the skips: no library's convolution writes into
+    a part of a map.
 
     Args:
         x: (N, C, H, W), the coarse map.
         skips: (N, *, SH, SW) each, finer maps of one size.
         up: doubles H and W.
-        crop: cut the skips to the window in their middle that has the size of ``up(x)``, as the U-Net without padding;
-            else ``up(x)`` gets zeros around it up to the size of the skips, whose odd sides were halved downwards.
-        up_first: ``cat([up(x), *skips], 1)``.
+        crop: True crops the skips to their central window of the size of ``up(x)``, as the U-Net without padding; False
+            pads ``up(x)`` with zeros to the size of the skips, whose odd sides were halved downwards.
+        up_first: True for ``cat([up(x), *skips], 1)``.
 
     Returns:
         (N, sum of channels, OH, OW).
@@ -57,16 +57,16 @@ def upsample_concat(
 
 
 def _is_zero(n: int) -> bool:
-    """Of a graph's symbolic number: whether it always is."""
+    """True if a graph's symbolic number is always 0."""
     if not isinstance(n, torch.SymInt):
         return n == 0
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # two seconds, which exports alone pay
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # two seconds, paid in exports only
 
     return statically_known_true(n == 0)
 
 
 def _framed(y: Tensor, rows: int, columns: int) -> Tensor:
-    """So many more rows and columns of zeros, half of them before; of symbolic numbers without a guard on them."""
+    """Pad by so many rows and columns of zeros, half of them before; no guard on symbolic numbers."""
     if not any(isinstance(n, torch.SymInt) for n in (rows, columns)):
         return F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
     for axis, more in ((2, rows), (3, columns)):
@@ -81,9 +81,9 @@ def _framed(y: Tensor, rows: int, columns: int) -> Tensor:
 def run_upsample_concat(
     deep: Tensor, low: Tensor, block: nn.Module, *, align_corners: bool = False, up_first: bool = True
 ) -> Tensor:
-    """``block(cat([interpolate(deep, low.shape[2:]), low], 1))`` of an existing block.
+    """Compute ``block(cat([interpolate(deep, low.shape[2:]), low], 1))`` with an existing block.
 
-    A ``Sequential`` that begins with a convolution takes the upsampled map unwritten, where that is faster.
+    For a ``Sequential`` that begins with a convolution, the upsampled map is not stored if that is faster.
     """
     options = {"align_corners": align_corners, "up_first": up_first}
     layers = opened(block) or [block]
@@ -98,7 +98,7 @@ def run_upsample_concat(
 def upsampled_beside(x: Tensor, skip: Tensor, conv: nn.Module, *, align_corners: bool, up_first: bool = True) -> Tensor:
     """``cat([interpolate(x, skip.shape[2:], mode="bilinear"), skip], 1)`` without a copy of the upsampled map.
 
-    ``conv`` takes the result; where somebody watches it, torch's functions make it.
+    ``conv`` takes the result; if it is watched, torch's functions compute it.
     """
     if watched(conv, nn.Conv2d):
         y = F.interpolate(x, skip.shape[2:], mode="bilinear", align_corners=align_corners)
@@ -117,10 +117,10 @@ def run_upsample_concat_conv(
     align_corners: bool = False,
     up_first: bool = True,
 ) -> Tensor:
-    """``act(norm(conv(cat([interpolate(deep, low.shape[2:]), low], 1))))`` over torch modules, wherever they live.
+    """``act(norm(conv(cat([interpolate(deep, low.shape[2:]), low], 1))))`` with existing torch modules.
 
-    A plain 3x3 convolution goes through ``fastseg.ops.upsample_concat_conv2d``, which need not write the upsampled map;
-    its norm is folded into it where it can be. Others are called.
+    A plain 3x3 convolution runs in ``fastseg.ops.upsample_concat_conv2d``, which need not store the upsampled map; its
+    norm is folded if possible. Other modules are called.
     """
     name, module = split_act(act)
     if module is not None:
@@ -129,7 +129,7 @@ def run_upsample_concat_conv(
     plain = not watched(conv, nn.Conv2d) and _plain_3x3(conv)
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (deep, low, conv.weight))
     fold = plain and norm is not None and not wanted and can_fold(low, conv, norm)
-    if not plain or (wanted and kernels_run(deep)):  # there is no kernel for its gradients; the joined map has a recipe
+    if not plain or (wanted and kernels_run(deep)):  # its gradients have no kernel; the concatenated map has a recipe
         x = upsampled_beside(deep, low, conv, align_corners=align_corners, up_first=up_first)
         return run_conv_norm_act(x, conv, norm, name)
     options = {"align_corners": align_corners, "up_first": up_first}
@@ -155,9 +155,9 @@ def _upsampled_beside(x: Tensor, *skips: Tensor, up_first: bool, align_corners: 
 
 
 def _remembered(y: Tensor, parts: tuple[Tensor, ...], join: Callable[..., Tensor]) -> Tensor:
-    """``y = join(*parts)``: the convolution after it keeps what the parts are made of, and joins them again.
+    """``y = join(*parts)``; the convolution after it saves the sources of the parts, and its backward joins them again.
 
-    Not where the parts would be kept as they are: they are as large as ``y``.
+    Not done if the parts themselves would be saved, which are as large as ``y``.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (y.requires_grad and kernels_run(y)):
         return y

@@ -1,7 +1,7 @@
-"""Which modules must be called, and not only their parameters be read; which activation a module is.
+"""Decide which modules must be called, and which activation a module is.
 
-A fused op stands for modules as their classes are written. A hook, another class (a wrapper, a parametrisation, another
-norm), a forward replaced on the instance or an option that the op does not have makes the module run as it is.
+A fused op replaces modules by what their classes do. A module is called instead if it has a hook, another class (a
+wrapper, a parametrisation, another norm), a forward replaced on the instance, or an option that the op lacks.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch.nn.modules import module as torch_module
 
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 
-# torch's hooks on all modules. The names are private: a torch without one of them is taken for one without such hooks.
+# torch's hooks on all modules. The names are private; a torch that lacks one of them is assumed to have no such hooks.
 _ON_ALL_MODULES = tuple(
     getattr(torch_module, name, {})
     for name in (
@@ -27,7 +27,7 @@ SLOPE = 0.01  # of the fused leaky ReLU
 
 
 def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
-    """Why ``module`` must be called, and not only its parameters be read, or ""."""
+    """Why ``module`` must be called rather than read for its parameters, or ""."""
     if module is None:
         return ""
     if type(module) is not plain:
@@ -44,9 +44,9 @@ def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
 
 
 def rewritten(module: nn.Module) -> bool:
-    """Whether versions may miss writes to its parameters: FSDP gathers new values into the same tensors, uncounted.
+    """True if version counters may miss writes to its parameters: FSDP writes gathered values uncounted.
 
-    Its ``fully_shard`` can be told by the hook that it puts on every module whose parameters it shards.
+    ``fully_shard`` is recognised by the hook that it puts on each module whose parameters it shards.
     """
     return bool(module._load_state_dict_post_hooks)
 
@@ -54,7 +54,7 @@ def rewritten(module: nn.Module) -> bool:
 def split_act(act: "nn.Module | Activation | None") -> tuple[Activation | None, Callable[[Tensor], Tensor] | None]:
     """What a fused op makes of ``act``: the name it is given, and the module to call on its result.
 
-    A module that is one of the fused activations, unwatched, is its name; any other is called.
+    An unwatched module that is one of the fused activations becomes its name; any other is called.
     """
     if not isinstance(act, nn.Module):
         return act, None

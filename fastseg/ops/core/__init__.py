@@ -1,1 +1,1 @@
-"""What all ops share: dispatch, explain, registration, layouts, autograd helpers."""
+"""Shared by all ops: dispatch, explain, registration, layouts, autograd helpers."""

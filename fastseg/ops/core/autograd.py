@@ -21,13 +21,13 @@ def run(function: type[torch.autograd.Function], op: Callable, *args):
 
 
 def differentiable(gradients: Callable, again: Callable) -> Callable:
-    """A Function's backward whose result has right derivatives itself.
+    """Make the backward of a Function differentiable.
 
     Args:
-        gradients: ``(ctx, saved, *grad_outputs) -> gradients``, by kernels, with no derivative of their own.
-        again: the same in torch's own ops, where something follows: ``create_graph=True``, forward-mode AD, ``vmap``.
+        gradients: ``(ctx, saved, *grad_outputs) -> gradients``, computed by kernels; not differentiable.
+        again: the same in torch's own ops, for ``create_graph=True``, forward-mode AD and ``vmap``.
 
-    Saved tensors are read here, once: a checkpoint gives each of them a single time.
+    Saved tensors are read here, once, because activation checkpointing hands out each of them a single time.
     """
 
     def backward(ctx, *grad_outputs):
@@ -42,15 +42,15 @@ def differentiable(gradients: Callable, again: Callable) -> Callable:
 
 
 def derived(function: Callable, tensors: Sequence[Tensor | None], wanted: Sequence[bool], *grad_outputs: Tensor):
-    """Gradients of ``function(*tensors)``, which are functions of tensors and ``grad_outputs``; None if not ``wanted``.
+    """Gradients of ``function(*tensors)``, differentiable in tensors and ``grad_outputs``; None where not ``wanted``.
 
     Args:
-        function: of torch's own ops; gives as many tensors as there are ``grad_outputs``.
-        tensors: what it is called with.
-        wanted: of which of them a gradient is.
+        function: made of torch's own ops; returns as many tensors as there are ``grad_outputs``.
+        tensors: its arguments.
+        wanted: one flag per tensor: True to compute its gradient.
     """
     wanted = [want and t is not None for t, want in zip(tensors, wanted, strict=True)]
-    with torch.enable_grad():  # aliases: one of the tensors may have been made of another
+    with torch.enable_grad():  # aliases: one tensor may have been computed from another
         aliases = [t.view_as(t) if want else t for t, want in zip(tensors, wanted, strict=True)]
         outputs = function(*aliases)
     asked = [t for t, want in zip(aliases, wanted, strict=True) if want]
@@ -61,7 +61,7 @@ def derived(function: Callable, tensors: Sequence[Tensor | None], wanted: Sequen
 
 
 class _Refusal(torch.autograd.Function):
-    """Gradients as they are, whose own derivative raises, at whichever of the op's inputs it is asked for."""
+    """Pass gradients through; differentiating them, towards any input of the op, raises."""
 
     @staticmethod
     def forward(ctx, name: str, why: str, count: int, *tensors: Tensor | None):
@@ -74,5 +74,5 @@ class _Refusal(torch.autograd.Function):
 
 
 def refused(name: str, why: str, grads: Sequence[Tensor | None], inputs: Sequence[Tensor | None]) -> tuple:
-    """``grads``, of an op's ``inputs``: to differentiate them raises."""
+    """Make ``grads`` of an op with these ``inputs`` raise when they are differentiated."""
     return _Refusal.apply(name, why, len(grads), *grads, *inputs)

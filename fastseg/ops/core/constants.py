@@ -1,4 +1,4 @@
-"""Tensors that depend on sizes and dtypes alone, made once: ordinary ones, whatever mode asks for them first."""
+"""Tensors that depend on sizes and dtypes alone: made once, as ordinary tensors in every mode."""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -25,9 +25,10 @@ def plainly() -> Iterator[None]:
 
 
 def constant(maxsize: int | None = None) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """``functools.lru_cache`` for functions that make tensors on a CPU, or on a device that they name.
+    """``functools.lru_cache`` for functions that make tensors on a CPU or on a device that they name.
 
-    A tensor made in inference mode, under fake tensors or on ``torch.device("meta")`` would be met by every later call.
+    Without it, a tensor first made in inference mode, under fake tensors or on ``torch.device("meta")`` would be handed
+    to every later call.
     """
 
     def decorate(make: Callable[..., T]) -> Callable[..., T]:

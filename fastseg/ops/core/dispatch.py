@@ -1,4 +1,4 @@
-"""Kernel or reference: the one decision, the switch that forces the reference, and the record of what was decided."""
+"""Choose between kernel and reference, apply ``fastseg.reference()``, and record the choice."""
 
 import importlib.util
 import os
@@ -19,14 +19,14 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 def use_kernel(
     op: str, x: Tensor, *others: Tensor | None, unsupported: str = "", form: Callable[[], str] = str
 ) -> bool:
-    """Whether ``op`` runs its Triton kernel on these tensors; records the decision for ``explain``.
+    """True if ``op`` runs its Triton kernel on these tensors; records the decision for ``explain``.
 
     Args:
-        op: public name, for messages.
-        x: the tensor that decides device and dtype.
-        others: further tensors; they must be on the device of ``x``. None is skipped.
+        op: public name, for error messages and ``explain``.
+        x: the tensor whose device and dtype decide.
+        others: further tensors, which must be on the device of ``x``; None is skipped.
         unsupported: why the kernel cannot take this configuration, or "".
-        form: says which of the op's kernels runs; called only where a record is kept.
+        form: returns which of the op's kernels runs; called only inside ``explain``.
 
     Raises:
         ValueError: the tensors are on different devices.
@@ -53,7 +53,7 @@ def is_torchs(x: Tensor) -> bool:
 
 
 def kernels_run(x: Tensor) -> bool:
-    """Whether kernels run on a tensor like ``x`` at all: for choices of what to ask an op for."""
+    """True if Triton kernels can run on tensors like ``x``."""
     return not (in_reference() or _no_kernel(x) or followed(x))
 
 
@@ -76,7 +76,7 @@ def _no_kernel(x: Tensor) -> str:
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether the op's own Function shall record this call; a captured graph records the bare op instead."""
+    """True if the op's own Function must record this call; a captured graph records the bare op instead."""
     return (
         torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
@@ -92,7 +92,7 @@ def has_tangent(*tensors: Tensor | None) -> bool:
 
 
 def _follower(tensors: Iterable[Tensor | None]) -> str:
-    """What follows eager calls on these tensors through torch's own ops, and knows no others, or ""."""
+    """Name what follows eager calls on these tensors and understands torch's own ops only, or ""."""
     if transforms_active():
         return "a transform of functions"
     if is_tracing():
@@ -101,10 +101,10 @@ def _follower(tensors: Iterable[Tensor | None]) -> str:
 
 
 def followed(*tensors: Tensor | None) -> bool:
-    """Whether something follows a call on these tensors: a compiler, a trace, a function transform, forward-mode AD.
+    """True if a compiler, a trace, a function transform or forward-mode AD follows a call on these tensors.
 
-    Then torch's own ops must run, one by one, none of them in place on what a transform may have to widen, and no value
-    may be looked at.
+    The call must then run torch's own ops, one by one. It must not read values, nor write in place to a tensor that a
+    transform may have to widen.
     """
     if torch.compiler.is_compiling() or transforms_active() or is_tracing():
         return True
@@ -112,7 +112,7 @@ def followed(*tensors: Tensor | None) -> bool:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a convolution computes in: autocast's where it is on, else that of ``x`` (float64 stays)."""
+    """The dtype that a convolution computes in: autocast's if autocast is on, else that of ``x`` (float64 stays)."""
     kind = x.device.type
     if x.dtype in KERNEL_DTYPES and kind != "meta" and torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -1,4 +1,4 @@
-"""The switch that forces the reference, and the record of which path ran and why."""
+"""The switch that forces the reference, and the record of which path each op took and why."""
 
 from collections.abc import Iterator
 from contextlib import ContextDecorator, suppress
@@ -8,24 +8,24 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-IN_REFERENCE = "inside fastseg.reference()"  # a decision's reason
+IN_REFERENCE = "inside fastseg.reference()"  # the reason of a decision
 _in_reference: ContextVar[bool] = ContextVar("fastseg_in_reference", default=False)
 _reference_depth = 0  # the same for compiled code: Dynamo cannot trace ContextVar.get, but guards a module variable
 _report: ContextVar["Report | None"] = ContextVar("fastseg_report", default=None)
 
 
-class reference(ContextDecorator):  # named as it is used: `with fastseg.reference():`
-    """Inside the block (or the decorated function), every fastseg op runs its plain-PyTorch reference.
+class reference(ContextDecorator):  # lowercase, because it is used as `with fastseg.reference():`
+    """Run the plain-PyTorch reference of every fastseg op inside the block, or the decorated function.
 
-    The A/B switch for tests, benchmarks and debugging. Scoped to the calling thread or task; code compiled by
+    Use it to compare in tests, benchmarks and debugging. It is scoped to the calling thread or task; code compiled by
     ``torch.compile`` sees it process-wide.
     """
 
     def __init__(self) -> None:
-        self._tokens: list[Token[bool]] = []  # one an entry: a block may be entered again inside itself
+        self._tokens: list[Token[bool]] = []  # one per entry: a block may be entered again inside itself
 
     def _recreate_cm(self) -> "reference":
-        return reference()  # a decorated function's calls, in any threads, share nothing
+        return reference()  # calls of a decorated function, in any threads, share nothing
 
     def __enter__(self) -> "reference":
         global _reference_depth
@@ -36,7 +36,7 @@ class reference(ContextDecorator):  # named as it is used: `with fastseg.referen
     def __exit__(self, *exc) -> None:
         global _reference_depth
         _reference_depth -= 1
-        with suppress(ValueError):  # left in another thread or task, as a generator may be: there it was never entered
+        with suppress(ValueError):  # left in another thread or task, as a generator may be: it was never entered there
             _in_reference.reset(self._tokens.pop())
 
 
@@ -45,7 +45,7 @@ class Decision(NamedTuple):
     shape: tuple[int, ...]
     dtype: str
     device: str
-    path: str  # "triton", "cudnn", "torch" (an own form in plain PyTorch) or "reference"
+    path: str  # "triton", "cudnn", "torch" (a form of ours in plain PyTorch) or "reference"
     why: str
 
 
@@ -67,7 +67,7 @@ class Report:
         return "\n".join("  ".join(f.ljust(w) for f, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
-class explain:  # named as it is used: `with fastseg.explain() as report:`
+class explain:  # lowercase, because it is used as `with fastseg.explain() as report:`
     """Record, for each op called inside the block, which path ran and why.
 
     Example:
@@ -86,12 +86,12 @@ class explain:  # named as it is used: `with fastseg.explain() as report:`
 
 
 def in_reference() -> bool:
-    """Whether ``fastseg.reference()`` is on."""
+    """True inside ``fastseg.reference()``."""
     return bool(_reference_depth if torch.compiler.is_compiling() else _in_reference.get())
 
 
 def record(op: str, x: Tensor, path: str, why: str) -> None:
-    """Record for ``explain`` what was decided for ``op``; not to be called while compiling."""
+    """Record for ``explain`` what was decided for ``op``; must not be called while compiling."""
     report = _report.get()
     if report is not None:
         report.decisions.append(

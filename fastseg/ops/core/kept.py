@@ -1,7 +1,7 @@
-"""What is made of a model's tensors: at each call, or kept inside ``frozen``.
+"""Tensors derived from a model's weights: made at each call, or kept inside ``frozen``.
 
-Outside there is no state: a weight may be written to in ways that nothing counts, and folded weights that outlive it
-belong to no model at all.
+Outside ``frozen`` there is no state. A weight may be written to in ways that nothing counts, and folded weights must
+not outlive their model.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -18,13 +18,14 @@ T = TypeVar("T")
 
 
 class Kept:
-    """What was made of ``tensors``, and of what was made of them; of nothing else.
+    """What was derived from ``tensors``, or from other derived tensors; nothing else is kept.
 
-    It holds all of them, so that no identity and no memory is given out again; a counted write ends the keeping.
+    It holds a reference to all of them, so no id and no address is reused. A counted write to any of them ends the
+    keeping.
     """
 
     def __init__(self, tensors: Iterable[Tensor]):
-        self._known: dict[int, tuple[Tensor, Tensor, tuple]] = {}  # itself, what holds its memory, how it was
+        self._known: dict[int, tuple[Tensor, Tensor, tuple]] = {}  # the tensor, its storage, its mark
         self._made: dict[tuple, Any] = {}
         for t in tensors:
             self._learn(t)
@@ -33,7 +34,7 @@ class Kept:
         self._known[id(t)] = (t, t.detach(), mark(t))
 
     def knows(self, sources: Iterable[Tensor | None]) -> bool:
-        """Whether all of them are its own, and none was written to."""
+        """True if all ``tensors`` are its own and none was written to."""
         known = self._known
         for t in sources:
             if t is not None:
@@ -43,14 +44,14 @@ class Kept:
         return True
 
     def made(self, sources: tuple[Tensor | None, ...], key: tuple, make: Callable[[], T]) -> T:
-        """``make()`` of the first call; ``knows(sources)``, and ``key`` says all else that it depends on."""
+        """The result of the first ``make()``, if it ``knows(sources)``; ``key`` names all else that it depends on."""
         place = (key, *map(id, sources))
         if place in self._made:
             return self._made[place]
         with torch.inference_mode(False), torch.no_grad():
             new = make()
         leaves = [t for t in tree_leaves(new) if isinstance(t, Tensor)]
-        if any(type(t) is not Tensor for t in leaves):  # of a mode that stands in for tensors
+        if any(type(t) is not Tensor for t in leaves):  # of a mode with stand-in tensors
             return new
         for t in leaves:
             self._learn(t)
@@ -58,11 +59,11 @@ class Kept:
 
 
 def mark(t: Tensor) -> tuple[int | None, int]:
-    """How often ``t`` was written to, and where its numbers lie: other numbers, other marks, where torch counts."""
-    version = None if t.is_inference() else t._version  # made in inference mode: nothing is counted
+    """The version counter and the data address of ``t``: they change with every write that torch counts."""
+    version = None if t.is_inference() else t._version  # made in inference mode: writes are not counted
     try:
         return version, t.data_ptr()
-    except RuntimeError:  # it has no memory: a fake, a tensor that a process holds a part of
+    except RuntimeError:  # it has no storage: a fake tensor, or one of which the process holds a shard
         return version, 0
 
 
@@ -81,15 +82,15 @@ def keeping(kept: Kept) -> Iterator[None]:
 
 @contextmanager
 def frozen(*models: torch.nn.Module) -> Iterator[None]:
-    """Inside the block nothing of ``models`` changes: what is made of their weights, such as folded norms, is kept.
+    """Keep what is derived from the weights of ``models``, such as folded norms, while the block runs.
 
     Outside, and in other threads, it is made at each call. It counts in evaluation without gradients; results are the
     same up to rounding: a norm whose folding does not pay at each call is folded here. Leaving drops all of it, by an
     exception too. Blocks may be nested.
 
-    Parameters and buffers must not be written to in the block. Writes that torch counts, new tensors, options and hooks
-    are noticed all the same; writes through ``p.data`` and to tensors made in inference mode are not. A CUDA graph
-    captured inside must not be replayed after the block, whose folded weights it reads.
+    Parameters and buffers must not be written to in the block. Writes that torch counts, replaced tensors, changed
+    options and hooks are noticed all the same; writes through ``p.data`` and to tensors made in inference mode are not.
+    A CUDA graph captured inside reads the folded weights, so it must not be replayed after the block.
 
     Args:
         models: any modules.
@@ -100,19 +101,19 @@ def frozen(*models: torch.nn.Module) -> Iterator[None]:
     """
     for model in models:
         if not isinstance(model, torch.nn.Module):
-            raise TypeError(f"frozen: {type(model).__name__} is no module; give models")
+            raise TypeError(f"frozen: {type(model).__name__} is not a torch.nn.Module; give models")
     with keeping(Kept(t for model in models for t in tensors_of(model))):
         yield
 
 
 def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers."""
+    """Parameters and buffers of the modules."""
     yield from model.parameters()
     yield from model.buffers()
 
 
 def keeper(sources: tuple[Tensor | None, ...]) -> Kept | None:
-    """Who keeps what is made of these tensors here, if anybody; a captured graph and a transform keep nothing."""
+    """The keeper for these tensors in this thread, or None; a captured graph and a transform keep nothing."""
     if torch.compiler.is_compiling():
         return None
     active = keepers.get()
@@ -122,11 +123,11 @@ def keeper(sources: tuple[Tensor | None, ...]) -> Kept | None:
 
 
 def made_once(sources: tuple[Tensor | None, ...], key: tuple, make: Callable[[], T]) -> T:
-    """``make()``; where the sources are frozen, that of the first call.
+    """``make()``; if the sources are frozen, the result of the first call.
 
     Args:
         sources: every tensor that the result depends on.
-        key: which result, and every option that it depends on.
+        key: name of the result, and every option that it depends on.
     """
     kept = keeper(sources)
     return make() if kept is None else kept.made(sources, key, make)

@@ -1,4 +1,4 @@
-"""Labels against numbers that their dtype may not hold: torch wraps the number (256 is 0 in uint8, -100 is 156)."""
+"""Compare labels with numbers that their dtype may not hold; torch wraps these (256 is 0 in uint8, -100 is 156)."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def equal(labels: Tensor, value: int) -> Tensor:
-    """Where ``labels`` are ``value``."""
+    """True where ``labels`` equal ``value``."""
     limits = torch.iinfo(labels.dtype)
     if not limits.min <= value <= limits.max:
         return torch.zeros_like(labels, dtype=torch.bool)
@@ -15,14 +15,14 @@ def equal(labels: Tensor, value: int) -> Tensor:
 
 
 def outside(labels: Tensor, classes: int) -> Tensor:
-    """Where ``labels`` are no class: below 0, or ``classes`` and more."""
+    """True where ``labels`` are not a class: below 0, or ``classes`` and more."""
     if classes > torch.iinfo(labels.dtype).max:
         return labels < 0
     return (labels < 0) | (labels >= classes)
 
 
 def check_targets(target: Tensor, classes: int, ignore_index: int) -> None:
-    """Raise as torch does where a target names no class and is not the ignored one. Reads the values."""
+    """Raise torch's error if a target is neither a class nor the ignored value. Reads the values."""
     bad = outside(target, classes) & ~equal(target, ignore_index)
     if bad.any():
         raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")

@@ -1,4 +1,4 @@
-"""Batch norm and activations as arguments of fused ops: checks, running statistics, and all of it in plain PyTorch."""
+"""Batch norm and activations as arguments of fused ops: checks, running statistics, and plain-PyTorch forms."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu6": F.relu6,
     "leaky_relu": F.leaky_relu,
 }
-ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # torch's own: NaN has its own rule in each
+ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # torch's own: each treats NaN in its own way
     "none": lambda g, v: g,
     "relu": lambda g, v: torch.ops.aten.threshold_backward(g, v, 0),
     "relu6": lambda g, v: torch.ops.aten.hardtanh_backward(g, v, 0, 6),
@@ -27,14 +27,14 @@ ACTIVATION_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # torch's o
 
 
 def activate(v: Tensor, act: str | None, *, inplace: bool = False) -> Tensor:
-    """The activation named ``act``; ``inplace`` lets a ReLU or ReLU6 overwrite ``v``."""
+    """Apply the activation named ``act``; ``inplace`` lets a ReLU or ReLU6 overwrite ``v``."""
     if inplace and act in ("relu", "relu6"):
         return F.relu_(v) if act == "relu" else F.relu6(v, inplace=True)
     return ACTIVATIONS[act or "none"](v)
 
 
 def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
-    """``y + residual`` into ``y``, which no backward may need, where dtypes allow it."""
+    """Add ``residual`` into ``y`` if dtypes allow it; no backward may need ``y``."""
     if residual is None:
         return y
     # vmap may have to widen the sum
@@ -42,10 +42,10 @@ def add_residual(y: Tensor, residual: Tensor | None) -> Tensor:
 
 
 class BatchNormArgs(NamedTuple):
-    """One batch norm's tensors and options, in the order of ``torch.nn.functional.batch_norm``.
+    """Tensors and options of one batch norm, in the order of ``torch.nn.functional.batch_norm``.
 
-    ``training`` normalises by this batch and updates the running statistics in place where they are not None.
-    ``weight`` and ``bias`` come together or not at all.
+    With ``training``, the op normalises by the statistics of the batch and updates the running statistics in place if
+    they are given. ``running_mean`` and ``running_var`` come together or not at all, and so do ``weight`` and ``bias``.
     """
 
     running_mean: Tensor | None
@@ -87,7 +87,7 @@ def norm_options(norm: BatchNormArgs | None) -> tuple[str, float]:
 
 
 def update_running(norm: BatchNormArgs | None, stats: Tensor) -> None:
-    """Running statistics as torch's: the unbiased variance, weighted by momentum."""
+    """Update running statistics as torch does: with the unbiased variance, weighted by momentum."""
     if norm is None or not norm.training or norm.running_mean is None:
         return
     for buffer, batch in ((norm.running_mean, stats[0]), (norm.running_var, stats[2])):
@@ -105,13 +105,13 @@ def torch_norm(v: Tensor, norm: BatchNormArgs | None) -> Tensor:
     if norm is None:
         return v
     mean, var, *affine, training, momentum, eps = norm
-    # contiguous: torch 2.13 reads a strided weight as if dense in the channels_last backward on a CPU
+    # contiguous: on a CPU the channels_last backward of torch 2.13 reads a strided weight as if dense
     weight, bias = (None if t is None else t.contiguous() for t in affine)
     return F.batch_norm(v, mean, var, weight, bias, training, momentum, eps)
 
 
 def plain_stats(v: Tensor) -> Tensor:
-    """(3, C): mean, biased and unbiased variance of a batch; zeros of an empty one."""
+    """Mean, biased and unbiased variance of a batch, (3, C); zeros for an empty batch."""
     values = v.detach().to(stats_dtype_of(v))
     if values.numel() == 0:
         return values.new_zeros(3, v.shape[1])
@@ -120,7 +120,7 @@ def plain_stats(v: Tensor) -> Tensor:
 
 
 class PlainNorm:
-    """``norm(v)`` with this batch's or the running statistics; keeps the batch's for the caller."""
+    """``norm(v)`` with the batch or running statistics; keeps the batch statistics for the caller."""
 
     def __init__(self, kind: str, mean, var, weight, bias, eps: float, x: Tensor):
         self.kind, self.mean, self.var, self.weight, self.bias, self.eps = kind, mean, var, weight, bias, eps
@@ -131,16 +131,16 @@ class PlainNorm:
             return v
         wide = lambda t: (
             None if t is None else t.to(self.stats.dtype).contiguous()
-        )  # torch wants one dtype of statistics and affine
+        )  # torch wants statistics and affine parameters in one dtype
         affine = wide(self.weight), wide(self.bias)
         if self.kind == "batch":
             self.stats = plain_stats(v)
-            return F.batch_norm(v, None, None, *affine, True, 0.0, self.eps)  # differentiable, once decomposed
+            return F.batch_norm(v, None, None, *affine, True, 0.0, self.eps)  # differentiable once decomposed
         return F.batch_norm(v, wide(self.mean), wide(self.var), *affine, False, 0.0, self.eps)
 
 
 def plain_norm_bwd(dy: Tensor, v: Tensor, norm: PlainNorm, batch: bool, act: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The formula in the header of kernels/common/norm_act.py. -> gradient at v, of weight, of bias."""
+    """Gradients at v, at weight and at bias, by the formula in the header of kernels/common/norm_act.py."""
     if norm.kind == "none":
         none = dy.new_empty(0)
         return (ACTIVATION_GRADS[act](dy, v) if act != "none" else dy), none, none

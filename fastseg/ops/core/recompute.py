@@ -1,9 +1,9 @@
-"""Maps that are cheap to make again: what would keep one for its backward keeps what it was made of instead.
+"""Recompute cheap activations in the backward instead of saving them.
 
-A convolution keeps its input. Where that is ``act(norm(z))``, z is kept by the norm already; so the convolution keeps a
-recipe, and its backward makes the same bits again, with one read and one write. Of maps put side by side, or unpooled,
-the recipe names what theirs name. Saved-tensor hooks of others (checkpoints, offloading, counters) see the sources in
-the place of the map.
+A convolution saves its input. If the input is ``act(norm(z))``, the norm saves z already. The convolution then saves a
+recipe, and its backward recomputes the same bits with one read and one write. The recipe of a concatenated or unpooled
+map names the sources of the recipes of its parts. Other saved-tensor hooks (checkpointing, offloading, counters) see
+the sources in place of the map.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from fastseg.ops.core.torch_private import hooks_enabled, outer_hooks
 
 
 class Recipe(NamedTuple):
-    """``make(*sources)`` is the map, as it was at ``version``; of the sources at ``source_versions``."""
+    """``make(*sources)`` recomputes the map as it was at ``version``, from the sources at ``source_versions``."""
 
     make: Callable[..., Tensor]
     sources: tuple[Tensor, ...]
@@ -30,23 +30,23 @@ class Recipe(NamedTuple):
 
     @property
     def holds(self) -> bool:
-        """Whether the sources are what they were."""
+        """True if no source has been written to."""
         return all(t._version == v for t, v in zip(self.sources, self.source_versions, strict=True))
 
 
 class _Kept(NamedTuple):
-    """In the place of a map: its recipe's ``make``, and the sources as the hooks around ours have packed them."""
+    """Saved in place of a map: its recipe's ``make``, and the sources as packed by the hooks around ours."""
 
     make: Callable[..., Tensor]
     sources: tuple[Any, ...]
     versions: tuple[int, ...]
 
 
-_recipes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # gone with the map
+_recipes: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # dies with the map
 
 
 def remember(y: Tensor, sources: Sequence[Tensor], make: Callable[..., Tensor]) -> Tensor:
-    """``y``, of which is known from now on that it is ``make(*sources)``; a source with a recipe is made by it."""
+    """Return ``y`` and remember that it is ``make(*sources)``; a source with a recipe is recomputed by it."""
     recipes = [recipe_of(source) or _as_it_is(source) for source in sources]
     leaves = tuple(leaf.detach() for recipe in recipes for leaf in recipe.sources)
     makes = [recipe.make for recipe in recipes]
@@ -61,7 +61,7 @@ def remember(y: Tensor, sources: Sequence[Tensor], make: Callable[..., Tensor]) 
 
 
 def recipe_of(y: Tensor) -> Recipe | None:
-    """Its recipe, if it has one that still holds."""
+    """The recipe of a map, if it has one that still holds."""
     recipe = _recipes.get(y)
     return recipe if recipe is not None and recipe.version == y._version and recipe.holds else None
 
@@ -72,8 +72,8 @@ def _as_it_is(y: Tensor) -> Recipe:
 
 @contextmanager
 def kept_as_recipe(x: Tensor) -> Iterator[None]:
-    """Inside the block, what saves ``x`` for its backward keeps its recipe, if it has one."""
-    if followed(x):  # a compiler decides by itself what it keeps
+    """Inside the block, save the recipe of ``x`` in its place, if it has one."""
+    if followed(x):  # a compiler decides by itself what to save
         yield
         return
     recipe = recipe_of(x)
@@ -98,7 +98,7 @@ def kept_as_recipe(x: Tensor) -> Iterator[None]:
         for source, packed, version in zip(sources, kept.sources, kept.versions, strict=True):
             if source is packed and source._version != version:  # autograd counts the writes to the map alone
                 raise RuntimeError(
-                    "a map that fastseg makes again for the backward was made of one that has been modified by an "
+                    "a map that fastseg recomputes in the backward has a source that was modified by an "
                     "inplace operation since; write to a copy of it"
                 )
         with torch.no_grad():

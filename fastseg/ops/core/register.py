@@ -1,4 +1,4 @@
-"""Registering ops with ``torch.library``, and the layout rules that launcher, plain implementation and fake share."""
+"""Register ops with ``torch.library``; launcher, plain implementation and fake share one set of layout rules."""
 
 import functools
 import itertools
@@ -15,21 +15,21 @@ DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; 
 
 
 def qualified(name: str) -> str:
-    """``fastseg::name``; the one place that spells the namespace."""
+    """``fastseg::name``; the only place that spells the namespace."""
     return f"{NAMESPACE}::{name}"
 
 
 def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
-    """Define one op.
+    """Define and register one op.
 
     Args:
         schema: ``name(Tensor x, ...) -> Tensor``.
-        launch: settles the layout and launches; runs for CUDA and ROCm tensors, and for CPU tensors when interpreted.
-        plain: the same in plain PyTorch; runs for CPU tensors, and where an exported program must hold no custom op.
-        fake: shapes, dtypes and strides only.
+        launch: settles the layout and launches; runs on CUDA and ROCm tensors, and on CPU tensors when interpreted.
+        plain: the same in plain PyTorch; runs on CPU tensors, and in exported programs that must hold no custom op.
+        fake: output shapes, dtypes and strides.
 
     Returns:
-        The op, to be called. ``.op`` is its default overload, ``.direct`` its implementation by type of device.
+        A callable. ``.op`` is its default overload, ``.direct`` maps a device type to its implementation.
     """
     name = schema.partition("(")[0]
     torch.library.define(qualified(name), schema.removeprefix(name))

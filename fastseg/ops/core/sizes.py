@@ -1,4 +1,4 @@
-"""Sizes as callers give them."""
+"""Sizes as callers pass them."""
 
 import operator
 
@@ -6,7 +6,7 @@ import torch
 
 
 def whole(n):
-    """``n`` as an int where it is a whole number (numpy's count), else as it is: the caller says what is wrong."""
+    """``n`` as an int if it is a whole number, numpy's included; else unchanged, for the caller to report."""
     if type(n) is int or isinstance(n, torch.SymInt):
         return n
     try:

@@ -1,4 +1,4 @@
-"""What the ops on bilinearly upsampled maps share: output sizes, scales, and what their kernels cannot take."""
+"""Shared by the ops on bilinearly upsampled maps: output sizes, scales, and what the kernels cannot take."""
 
 import math
 
@@ -14,13 +14,13 @@ from fastseg.ops.core.sizes import whole
 if HAS_TRITON:
     from fastseg.kernels.upsample.sizes import Axis, Upsampling
 
-Factors = tuple[float, float]  # of height and width; 0 where the output's size was given instead
+Factors = tuple[float, float]  # of height and width; 0 if the output's size was given instead
 
 
 def output_size(
     name: str, x: Tensor, size: int | tuple[int, int] | None, scale_factor: float | tuple[float, float] | None
 ) -> tuple[int, int, Factors]:
-    """-> output height and width as ``torch.nn.functional.interpolate`` has them, and the factors given."""
+    """Return the output's height and width, as ``torch.nn.functional.interpolate``, and the given factors."""
     if (size is None) == (scale_factor is None):
         raise ValueError(f"{name}: size={size}, scale_factor={scale_factor}; give exactly one of them")
     if x.shape[2] == 0 or x.shape[3] == 0:
@@ -52,7 +52,7 @@ def _pair(name: str, label: str, value) -> tuple:
 
 
 def upsampling(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> "Upsampling":
-    """What the launchers take, for a map x."""
+    """The argument of the launchers that describes the upsampling of a map x."""
     axes = [
         Axis(low, full, source_scale(low, full, align_corners, factor))
         for low, full, factor in zip(x.shape[2:], (H, W), factors, strict=True)
@@ -61,9 +61,9 @@ def upsampling(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool)
 
 
 def unsupported(x: Tensor, H: int, W: int) -> str:
-    """Why no kernel takes these sizes, or "": offsets inside one image are 32 bits wide.
+    """Why no kernel takes these sizes, or "". Offsets inside one image are 32 bits wide.
 
-    A graph of any size is taken, where a guard would bound its sizes: its ops look at each size again.
+    A graph is taken at any size, because a guard would bound its sizes; its ops check each size again.
     """
     if any(isinstance(n, torch.SymInt) for n in (*x.shape, H, W)):
         return ""
@@ -73,16 +73,16 @@ def unsupported(x: Tensor, H: int, W: int) -> str:
 
 
 def interpolate(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
-    """torch's own upsampling, to (N, C, H, W)."""
+    """Upsample to (N, C, H, W) with torch's own function."""
     target = {"size": (H, W)} if factors[0] == 0 else {"scale_factor": factors}
     return F.interpolate(x, **target, mode="bilinear", align_corners=align_corners)
 
 
 def cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners) -> Tensor:
-    """The cross entropy of upsampled logits in torch's two steps."""
+    """Cross entropy of upsampled logits in torch's two steps."""
     logits = channels_last(logits)
     full = interpolate(logits, *target.shape[1:], (0.0, 0.0), align_corners)
-    # One row of classes per pixel: the softmax then runs along memory (0.8 of the time of the 4-D form on a CPU).
+    # One row of classes per pixel: the softmax runs along memory, in 0.8 of the 4-D form's time on a CPU.
     rows = full.permute(0, 2, 3, 1).flatten(0, 2)
     loss = F.cross_entropy(
         rows,
@@ -95,19 +95,19 @@ def cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothi
     return loss.view(target.shape) if reduction == "none" else loss
 
 
-# --- on a CPU, a few output rows at a time: the rows under them along x once, then each row between two of these
+# --- on a CPU, a few output rows at a time: interpolate the input rows along x once, then blend pairs of them along y
 
 
 def is_finite(logits: Tensor) -> bool:
-    """Whether there are logits, and none is NaN or infinite, which blocks of rows would spread."""
+    """True if there are logits and all are finite; blocks of rows would spread NaN and infinity."""
     if logits.numel() == 0:
         return False
-    logits = logits.detach()  # a sum in their own type takes a fiftieth of the time, and may overflow
+    logits = logits.detach()  # a sum in their own dtype takes a fiftieth of the time, but may overflow
     return bool(logits.sum().isfinite()) or bool(logits.sum(dtype=torch.float64).isfinite())
 
 
 def along_x(x: Tensor, W: int, align_corners: bool, factor: float = 0.0) -> Tensor:
-    """(C, rows, w) interpolated to (rows, C * W). torch is fastest with all lines as channels, innermost."""
+    """Interpolate (C, rows, w) to (rows, C * W); torch is fastest with all lines as channels, innermost."""
     C, rows, w = x.shape
     lines = x.permute(2, 1, 0).reshape(1, 1, w, rows * C).permute(0, 3, 1, 2)
     wide = torch.ops.aten.upsample_bilinear2d(lines, [1, W], align_corners, None, factor or None)
@@ -117,7 +117,7 @@ def along_x(x: Tensor, W: int, align_corners: bool, factor: float = 0.0) -> Tens
 def neighbours(
     low: int, full: int, align_corners: bool, dtype: torch.dtype, factor: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """First neighbour, second, and the second's weight, for each output of one axis."""
+    """For each output along one axis: first neighbour, second neighbour, and the weight of the second."""
     scale = source_scale(low, full, align_corners, factor)
     source = torch.arange(full, dtype=dtype, device="cpu")
     source = source * scale if align_corners else ((source + 0.5) * scale - 0.5).clamp_(min=0)

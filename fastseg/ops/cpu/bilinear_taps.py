@@ -1,4 +1,4 @@
-"""The bilinear kernel's taps, and transposed convolutions with them in plain PyTorch."""
+"""Taps of the bilinear kernel, and transposed convolutions with them in plain PyTorch."""
 
 import torch
 from torch import Tensor
@@ -8,22 +8,22 @@ from fastseg.ops.core.constants import constant
 from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.layout import new_map
 
-LEAST_STRIDE = 8  # from which two passes are faster than one grouped convolution, in both layouts (CPU, 1 thread)
+LEAST_STRIDE = 8  # from here on two passes are faster than one grouped convolution, in both layouts (CPU, 1 thread)
 
 
 def line(K: int, like: Tensor) -> Tensor:
-    """(K,), the kernel along one axis, in the dtype and on the device of ``like``."""
+    """The kernel along one axis, (K,), in the dtype and on the device of ``like``."""
     distance = (torch.arange(K, device=like.device, dtype=like.dtype) - (K - 1) / 2).abs()
     return 1 - distance / ((K + 1) // 2)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor on a CPU that nothing traces, transforms or stands in for."""
+    """True if ``x`` is an ordinary CPU tensor: not traced, not transformed, no stand-in."""
     return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not followed()
 
 
 def grouped_taps(K: int, x: Tensor, dtype: torch.dtype, *, across: bool = False) -> Tensor:
-    """(C, 1, K, K) for the channels of ``x``, (C, 1, 1, K) with ``across``; kept from call to call where plain."""
+    """Taps (C, 1, K, K) for the channels of ``x``, or (C, 1, 1, K) with ``across``; cached for plain tensors."""
     if is_plain(x):
         return kept_taps(K, x.shape[1], dtype, across)
     return _expanded(K, x.shape[1], x.new_empty(0, dtype=dtype), across)
@@ -41,10 +41,11 @@ def _expanded(K: int, C: int, like: Tensor, across: bool) -> Tensor:
 
 
 def two_passes(x: Tensor, K: int, stride: int, padding: int, size: tuple[int, int] | None) -> Tensor:
-    """The bilinear ``conv_transpose2d`` of a map on a CPU, across and then down; K at most 2 ``stride``. No gradient.
+    """The bilinear ``conv_transpose2d`` of a CPU map, first across, then down; K at most 2 ``stride``. No gradient.
 
-    Across the small map has few rows; down, each output row is a weighted sum of two, made and written once, with one
-    call for all rows of one phase: 0.6 to 0.85 of the time of a grouped convolution (channels_last, 21 channels).
+    The pass across runs on the few rows of the small map. In the pass down each output row is a weighted sum of two
+    rows, computed and written once, with one call for all rows of a phase. This takes 0.6 to 0.85 of a grouped
+    convolution's time (channels_last, 21 channels).
     """
     N, C, H, W = x.shape
     OH, OW = size or ((n - 1) * stride + K - 2 * padding for n in (H, W))
@@ -60,7 +61,7 @@ def two_passes(x: Tensor, K: int, stride: int, padding: int, size: tuple[int, in
         at, phase = divmod(first + padding, stride)
         out = y[:, :, first:reach:stride]
         upper, lower = (rows[:, :, i : i + out.shape[2]] for i in (at, at + 1))
-        if taps[phase + stride] == 0:  # an odd kernel's last phase takes nothing from above, were it infinite
+        if taps[phase + stride] == 0:  # an odd kernel's last phase reads nothing from above, which might be infinite
             torch.mul(lower, taps[phase], out=out)
         else:
             torch.mul(lower, taps[phase], out=scaled[:, :, : out.shape[2]])
@@ -71,7 +72,7 @@ def two_passes(x: Tensor, K: int, stride: int, padding: int, size: tuple[int, in
 def sized_conv_transpose2d(
     x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, size: tuple[int, int] | None
 ) -> Tensor:
-    """``conv_transpose2d`` cut at any size; beyond torch's own, with what the kernel gives there, and then zeros."""
+    """``conv_transpose2d`` with any output size: past torch's size, what the kernel gives there, and then zeros."""
     natural = [(n - 1) * stride + weight.shape[-1] - 2 * padding for n in x.shape[-2:]]
     if size is None or (size[0] <= natural[0] and size[1] <= natural[1]):
         y = F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
@@ -82,7 +83,7 @@ def sized_conv_transpose2d(
 
 
 def _cut(y: Tensor, size: tuple[int, int]) -> Tensor:
-    """The first rows and columns; of symbolic sizes as a copy: whether a view is dense would be a guard."""
+    """The first rows and columns; a copy for symbolic sizes, because asking if a view is dense would add a guard."""
     if not any(isinstance(n, torch.SymInt) for n in size):
         return y[..., : size[0], : size[1]]
     for axis, n in zip((-2, -1), size, strict=True):

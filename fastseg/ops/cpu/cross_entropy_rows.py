@@ -1,9 +1,9 @@
-"""Cross entropy on upsampled logits on a CPU, a few output rows at a time: no full-resolution logits or gradients.
+"""Cross entropy of upsampled logits on a CPU, a few output rows at a time: full-size logits and gradients never exist.
 
-The output is cut into strips of rows, which go to threads. A strip interpolates the rows of logits under it along x,
-once; a block of its rows is then a product of a small matrix with them, and the gradient goes back through the
-transposes of both. Blocks are small enough for the cache. Inside, pixels are neighbours and classes are lines: maxima
-and sums over classes are then vector operations. Where the reduction is known, the gradient is made in the forward.
+The output is cut into strips of rows, which run on threads. A strip interpolates its rows of logits along x once. Each
+block of output rows is then the product of a small matrix with them; the gradient goes back through the transposes of
+both. Blocks fit in the cache. Inside a block, pixels are neighbours and classes are lines, so that maxima and sums over
+classes are vector operations. If the reduction is known, the forward computes the gradient too.
 """
 
 from typing import NamedTuple
@@ -17,10 +17,10 @@ from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.upsample import along_x, cross_entropy, is_finite, neighbours
 from fastseg.ops.cpu.threads import each
 
-_BLOCK = 2**17  # values of a block: 512 KiB of fp32
-_STRIP, _LEAST_ROWS = 2**17, 32  # values of a strip, and its rows at least
-_LEAST, _LEAST_OF_TWO = 2**19, 2**18  # upsampled logits from which strips are faster than torch's two steps
-_MANY = 5  # classes from which they are faster, and two: 0.4 to 0.9 of the time, where 3 and 4 have 1.0 to 1.4
+_BLOCK = 2**17  # values in a block: 512 KiB of fp32
+_STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of rows
+_LEAST, _LEAST_OF_TWO = 2**19, 2**18  # upsampled logits; from here on strips are faster than torch's two steps
+_MANY = 5  # classes; from here on strips are faster, and with two: 0.4 to 0.9 of the time (3 and 4: 1.0 to 1.4)
 
 
 class Criterion(NamedTuple):
@@ -33,7 +33,7 @@ class Criterion(NamedTuple):
 
 
 class Strip(NamedTuple):
-    """Output rows [start, stop) of an image, which lie between its rows [first, last)."""
+    """Output rows [start, stop) of an image, which lie between its input rows [first, last)."""
 
     image: int
     start: int
@@ -44,20 +44,20 @@ class Strip(NamedTuple):
 
 
 class Labels(NamedTuple):
-    """What the loss of some pixels (rows, 1, W) takes from their targets."""
+    """What the loss of a block of pixels (rows, 1, W) reads from their targets."""
 
-    target: Tensor  # int64, 0 where ignored
-    counts: Tensor | None  # which are not ignored; None: all
-    weight: Tensor | None  # of the targets, 0 where ignored; None: 1
+    target: Tensor  # int64, 0 if ignored
+    counts: Tensor | None  # True where not ignored; None: all
+    weight: Tensor | None  # of the targets, 0 if ignored; None: 1
 
 
 def can_walk(logits: Tensor, target: Tensor) -> bool:
-    """Whether the blocks of rows give torch's result: not with NaN or infinity, which their products would spread."""
+    """True if strips give torch's result: there is no NaN or infinity, which their products would spread."""
     return target.numel() > 0 and is_finite(logits)
 
 
 def pays(logits: Tensor, target: Tensor) -> bool:
-    """Whether strips are faster than torch's two steps; if not, what these write is small or has few classes."""
+    """True if strips are faster than torch's two steps, which win for small outputs and few classes."""
     C = logits.shape[1]
     values = C * target.numel()
     return values >= _LEAST_OF_TWO if C == 2 else C >= _MANY and values >= _LEAST
@@ -72,15 +72,15 @@ class _Walk:
         C = self.classes = x.shape[1]
         self.weight = None if weight is None else weight.detach().to(self.kind)
         ones = torch.ones(C, dtype=self.kind, device="cpu") if weight is None else self.weight
-        self.spread = (criterion.label_smoothing / C * ones)[:, None]  # of each class, whatever the target
+        self.spread = (criterion.label_smoothing / C * ones)[:, None]  # of each class, for any target
         self.spread_sum = float(self.spread.sum())
         self.total = 0.0  # of the losses
         self.weights = 0.0  # of the targets
 
     def run(self, *, wants_grad: bool, dy: Tensor | None = None, losses: Tensor | None = None) -> Tensor | None:
-        """-> the gradient at x, (N, h, C, w), of the sum of the losses, each times its element of ``dy`` (N, H, W).
+        """Return the gradient at x, (N, h, C, w), of the sum of losses, each times its element of ``dy`` (N, H, W).
 
-        ``losses``, (N, H, W), is filled where given; ``total`` and ``weights`` are summed up.
+        ``losses``, (N, H, W), is filled if given; ``total`` and ``weights`` are accumulated.
         """
         N, C, h, w = self.x.shape
         strips = self._strips()
@@ -108,7 +108,7 @@ class _Walk:
         return [Strip(n, *strip) for n in range(N) for strip in strips]
 
     def _strip(self, strip: Strip, wants_grad: bool, dy: Tensor | None, losses: Tensor | None):
-        """-> sum of the losses, sum of the targets' weights, gradient at the rows of logits (last - first, C, w)."""
+        """Return the sum of losses, the sum of target weights, and the gradient at the logits (last - first, C, w)."""
         n, begin, end, low, high, matrix = strip
         target, W = self.target[n, begin:end], self.target.shape[2]
         least, most = (int(v) for v in target.aminmax())
@@ -116,7 +116,7 @@ class _Walk:
         if least < 0 or most >= self.classes:
             check_targets(target, self.classes, self.criterion.ignore_index)
         x = self.x[n, :, low:high].to(self.kind)
-        two = self.classes == 2  # then their difference is enough
+        two = self.classes == 2  # their difference is enough
         x = x[1:] - x[:1] if two else x
         wide = along_x(x, W, self.criterion.align_corners)
         dwide = torch.zeros_like(wide) if wants_grad else None
@@ -132,7 +132,7 @@ class _Walk:
             weights += loss.numel() if labels.weight is None else float(labels.weight.sum())
             if losses is not None:
                 losses[n, begin + start : begin + stop] = loss[:, 0]
-            if wants_grad:  # in the logits' memory by now
+            if wants_grad:  # in the memory of the logits by now
                 if dy is not None:
                     factor = dy[n, begin + start : begin + stop, None]
                     v *= factor if labels.counts is None else factor.where(labels.counts, 0)
@@ -160,7 +160,7 @@ class _Walk:
         return Labels(target, counts, weight)
 
     def _several(self, v: Tensor, labels: Labels, wants_grad: bool) -> Tensor:
-        """Losses (rows, 1, W) of logits (rows, C, W), which become their gradient if it is wanted."""
+        """Losses (rows, 1, W) of logits (rows, C, W), which are overwritten by their gradient if it is needed."""
         smoothing, counts = self.criterion.label_smoothing, labels.counts
         v -= v.amax(1, keepdim=True)
         loss = -v.gather(1, labels.target)
@@ -179,12 +179,12 @@ class _Walk:
             v.scatter_add_(1, labels.target, -torch.as_tensor(named, dtype=v.dtype, device="cpu").expand_as(loss))
             if smoothing > 0:
                 v -= self.spread if counts is None else self.spread * counts
-            if self.classes == 1:  # one class is certain: 0, and no rounding
+            if self.classes == 1:  # the loss of a certain class is exactly 0, without rounding
                 v.zero_()
         return loss
 
     def _two(self, d: Tensor, labels: Labels, wants_grad: bool) -> Tensor:
-        """The same of the difference d (rows, 1, W) of two classes: a softplus(d) - b d, with a gradient towards d."""
+        """The same for two classes with difference d (rows, 1, W): a softplus(d) - b d, with the gradient towards d."""
         smoothing, counts = self.criterion.label_smoothing, labels.counts
         a, b = labels.weight, labels.target.to(self.kind)
         if a is not None:
@@ -203,7 +203,7 @@ class _Walk:
 
 
 def walk(x: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, out: torch.dtype) -> Tensor:
-    """The loss, in dtype ``out``, with its gradient towards x."""
+    """The loss, in dtype ``out``, with its gradient at x."""
     return _CrossEntropyRows.apply(x, target, weight, criterion, out)
 
 

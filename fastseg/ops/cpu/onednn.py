@@ -1,8 +1,8 @@
-"""Convolutions on a CPU with weights in the layout that oneDNN computes in, made once.
+"""Convolutions on a CPU with weights packed once into oneDNN's own layout.
 
-torch's own convolution reorders its weights at every call, and gives a 1x1 to the BLAS: on a processor whose BLAS is
-not at its best the packed call takes 0.4 of the time. The calls are private to torch, ``torch.ops.mkldnn``: ``why_not``
-says why they cannot be used, and then nothing is packed.
+torch's convolution reorders its weights at every call, and runs a 1x1 on the BLAS. On a processor for which the BLAS is
+not tuned, the packed call takes 0.4 of the time. The calls are private to torch (``torch.ops.mkldnn``). ``why_not``
+says why they cannot be used; nothing is packed then.
 """
 
 import functools
@@ -16,7 +16,7 @@ from fastseg.ops.core.torch_private import mkldnn_convolution, mkldnn_reorder
 
 
 class Packed:
-    """A convolution's weight and bias, packed; called with a map, gives the convolution in channels_last."""
+    """A convolution with packed weight and bias; a call with a map returns the result in channels_last."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: tuple):
         self.weight, self.bias, self.geometry = weight, bias, geometry
@@ -31,7 +31,7 @@ def pack(
     weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int],
     groups: int, shape: Sequence[int],
 ) -> Packed:  # fmt: skip
-    """Pack ``weight`` for maps of ``shape`` (N, C, H, W); others work as well, some of them slowly."""
+    """Pack ``weight`` for maps of ``shape`` (N, C, H, W); other shapes work too, some of them slowly."""
     geometry = (list(padding), list(stride), list(dilation), groups)
     return Packed(mkldnn_reorder(weight, *geometry, list(shape)), bias, geometry)
 

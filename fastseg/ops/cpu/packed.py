@@ -1,7 +1,7 @@
-"""The convolution that CPU paths end in: torch's, or with weights packed once, inside ``packed_weights``.
+"""The convolution of all CPU paths: torch's, or one with packed weights inside ``packed_weights``.
 
-What runs a model many times over (``fastseg.inference.Runner``) keeps one ``PackedWeights`` and enters it around each
-call. Outside there is no state, and nothing is kept.
+A caller that runs a model many times (``fastseg.inference.Runner``) holds one ``PackedWeights`` and enters it around
+each call. Outside there is no state.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,16 +21,16 @@ from fastseg.ops.cpu.winograd import Filters, plan, transform, transformed_bytes
 
 PACKED_DTYPES = (torch.float32, torch.bfloat16)
 MOST_BYTES = 512 * 2**20
-MOST_SHAPES = 16  # of maps that one weight is packed for
+MOST_SHAPES = 16  # maps that one weight is packed for
 
 
 class PackedWeights:
-    """Weights as the fastest convolutions read them, of the tensors of one ``Kept``; others are not packed.
+    """Packed weights for the fastest convolutions, made of the tensors of one ``Kept``; others are not packed.
 
     Args:
-        kept: whose weights and biases; they must not be written to in ways that torch does not count.
-        winograd: whether 3x3 convolutions may take Winograd's form, with its rounding.
-        most_bytes: of filters transformed for it; past them the others are packed as they are.
+        kept: holds weights and biases, which must not be written to in ways that torch does not count.
+        winograd: True if 3x3 convolutions may use Winograd's form, with its rounding.
+        most_bytes: limit on the transformed filters, in bytes; further filters are packed untransformed.
     """
 
     def __init__(self, kept: Kept, *, winograd: bool = True, most_bytes: int = MOST_BYTES):
@@ -38,10 +38,10 @@ class PackedWeights:
         self._runs: dict[tuple, dict[tuple, Packed | Filters]] = {}
 
     def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Packed | Filters | None:
-        """What convolves maps like ``x``; None: torch."""
+        """The convolution for maps like ``x``, or None for torch's."""
         if not self.kept.knows((weight, bias)):
             return None
-        runs = self._runs.setdefault((id(weight), id(bias)), {})  # ids of what is held
+        runs = self._runs.setdefault((id(weight), id(bias)), {})  # ids of the tensors that are held
         key = (tuple(x.shape), x.dtype, *geometry)
         if key not in runs:
             if len(runs) == MOST_SHAPES:
@@ -67,7 +67,7 @@ _active: ContextVar[PackedWeights | None] = ContextVar("fastseg_packed_weights",
 
 @contextmanager
 def packed_weights(packed: PackedWeights) -> Iterator[None]:
-    """Convolutions on a CPU, made in this thread, take their weights from ``packed``."""
+    """Inside the block, CPU convolutions of this thread take their weights from ``packed``."""
     token = _active.set(packed)
     try:
         with keeping(packed.kept):
@@ -84,7 +84,7 @@ def _packs() -> PackedWeights | None:
 
 
 def packing() -> bool:
-    """Whether this thread is inside ``packed_weights``."""
+    """True if this thread is inside ``packed_weights``."""
     return _packs() is not None
 
 

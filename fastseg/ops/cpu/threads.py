@@ -1,8 +1,8 @@
-"""Parts of one op on all threads of a CPU: each part's torch calls run on one thread, whatever their sizes.
+"""Run the parts of one op on all threads of a CPU; each part's torch calls run on one thread.
 
-torch cuts each of its calls into as many shares as there are threads and waits for the last share. A walk over blocks
-that stay in a cache makes hundreds of short calls; where other programs compute too, each may wait for a thread that
-was put aside, for milliseconds. Here a thread takes the next part when it is done with one, and is waited for once.
+torch splits each of its calls over all threads and waits for the last share. A walk over blocks that stay in the cache
+makes hundreds of short calls; if other programs run too, each call may wait milliseconds for a descheduled thread. Here
+a thread takes the next part when it has finished one, and the caller waits once.
 """
 
 import os
@@ -24,11 +24,11 @@ _size = 0
 
 
 def each(function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Result]:
-    """``[function(part) for part in parts]``, on as many threads as torch has in this one.
+    """Return ``[function(part) for part in parts]``, computed on as many threads as torch has in this thread.
 
-    The parts must not depend on each other. What they compute is the same on any number of threads. Gradients are off.
-    In this thread where it has one thread, where something looks on at each torch call (a dispatch mode), and where
-    there is one part.
+    The parts must not depend on each other. Results are the same for any number of threads. Gradients are off. The
+    parts run in this thread if torch has one thread, if a dispatch mode watches each torch call, or if there is one
+    part.
 
     Args:
         function: called once for each part.
@@ -50,7 +50,7 @@ def each(function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Resu
             while (i := next(following)) < len(parts) and not errors:
                 try:
                     results[i] = function(parts[i])
-                except BaseException as error:  # raised below, in the thread that called
+                except BaseException as error:  # raised below, in the calling thread
                     errors[i] = error
 
     pool = _threads(threads)
@@ -61,21 +61,21 @@ def each(function: Callable[[Part], Result], parts: Iterable[Part]) -> list[Resu
 
 
 def _threads(size: int) -> ThreadPoolExecutor:
-    """So many threads or more, each of which has one thread for its torch calls."""
+    """A pool of at least this many threads, each of which uses one thread for its torch calls."""
     global _pool, _size
     with _lock:
         if _pool is None or _size < size:
-            _pool, _size = _start(size), size  # what still runs in the old one ends there
+            _pool, _size = _start(size), size  # what still runs in the old pool ends there
         return _pool
 
 
 def _start(size: int) -> ThreadPoolExecutor:
-    """``torch.set_num_threads`` binds the thread that calls it, and those that begin later: the latter is put back."""
+    """``torch.set_num_threads`` acts on the calling thread and on threads started later; the latter is undone."""
     pool = ThreadPoolExecutor(size, thread_name_prefix="fastseg")
     ready = threading.Barrier(size + 1)
 
     def bind() -> None:
-        torch.get_num_threads()  # a thread's first question sets its number
+        torch.get_num_threads()  # a thread's first query sets its number
         torch.set_num_threads(1)
         ready.wait()
 
@@ -93,7 +93,7 @@ def _start(size: int) -> ThreadPoolExecutor:
 
 
 def _forget() -> None:
-    """A forked process has none of the threads."""
+    """Drop the pool in a forked process, which has none of the threads."""
     global _pool, _size, _lock
     _pool, _size, _lock = None, 0, threading.Lock()
 

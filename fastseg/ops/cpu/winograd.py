@@ -1,21 +1,21 @@
-"""3x3 convolutions with a quarter of the multiplications, out of a library's matrix products, on a CPU: F(4x4, 3x3).
+"""Winograd's F(4x4, 3x3) on a CPU: 3x3 convolutions with a quarter of the products, out of library calls.
 
-Along one axis, four neighbouring outputs of a three-tap filter take six products, where written out they take twelve:
+Along one axis, four neighbouring outputs of a three-tap filter take six products; the direct form takes twelve:
 
     y = A [(G g) * (B d)]        y: 4 outputs, g: 3 taps, d: the 6 inputs under them
 
-with A, G and B by Winograd, Toom and Cook from the points 0, 1, -1, 1/2, -2 and infinity; along both axes a tile of 4x4
-outputs takes 36 products, written out 144. ``G g`` is made once. The products of all pixels and channels, for each of
-the 36, are a matrix product: one grouped 1x1 convolution of oneDNN does all of them. A bias rides on the product of the
-point 1 and 1, whose columns in A are all ones.
+A, G and B are those of Winograd, Toom and Cook for the points 0, 1, -1, 1/2, -2 and infinity. Along both axes a tile of
+4x4 outputs takes 36 products; the direct form takes 144. ``G g`` is computed once. For each of the 36, the products
+over all pixels and channels are a matrix product; one grouped 1x1 convolution of oneDNN computes all of them. The bias
+is added to the product of the points 1 and 1, whose columns in A are all ones.
 
-A block of the map goes through all steps while it is in the cache. Each transform adds up a few pixels with fixed
-weights, all channels at once: torch's ``embedding_bag``, which FBGEMM compiles for the processor. In the cache it moves
-60 GB/s, where batches of small matrix products move 16 to 30. Nothing is padded or cropped: pixels outside are not in
-the sums.
+A block of the map goes through all steps while it is in the cache. Each transform is a sum of a few pixels with fixed
+weights, for all channels at once: torch's ``embedding_bag``, which FBGEMM compiles for the processor. In the cache it
+moves 60 GB/s; batches of small matrix products move 16 to 30. Nothing is padded or cropped: the sums leave out pixels
+outside the map.
 
-Rounding: differences to the exact result are about 2e-5 of outputs of size 4 in fp32, a few times those of the
-convolution written out. NaN and infinity reach the outputs of their tiles, not only those under the filter.
+Rounding: errors are about 2e-5 for outputs of size 4 in fp32, a few times those of the direct form. NaN and infinity
+reach all outputs of their tiles, not only those under the filter.
 
 Reference: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks, arXiv:1509.09308.
 """
@@ -59,27 +59,28 @@ def _product(factors) -> Fraction:
 
 
 def _with_roots(roots) -> list[Fraction]:
-    """Coefficients of the polynomial with these roots and leading coefficient 1, from the constant up."""
+    """Coefficients, from the constant up, of the polynomial with these roots and leading coefficient 1."""
     out = [Fraction(1)]
     for root in roots:
         out = [low - root * high for low, high in zip([Fraction(0), *out], [*out, Fraction(0)], strict=True)]
     return out
 
 
-# By times of 35 layers on one thread of an AVX-512 machine where oneDNN's own convolution makes 250 GFLOP/s: 0.33 to
-# 0.4 of its time from 256 channels on, 0.45 at 128, 0.65 at 64, 0.8 at 48 or from 32 to 64, 1.1 at 32; 0.8 with 12
-# tiles. Blocks of 128 tiles were best or within 2 % of it for all, and of 512 slower by up to a half; two rows of 64
-# tiles, which read fewer pixels twice, were 5 to 10 % faster than one of 128. On two threads 256 took 0.82 of the time
-# of 128 in a U-Net: each has its own cache. More than 4 shares are not measured, and of 512 channels already 38 MB.
-# Under LEAST_PRODUCTS, a tap's, a block's calls cost more than they save: 64 channels on 16x16.
+# Fitted to times of 35 layers on one thread of an AVX-512 machine where oneDNN's own convolution reaches 250 GFLOP/s.
+# Winograd took 0.33 to 0.4 of its time from 256 channels on, 0.45 at 128, 0.65 at 64, 0.8 at 48 or from 32 to 64, 1.1
+# at 32; 0.8 with 12 tiles. Blocks of 128 tiles were best or within 2 % of the best for all layers; blocks of 512 were
+# slower by up to a half. Two rows of 64 tiles, which read fewer pixels twice, were 5 to 10 % faster than one row of
+# 128. On two threads 256 took 0.82 of the time of 128 in a U-Net, as each thread has its own cache. More than 4 shares
+# are not measured; for 512 channels they take 38 MB already. Below LEAST_PRODUCTS, in products per tap and block, calls
+# cost more than they save: 64 channels on 16x16.
 MOST_TILES, MOST_ACROSS, MOST_SHARES = 128, 64, 4
 LEAST_PRODUCTS = 2**21
 
 
 def plan(C: int, COUT: int, H: int, W: int, threads: int) -> tuple[int, int] | None:
-    """Tiles down and across in a block of x (*, C, H, W), or None where the library's convolution is faster.
+    """Tiles down and across in a block of x (*, C, H, W), or None if the library's convolution is faster.
 
-    A fixed rule: trials are noise.
+    The rule is fixed, because timing trials are noisy.
     """
     down, across = -(-H // OUT), -(-W // OUT)
     few = threads > 1 and down * across < (4096 if min(C, COUT) < 128 else 36)  # for several threads
@@ -92,12 +93,12 @@ def plan(C: int, COUT: int, H: int, W: int, threads: int) -> tuple[int, int] | N
 
 
 def _even(count: int, most: int) -> int:
-    """The size of the fewest parts of ``count``, none larger than ``most``."""
+    """The size of equal parts of ``count``, as few as possible, none larger than ``most``."""
     return -(-count // -(-count // most))
 
 
 class Sums(NamedTuple):
-    """Weighted sums of rows of a table, one after the other: which rows, where each sum begins, and the weights."""
+    """Weighted sums of rows of a table: the rows, where each sum begins, and the weights."""
 
     rows: Tensor
     starts: Tensor
@@ -110,7 +111,7 @@ class Sums(NamedTuple):
 
 
 def _sums(rows: Tensor, weights: Tensor, inside: Tensor | None = None) -> Sums:
-    """``sum_k weights[..., k] table[rows[..., k]]``, of those ``inside``."""
+    """``sum_k weights[..., k] table[rows[..., k]]`` over the rows that are ``inside``."""
     kept = weights != 0 if inside is None else inside & (weights != 0)
     rows, weights, kept = (t.flatten(0, -2) for t in torch.broadcast_tensors(rows, weights, kept))
     starts = F.pad(kept.sum(1).cumsum(0), (1, 0))
@@ -118,7 +119,7 @@ def _sums(rows: Tensor, weights: Tensor, inside: Tensor | None = None) -> Sums:
 
 
 class Span(NamedTuple):
-    """Part of one axis: the inputs under its tiles, which begin at ``start - 1``, and their outputs."""
+    """Part of one axis: the inputs under its tiles, which begin at ``start - 1``, and its outputs."""
 
     first: int
     last: int
@@ -137,15 +138,15 @@ class Block(NamedTuple):
 
 
 def _spans(length: int, tiles: int) -> list[Span]:
-    """An axis cut into parts of so many tiles; the last may begin inside the one before it."""
+    """Cut an axis into parts of so many tiles; the last may begin inside the one before it."""
     final = -(-length // OUT) - tiles
     edges = [(OUT * first, OUT * (first + tiles)) for first in (*range(0, final, tiles), final)]
     return [Span(max(a - 1, 0), min(b + 1, length), a, min(b, length)) for a, b in edges]
 
 
-@constant(32)  # layers of one size share them
+@constant(32)  # shared by layers of one size
 def blocks(H: int, W: int, tiles: tuple[int, int]) -> tuple[Block, ...]:
-    """A map cut into blocks of so many tiles down and across."""
+    """Cut a map into blocks of so many tiles down and across."""
     (rows, columns), six, m = tiles, torch.arange(IN), matrices(torch.float32)
     window = lambda count, lead: lead + OUT * torch.arange(count).view(-1, 1, 1, 1) + six
 
@@ -175,7 +176,7 @@ def blocks(H: int, W: int, tiles: tuple[int, int]) -> tuple[Block, ...]:
 
 
 class Filters(NamedTuple):
-    """``G g``, packed for blocks of one shape."""
+    """Transformed filters ``G g``, packed for blocks of one shape."""
 
     packed: Packed
     blocks: tuple[Block, ...]
@@ -183,12 +184,12 @@ class Filters(NamedTuple):
 
 
 def transformed_bytes(weight: Tensor) -> int:
-    """Bytes of the transformed filters."""
+    """Size of the transformed filters, in bytes."""
     return weight.numel() // TAPS**2 * weight.element_size() * IN**2
 
 
 def transform(weight: Tensor, bias: Tensor | None, tiles: tuple[int, int], H: int, W: int) -> Filters:
-    """weight (COUT, C, 3, 3), for maps of (H, W) in blocks of so many tiles down and across."""
+    """Transform weight (COUT, C, 3, 3) for maps of (H, W) in blocks of so many tiles down and across."""
     COUT, C = weight.shape[:2]
     g = matrices(torch.float64).g
     filters = torch.einsum("ia,jb,kcab->ijkc", g, g, weight.detach().double()).reshape(-1, C, 1, 1).to(weight.dtype)
@@ -201,7 +202,7 @@ def transform(weight: Tensor, bias: Tensor | None, tiles: tuple[int, int], H: in
 
 
 def winograd_conv2d(x: Tensor, filters: Filters, relu: bool) -> Tensor:
-    """conv2d(x, weight, bias, padding=1), and a ReLU: (N, C, H, W) -> (N, COUT, H, W), dense in channels_last."""
+    """conv2d(x, weight, bias, padding=1) and a ReLU: (N, C, H, W) -> (N, COUT, H, W), dense in channels_last."""
     (N, C, H, W), COUT = x.shape, filters.channels
     pixels, result = _nhwc(x).contiguous(), x.new_empty(N, H, W, COUT)
     for n in range(N):

@@ -1,7 +1,7 @@
-"""Convolutions of one map side by side, dilated ones among them: the registered ops and the Function over them.
+"""Convolutions of one map side by side, some of them dilated: the registered ops and their autograd Function.
 
-``atrous_branches`` is what ``atrous_conv2d`` and an ASPP stand on. Its gradients are two more ops: at the input, and at
-all weights, as one flat tensor with the weights one after the other, each in (COUT, K, K, C) order.
+``atrous_branches`` is the base of ``atrous_conv2d`` and of ASPP. Its gradients are two more ops: one at the input, and
+one at all weights, a flat tensor of the weights one after the other, each in (COUT, K, K, C) order.
 """
 
 from collections.abc import Sequence
@@ -36,7 +36,7 @@ def atrous_branches_ref(
     residual: Tensor | None = None,
 ) -> Tensor:
     """``atrous_branches`` in plain PyTorch."""
-    autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
+    autocast = torch.is_autocast_enabled(x.device.type)  # torch casts the weights, and saves the casts
     cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     maps = [
         F.conv2d(x, cast(w), cast(b), padding=d * (w.shape[-1] // 2), dilation=d)
@@ -53,7 +53,9 @@ def plan_of(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Pl
         return "empty tensors"
     largest = H * W * max(C, COUT * B)
     if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
-        return f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address 2^31 of each"
+        return (
+            f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address fewer than 2^31 of each"
+        )
     branches = tuple(Branch(K, d) for K, d in zip(kernels, dilations, strict=True))
     ieee = dtype == torch.float32 and not tf32(dtype)
     return plan(N, C, H, W, COUT, branches, dtype, passes, ieee)
@@ -83,7 +85,7 @@ def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
 
 
 def _plain_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
-    y = ACTIVATIONS[act](atrous_branches_ref(x, weights, biases, dilations, None, residual))  # not in place: exported
+    y = ACTIVATIONS[act](atrous_branches_ref(x, weights, biases, dilations, None, residual))  # out of place: exported
     return channels_last(y.to(x.dtype))
 
 
@@ -164,9 +166,9 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _gradients(ctx, saved, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases: bool):
-    """-> at x, at the weights, at the biases, at the residual: None where not wanted."""
+    """Gradients at x, at the weights, at the biases, at the residual; None where not needed."""
     x, y, *weights = saved
-    dy = dy if ctx.act == "none" else ACTIVATION_GRADS[ctx.act](dy, y)  # y tells as its argument does
+    dy = dy if ctx.act == "none" else ACTIVATION_GRADS[ctx.act](dy, y)  # y has the sign of its argument
     COUT, dx = weights[0].shape[0], None
     dweights, dbiases = [None] * len(weights), [None] * len(ctx.bias_dtypes)
     if wants_x:
@@ -186,7 +188,7 @@ def _bias_gradients(ctx, dy: Tensor, COUT: int) -> list[Tensor]:
 
 
 def _again(ctx, saved, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases: bool):
-    """As ``_gradients``, differentiable."""
+    """As ``_gradients``, but differentiable."""
     x, y, *weights = saved
     dy = dy if ctx.act == "none" else ACTIVATION_GRADS[ctx.act](dy, y.detach())
     forward = lambda x, *weights: atrous_branches_ref(x, weights, None, ctx.dilations)

@@ -1,6 +1,6 @@
 """The registered ops behind ``batch_norm_act``: statistics, forward, and the two passes of the backward.
 
-They are apart so that what processes have to tell each other (statistics, sums of gradients) passes between them.
+They are separate ops so that processes can exchange statistics and sums of gradients between them.
 """
 
 import torch

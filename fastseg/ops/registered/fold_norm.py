@@ -1,4 +1,4 @@
-"""A fixed batch norm folded into the weight and bias of the convolution before it, as one registered op."""
+"""Fold a fixed batch norm into the weight and bias of the convolution before it, as one registered op."""
 
 import torch
 from torch import Tensor
@@ -21,14 +21,14 @@ def fold_norm(
     dtype: torch.dtype,
     last: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Weight and bias of ``batch_norm(conv(x))`` as one convolution; no gradient.
+    """Return weight and bias of ``batch_norm(conv(x))`` as one convolution; no gradient.
 
         weight' = weight s,   bias' = (bias - mean) s + beta,   s = gamma / sqrt(var + eps)
 
     Args:
         weight: (COUT, C, KH, KW).
         dtype: of the results.
-        last: whether the weight comes out channels_last, else contiguous.
+        last: True for a channels_last weight, False for a contiguous one.
     """
     args = (weight, bias, mean, var, gamma, beta, eps, dtype, last)
     with torch.no_grad():

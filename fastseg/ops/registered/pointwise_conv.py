@@ -1,6 +1,6 @@
-"""1x1 convolution, bias, a bias for each image, residual and activation as one registered op, without gradients.
+"""1x1 convolution with bias, bias per image, residual and activation as one registered op, without gradients.
 
-``conv2d_act`` decides where it runs.
+``conv2d_act`` chooses between its kernel and the library.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ if HAS_TRITON:
 
 
 def finish(y: Tensor, act: str | None, residual: Tensor | None, image_bias: Tensor | None) -> Tensor:
-    """``act(y + image_bias + residual)`` into ``y``, a convolution's output; differentiable."""
+    """Apply ``act(y + image_bias + residual)`` to the output ``y`` of a convolution, in place; differentiable."""
     if image_bias is not None:
         y = add_residual(y, image_bias.to(y.dtype)[:, :, None, None])
     return activate(add_residual(y, residual), act, inplace=True)
@@ -37,10 +37,10 @@ class Choice(NamedTuple):
 def plain_dtypes(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, image_bias: Tensor | None = None
 ) -> str:
-    """Why torch's functions see to these dtypes and devices, be it with an error, or ""."""
+    """Why torch's functions must take these dtypes and devices (they may raise), or ""."""
     if any(t.device != x.device for t in (weight, bias, residual, image_bias) if t is not None):
         return "tensors on different devices"
-    cast = torch.is_autocast_enabled(x.device.type)  # then torch casts the parameters, and a kernel as it loads them
+    cast = torch.is_autocast_enabled(x.device.type)  # torch then casts the parameters; a kernel casts as it loads
     same = (residual,) if cast else (weight, bias, residual)
     return "dtypes that differ" if any(t is not None and t.dtype != autocast_dtype(x) for t in same) else ""
 
@@ -49,11 +49,11 @@ def choose(
     x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None,
     image_bias: Tensor | None, *, fused_call: bool,
 ) -> Choice:  # fmt: skip
-    """Whether the kernel takes a 1x1 convolution at stride 1, or a library; and why.
+    """Return whether the kernel or a library takes a 1x1 convolution at stride 1, and why.
 
     Args:
-        x: (N, C, H, W), and the others as in ``pointwise_conv2d``; no gradient is wanted.
-        fused_call: whether the library adds bias and ReLU in its own call.
+        x: (N, C, H, W); the others as in ``pointwise_conv2d``. No gradient is needed.
+        fused_call: True if the library adds bias and ReLU in its own call.
     """
     if not kernels_run(x) or x.numel() == 0:
         return Choice(False, str)
@@ -65,7 +65,7 @@ def choose(
     COUT = weight.shape[0]
     if why := Geometry(N, C, H, W, COUT, H, W, 1, 1, 0, 1).unsupported():
         return Choice(False, lambda: why)
-    after: list[int] = []  # passes over y in the library's way
+    after: list[int] = []  # passes over y when the library runs
     if not fused_call or image_bias is not None or (residual is not None and act != "relu"):
         for present, passes in ((bias, 2), (image_bias, 2), (residual, 3), (act, 2)):
             after += [passes] * (present is not None)
@@ -100,7 +100,7 @@ def pointwise_conv2d(
         (N, COUT, H, W), in the memory format of ``x``; without gradients.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes do not match.
     """
     N, C, H, W = x.shape
     COUT = weight.shape[0]

@@ -4,9 +4,9 @@
     max_unpool       values of windows, their index -> (N, C, *size): "spread"
     max_unpool_bwd   (N, C, *size), index of windows -> values of windows: "pick"
 
-for one to three spatial axes. ``bits`` says what the index is: 64 for torch's int64, shaped as the windows; 2, 4 or 8
-for rows of packed codes; 0 for none. Each op is linear in its values or, given the index, in its gradient: the gradient
-of pooling is a spread that adds, that of a spread is a pick, that of a pick again a spread that adds.
+for one to three spatial axes. ``bits`` is the kind of index: 64 for torch's int64, in the shape of the windows; 2, 4 or
+8 for rows of packed codes; 0 for none. Each op is linear in its values or, given the index, in its gradient: the
+gradient of pooling is a spread that adds, that of a spread is a pick, and that of a pick is again a spread that adds.
 """
 
 import math
@@ -38,7 +38,7 @@ _CONTIGUOUS = torch.contiguous_format
 
 
 class Geometry(NamedTuple):
-    """One pooling's sizes, one number each spatial axis; the arguments that the ops have in common."""
+    """Sizes of one pooling, one number per spatial axis; these are the arguments that the ops share."""
 
     size: tuple[int, ...]  # of the larger map
     out: tuple[int, ...]  # windows
@@ -49,16 +49,16 @@ class Geometry(NamedTuple):
 
     @classmethod
     def of(cls, *sizes: Sequence[int]) -> "Geometry":
-        """From what a registered op is called with: lists or tuples."""
+        """Make one from the lists or tuples that a registered op receives."""
         return cls(*map(tuple, sizes))
 
     @property
     def window(self) -> tuple[tuple[int, ...], ...]:
-        """What ``encode`` and ``decode`` take."""
+        """The arguments of ``encode`` and ``decode``."""
         return self.size, self.kernel, self.stride, self.padding, self.dilation
 
     def pooling(self, N: int, C: int, channels_last: bool) -> "Pooling":
-        """As the kernels have it, in three dimensions."""
+        """The sizes as the kernels take them, in three dimensions."""
         return _lifted(self, N, C, channels_last)
 
 
@@ -71,7 +71,7 @@ def _lifted(geometry: Geometry, N: int, C: int, channels_last: bool) -> "Pooling
 
 
 def is_last(x: Tensor) -> bool:
-    """Whether ``x`` is laid out as channels_last or channels_last_3d."""
+    """True if ``x`` is channels_last or channels_last_3d."""
     return memory_format_of(x) != _CONTIGUOUS
 
 
@@ -106,11 +106,11 @@ def _launch_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, 
 
 
 def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) -> None:
-    """Raise where an index is outside the plane: here on a CPU or with ``sync``, else when the device comes to it.
+    """Raise if an index is outside the plane: at once on a CPU or with ``sync``, else when the device gets to it.
 
-    A GPU must not be waited for: the device itself tests what the kernel found out, as torch's own kernel does.
+    The host does not wait for a GPU: as in torch, an assertion on the device tests what the kernel recorded.
     """
-    if not torch.compiler.is_compiling() and followed():  # no value can be looked at
+    if not torch.compiler.is_compiling() and followed():  # values cannot be read
         return
     if torch.compiler.is_compiling() or (not sync and valid.device.type != "cpu"):
         assert_async(valid, "max_unpool: an index is outside its output volume")
@@ -119,7 +119,7 @@ def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) ->
 
 
 def invalid_index(index: Tensor, size: list[int]) -> str:
-    """torch's message, with the first index that is outside."""
+    """torch's message, with the first index outside the output."""
     wrong = index[(index < 0) | (index >= math.prod(size))]
     return f"Found an invalid max index: {wrong[0].item()} (output volumes are of size {_by(size)})"
 
@@ -132,7 +132,7 @@ def _by(size: list[int]) -> str:
 
 
 def plain_pool(x, size, out, kernel, stride, padding, dilation, bits, last=None):
-    """``last`` says how codes are packed; None: as ``x`` is laid out."""
+    """Plain pooling; ``last`` is the packing of the codes, None for that of ``x``."""
     ceil = [
         (n + 2 * p - d * (k - 1) - 1) // s + 1
         for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True)
@@ -157,7 +157,7 @@ def pool_in_windows(dims: int, x, kernel, stride, padding, dilation, ceil_mode, 
 
 
 def _as_int64(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:
-    """(N, C, *windows) int64 from either kind of index; -1 where a code names no cell."""
+    """Int64 indices (N, C, *windows) from either kind of index; -1 where a code names no cell."""
     if bits == INT64:
         return index
     return PoolIndices(index, torch.Size(shape), *(tuple(v) for v in g.window), last).to_torch()
@@ -169,12 +169,12 @@ def plain_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, l
 
 
 def spread_ref(v: Tensor, index: Tensor, size: list[int], *, add: bool, checked: bool, sync: bool) -> Tensor:
-    """Unpooling by ``scatter``, differentiable; index int64, as ``v``. Unchecked, an index outside is dropped."""
+    """Unpool by ``scatter``, differentiable; int64 index, shaped as ``v``. Unchecked, an outside index is dropped."""
     (N, C), cells, last = v.shape[:2], math.prod(size), is_last(v)
     ok = (index >= 0) & (index < cells)
     if checked:
         _check_indices(ok.all(), index, size, sync)
-    # One long row in the order of memory, whose last cell takes what is dropped: of equal targets the last one wins.
+    # One long row in memory order; its last cell takes what is dropped. Of equal targets the last one wins.
     planes = torch.arange(N * C, device=v.device).view(N, C, *[1] * len(size))
     target = (planes // C * cells + index) * C + planes % C if last else planes * cells + index
     target = torch.where(ok, target, N * C * cells)
@@ -199,7 +199,7 @@ def plain_pick(dy, index, size, out, kernel, stride, padding, dilation, bits, la
 
 
 def fake_index(x, last: bool, size, out, kernel, stride, padding, dilation, bits) -> Tensor:
-    """The index of a pooling of ``x``, without values."""
+    """The index of a pooling of ``x``, as a fake tensor."""
     N, C = x.shape[:2]
     if bits == INT64:
         fmt = layout_of(last, len(size))
@@ -234,19 +234,19 @@ pick_op = register(
 
 
 def pool(x: Tensor, geometry: Geometry, bits: int) -> tuple[Tensor, Tensor]:
-    """The windows' maxima, and their index."""
+    """Maxima of the windows, and their index."""
     return run(_MaxPool, pool_op, x, *geometry, bits)
 
 
 def unpool(
     v: Tensor, index: Tensor, geometry: Geometry, bits: int, last: bool, *, add: bool, sync: bool = False
 ) -> Tensor:
-    """Spread: each window's value to the cell that its index names; zeros elsewhere."""
+    """Spread: write each window's value to the cell that its index names; zeros elsewhere."""
     return run(_MaxUnpool, unpool_op, v, index, *geometry, bits, last, add, sync)
 
 
 def pick(dy: Tensor, index: Tensor, geometry: Geometry, bits: int, last: bool) -> Tensor:
-    """For each window the value of the cell that its index names."""
+    """Pick: for each window, read the value of the cell that its index names."""
     return run(_MaxUnpoolBwd, pick_op, dy, index, *geometry, bits, last)
 
 
@@ -268,7 +268,7 @@ class _MaxPool(torch.autograd.Function):
     def backward(ctx, dy, _):
         (index,) = ctx.saved_tensors
         *geometry, bits = ctx.args
-        if bits == INT64:  # in the layout of the index: the copy of dy is the smaller one
+        if bits == INT64:  # in the layout of the index, because dy is cheaper to copy
             dy = dy.contiguous(memory_format=memory_format_of(index))
         dx = unpool(dy, index, Geometry(*geometry), bits, ctx.last, add=True)
         return dx, *(None for _ in ctx.args)

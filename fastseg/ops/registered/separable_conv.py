@@ -1,7 +1,7 @@
-"""The registered ops behind ``separable_conv2d``, each with its implementations, and the autograd Function over them.
+"""The registered ops behind ``separable_conv2d``, each with its implementations, and their autograd Function.
 
-``separable_conv2d`` gives y alone; ``separable_conv2d_train`` gives what a backward and running statistics need
-besides; ``separable_conv2d_bwd`` gives every gradient but the residual's, which is dy itself.
+``separable_conv2d`` returns y alone. ``separable_conv2d_train`` also returns what the backward and the running
+statistics need. ``separable_conv2d_bwd`` returns every gradient but that of the residual, which is dy itself.
 """
 
 from typing import NamedTuple
@@ -23,7 +23,7 @@ if HAS_TRITON:
     from fastseg.kernels.separable_conv.fwd import Acts, Weights, tap_weights
     from fastseg.kernels.separable_conv.launch import Needs, separable_conv_bwd, separable_conv_fwd, with_stats
 
-TENSORS = 14  # of Call's fields; the rest are numbers and names
+TENSORS = 14  # tensor fields of Call; the rest are numbers and names
 
 
 class Call(NamedTuple):
@@ -34,7 +34,7 @@ class Call(NamedTuple):
     pw: Tensor
     dw_bias: Tensor | None
     pw_bias: Tensor | None
-    mid_mean: Tensor | None  # running statistics; None where this batch's are used
+    mid_mean: Tensor | None  # running statistics; None if the batch statistics are used
     mid_var: Tensor | None
     mid_weight: Tensor | None
     mid_bias: Tensor | None
@@ -53,7 +53,7 @@ class Call(NamedTuple):
     mid_eps: float
     post: str
     post_eps: float
-    out_act: str = "none"  # of the sum with the residual; then there is no post_act. Of the op without gradients alone
+    out_act: str = "none"  # after the residual; there is no post_act then. Only in the op without gradients
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -63,7 +63,7 @@ class Call(NamedTuple):
 
     @property
     def keeps_z(self) -> bool:
-        """Whether a backward reads the pointwise convolution's output."""
+        """True if a backward reads the pointwise convolution's output."""
         return self.post != "none" or self.post_act != "none"
 
 
@@ -76,7 +76,7 @@ _SCHEMA = ", ".join(f"{_TYPES[kind]} {name}{_DEFAULTS.get(name, '')}" for name, 
 
 
 def _kernel_args(a: Call) -> tuple:
-    """The launchers' arguments from the schema's: layouts settled, norms and sizes gathered."""
+    """Convert the schema's arguments to the launchers': settled layouts, grouped norms and sizes."""
     x = channels_last(a.x)
     contiguous = lambda t: None if t is None else t.contiguous()
     out = a.out_shape
@@ -117,18 +117,18 @@ def _launch_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, ne
 
 
 def _norm_grads(sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """(2, C) sums of g and g uhat -> gradients of weight and bias, in tensors of their own."""
+    """Turn (2, C) sums of g and g uhat into gradients of weight and bias, as separate tensors."""
     return (None, None) if sums is None else (sums[1].clone(), sums[0].clone())
 
 
 def per_output(needs: list[bool]) -> tuple[bool, ...]:
-    """``needs`` (x, dw, pw, dw_bias, pw_bias, mid, post) for each output: a norm's weight and bias come together."""
+    """Expand ``needs`` (x, dw, pw, dw_bias, pw_bias, mid, post) to one flag per output; a norm has two outputs."""
     *five, mid, post = needs
     return (*five, mid, mid, post, post)
 
 
 def _owners(a: Call) -> tuple[Tensor, ...]:
-    """Whose gradients the backward op returns, in order; x stands for a tensor that is not there."""
+    """The tensors whose gradients the backward op returns, in order; x stands for an absent tensor."""
     tensors = (a.x, a.dw, a.pw, a.dw_bias, a.pw_bias, a.mid_weight, a.mid_bias, a.post_weight, a.post_bias)
     return tuple(a.x if t is None else t for t in tensors)
 
@@ -186,7 +186,7 @@ def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, nee
     da, dpw, dpw_bias = conv(dz, activated, cast(a.pw), [a.pw.shape[0]], ones, zeros, ones, False, zeros, 1, [True] * 3)
     du, dmid_weight, dmid_bias = plain_norm_bwd(da, u, mid, a.mid == "batch", a.mid_act)
     dv, ddw, ddw_bias = conv(du, v, cast(a.dw), [a.dw.shape[0]], *geometry, [True] * 3)
-    if a.mid == "batch":  # they take a constant out again: exactly 0, as the kernels have it
+    if a.mid == "batch":  # the norm subtracts a constant again: the gradient is exactly 0, as in the kernels
         ddw_bias = torch.zeros_like(ddw_bias)
     if a.post == "batch":
         dpw_bias = torch.zeros_like(dpw_bias)
@@ -251,7 +251,7 @@ class SeparableConv2dFunction(torch.autograd.Function):
 
     @staticmethod
     def save(ctx, inputs, output) -> None:
-        *read, _ = inputs[:TENSORS]  # no gradient reads the residual, the last
+        *read, _ = inputs[:TENSORS]  # no gradient reads the residual, the last argument
         ctx.save_for_backward(*output[1:], *read, None)
         ctx.options = inputs[TENSORS:]
 

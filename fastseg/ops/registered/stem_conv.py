@@ -1,6 +1,6 @@
 """The first convolution of a network as one registered op, with bias and activation, without gradients.
 
-``conv2d_act`` decides where it runs.
+``conv2d_act`` chooses between its kernel and the library.
 """
 
 import torch
@@ -21,9 +21,10 @@ if HAS_TRITON:
 
 
 def choose_stem(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, stride: int, padding: int) -> Choice:
-    """Whether the kernel takes a square, undilated convolution of an image, or a library; what the cost model says.
+    """Return whether the kernel or a library takes a square, undilated convolution of an image, and why.
 
-    The library is taken to leave bias and activation to passes of their own: its fused call refuses so few channels.
+    The model assumes that the library adds bias and activation in passes of their own: its fused call refuses so few
+    channels.
     """
     if not kernels_run(x) or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
         return Choice(False, str)
@@ -42,9 +43,9 @@ def choose_stem(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None,
 def stem_conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str | None, stride: int, padding: int
 ) -> Tensor:
-    """``act(conv2d(x, weight, bias, stride, padding))`` for x of at most 4 channels and at most 64 taps, K K C.
+    """``act(conv2d(x, weight, bias, stride, padding))`` for at most 4 channels and at most 64 taps, K K C.
 
-    The result is channels_last whatever x is: with one channel, x is both.
+    The result is always channels_last; with one channel, x is in both layouts.
     """
     return _fwd(x.to(autocast_dtype(x)), weight, bias, act or "none", stride, padding)
 

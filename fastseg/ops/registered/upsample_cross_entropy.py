@@ -1,4 +1,4 @@
-"""The registered ops behind ``upsample_cross_entropy``, each with its implementations, and the autograd Function."""
+"""The registered ops behind ``upsample_cross_entropy``, each with its implementations, and their autograd Function."""
 
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ if HAS_TRITON:
     from fastseg.kernels.upsample.sizes import Loss
 
 LOG2E = 1.4426950408889634
-TENSORS = 3  # of Call's fields; the rest are options
+TENSORS = 3  # tensor fields of Call; the rest are options
 
 
 class Call(NamedTuple):
@@ -32,7 +32,7 @@ class Call(NamedTuple):
     reduction: str
     label_smoothing: float
     align_corners: bool
-    wide: bool  # the loss is fp32 whatever the logits are: what autocast asks of a loss
+    wide: bool  # the loss is fp32 for all logits, because autocast asks for it
     save_lse: bool
 
     @property
@@ -49,15 +49,15 @@ _SCHEMA = ", ".join(f"{_TYPES[annotation]} {name}" for name, annotation in Call.
 
 
 def per_weight(dloss: Tensor, total: Tensor, reduction: str) -> Tensor:
-    """The gradient of each pixel's loss, where a mean divides by ``total``; NaN where that is 0, as torch.
+    """Gradient of each pixel's loss, for a mean that divides by ``total``; NaN if that is 0, as in torch.
 
-    No ignored pixel may be multiplied by it: where all are, the gradient is 0.
+    Ignored pixels must not be multiplied by it: where all are ignored, the gradient is 0.
     """
     return torch.where(total == 0, torch.nan, dloss.to(total.dtype) / total) if reduction == "mean" else dloss
 
 
 def _mean(sum_: Tensor, total: Tensor, a: Call) -> Tensor:
-    """With smoothing torch adds two means, of which the first is 0 / 0 over weights of 0."""
+    """The mean. With smoothing torch adds two means, the first of which is 0 / 0 for weights of 0."""
     mean = sum_ / total
     return torch.where(total == 0, torch.nan, mean) if a.label_smoothing > 0 else mean
 
@@ -101,7 +101,7 @@ def launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
 
 
 def _pixel_factors(a: Call) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """-> targets, which count, weights (both 0 where ignored), what smoothing gives each class (1, C, 1, 1)."""
+    """Return targets, mask of counting pixels, weights (both 0 if ignored), and smoothing per class (1, C, 1, 1)."""
     target = a.target.long()
     counts = target != a.ignore_index
     target = target.where(counts, 0)
@@ -168,7 +168,7 @@ bwd_op = register(
 
 
 class UpsampleCrossEntropy(torch.autograd.Function):
-    """The forward op, with the backward op behind it; called with the fields of ``Call``."""
+    """The forward op, with the backward op behind it; takes the fields of ``Call``."""
 
     @staticmethod
     def forward(ctx, *args):

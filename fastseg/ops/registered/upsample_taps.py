@@ -1,17 +1,16 @@
-"""A 3x3 convolution of a bilinearly upsampled map, from the small map's nine products with the filters.
+"""3x3 convolution of a bilinearly upsampled map, from nine products of the small map with the filters.
 
-The convolution is linear in the small map, and so is the interpolation; they change places. With
-taps[ky, n, i, j, kx] = x[n, :, i, j] W[:, :, ky, kx], nine 1x1 convolutions at low resolution, and the interpolation's
-weights along each axis
+Convolution and interpolation are both linear, so they change places. Nine 1x1 convolutions at low resolution give
+taps[ky, n, i, j, kx] = x[n, :, i, j] W[:, :, ky, kx]. With the interpolation's weights along each axis,
 
     y[n, o, p] = sum over ky, kx of  sum over i, j of  Ay[o + ky - 1, i] Ax[p + kx - 1, j] taps[ky, n, i, j, kx]
 
-where a row of Ay or Ax outside the large map is zero: the convolution's padding. Taps are (3, N, h, w, 3, COUT): filter
-row, image, pixel, filter column, channel. Pixels and filter columns are then one dimension of a matrix, and channels
-are neighbours in memory for the kernel.
+where a row of Ay or Ax outside the large map is zero, the padding of the convolution. Taps are (3, N, h, w, 3, COUT):
+filter row, image, pixel, filter column, channel. Pixels and filter columns are then one dimension of a matrix, and
+channels are neighbours in memory for the kernel.
 
-On a CPU both sums are GEMMs with the interpolation's weights, along x and then along y, in strips of output columns and
-rows: a strip takes from a few neighbouring pixels, where a whole axis would multiply zeros.
+On a CPU both sums are GEMMs with the interpolation's weights, first along x, then along y, in strips of output columns
+and rows. A strip reads a few neighbouring pixels; a GEMM along a whole axis would multiply zeros.
 """
 
 from collections.abc import Sequence
@@ -35,7 +34,7 @@ if HAS_TRITON:
 
 
 def low_resolution_taps(x: Tensor, weight: Tensor) -> Tensor:
-    """x (N, C, h, w), weight (COUT, C, 3, 3) -> taps (3, N, h, w, 3, COUT): three GEMMs."""
+    """x (N, C, h, w), weight (COUT, C, 3, 3) -> taps (3, N, h, w, 3, COUT), by three GEMMs."""
     (N, C, h, w), COUT = x.shape, weight.shape[0]
     if packing():
         each = made_once(
@@ -47,13 +46,13 @@ def low_resolution_taps(x: Tensor, weight: Tensor) -> Tensor:
     return torch.bmm(rows.expand(3, -1, -1), filters).view(3, N, h, w, 3, COUT)
 
 
-# Output columns and rows of a strip. 256 -> 256 channels, 32^2 -> 128^2, one thread: (32, 16) 94 ms, (32, 32) 100,
-# (64, 16) 97, (128, 16) 96, without strips 117; of eager's 332 each. Wider maps need the strips along x.
+# Output columns and rows of a strip. 256 -> 256 channels, 32^2 -> 128^2, one thread: (32, 16) 94 ms, (32, 32) 100, (64,
+# 16) 97, (128, 16) 96, without strips 117; eager takes 332. Wider maps need the strips along x.
 STRIP = (32, 16)
 
 
 class Strip(NamedTuple):
-    """Outputs [start, stop) of an axis take from inputs [first, last) by weights (3, stop - start, last - first)."""
+    """Outputs [start, stop) of an axis read inputs [first, last) with weights (3, stop - start, last - first)."""
 
     start: int
     stop: int
@@ -64,15 +63,15 @@ class Strip(NamedTuple):
 
 @constant(256)
 def strips(low: int, full: int, align_corners: bool, dtype: torch.dtype, length: int) -> tuple[Strip, ...]:
-    """The weights of one axis, for the three taps of a filter, cut into strips of ``length`` outputs."""
+    """Weights of one axis for the three taps of a filter, cut into strips of ``length`` outputs."""
     first, second, weight = neighbours(low, full, align_corners, torch.float64)
-    padded = torch.zeros(full + 2, low, dtype=torch.float64)  # zeros either side: the padding
+    padded = torch.zeros(full + 2, low, dtype=torch.float64)  # zeros on either side: the padding
     padded[1:-1].scatter_add_(1, first[:, None], (1 - weight)[:, None])
     padded[1:-1].scatter_add_(1, second[:, None], weight[:, None])
     out = []
     for start in range(0, full, length):
         stop = min(full, start + length)
-        # outputs start - 1 to stop, as far as there are any; positions ascend
+        # outputs start - 1 to stop, as far as they exist; positions ascend
         a, b = int(first[max(start - 1, 0)]), int(second[min(stop, full - 1)]) + 1
         weights = torch.stack([padded[start + k : stop + k, a:b] for k in range(3)]).to(dtype)
         out.append(Strip(start, stop, a, b, weights))
@@ -80,23 +79,23 @@ def strips(low: int, full: int, align_corners: bool, dtype: torch.dtype, length:
 
 
 def strips_of(size: Sequence[int], out: Sequence[int], align_corners: bool, like: Tensor) -> list[list[Strip]]:
-    """-> strips of columns, strips of rows."""
+    """Return the strips of columns and the strips of rows."""
     axes = [strips(size[axis], out[axis], align_corners, like.dtype, STRIP[1 - axis]) for axis in (1, 0)]
     return [[s._replace(weights=s.weights.to(like.device)) for s in axis] for axis in axes]
 
 
 def _rows_of(y: Tensor) -> Tensor:
-    """A view of ``y`` (N, C, H, W), dense in channels_last, as (N, H, W C)."""
+    """View ``y`` (N, C, H, W), dense in channels_last, as (N, H, W C)."""
     return y.permute(0, 2, 3, 1).view(y.shape[0], y.shape[2], y.shape[3] * y.shape[1])
 
 
 def _along_x(columns: Strip) -> Tensor:
-    """(outputs, inputs x 3): the weights of a strip's GEMM, filter columns innermost, as in the taps."""
+    """Weights of a strip's GEMM, (outputs, inputs x 3), filter columns innermost as in the taps."""
     return columns.weights.permute(1, 2, 0).flatten(1)
 
 
 def add_upsampled(y: Tensor, taps: Tensor, align_corners: bool) -> Tensor:
-    """``y`` (N, COUT, H, W), dense in channels_last, with the taps' interpolation added in place."""
+    """Add the interpolation of the taps to ``y`` (N, COUT, H, W), dense in channels_last, in place."""
     _, N, h, w, _, COUT = taps.shape
     across, down = strips_of((h, w), y.shape[2:], align_corners, y)
     pixels = _rows_of(y)
@@ -113,7 +112,7 @@ def add_upsampled(y: Tensor, taps: Tensor, align_corners: bool) -> Tensor:
 
 
 def _transposed(dy: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """The gradient at the taps (3, N, h, w, 3, COUT), from ``dy`` (N, COUT, H, W) in channels_last."""
+    """Gradient at the taps (3, N, h, w, 3, COUT), from ``dy`` (N, COUT, H, W) in channels_last."""
     (N, COUT), (h, w) = dy.shape[:2], size
     across, down = strips_of(size, dy.shape[2:], align_corners, dy)
     pixels = _rows_of(dy)
@@ -159,7 +158,7 @@ def _fake(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size
 
 
 def _is_plain(*tensors: Tensor | None) -> bool:
-    """Whether values are at hand; an exported program's decomposition has none, and may not know its sizes."""
+    """True if values can be read; in the decomposition of an exported program they cannot, and sizes may be unknown."""
     return all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in tensors) and not followed(*tensors)
 
 
@@ -208,17 +207,17 @@ _bwd = register(
 def fused_taps(
     taps: Tensor, base: Tensor, bias: Tensor | None, act: str | None, size: Sequence[int], align_corners: bool
 ) -> Tensor:
-    """``act(base + bias + the taps' interpolation)``, of which nobody wants a gradient: one kernel."""
+    """``act(base + bias + interpolation of the taps)`` in one kernel, without gradients."""
     return _fwd(taps, base, bias, act or "none", tuple(size), align_corners)
 
 
 def upsample_taps(taps: Tensor, base: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
-    """``base`` (N, COUT, H, W) and the taps' interpolation, added; differentiable, linear in both."""
+    """Add the interpolation of the taps to ``base`` (N, COUT, H, W); differentiable, linear in both."""
     return run(_UpsampleTaps, _fwd, taps, base, None, "none", tuple(size), align_corners)
 
 
 def transposed(dy: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
-    """The gradient at taps of ``size`` pixels; differentiable."""
+    """Gradient at taps of ``size`` pixels; differentiable."""
     return run(_UpsampleTapsBwd, _bwd, dy, size, align_corners)
 
 
@@ -239,7 +238,7 @@ class _UpsampleTaps(torch.autograd.Function):
 
 
 class _UpsampleTapsBwd(torch.autograd.Function):
-    """The transpose; its own backward is the map again."""
+    """The transposed map; its own backward is the forward map."""
 
     @staticmethod
     def forward(ctx, dy: Tensor, size: tuple[int, int], align_corners: bool):
@@ -259,7 +258,7 @@ class _UpsampleTapsBwd(torch.autograd.Function):
 
 def _registered_backward(ctx, dy: Tensor):
     if not ctx.whole:
-        raise RuntimeError("upsample_taps: it has no gradient with a bias or an activation; apply them to its result")
+        raise RuntimeError("upsample_taps: with a bias or an activation it has no gradient; apply them to its result")
     return _UpsampleTaps.backward(ctx, dy)
 
 

@@ -1,10 +1,10 @@
-"""What is compiled ahead of time: launcher calls on ``meta`` tensors, and what each compiled kernel has to show.
+"""Cases for ahead-of-time compilation: launcher calls on ``meta`` tensors, and the claims about each compiled kernel.
 
 A case is a function of a dtype that calls a launcher (or an op) as a network would, with realistic sizes; ``meta``
-tensors have no memory, so a map of 2^31 elements costs nothing. ``make kernel-report`` prints what the cases compile
-to, ``tests/kernels/aot/test_budgets.py`` asserts it. Every kernel is reached by some case, and by one whose largest
-tensor is past 2^31 elements: only there do 32-bit offsets show. The cases stand in one
-file for each family of kernels, with the claims that are special to them:
+tensors have no memory, so a map of 2^31 elements costs nothing. ``make kernel-report`` prints the results, and
+``tests/kernels/aot/test_budgets.py`` asserts them. Some case reaches every kernel, and one whose largest tensor is past
+2^31 elements does: only there do 32-bit offsets show. There is one file for each family of kernels, with the claims
+that are special to it:
 
     CASES            name -> function of a dtype
     MATRIX_KERNELS   kernels whose sums of products run on matrix units for fp16 and bf16
@@ -55,7 +55,7 @@ for topic in TOPICS:
 
 @dataclass(frozen=True)
 class Claims:
-    """What one kernel promises in one case.
+    """The claims about one kernel in one case.
 
     Attributes:
         matrix: its products run on the target's own matrix instruction.

@@ -1,5 +1,4 @@
-"""Ahead-of-time cases: inverted residual blocks, 1x1 convolutions with all that can stand behind them, stems;
-and what folds their norms."""
+"""Ahead-of-time cases: inverted residual blocks, 1x1 convolutions with every epilogue, stems, and norm folding."""
 
 from collections.abc import Callable
 

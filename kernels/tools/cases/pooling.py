@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of max pooling and unpooling, and of what is fused with them."""
+"""Ahead-of-time cases of max pooling and unpooling, and of the ops fused with them."""
 
 from collections.abc import Callable
 
