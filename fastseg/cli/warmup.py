@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from functools import partial
 
 import torch
 
@@ -9,7 +10,7 @@ from fastseg.cli.common import add_device, describe, positive_int, say
 from fastseg.cli.latency import height_and_width
 from fastseg.cli.weights import add_weights, read_weights
 from fastseg.inference.runner import Runner
-from fastseg.inference.warmup import METHODS, compiles, warmup
+from fastseg.inference.warmup import METHODS, Warmed, compiles, warmup
 from fastseg.measure.study import DTYPES
 
 
@@ -40,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     status = 0
     for label, make in (("model", lambda: model), ("Runner", lambda: _runner(model, shapes[0], args))):
         try:
-            warmup(make(), shapes, methods=METHODS, progress=lambda one, label=label: say(f"{label} {one}"))
+            warmup(make(), shapes, methods=METHODS, progress=partial(_say, label))
         except RuntimeError as error:  # it names what failed
             say(f"fastseg warmup: {label}: {error}", sys.stderr)
             status = 1
@@ -49,3 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _runner(model, shape: tuple[int, ...], args: argparse.Namespace) -> Runner:
     return Runner(model, torch.zeros(shape, device=args.device), dtype=DTYPES[args.dtype])
+
+
+def _say(label: str, warmed: Warmed) -> None:
+    say(f"{label} {warmed}")

@@ -121,7 +121,7 @@ def _warmed(model, method: str, shape: tuple[int, int, int, int], x: Callable[[]
         raise
     except Exception as fault:  # of the model, of a compiler, of memory: the other sizes are still compiled
         error = f"{type(fault).__name__}: {first_line(fault)}"
-    return Warmed(shape, method, *seconds, error)
+    return Warmed(shape, method, seconds[0], seconds[1], error)
 
 
 def _whole(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -65,7 +66,7 @@ class SegmentationNet(nn.Module):
             )
         return UpsampleCrossEntropyLoss(**options, align_corners=self.align_corners is not False)(logits, target)
 
-    def _resize(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def _resize(self, x: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners)
 
 

@@ -74,11 +74,11 @@ def _out_of_place(act: nn.Module) -> Callable[[Tensor], Tensor]:
     """``act`` without writing into its input: torch's full backward hooks refuse a module that works in place."""
 
     def call(x: Tensor) -> Tensor:
-        act.inplace = False
+        act.inplace = False  # noqa: B010: torch's stubs take every attribute of a module for a Tensor
         try:
             return act(x)
         finally:
-            act.inplace = True
+            setattr(act, "inplace", True)  # noqa: B010
 
     return call
 
@@ -87,12 +87,4 @@ def apply_act(act: "nn.Module | Activation | None", x: Tensor) -> Tensor:
     """``act(x)``, never in place where the module is one of the fused activations: a hook may keep ``x``, and autograd
     forbids writes to what a backward hook has seen."""
     name, module = split_act(act)
-    if module is None:
-        return ACTIVATIONS[name or "none"](x)
-    if type(module) not in FUSED_ACTS or not module.inplace:
-        return module(x)
-    module.inplace = False
-    try:
-        return module(x)
-    finally:
-        module.inplace = True
+    return ACTIVATIONS[name or "none"](x) if module is None else module(x)
