@@ -120,7 +120,7 @@ def test_rows_are_picked_by_the_whole_key():
     assert config.row_name(dtype=torch.bfloat16, C=32, K=3) == "C=32,K=3,dtype=bf16"
 
 
-def test_two_gpus_have_their_own_tables():
+def test_two_gpus_have_their_own_tables(monkeypatch):
     _write("SHIPPED", "NVIDIA_H200", {"1000": _row(1)})
     _write("SHIPPED", "NVIDIA_A100-SXM4-80GB", {"1000": _row(2)})
     assert (_block(device=CUDA), _block(device=OTHER), _block(device=CUDA)) == (1, 2, 1)
