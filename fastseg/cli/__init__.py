@@ -60,6 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"fastseg {args.command}: {' '.join(str(error).split())}", sys.stderr)
     except (MemoryError, torch.OutOfMemoryError) as error:
         say(f"fastseg {args.command}: {first_line(error)}; out of memory", sys.stderr)
+    except torch.AcceleratorError as error:
+        say(f"fastseg {args.command}: {first_line(error)}; the device takes no more work, start again", sys.stderr)
     except RuntimeError as error:
         if "allocate memory" not in str(error):  # how torch says on a CPU that memory is out
             raise

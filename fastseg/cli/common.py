@@ -137,6 +137,8 @@ def _device(text: str) -> torch.device:
     try:
         device = torch.device(text)
         torch.zeros(1, device=device).item()  # a meta tensor has no value
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # timing and capture wait for the current device
     except Exception as error:  # an absent backend may raise any type of error
         raise argparse.ArgumentTypeError(f"no device {text!r} here: {first_line(error)}") from None
     return device

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import torch
+
 from fastseg.cli.common import add_device, integer, positive_int, say
 from fastseg.cli.weights import add_weights, read_weights
 from fastseg.inference.segment import segment
@@ -95,6 +97,8 @@ def run(args: argparse.Namespace) -> int:
             except (ValueError, OSError) as error:
                 failed += 1
                 bar.write(f"fastseg predict: {printable(first_line(error))}")
+            except torch.AcceleratorError:  # the device takes no more work: every later image would fail too
+                raise
             except (RuntimeError, MemoryError) as error:  # out of memory, on this image
                 failed += 1
                 bar.write(f"fastseg predict: {printable(path)}: {printable(first_line(error))}")

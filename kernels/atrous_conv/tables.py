@@ -43,7 +43,7 @@ def _pieces(
         cut = tl.where(is_cut, tl.where(j % 2 == 0, away, size - away), 0)
         same, number = cut[None, :] == cut[:, None], j[None, :] < j[:, None]
         rank = tl.sum(((cut[None, :] < cut[:, None]) | (same & number)).to(tl.int32), 1)
-        rank -= BLOCK_J - 2 * BRANCHES  # the zeros that fill the block come first
+        rank = clamp_index(rank, BLOCK_J) - (BLOCK_J - 2 * BRANCHES)  # the zeros that fill the block come first
         start = tl.sum(tl.where(rank[None, :] + 1 == q[:, None], cut[None, :], 0), 1)
         stop = tl.sum(tl.where(rank[None, :] == q[:, None], cut[None, :], 0), 1)
         stop = tl.where(q == 2 * BRANCHES, size, stop)
@@ -54,7 +54,8 @@ def _pieces(
         second = tl.where(away > 0, size - first, 0)
         start = tl.where(q == 0, 0, tl.where(q == 1, first, second))
         stop = tl.where(q == 0, first, tl.where(q == 1, second, size))
-    return start, stop - start
+    start = clamp_index(start, size)  # the clamps change nothing: they are bounds that the check of offsets can follow
+    return start, clamp_index(clamp_index(stop, size) - start, size)
 
 
 @triton.jit
@@ -112,12 +113,13 @@ def _atrous_conv_tables_kernel(
     tiles = tl.cdiv(N * pixels, ROWS)
     ends = tl.cumsum(tiles, 0)
     tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    region = tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1)  # (BLOCK_T,)
+    region = clamp_index(tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1), REGIONS)  # (BLOCK_T,)
     is_own = region[:, None] == i[None, :]
     own = tl.sum(tl.where(is_own, pixels[None, :], 0), 1)
-    own = tl.where(own > 0, own, 1)
+    own = clamp_index(tl.where(own > 0, own, 1), H * W)
     taps = tl.sum(tl.where(is_own, count[None, :], 0), 1)
-    tile -= tl.sum(tl.where(is_own, (ends - tiles)[None, :], 0), 1)  # number within its rectangle
+    before = clamp_index(tl.sum(tl.where(is_own, (clamp_index(ends, total) - tiles)[None, :], 0), 1), total)
+    tile = clamp_index(tile - before, tl.cdiv(N * (H * W), ROWS))  # its number within its rectangle
 
     # Before it come all tiles of more taps; of as many taps those of earlier images, and in its image those of earlier
     # rectangles.
@@ -127,7 +129,7 @@ def _atrous_conv_tables_kernel(
     equals = begun + tl.where(i[None, :] < region[:, None], here, 0)
     equals = tl.where(count[None, :] == taps[:, None], equals, 0)
     place = tl.sum(tl.where(count[None, :] > taps[:, None], tiles[None, :], equals), 1)
-    place += tile - tl.cdiv(image * own, ROWS)
+    place = clamp_index(place, total) + tile - tl.cdiv(image * own, ROWS)
     mask = region < REGIONS
     item_ptr = items_ptr + 2 * clamp_index(place, total - 1)
     tl.store(item_ptr, region, mask=mask)

@@ -197,9 +197,9 @@ def table_names(index: int) -> tuple[str, ...]:
 
 
 def gpu_name(index: int) -> str:
-    """``NVIDIA_H200``: the device's name with ``_`` for spaces, the H200 family folded into one."""
+    """``NVIDIA_H200``: the device's name with ``_`` for spaces, the H200 family folded into one, its slices (MIG) not."""
     name = torch.cuda.get_device_name(index).replace(" ", "_")
-    return "NVIDIA_H200" if name.startswith("NVIDIA_H200") else name
+    return "NVIDIA_H200" if name.startswith("NVIDIA_H200") and "MIG" not in name else name
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -120,11 +120,13 @@ def test_rows_are_picked_by_the_whole_key():
     assert config.row_name(dtype=torch.bfloat16, C=32, K=3) == "C=32,K=3,dtype=bf16"
 
 
-def test_two_gpus_have_their_own_tables():
+def test_two_gpus_have_their_own_tables(monkeypatch):
     _write("SHIPPED", "NVIDIA_H200", {"1000": _row(1)})
     _write("SHIPPED", "NVIDIA_A100-SXM4-80GB", {"1000": _row(2)})
     assert (_block(device=CUDA), _block(device=OTHER), _block(device=CUDA)) == (1, 2, 1)
     assert config.gpu_name(0) == "NVIDIA_H200"  # the H200 family shares one
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200 MIG 1g.18gb")
+    assert config.gpu_name(0) == "NVIDIA_H200_MIG_1g.18gb"  # a seventh of its multiprocessors
 
 
 @pytest.mark.parametrize(

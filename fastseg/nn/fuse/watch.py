@@ -74,11 +74,11 @@ def _out_of_place(act: nn.Module) -> Callable[[Tensor], Tensor]:
     """``act`` without writing into its input: torch's full backward hooks refuse a module that works in place."""
 
     def call(x: Tensor) -> Tensor:
-        act.inplace = False  # noqa: B010: torch's stubs take every attribute of a module for a Tensor
+        vars(act)["inplace"] = False
         try:
             return act(x)
         finally:
-            setattr(act, "inplace", True)  # noqa: B010
+            vars(act)["inplace"] = True
 
     return call
 

@@ -138,7 +138,7 @@ def _launch(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, si
     _, N, h, w, _, COUT = taps.shape
     if unsupported(N, 0, 0, COUT, h, w, *size):
         return plain(taps, base, bias, act, size, align_corners)
-    base = None if base is None else channels_last(base)
+    base, bias = None if base is None else channels_last(base), None if bias is None else bias.contiguous()
     return upsample_conv_fwd(taps.contiguous(), base, bias, act, tuple(size), align_corners)
 
 

@@ -42,6 +42,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
 
 MATRIX_KERNELS = {"_atrous_conv_fwd_kernel", "_atrous_conv_bwd_weight_kernel"}
 SCALAR_LOADS = {
+    "_atrous_conv_tables_kernel": "it loads nothing: rectangles and items follow from numbers",
     "atrous, odd channels 33->21": "33 channels: no pixel but the first begins at a multiple of 16 bytes",
 }
 TF32_CASES = {case for case in CASES if "no tf32" not in case}
