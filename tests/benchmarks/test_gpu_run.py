@@ -296,28 +296,47 @@ def test_one_provider_that_raises_costs_no_other_its_row(tmp_path, monkeypatch):
 
 
 TESTS = """
-import time, pytest
+import os, pytest
 def test_good(): pass
 def test_bad(): assert 1 + 1 == 3
 @pytest.mark.skip
 def test_skipped(): pass
-def test_long(): time.sleep(SECONDS)
+def test_last(): END
 """
 
 
-@pytest.mark.parametrize("seconds, status", [(0, "failed"), (60, "failed")])
-def test_outcomes_are_written_as_they_come(seconds, status, tmp_path, monkeypatch):
-    (tmp_path / "test_x.py").write_text(TESTS.replace("SECONDS", str(seconds)))
-    monkeypatch.setattr(gpu_tests, "STOP", 2)
-    log = record.Log(tmp_path / "results" / "x.json", "tests", 12, {})
+@pytest.mark.parametrize("end, rows", [("pass", 4), ("os.kill(os.getpid(), 9)", 3)])
+def test_outcomes_are_written_as_they_come(end, rows, tmp_path):
+    """What was killed keeps the rows it had."""
+    (tmp_path / "test_x.py").write_text(TESTS.replace("END", end))
+    log = record.Log(tmp_path / "results" / "x.json", "tests", 200, {})
     gpu_tests.run(log, "not gpu", [str(tmp_path / "test_x.py")], workers=1)
     (row,) = log.record["rows"]
-    assert (row["passed"], row["failed"], row["skipped"]) == (1 if seconds else 2, 1, 1)
+    assert (row["passed"], row["failed"], row["skipped"]) == (rows - 2, 1, 1)
     assert [line.partition("::")[2] for line in row["failures"]] == ["test_bad: assert (1 + 1) == 3"]
-    assert log.record["status"] == status
-    assert bool(log.left_out) == bool(seconds)
-    assert len((tmp_path / "results" / "tests.jsonl").read_text().splitlines()) == (3 if seconds else 4)
-    assert "test_bad" in (tmp_path / "results" / "tests.xml").read_text()
+    assert log.record["status"] == "failed"
+    assert len((tmp_path / "results" / "tests.jsonl").read_text().splitlines()) == rows
+    report = tmp_path / "results" / "tests.xml"
+    assert report.exists() == (rows == 4)
+
+
+def test_tests_past_their_time_are_told_to_stop(tmp_path, monkeypatch):
+    told = []
+
+    class Slow:
+        returncode = 2
+        send_signal = lambda self, number: told.append(number)
+
+        def wait(self, seconds):
+            if not told:
+                raise subprocess.TimeoutExpired("pytest", seconds)
+
+    monkeypatch.setattr(gpu_tests.subprocess, "Popen", lambda *args, **options: Slow())
+    log = record.Log(tmp_path / "x.json", "tests", 5, {})
+    gpu_tests.run(log, "not gpu", [], workers=1)
+    assert told == [gpu_tests.signal.SIGINT]
+    assert log.record["status"] == "cut off"
+    assert log.left_out == ["pytest was stopped: give it more with BUDGET=, STAGE=tests"]
 
 
 def test_inputs_are_drawn_in_their_dtype_and_only_where_they_are_used(monkeypatch):
