@@ -107,8 +107,8 @@ def test_on_a_cpu_nothing_runs():
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    torch.save(fastseg.models.create("unet", 2, padding="same").state_dict(), tmp_path / "w.pt")
-    command = ["warmup", "--weights", str(tmp_path / "w.pt"), "--model", "unet", "--option", "padding=same",
+    torch.save(fastseg.models.create("segnet_basic", 2).state_dict(), tmp_path / "w.pt")
+    command = ["warmup", "--weights", str(tmp_path / "w.pt"), "--model", "segnet_basic",
                "--device", "cpu", "--sizes", "16", "32x16"]  # fmt: skip
     assert main(command) == 0
     assert "nothing to compile" in capsys.readouterr().out

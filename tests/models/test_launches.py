@@ -32,7 +32,7 @@ def test_launches_at_most(label):
 
 @pytest.mark.parametrize(("C", "N"), [(320, 1), (2048, 16)])
 def test_aspp_is_two_launches_beside_the_pooled_vector(C, N):
-    """Branches, projection; and a mean, its 1x1 convolution, its share of the projection."""
+    """Branches with their tables, projection; and a mean, its 1x1 convolution, its share of the projection."""
     import launches
     import torch
 
@@ -43,6 +43,6 @@ def test_aspp_is_two_launches_beside_the_pooled_vector(C, N):
     counts = launches.launches(aspp, x)
     pooled = counts["mean"] + counts["addmm"]
     assert counts["_atrous_conv_fwd_kernel"] == 1 and pooled == 2
-    assert counts.total() - pooled - 1 <= 3, counts
+    assert counts.total() - pooled - counts["_atrous_conv_tables_kernel"] - 1 <= 3, counts
     again = launches.launches(aspp, x, frozen=False)
     assert again.total() <= counts.total() + 8, again  # folded at each call, or a norm after the convolution
