@@ -77,7 +77,7 @@ def kept_bytes(call: Call) -> int:
     kept: dict[int, tuple[Tensor, int]] = {}  # the tensors live on, so that no address is used twice
 
     def pack(t: Tensor) -> Tensor:
-        if not isinstance(t, torch.nn.Parameter):
+        if not isinstance(t if t._base is None else t._base, torch.nn.Parameter):  # nor a view of one
             kept[t.untyped_storage()._cdata] = t, t.untyped_storage().nbytes()
         return t
 
