@@ -14,6 +14,7 @@ from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.cpu.threads import each
 
 _NEAR = 4  # dilation up to which oneDNN's kernel is the faster one
+_SHARED, _WHOLE = 2**18, 2**15  # values from which threads share a map; of a call that torch leaves to one thread
 _LEAST = 2**15  # values of a map from which nine calls pay
 
 
@@ -57,6 +58,13 @@ def by_taps(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[i
                 read = x[:, :, first + dy : last + dy, left + dx : right + dx]
                 y[:, :, first:last, left:right].addcmul_(read, taps[i, j])
 
-    height = -(-H // torch.get_num_threads())
-    each(strip, [(top, min(H, top + height)) for top in range(0, H, height)])
+    few = x.numel() < _SHARED
+    height = max(1, _WHOLE * H // x.numel()) if few else -(-H // torch.get_num_threads())
+    strips = [(top, min(H, top + height)) for top in range(0, H, height)]
+    if few:  # torch cuts up no call as small: nothing is waited for
+        with torch.no_grad():
+            for rows in strips:
+                strip(rows)
+    else:
+        each(strip, strips)
     return y
