@@ -197,7 +197,7 @@ def table_names(index: int) -> tuple[str, ...]:
 
 
 def gpu_name(index: int) -> str:
-    """``NVIDIA_H200``: the device's name with ``_`` for spaces, the H200 family folded into one, its slices (MIG) not."""
+    """``NVIDIA_H200``: the name with ``_`` for spaces, the H200 family folded into one, its slices (MIG) not."""
     name = torch.cuda.get_device_name(index).replace(" ", "_")
     return "NVIDIA_H200" if name.startswith("NVIDIA_H200") and "MIG" not in name else name
 
