@@ -10,10 +10,10 @@ from fastseg.kernels.runtime.launch import intercept
 MOST = {
     "SeparableConv2d": 150,
     "ConvNormAct2d": 105,  # its norm is folded in each call
-    "ASPP": 670,
+    "ASPP": 745,  # its norms are folded, and the tables of its regions written, in each call
     "BatchNormAct2d": 50,
-    "MaxPool2d, indices": 47,
-    "UpsamplingBilinear2d": 47,
+    "MaxPool2d, indices": 49,
+    "UpsamplingBilinear2d": 49,
     "UpsampleArgmax": 90,
 }
 

@@ -51,7 +51,7 @@ def _fastseg(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
     return Built(_autocast(lambda: own(x), x.device, dtype), counts=True)
 
 
-def _frozen(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
+def frozen_call(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
     """As ``_fastseg``, what is made of the weights once: a graph must not make it again at each replay."""
     own, x = copy.deepcopy(model).to(memory_format=CL), x.contiguous(memory_format=CL)
     kept = Kept(tensors_of(own))
@@ -157,7 +157,7 @@ PATHS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Built]] = {
     "runner": _runner,
     "runner-exact": lambda *args: _runner(*args, winograd=False),
     "eager-cl-graph": _graph(lambda *args: _eager(*args, memory_format=CL)),
-    "fastseg-graph": _graph(_frozen),
+    "fastseg-graph": _graph(frozen_call),
     "compile": _compiled(None),
     "compile-max": _compiled("max-autotune"),
     "compile-freeze": _compiled(None, freezing=True),

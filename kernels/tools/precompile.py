@@ -21,11 +21,10 @@ from typing import NamedTuple
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime import JITFunction, driver
 
 from fastseg.kernels.runtime.launch import intercept
 from fastseg.kernels.tools.report import _CompileOnly
+from fastseg.kernels.tools.triton_private import GPUTarget, JITFunction, driver
 
 ALIGNMENT = 16  # bytes, or multiples of an integer: what Triton specialises on
 
@@ -54,17 +53,17 @@ class Signature(NamedTuple):
 def signature(kernel, args: tuple, kwargs: dict) -> Signature:
     """Of one launch, compiled or interpreted."""
     names = list(inspect.signature(kernel.fn).parameters.values())
-    positional = [_described(arg, "constexpr" in str(name.annotation)) for name, arg in zip(names, args, strict=False)]
+    positional = [described(arg, "constexpr" in str(name.annotation)) for name, arg in zip(names, args, strict=False)]
     annotations = {name.name: str(name.annotation) for name in names}
-    named = {key: _described(value, "constexpr" in annotations.get(key, "constexpr")) for key, value in kwargs.items()}
+    named = {key: described(value, "constexpr" in annotations.get(key, "constexpr")) for key, value in kwargs.items()}
     return Signature(kernel.fn.__module__, kernel.fn.__name__, tuple(positional), tuple(sorted(named.items())))
 
 
-def _described(arg: object, constant: bool) -> object:
+def described(arg: object, constant: bool) -> object:
     if isinstance(arg, Tensor):
         return Pointer(arg.dtype, arg.data_ptr() % ALIGNMENT == 0)
     if isinstance(arg, tuple):
-        return tuple(_described(each, constant) for each in arg)
+        return tuple(described(each, constant) for each in arg)
     if isinstance(arg, int) and not isinstance(arg, bool) and not constant:
         return _like(arg)
     return arg
@@ -78,13 +77,13 @@ def _like(value: int) -> int:
     return small if -(2**31) <= value < 2**31 else 2**32 + small
 
 
-def _stand_in(described: object) -> object:
+def stand_in(described: object) -> object:
     """The argument to compile with: a tensor without memory, aligned or not as the one it stands for."""
     if isinstance(described, Pointer):
         t = torch.empty(2, dtype=described.dtype, device="meta")
         return t if described.aligned else t[1:]
     if type(described) is tuple:
-        return tuple(map(_stand_in, described))
+        return tuple(map(stand_in, described))
     return described
 
 
@@ -98,7 +97,7 @@ def compile_signature(wanted: Signature) -> str:
     if not isinstance(kernel, JITFunction):
         raise RuntimeError(f"precompile: {wanted.kernel} is interpreted; start the process with TRITON_INTERPRET=0")
     try:
-        kernel.warmup(*map(_stand_in, wanted.args), grid=(1,), **{key: _stand_in(v) for key, v in wanted.kwargs})
+        kernel.warmup(*map(stand_in, wanted.args), grid=(1,), **{key: stand_in(v) for key, v in wanted.kwargs})
     except Exception as error:  # a compiler's refusal has many types, some of them RuntimeErrors of MLIR
         return f"{wanted.kernel}: {type(error).__name__}: {str(error).strip().splitlines()[-1:]}"
     return ""

@@ -52,10 +52,10 @@ def test_launches_are_noted_and_not_made(tmp_path):
 
 def test_a_stand_in_is_specialised_as_what_it_stands_for():
     for x in (torch.zeros(8), torch.zeros(8)[1:], torch.zeros(8, dtype=torch.int64)):
-        described = precompile._described(x, False)
-        assert precompile._described(precompile._stand_in(described), False) == described
+        described = precompile.described(x, False)
+        assert precompile.described(precompile.stand_in(described), False) == described
     pair = (torch.zeros(8), torch.zeros(8)[1:])
-    assert precompile._described(pair, False) == (Pointer(torch.float32, True), Pointer(torch.float32, False))
+    assert precompile.described(pair, False) == (Pointer(torch.float32, True), Pointer(torch.float32, False))
 
 
 def _cache(folder, kernels):

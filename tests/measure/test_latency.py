@@ -238,7 +238,7 @@ def test_graphs_fold_norms_once(monkeypatch):
     folds, own = [], conv_norm_act.fold_norm
     monkeypatch.setattr(conv_norm_act, "fold_norm", lambda *args: folds.append(1) or own(*args))
     model, x = create("segnet_basic", 3, channels=8).eval(), torch.randn(1, 3, 32, 32)
-    built = paths._frozen(model, x, torch.float32)
+    built = paths.frozen_call(model, x, torch.float32)
     results = [built.call() for _ in range(3)]
     assert 0 < len(folds) <= 8
     torch.testing.assert_close(results[2], model(x).detach(), rtol=1e-4, atol=1e-4)
