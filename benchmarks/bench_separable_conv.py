@@ -85,7 +85,7 @@ def forced(form: str) -> Iterator[None]:
     from fastseg.kernels.separable_conv.cost import Plan
 
     nan = float("nan")
-    with mock.patch.object(separable_conv, "plan", lambda *sizes, **options: Plan(form, nan, nan)):
+    with mock.patch.object(separable_conv, "plan", lambda *sizes, **options: Plan(form, nan, nan, "any chip")):
         yield
 
 
