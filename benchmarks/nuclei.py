@@ -89,12 +89,12 @@ def fit(args: argparse.Namespace) -> tuple[UNetPlusPlus, dict]:
 
 
 def levels_of(model: UNetPlusPlus) -> dict[str, UNetPlusPlus]:
-    """The net cut to each level, and the whole with the mean of its heads; their logits are those heads'."""
+    """The net cut to each level, and the whole, whose probabilities are the mean of its heads'."""
     nets = {f"L{level}": model.prune(level).eval() for level in range(1, model.levels + 1)}
     x = _picture(64)
     with torch.inference_mode():
-        mean = torch.stack([net(x) for net in nets.values()]).mean(0)
-        torch.testing.assert_close(model.eval()(x), mean, rtol=1e-4, atol=1e-4)
+        mean = torch.stack([net(x).sigmoid() for net in nets.values()]).mean(0)
+        torch.testing.assert_close(model.eval()(x).sigmoid(), mean, rtol=1e-4, atol=1e-4)
     return nets | {MEAN: model}
 
 
