@@ -123,7 +123,7 @@ def _atrous_conv_tables_kernel(
 
     # Before it come all tiles of more taps; of as many taps those of earlier images, and in its image those of earlier
     # rectangles.
-    image = tl.minimum(tile * ROWS // own, N - 1)
+    image = clamp_index(tile * ROWS // own, N - 1)
     begun = tl.cdiv(image[:, None] * pixels[None, :], ROWS)
     here = tl.cdiv((image + 1)[:, None] * pixels[None, :], ROWS) - begun
     equals = begun + tl.where(i[None, :] < region[:, None], here, 0)
