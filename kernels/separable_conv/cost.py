@@ -25,6 +25,10 @@ from fastseg.kernels.runtime.ceilings import H200, Chip, spread
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 
+# How much faster split must be on maps too small to fill the chip by whole tiles: what a launch and few programs cost
+# is an estimate, and one more launch is certain, where no graph is captured at several microseconds of the host.
+SURE = 1.5
+
 
 class Plan(NamedTuple):
     form: str  # "fused" or "split"
@@ -99,4 +103,7 @@ def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool, chip: Chip =
     split = max(e * (A + U) / chip.bandwidth, depthwise) + max(e * (U + Y) / chip.bandwidth, dot) + chip.launch
     if mid_batch_stats:
         fused += max(e * A / chip.bandwidth, depthwise) + chip.launch
-    return Plan("fused" if fused <= split else "split", fused * 1e6, split * 1e6, chip.described)
+    whole = Tile(8, 8, fused_block_n(g.COUT, dtype))
+    small = spread(whole.programs(g.pixels, g.COUT), chip) > 1
+    faster = fused <= split * (SURE if small else 1)
+    return Plan("fused" if faster else "split", fused * 1e6, split * 1e6, chip.described)

@@ -42,9 +42,7 @@ def programs_of(backbone, **options):
     return found
 
 
-@pytest.mark.parametrize(
-    "backbone, options, count", [("mobilenet_v2", {}, 36), ("xception", {"preset": "google"}, 100)]
-)
+@pytest.mark.parametrize("backbone, options, count", [("mobilenet_v2", {}, 36), ("xception", {"preset": "google"}, 70)])
 def test_no_launch_at_batch_1_leaves_most_of_the_chip_idle(backbone, options, count):
     found = programs_of(backbone, **options)
     assert len(found) >= count
