@@ -93,7 +93,7 @@ def run_conv_norm_act(
     if isinstance(act, nn.Module):
         act, module = split_act(act)
         if module is not None:
-            return apply_act(module, run_conv_norm_act(x, conv, norm, None, residual))
+            return module(run_conv_norm_act(x, conv, norm, None, residual))
     if norm is not None and not can_fold(x, conv, norm):
         return run_norm_act(convolve(conv, x), norm, act, residual)
     if norm is None and watched(conv, nn.Conv2d):

@@ -30,7 +30,7 @@ def run_norm_act(x: Tensor, norm: nn.Module, act: Act, residual: Tensor | None =
     if not why:
         name, module = split_act(act) if isinstance(act, nn.Module) else (act, None)
         y = batch_norm_act(x, batch_norm_args(norm), name, residual, process_group=norm_group(norm))
-        return y if module is None else apply_act(module, y)
+        return y if module is None else module(y)
     record_reference("batch_norm_act", x, why)
     y = norm(x)
     return apply_act(act, y if residual is None else y + residual)
