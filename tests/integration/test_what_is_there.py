@@ -14,6 +14,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from fastseg.models import DeepSupervision, create, names
+from fastseg.ops.core.dispatch import INTERPRETED
+
+# Interpreted it takes half an hour; tests/nn/test_children.py has the blocks with kernels.
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="whole models, one module at a time: the plain path")
 
 OTHERS = {
     "google": ("deeplabv3plus", {"backbone": "xception", "preset": "google", "encoder_options": {"middle_blocks": 2}}),
