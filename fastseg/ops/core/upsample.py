@@ -46,7 +46,8 @@ def _pair(name: str, label: str, value) -> tuple:
         if len(value) != 2:
             raise ValueError(f"{name}: {label} is {tuple(value)}; give one number, or (height, width)")
         return tuple(value)
-    if hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1:
+    plain = isinstance(value, (int, float, torch.SymInt, torch.SymFloat, tuple, list))
+    if not plain and hasattr(value, "__array__") and getattr(value, "ndim", 0) == 1:
         return _pair(name, label, value.tolist())
     return value, value
 
