@@ -76,7 +76,7 @@ def test_kept_inside_and_dropped_after():
     with pytest.raises(ZeroDivisionError), fastseg.frozen(a):
         raise ZeroDivisionError
     assert _kept.keepers.get() == ()
-    with pytest.raises(TypeError, match="frozen: list is not a torch.nn.Module"), fastseg.frozen([a]):
+    with pytest.raises(TypeError, match=r"frozen: list is not a torch\.nn\.Module"), fastseg.frozen([a]):
         pass
 
 
