@@ -69,7 +69,7 @@ def test_the_cost_model_decides():
 def test_what_runs_one_after_the_other(fold, device):
     values, indices, weight, bias = make(device=device)
     arguments = {
-        "gradients are wanted": (values, indices, weight.clone().requires_grad_(), bias),
+        "gradients are needed": (values, indices, weight.clone().requires_grad_(), bias),
         "no compact indices": (values, indices.to_torch(), weight, bias),
         "indices of another pooling": (values, indices, weight, bias),
     }

@@ -7,6 +7,7 @@ import pytest
 import torch
 from separable_inputs import make
 
+from fastseg.kernels.separable_conv.cost import fused_tile
 from fastseg.ops import separable_conv2d
 from fastseg.ops.core.dispatch import INTERPRETED
 
@@ -58,7 +59,10 @@ def test_training_forward(form):
     assert dw.written_bytes == partial(C, dw_tiles) + (0 if form == "fused" else U)
     gemm = by_kernel[f"_separable_conv_fwd_{'fused' if form == 'fused' else 'pw'}_kernel"]
     assert gemm.read_bytes == (A + WEIGHTS if form == "fused" else U + 4 * C * COUT) + 4 * 4 * C
-    assert gemm.written_bytes == Y + partial(COUT, N * SIDE * SIDE // 64)
+    pixels = N * SIDE * SIDE
+    tile = fused_tile(pixels, C, COUT, 3, torch.float32)  # smaller ones on a map that leaves the chip idle
+    tiles = pixels // (tile.H * tile.W if form == "fused" else 64)
+    assert gemm.written_bytes == Y + partial(COUT, tiles)
     last = by_kernel["_batch_norm_act_fwd_kernel"]
     assert (last.read_bytes, last.written_bytes) == (Y + 4 * 4 * COUT, Y)
     assert {name: t.launches for name, t in by_kernel.items()} == {
