@@ -89,7 +89,8 @@ def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
             raise ValueError(f"upsample_bilinear: scale_factor is {scale_factor}; it must be finite")
         if not all(f > 0 for f in factors):
             return None
-        if any(isinstance(n, int) and n * f >= 2**31 for n, f in zip(shape[2:], factors, strict=True)):
+        known = () if torch.compiler.is_compiling() else zip(shape[2:], factors, strict=True)  # symbols get no guard
+        if any(isinstance(n, int) and n * f >= 2**31 for n, f in known):
             raise ValueError(
                 f"upsample_bilinear: scale_factor is {scale_factor}; the output has a side of 2^31 or more"
             )

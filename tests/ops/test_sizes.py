@@ -124,7 +124,7 @@ def test_no_images_of_many_classes():
 
 
 def test_sub_packages_are_attributes():
-    for name in ("models", "nn", "ops", "inference", "metrics", "training", "testing", "cli", "latency"):
+    for name in ("models", "nn", "ops", "inference", "metrics", "training", "testing", "cli", "measure", "io", "demo"):
         assert getattr(fastseg, name).__name__ == f"fastseg.{name}" and name in dir(fastseg)
     with pytest.raises(AttributeError, match="nonsense"):
         _ = fastseg.nonsense

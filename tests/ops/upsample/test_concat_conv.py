@@ -195,7 +195,7 @@ def test_what_is_upsampled_first(low_resolution, device):
         with fastseg.reference():
             op(*tensors)
     ours = [d for d in report if d.op == "upsample_concat_conv2d"]
-    assert [d.path for d in ours] == ["reference"] * 2 and ours[0].why.startswith("gradients are wanted")
+    assert [d.path for d in ours] == ["reference"] * 2 and ours[0].why.startswith("gradients are needed")
     check_op(bound(op, act="relu"), bound(ref, act="relu"), tensors, terms=72)
     torch.testing.assert_close(y, ref(*tensors, act="relu"), rtol=1e-4, atol=1e-4)
 
@@ -263,7 +263,7 @@ def test_bad_arguments():
         (r"act is 'tanh'", (deep, low, weight, bias), {"act": "tanh"}),
         (r"deep is \(5, 3, 4\)", (deep[0], low, weight), {}),
         (r"low is \(2, 3, 0, 9\)", (deep, low[:, :, :0], weight), {}),
-        (r"give as many images", (deep, low[:1], weight), {}),
+        (r"must have the same batch size", (deep, low[:1], weight), {}),
         (r"weight is \(7, 7, 3, 3\); it must be \(COUT, 8, 3, 3\)", (deep, low, weight[:, 1:]), {}),
         (r"weight is \(7, 8, 1, 1\)", (deep, low, weight[..., :1, :1]), {}),
         (r"bias is \(6,\); it must be \(7,\)", (deep, low, weight, bias[1:]), {}),
