@@ -360,11 +360,11 @@ def test_nothing_of_an_ignored_pixel_comes_back(plain, device):
 
 @small
 def test_one_class_has_no_gradient(device):
-    """It is certain: exactly 0, with smoothing and weights, where sums would leave a rounding."""
+    """It is certain: exactly 0, with smoothing and weights; torch's own steps, taken on a CPU, leave a rounding."""
     logits, target = inputs((2, 1, 3, 2), (7, 5), device)
     for plain in (False, True):
         (_, grad), _ = both_steps(plain, logits, target, torch.tensor([0.63], device=device), "sum", 0.1)
-        assert (grad == 0).all()
+        assert grad.abs().max() <= (1e-6 if plain else 0)
 
 
 @small
