@@ -207,7 +207,7 @@ def test_reference_restores():
     thread = threading.Thread(target=elsewhere)
     thread.start()
     thread.join()
-    assert seen == [False]
+    assert seen == [False] and not in_reference()
     again = fastseg.reference()
     with again:
         with again:

@@ -36,7 +36,11 @@ def use_kernel(
             raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
     if torch.compiler.is_compiling():
         return not (in_reference() or unsupported or _no_kernel(x))
-    why = IN_REFERENCE if _in_reference.get() else unsupported or _no_kernel(x) or _follower((x, *others))
+    why = (
+        IN_REFERENCE
+        if _in_reference.get() and in_reference()
+        else unsupported or _no_kernel(x) or _follower((x, *others))
+    )
     if _report.get() is not None:
         record(op, x, *(("reference", why) if why else ("triton", form())))
     return not why

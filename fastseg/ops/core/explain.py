@@ -1,15 +1,16 @@
 """The switch that forces the reference, and the record of which path each op took and why."""
 
 from collections.abc import Iterator
-from contextlib import ContextDecorator, suppress
-from contextvars import ContextVar, Token
+from contextlib import ContextDecorator
+from contextvars import ContextVar
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 IN_REFERENCE = "inside fastseg.reference()"  # the reason of a decision
-_in_reference: ContextVar[bool] = ContextVar("fastseg_in_reference", default=False)
+# The blocks that were entered here; [True] until one is left.
+_in_reference: ContextVar[tuple[list[bool], ...]] = ContextVar("fastseg_in_reference", default=())
 _reference_depth = 0  # the same for compiled code: Dynamo cannot trace ContextVar.get, but guards a module variable
 _report: ContextVar["Report | None"] = ContextVar("fastseg_report", default=None)
 
@@ -22,22 +23,23 @@ class reference(ContextDecorator):  # lowercase, because it is used as `with fas
     """
 
     def __init__(self) -> None:
-        self._tokens: list[Token[bool]] = []  # one per entry: a block may be entered again inside itself
+        self._blocks: list[list[bool]] = []  # one per entry: a block may be entered again inside itself
 
     def _recreate_cm(self) -> "reference":
         return reference()  # calls of a decorated function, in any threads, share nothing
 
     def __enter__(self) -> "reference":
         global _reference_depth
-        self._tokens.append(_in_reference.set(True))
+        self._blocks.append([True])
+        _in_reference.set((*_in_reference.get(), self._blocks[-1]))
         _reference_depth += 1
         return self
 
     def __exit__(self, *exc) -> None:
         global _reference_depth
         _reference_depth -= 1
-        with suppress(ValueError):  # left in another thread or task, as a generator may be: it was never entered there
-            _in_reference.reset(self._tokens.pop())
+        self._blocks.pop()[0] = False  # where it was entered too, if it is left elsewhere, as a generator may be
+        _in_reference.set(tuple(block for block in _in_reference.get() if block[0]))
 
 
 class Decision(NamedTuple):
@@ -87,7 +89,10 @@ class explain:  # lowercase, because it is used as `with fastseg.explain() as re
 
 def in_reference() -> bool:
     """True inside ``fastseg.reference()``."""
-    return bool(_reference_depth if torch.compiler.is_compiling() else _in_reference.get())
+    if torch.compiler.is_compiling():
+        return _reference_depth > 0
+    blocks = _in_reference.get()
+    return bool(blocks) and any(block[0] for block in blocks)
 
 
 def record(op: str, x: Tensor, path: str, why: str) -> None:
