@@ -58,6 +58,8 @@ def is_torchs(x: Tensor) -> bool:
 
 def kernels_run(x: Tensor) -> bool:
     """True if Triton kernels can run on tensors like ``x``."""
+    if torch.compiler.is_compiling():  # a captured graph holds the registered op
+        return not (in_reference() or _no_kernel(x))
     return not (in_reference() or _no_kernel(x) or followed(x))
 
 
