@@ -1,5 +1,8 @@
 """What a call costs the host, in calls of Python functions: a number that no load of the machine changes."""
 
+import subprocess
+import sys
+
 import host_cost
 import pytest
 import torch
@@ -28,3 +31,14 @@ def test_calls_up_to_the_launch(name):
 
 def test_every_module_is_counted():
     assert MOST.keys() == host_cost.pairs().keys()
+
+
+def test_import_leaves_the_compiler_alone():
+    """torch._dynamo takes over a second to import; only `torch.compile` needs it."""
+    code = """if True:
+        import sys, fastseg, fastseg.nn, fastseg.ops, fastseg.inference
+        fastseg.models.create
+        dear = {"torch._dynamo", "torch._inductor", "torch.distributed.fsdp", "sympy"} & set(sys.modules)
+        assert not dear, f"imported: {dear}"
+    """
+    subprocess.run([sys.executable, "-P", "-c", code], check=True, timeout=120)

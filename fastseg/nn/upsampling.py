@@ -16,6 +16,7 @@ from fastseg.ops.bilinear_conv_transpose import (
 )
 from fastseg.ops.core.dispatch import record_reference
 from fastseg.ops.core.kept import made_once
+from fastseg.ops.core.torch_private import constant_while_compiling
 from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.ops.upsample_bilinear import upsample_bilinear
 
@@ -163,7 +164,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
             return "dense"
         return self._look_while_tracing() if torch.compiler.is_compiling() else self._look()
 
-    @torch.compiler.assume_constant_result
+    @constant_while_compiling
     def _look_while_tracing(self) -> Literal["bilinear", "diagonal", "dense"]:
         return self._look()
 

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastseg.kernels.runtime.torch_private import constant_while_compiling
+
 
 class Chip(NamedTuple):
     """Ceilings of one chip: bytes or operations per second, bytes, seconds."""
@@ -84,7 +86,7 @@ def chip_of(device: torch.device) -> Chip:
     return _cuda_chip(device.index) if device.type == "cuda" else H200
 
 
-@torch.compiler.assume_constant_result
+@constant_while_compiling
 @functools.cache
 def _cuda_chip(index: int | None) -> Chip:
     if not torch.cuda.is_available():

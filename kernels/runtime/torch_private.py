@@ -28,6 +28,15 @@ def leaves_of(tree: object) -> list:
     return [leaf for part in tree for leaf in leaves_of(part)] if isinstance(tree, (tuple, list)) else [tree]
 
 
+def constant_while_compiling(function: Callable) -> Callable:
+    """``torch.compiler.assume_constant_result`` without its import of the compiler, which takes over a second.
+
+    A torch that does not know the mark traces the function instead.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 class NoDispatchMode:
     """In the place of torch's class: entering it raises."""
 

@@ -14,7 +14,13 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from fastseg.kernels.runtime.torch_private import TorchDispatchMode, find, is_tracing, tree_leaves
+from fastseg.kernels.runtime.torch_private import (
+    TorchDispatchMode,
+    constant_while_compiling,
+    find,
+    is_tracing,
+    tree_leaves,
+)
 
 __all__ = [
     "NORMS",
@@ -22,6 +28,7 @@ __all__ = [
     "FakeTensorMode",
     "TorchDispatchMode",
     "assert_async",
+    "constant_while_compiling",
     "dispatch_modes",
     "end_allocate_to_pool",
     "foreach_copy_",
