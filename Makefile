@@ -128,7 +128,7 @@ warm-cache: setup gpu-env
 
 # Compiles every kernel for one chip: minutes.
 docs: setup
-	TRITON_INTERPRET=0 $(BIN)/python benchmarks/pages.py
+	TRITON_INTERPRET=0 $(BIN)/python benchmarks/pages.py --without-report
 
 figures: setup
 	$(BIN)/python benchmarks/plot.py

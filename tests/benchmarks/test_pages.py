@@ -17,6 +17,9 @@ def test_every_op_has_a_page(tmp_path):
         assert ("](" + op + ".png)" in text) == (tmp_path / f"{op}.png").exists()
     index = (tmp_path / "README.md").read_text()
     assert all(f"]({op}.md)" in index for op in pages.KERNELS)
+    committed = {path.name: path.read_text() for path in (pages.record.ROOT / "docs" / "ops").glob("*.md")}
+    stale = {path.name for path in tmp_path.glob("*.md") if committed.pop(path.name, None) != path.read_text()}
+    assert not stale | committed.keys(), "run `make docs`, and commit docs/ops"
 
 
 def test_one_page(tmp_path):
