@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from pairwise import covering
 
 HAS_CUDA = torch.cuda.is_available()
 if not HAS_CUDA:
@@ -38,8 +39,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not config.getoption("--long"):
-        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("long")])
-        items[:] = [item for item in items if not item.get_closest_marker("long")]
+        short = [item for item in items if not item.get_closest_marker("long")]
+        kept = {id(item) for item in (covering(short) if INTERPRETED else short)}
+        config.hook.pytest_deselected(items=[item for item in items if id(item) not in kept])
+        items[:] = [item for item in items if id(item) in kept]
     if HAS_CUDA and not INTERPRETED:
         return
     for item in items:

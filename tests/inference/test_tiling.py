@@ -333,13 +333,13 @@ def _peak(side: int, padding: int, folder, **options) -> int:
 @pytest.mark.parametrize("padding", [0, 1], ids=["valid", "blended"])
 def test_memory_is_that_of_the_tile(padding, tmp_path, monkeypatch):
     monkeypatch.setattr(stitching, "PANEL", 2)
-    small, large = (_peak(side, padding, tmp_path) for side in (128, 384))
+    small, large = (_peak(side, padding, tmp_path) for side in (128, 256))
     assert small > 4 * 3 * 64 * 64 * 2  # the largest maps of a tile, twice
-    assert large < small + 20_000  # of nine times the pixels
-    assert _peak(384, padding, tmp_path, out=None) > large + 2 * 384 * 384 - 30_000  # a whole class map is seen
+    assert large < small + 20_000  # of four times the pixels
+    assert _peak(256, padding, tmp_path, out=None) > large + 2 * 256 * 256 - 30_000  # a whole class map is seen
     if padding:
         monkeypatch.setattr(stitching, "PANEL", 100)
-        assert _peak(384, padding, tmp_path) > large + 30_000  # rows that are shared, as wide as the image
+        assert _peak(256, padding, tmp_path) > large + 20_000  # rows that are shared, as wide as the image
 
 
 # What a user can get wrong

@@ -60,7 +60,8 @@ def outcome(run, row: Row, layout: str, times: int, grad: bool) -> list[Tensor]:
     return [t.detach() for t in (*results, *(t.grad for t in tensors if t.grad is not None), *tensors)]
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+# A size of its own is the easier half: with --long.
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True], ids=["static", "dynamic"])
 @pytest.mark.parametrize("name", PUBLIC)
 @torch.fx.experimental._config.patch(use_duck_shape=False)  # sizes that are equal here need not be elsewhere
 def test_compiled(name, dynamic):

@@ -19,17 +19,23 @@ def model(request) -> nn.Module:
     return unsettle(create(request.param, 3, **NARROW[request.param])).float().eval()
 
 
+def _named(*short: str) -> list:
+    """Every model; those not among ``short``, whose parts others have too, with --long."""
+    return [pytest.param(name, marks=[] if name in short else [pytest.mark.long]) for name in names()]
+
+
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * want.abs().max().item())
 
 
+@pytest.mark.parametrize("model", _named("deeplabv3", "fcn", "segnet_basic", "unetplusplus"), indirect=True)
 def test_compile_in_one_graph(model):
     x = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         close(torch.compile(model, backend="aot_eager", fullgraph=True)(x), model(x))
 
 
-@pytest.mark.parametrize("model", ["unet", "unetplusplus"], indirect=True)  # the others pass too, in minutes
+@pytest.mark.parametrize("model", ["unet", pytest.param("unetplusplus", marks=pytest.mark.long)], indirect=True)
 def test_compile_for_any_size(model):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch.no_grad():
@@ -37,6 +43,9 @@ def test_compile_for_any_size(model):
             close(compiled(x), model(x))
 
 
+@pytest.mark.parametrize(
+    "model", _named("deeplabv3", "deeplabv3plus", "fcn", "segnet", "unet", "unetplusplus"), indirect=True
+)
 def test_export_for_any_size(model):
     """Of the batch too; captured at a size that no stride divides, called at others of every remainder."""
     sides = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
@@ -73,13 +82,9 @@ def test_onnx_by_trace(model, tmp_path):
         close(torch.from_numpy(got), model(x))
 
 
-IN_ONNX = ("deeplabv2", "deeplabv3", "deeplabv3plus", "fcn", "segnet_basic", "unetplusplus")  # have the ops of all
-
-
+# These have the ops of all.
 @pytest.mark.parametrize(
-    "model",
-    [pytest.param(name, marks=[] if name in IN_ONNX else [pytest.mark.long]) for name in names()],
-    indirect=True,
+    "model", _named("deeplabv3", "deeplabv3plus", "fcn", "segnet_basic", "unetplusplus"), indirect=True
 )
 def test_onnx(model, tmp_path):
     """In onnxruntime, through the table of decompositions."""

@@ -1,8 +1,8 @@
 """Every kernel of the project, as its launchers launch it, keeps its budgets on every chip.
 
-Every case is compiled for sm_90 in both dtypes, and for gfx942 in bf16. For the other NVIDIA chips, whose compiler is
-that of sm_90, those with matrix instructions of their own and the first of each kernel, in bf16; for gfx942 in fp32 the
-first of each kernel; for the chips beside these the heavy kernels. The rest with ``--long``.
+Every case is compiled for sm_90 in bf16. In fp32, and for gfx942, those with matrix instructions and the first of each
+kernel; for the other NVIDIA chips, whose compiler is that of sm_90, those with matrix instructions of their own; for
+the chips beside these the heaviest kernel. The rest with ``--long``.
 """
 
 import ast
@@ -17,8 +17,7 @@ from fastseg.kernels.tools import cases
 from fastseg.kernels.tools.report import COMMON, TARGETS, KernelReport, broken_claims, compile_launches
 
 KERNELS = Path(cases.__file__).parents[2]
-# The heavy kernels, for chips with 100 KB of shared memory a multiprocessor.
-MAIN = ("decoder 304->256", "decoder 304->256, backward", "MobileNetV2 960->160, dilated")
+HEAVIEST = "decoder 304->256"  # for chips with 100 KB of shared memory a multiprocessor
 
 
 def rows():
@@ -28,13 +27,12 @@ def rows():
         kernels: set[str] = set()
         with intercept(lambda kernel, *_, kernels=kernels: kernels.add(kernel.fn.__name__)):
             call(torch.bfloat16)
-        first, seen = bool(kernels - seen), seen | kernels
+        matrix, first, seen = bool(kernels & cases.MATRIX_KERNELS), bool(kernels - seen), seen | kernels
         for dtype in cases.DTYPES:
             half = dtype == torch.bfloat16
-            short = {"sm_90": True, "gfx942": half or first}
+            short = {"sm_90": half or first or matrix, "gfx942": half and (first or matrix)}
             for target in TARGETS:
-                keep = short.get(target, half and (first or bool(kernels & cases.MATRIX_KERNELS)))
-                keep = keep if target in COMMON else half and case in MAIN
+                keep = short.get(target, half and matrix) if target in COMMON else half and case == HEAVIEST
                 marks = [] if keep else [pytest.mark.long]
                 yield pytest.param(case, dtype, target, id=f"{case}-{str(dtype)[6:]}-{target}", marks=marks)
 
@@ -59,8 +57,8 @@ def test_every_kernel_has_a_case_and_a_large_one():
             if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel") and node.decorator_list:
                 written.add(node.name)
     largest: dict[str, int] = {}  # kernel -> elements of the largest map among the cases that reach it
-    for case, dtype in ((c, d) for c in cases.CASES for d in cases.DTYPES):
-        found = reports(case, dtype, "sm_90")
+    for case in cases.CASES:
+        found = reports(case, torch.bfloat16, "sm_90")
         for r in found:
             largest[r.kernel] = max(largest.get(r.kernel, 0), *(other.elements for other in found))
     assert sorted(written - set(largest)) == [], "no case of kernels/tools/cases/__init__.py launches these kernels"
@@ -68,7 +66,7 @@ def test_every_kernel_has_a_case_and_a_large_one():
 
 
 def test_claims_name_what_exists():
-    kernels = {r.kernel for case in cases.CASES for d in cases.DTYPES for r in reports(case, d, "sm_90")}
+    kernels = {r.kernel for case in cases.CASES for r in reports(case, torch.bfloat16, "sm_90")}
     assert kernels >= cases.MATRIX_KERNELS
     assert set(cases.SCALAR_LOADS) <= kernels | set(cases.CASES)
     assert set(cases.CASES) >= cases.SMALL_TILE_CASES | cases.TF32_CASES
