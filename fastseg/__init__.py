@@ -3,10 +3,11 @@
 import importlib
 
 from fastseg.ops.core.explain import explain, reference
+from fastseg.ops.core.forms import force
 from fastseg.ops.core.kept import frozen
 
 __version__ = "0.1.0"
-__all__ = ["explain", "frozen", "reference", "warmup"]
+__all__ = ["explain", "force", "frozen", "reference", "warmup"]
 
 _PACKAGES = (
     "cli",

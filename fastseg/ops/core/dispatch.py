@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.explain import IN_REFERENCE, _in_reference, _report, in_reference, record
+from fastseg.ops.core.forms import _forced
 from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -53,7 +54,7 @@ def is_torchs(x: Tensor) -> bool:
     """
     if INTERPRETED or type(x) is not Tensor or not x.is_cpu:
         return False
-    return not torch.compiler.is_dynamo_compiling() and _report.get() is None
+    return not torch.compiler.is_dynamo_compiling() and _report.get() is None and not _forced.get()
 
 
 def kernels_run(x: Tensor) -> bool:

@@ -42,13 +42,30 @@ class reference(ContextDecorator):  # lowercase, because it is used as `with fas
         _in_reference.set(tuple(block for block in _in_reference.get() if block[0]))
 
 
+class Refusal(NamedTuple):
+    """Why a form of an op did not run, and what the cost model expected of it."""
+
+    form: str
+    why: str
+    microseconds: float | None = None
+
+    def __str__(self) -> str:
+        cost = "" if self.microseconds is None else f" ({self.microseconds:.1f} us)"
+        return f"{self.form}{cost}: {self.why}"
+
+
 class Decision(NamedTuple):
+    """One call of an op: which form ran, and why every form before it in the op's list did not."""
+
     op: str
     shape: tuple[int, ...]
     dtype: str
     device: str
     path: str  # "triton", "cudnn", "torch" (a form of ours in plain PyTorch) or "reference"
     why: str
+    form: str = ""  # the name of the form that ran, as ``fastseg.force`` takes it
+    microseconds: float | None = None  # what the cost model expects of it
+    refused: tuple[Refusal, ...] = ()  # the forms asked before it
 
 
 class Report:
@@ -64,13 +81,18 @@ class Report:
         return len(self.decisions)
 
     def __str__(self) -> str:
-        rows = [Decision._fields, *([str(field) for field in d] for d in self.decisions)]
+        rows = [Decision._fields, *(_cells(d) for d in self.decisions)]
         widths = [max(len(row[i]) for row in rows) for i in range(len(Decision._fields))]
         return "\n".join("  ".join(f.ljust(w) for f, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
 
+def _cells(d: Decision) -> list[str]:
+    cost = "" if d.microseconds is None else f"{d.microseconds:.1f}"
+    return [*map(str, d[:7]), cost, "; ".join(map(str, d.refused))]
+
+
 class explain:  # lowercase, because it is used as `with fastseg.explain() as report:`
-    """Record, for each op called inside the block, which path ran and why.
+    """Record, for each op called inside the block, which form ran and why, and why each form before it did not.
 
     Example:
         >>> with fastseg.explain() as report:
@@ -95,10 +117,18 @@ def in_reference() -> bool:
     return bool(blocks) and any(block[0] for block in blocks)
 
 
-def record(op: str, x: Tensor, path: str, why: str) -> None:
-    """Record for ``explain`` what was decided for ``op``; must not be called while compiling."""
+def record(
+    op: str, x: Tensor, path: str, why: str, form: str = "", microseconds: float | None = None,
+    refused: tuple[Refusal, ...] = (), place: int | None = None,
+) -> None:  # fmt: skip
+    """Record for ``explain`` what was decided for ``op``; must not be called while compiling.
+
+    ``place``: where in the order of decisions; None, at the end.
+    """
     report = _report.get()
-    if report is not None:
-        report.decisions.append(
-            Decision(op, tuple(x.shape), str(x.dtype).removeprefix("torch."), str(x.device), path, why)
-        )
+    if report is None:
+        return
+    dtype, place = str(x.dtype).removeprefix("torch."), len(report) if place is None else place
+    report.decisions.insert(
+        place, Decision(op, tuple(x.shape), dtype, str(x.device), path, why, form, microseconds, refused)
+    )
