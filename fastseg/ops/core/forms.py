@@ -62,10 +62,10 @@ class Form:
 class Reference(Form):
     """The last form of a list: torch's own ops. It takes every request."""
 
-    name, path = "reference", "reference"
+    path = "reference"
 
-    def __init__(self, run: Callable):
-        self.run = run  # type: ignore[method-assign]
+    def __init__(self, run: Callable, name: str = "reference"):
+        self.run, self.name = run, name  # type: ignore[method-assign]
 
     def why(self, request: Any, refused: Sequence[Refusal]) -> str:
         return refused[-1].why if refused else ""
@@ -97,9 +97,9 @@ FORMS: dict[str, "Forms"] = {}  # by the name of the op
 _forced: ContextVar[tuple[Forced, ...]] = ContextVar("fastseg_forced", default=())
 
 
-def _form_of(op: str, blocks: Sequence[Forced]) -> str:
-    """The form that the innermost of the blocks asks for, or ""."""
-    return next((block.form for block in reversed(blocks) if block.op == op and block.active), "")
+def _asked_for(op: str, blocks: Sequence[Forced]) -> tuple[str, ...]:
+    """The forms that the blocks ask for, the innermost first."""
+    return tuple(block.form for block in reversed(blocks) if block.op == op and block.active)
 
 
 class Forms:
@@ -108,35 +108,35 @@ class Forms:
     Args:
         op: name of the op in ``force`` and ``explain``.
         forms: the last one takes every request.
+        aliases: other names of the op.
+        backward: True for a list of the op's backward, which ``force`` reaches by the op's name where the backward has
+            a form of that name.
     """
 
-    def __init__(self, op: str, forms: Sequence[Form]):
+    def __init__(self, op: str, forms: Sequence[Form], *, aliases: Sequence[str] = (), backward: bool = False):
         self.op, self.forms = op, tuple(forms)
+        self._named = {form.name: form for form in forms}
         self._choice = functools.lru_cache(maxsize=4096)(self._ask)
-        FORMS[op] = self
+        if not backward:
+            FORMS.update(dict.fromkeys((op, *aliases), self))
 
     def choose(self, request: Hashable) -> Choice:
-        """The form for this request; in ``reference()`` the last, in ``force`` the one that is named.
-
-        Raises:
-            ValueError: a form is forced that refuses the request.
-        """
+        """The form for this request; in ``reference()`` the last, in ``force`` the one that is named."""
         if _in_reference.get() and in_reference():
             return Choice(self.forms[-1], (), IN_REFERENCE)
         blocks = _forced.get()
-        return self._choice(request, _form_of(self.op, blocks) if blocks else "")
+        return self._choice(request, _asked_for(self.op, blocks) if blocks else ())
 
-    def _ask(self, request: Hashable, forced: str) -> Choice:
+    def _ask(self, request: Hashable, forced: tuple[str, ...]) -> Choice:
+        for name in forced:
+            if name in self._named and not self._named[name].refuses(request):
+                return Choice(self._named[name], (), IN_FORCE)
         refused = []
         for form in self.forms:
-            if forced and form.name != forced:
-                continue
             why = form.refuses(request)
-            if forced and why:
-                raise ValueError(f"{self.op} cannot run as {forced!r}, which fastseg.force asks for: {why}")
-            cost = None if forced or why else form.cost(request)
+            cost = None if why else form.cost(request)
             if not why and (cost is None or cost.pays):
-                return Choice(form, tuple(refused), forced and IN_FORCE)
+                return Choice(form, tuple(refused))
             refused.append(Refusal(form.name, why or str(cost.model), cost and cost.microseconds))
         raise AssertionError(f"{self.op}: {self.forms[-1].name}, the last form, refused {request}: {refused}")
 
@@ -144,14 +144,20 @@ class Forms:
         """Ask again at the next request."""
         self._choice.cache_clear()
 
-    def __call__(self, request: Hashable, *args: Any, recorded: Tensor | None = None, name: str = "") -> Any:
+    def decide(self, request: Hashable, recorded: Tensor, name: str = "") -> Form:
+        """Choose a form and record it for ``explain``, as a call of ``name`` on ``recorded``; the caller runs it."""
+        choice, report = self.choose(request), _report.get()
+        if report is not None:
+            self._record(choice, request, recorded, name, len(report))
+        return choice.form
+
+    def __call__(self, request: Hashable, *args: Any, recorded: Tensor | None = None) -> Any:
         """Choose a form and return ``form.run(*args)``.
 
         Args:
             request: all that decides.
             args: of the form.
             recorded: the tensor whose shape, dtype and device ``explain`` shows; None records nothing.
-            name: of the op in ``explain``, if it is not that of the list.
         """
         report = _report.get()
         place = 0 if report is None else len(report)
@@ -164,18 +170,23 @@ class Forms:
                 choice.form.remember(request, str(error))
                 self.forget()
         if report is not None and recorded is not None:
-            form, refused, why = choice
-            cost = form.cost(request) if why != IN_REFERENCE else None
-            us = None if cost is None else cost.microseconds
-            record(
-                name or self.op, recorded, form.path, why or form.why(request, refused), form.name, us, refused, place
-            )
+            self._record(choice, request, recorded, "", place)
         return y
+
+    def _record(self, choice: Choice, request: Hashable, x: Tensor, name: str, place: int) -> None:
+        form, refused, forced = choice
+        cost = form.cost(request) if forced != IN_REFERENCE else None
+        us = None if cost is None else cost.microseconds
+        why = forced or form.why(request, refused)
+        if forced == IN_FORCE and cost is not None:
+            why = f"{forced}; {cost.model}"
+        record(name or self.op, x, form.path, why, form.name, us, refused, place)
 
 
 class force(ContextDecorator):  # lowercase, because it is used as `with fastseg.force(op, form):`
     """Inside the block, run ``op`` as ``form``, whatever its cost model says: for tests, benchmarks and comparisons.
 
+    A call that the form refuses runs as outside the block; ``fastseg.explain()`` names the form that ran, and why.
     It is scoped to the calling thread or task, as ``fastseg.reference()`` is, which goes before it.
 
     Args:
@@ -183,7 +194,7 @@ class force(ContextDecorator):  # lowercase, because it is used as `with fastseg
         form: name of one of its forms.
 
     Raises:
-        ValueError: the op or the form is unknown; inside the block, a call that the form cannot compute.
+        ValueError: the op or the form is unknown.
 
     Example:
         >>> with fastseg.force("separable_conv2d", "split"):  # doctest: +SKIP
@@ -198,7 +209,7 @@ class force(ContextDecorator):  # lowercase, because it is used as `with fastseg
         names = [f.name for f in FORMS[op].forms]
         if form not in names:
             raise ValueError(f"force: {op} has no form {form!r}; use one of {', '.join(names)}")
-        self.op, self.form = op, form
+        self.op, self.form = FORMS[op].op, form
         self._blocks: list[Forced] = []  # one per entry
 
     def _recreate_cm(self) -> "force":

@@ -97,7 +97,8 @@ def pointwise_conv2d(
 
 
 def _launch_fwd(x, weight, bias, act, residual, image_bias) -> Tensor:
-    bias, image_bias = (None if t is None else t.contiguous() for t in (bias, image_bias))
+    bias = None if bias is None else bias.contiguous()
+    image_bias = None if image_bias is None else image_bias.contiguous()
     residual = None if residual is None else channels_last(residual)
     return like(x, pointwise_conv_fwd(channels_last(x), weight.contiguous(), bias, act, residual, image_bias))
 
