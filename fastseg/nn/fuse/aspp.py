@@ -60,25 +60,32 @@ def run_aspp(
     layers = opened(projection)
     conv, norm, act, stop = next_group(layers or ())
     if conv is None or watched(conv, nn.Conv2d) or not _pointwise(conv):
-        maps = parts if vector is None else [*parts, vector.expand(-1, -1, *parts[0].shape[2:])]
-        maps = [*maps[-1:], *maps[:-1]] if pool_first and vector is not None else maps
-        return projection(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
+        return _project_called(parts, vector, projection, pool_first)
     name, module = split_act(act)
-    if norm is not None and can_fold(parts[0], conv, norm, always=True) and (len(parts) > 1 or vector is not None):
+    if norm is not None and (len(parts) > 1 or vector is not None) and can_fold(parts[0], conv, norm, always=True):
         y = _project_folded(x, parts, vector, conv, norm, name, pool_first)
         return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
     if len(parts) > 1 and kernels_run(x):
         return run_layers(_project_each(x, parts, vector, conv, pool_first), layers[1:])
-    maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if vector is None:
-        return projection(maps)
-    # The pooled branch is constant over an image, and so is its contribution to the projection: a bias per image and
-    # channel.
+        return _project_called(parts, None, projection, pool_first)
+    return run_layers(_project_shared(parts, vector, conv, pool_first), layers[1:])
+
+
+def _project_called(parts: Sequence[Tensor], vector, projection: nn.Module, pool_first: bool) -> Tensor:
+    """The projection as a module, of all maps side by side."""
+    maps = parts if vector is None else [*parts, vector.expand(-1, -1, *parts[0].shape[2:])]
+    maps = [*maps[-1:], *maps[:-1]] if pool_first and vector is not None else maps
+    return projection(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
+
+
+def _project_shared(parts: Sequence[Tensor], vector: Tensor, conv: nn.Conv2d, pool_first: bool) -> Tensor:
+    """The convolution of the maps side by side; the pooled branch, constant over an image, is a bias for each image."""
+    maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     weight, pooled_weight = split_projection(conv.weight, maps.shape[1], pool_first)
     share = pool_share(vector, pooled_weight, conv.bias)
     with kept_as_recipe(maps):
-        y = project([maps], [weight], share, None)
-    return run_layers(y, layers[1:])
+        return project([maps], [weight], share, None)
 
 
 def _pointwise(conv: nn.Conv2d) -> bool:
