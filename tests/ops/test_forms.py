@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import fastseg
+from fastseg import ops
 from fastseg.ops import conv_act
+from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.core.forms import FORMS, Cost, Form, Forms, Reference, Refused, forced_blocks, forcing
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
@@ -186,3 +188,25 @@ def test_the_worked_example(monkeypatch):
     with torch.no_grad(), fastseg.explain() as report:
         exec(call, scope)
     assert [d.form for d in report] == ["one_pixel"]
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are interpreted")
+@pytest.mark.parametrize("op", ["max_pool2d", "upsample_bilinear", "separable_conv2d", "batch_norm_act"])
+def test_every_op_is_forced_to_torchs(op):
+    """What has one kernel, and what has several: the op of torch, differentiated by torch."""
+    x, weight = torch.randn(1, 4, 6, 6, requires_grad=True), torch.randn(4, 4, 1, 1)
+    norm = ops.BatchNormArgs(torch.zeros(4), torch.ones(4))
+    run = {
+        "max_pool2d": lambda: ops.max_pool2d(x, 2),
+        "upsample_bilinear": lambda: ops.upsample_bilinear(x, 9),
+        "separable_conv2d": lambda: ops.separable_conv2d(x, weight[:, :1], weight),
+        "batch_norm_act": lambda: ops.batch_norm_act(x, norm, "relu"),
+    }[op]
+    with fastseg.explain() as report:
+        want = run()
+        with fastseg.force(op, "reference"):
+            y = run()
+    assert [(d.path, d.form) for d in report][1] == ("reference", "reference") and report.decisions[0].path == "triton"
+    assert report.decisions[1].why == "inside fastseg.force()" and "fastseg" not in type(y.grad_fn).__name__.lower()
+    torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
+    assert "Backward0" in type(y.grad_fn).__name__

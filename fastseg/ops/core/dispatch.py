@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.explain import IN_REFERENCE, _in_reference, _report, in_reference, record
-from fastseg.ops.core.forms import _forced
+from fastseg.ops.core.forms import IN_FORCE, _forced, forced_to_reference
 from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -43,6 +43,8 @@ def use_kernel(
     if torch.compiler.is_compiling():
         return not (in_reference() or unsupported or _no_kernel(x))
     why = IN_REFERENCE if _in_reference.get() and in_reference() else ""
+    if not why and _forced.get() and forced_to_reference(op):
+        why = IN_FORCE
     why = why or unsupported or _no_kernel(x)
     if not why and (transforms_active() or is_tracing() or forward_ad_level() >= 0):
         why = _follower((x, *others))
@@ -50,7 +52,7 @@ def use_kernel(
         if why:
             record(op, x, "reference", why, "reference")
         elif form is not None:
-            record(op, x, "triton", form())
+            record(op, x, "triton", form(), "kernel")
     return not why
 
 

@@ -183,6 +183,21 @@ class Forms:
         record(name or self.op, x, form.path, why, form.name, us, refused, place)
 
 
+class _Kernel(Form):
+    name = "kernel"
+
+
+def two_forms(*ops: str) -> None:
+    """Name ops that have one kernel and torch's own ops: ``use_kernel`` chooses between the two by what it refuses."""
+    for op in ops:
+        Forms(op, [_Kernel(), Reference(NotImplemented)])
+
+
+def forced_to_reference(op: str) -> bool:
+    """True inside ``force(op, "reference")``, unless a block further in asks for another form."""
+    return op in FORMS and _asked_for(FORMS[op].op, _forced.get())[:1] == ("reference",)
+
+
 class force(ContextDecorator):  # lowercase, because it is used as `with fastseg.force(op, form):`
     """Inside the block, run ``op`` as ``form``, whatever its cost model says: for tests, benchmarks and comparisons.
 
