@@ -10,11 +10,9 @@ over the time, so that providers are comparable, and a kernel that reads somethi
 """
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from unittest import mock
 
 import problem
 import pytest
@@ -76,17 +74,6 @@ class Problem(problem.Problem):
         dy = self.gradient(y)
         wanted = [self.x, *network.parameters()]
         return lambda: torch.autograd.grad(y, wanted, dy, retain_graph=True)
-
-
-@contextmanager
-def forced(form: str) -> Iterator[None]:
-    """Inside the block the op's kernels take ``form`` ("fused" or "split"), whatever the cost model says."""
-    from fastseg.kernels.separable_conv import launch as separable_conv
-    from fastseg.kernels.separable_conv.cost import Plan
-
-    nan = float("nan")
-    with mock.patch.object(separable_conv, "plan", lambda *sizes, **options: Plan(form, nan, nan, "any chip")):
-        yield
 
 
 def macs(shape: SeparableShape) -> int:

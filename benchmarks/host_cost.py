@@ -19,18 +19,36 @@ from torch.nn import functional as F
 
 from fastseg import nn as fnn
 from fastseg.kernels.runtime.launch import intercept
-from fastseg.measure.comparison import eager_form
 from fastseg.measure.timing import interleaved, medians
 
 
+class EagerASPP(nn.Module):
+    """As one writes it in PyTorch."""
+
+    def __init__(self, C: int, rates: tuple[int, ...] = (6, 12, 18)):
+        super().__init__()
+        self.convs = nn.ModuleList([conv_norm_relu(C, C, 1), *(conv_norm_relu(C, C, 3, rate) for rate in rates)])
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_norm_relu(C, C, 1))
+        self.project = nn.Sequential(*conv_norm_relu(C * (len(rates) + 2), C, 1), nn.Dropout(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = F.interpolate(self.pool(x), x.shape[2:], mode="bilinear", align_corners=False)
+        return self.project(torch.cat([*(conv(x) for conv in self.convs), pooled], 1))
+
+
+def conv_norm_relu(C: int, COUT: int, K: int, rate: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(C, COUT, K, padding=rate * (K // 2), dilation=rate, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(COUT), nn.ReLU())
+
+
 def pairs() -> dict[str, tuple]:
-    """name -> ours, eager's."""
-    modules = {
-        "SeparableConv2d": fnn.SeparableConv2d(16, 16, mid_norm=True, mid_act="relu"),
-        "ConvNormAct2d": fnn.ConvNormAct2d(16, 16, 3, padding=1),
-        "ASPP": fnn.ASPP(16, 16),
+    """name -> ours, and what eager PyTorch has for it: modules of ``torch.nn``, unpatched."""
+    separable = nn.Sequential(*conv_norm_relu(16, 16, 3, groups=16), *conv_norm_relu(16, 16, 1))
+    out = {
+        "SeparableConv2d": (fnn.SeparableConv2d(16, 16, mid_norm=True, mid_act="relu").eval(), separable.eval()),
+        "ConvNormAct2d": (fnn.ConvNormAct2d(16, 16, 3, padding=1).eval(), conv_norm_relu(16, 16, 3).eval()),
+        "ASPP": (fnn.ASPP(16, 16).eval(), EagerASPP(16).eval()),
     }
-    out = {name: (module.eval(), eager_form(module.eval())) for name, module in modules.items()}
     out["BatchNormAct2d"] = fnn.BatchNormAct2d(16).eval(), nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()).eval()
     out["MaxPool2d, indices"] = fnn.MaxPool2d(2, return_indices=True), nn.MaxPool2d(2, return_indices=True)
     out["UpsamplingBilinear2d"] = fnn.UpsamplingBilinear2d(scale_factor=2), nn.UpsamplingBilinear2d(scale_factor=2)

@@ -79,11 +79,14 @@ def _like_convolution(func, args, kwargs) -> Tensor:
         return torch.empty(y.shape, dtype=y.dtype, memory_format=format).zero_()
 
 
+ON_CUDA = {"device": "cuda", "cudnn": True, "deterministic": False}  # what a request says there
+
+
 @contextmanager
 def count() -> Iterator[Counter[str]]:
     """Count the launches inside the block by kernel or op; ``.total()`` is their number."""
     counts: Counter[str] = Counter()
-    unsupported = _conv_act.unsupported
+    request_of = _conv_act.request_of
 
     def on_launch(kernel, *_) -> None:
         counts[kernel.fn.__name__] += 1
@@ -97,10 +100,7 @@ def count() -> Iterator[Counter[str]]:
         return fused(x, weight, bias, *options)
 
     as_on_cuda = (
-        mock.patch.object(_conv_act, "on_cpu", lambda x: False),
-        mock.patch.object(
-            _conv_act, "unsupported", lambda r: unsupported(r._replace(device="cuda", cudnn=True, deterministic=False))
-        ),
+        mock.patch.object(_conv_act, "request_of", lambda *a, **k: request_of(*a, **k)._replace(**ON_CUDA)),
         mock.patch.object(torch, "cudnn_convolution_relu", fused),
         mock.patch.object(torch, "cudnn_convolution_add_relu", fused_add),
         intercept(on_launch),

@@ -34,6 +34,7 @@ from harness import isolated, settle
 from problem import Case, Problem
 from record import Log
 
+import fastseg
 from fastseg.inference.graphs import captured
 from fastseg.measure.timing import interleaved
 from fastseg.ops.core.dispatch import INTERPRETED
@@ -239,7 +240,7 @@ def forms(log: Log, device: torch.device, tiny: bool) -> None:
 
 
 def _form(log: Log, problem: bench.Problem, case: Case, form: str) -> None:
-    with problem.context(), bench.forced(form):
+    with problem.context(), fastseg.force("separable_conv2d", form):
         fn = problem.function(problem.fused)
         timing = timed(fn, problem.device)
         summary = harness.summary(timing, bytes_moved=problem.bytes_moved, floor_s=case.floor_s(problem.device))

@@ -126,7 +126,8 @@ def _as_on(gpu: str, autocast: bool) -> Iterator[None]:
     from fastseg.ops import conv_act
     from fastseg.ops.core import dispatch
 
-    enabled, context, unsupported = torch.is_autocast_enabled, torch.autocast, conv_act.unsupported
+    enabled, context, request_of = torch.is_autocast_enabled, torch.autocast, conv_act.request_of
+    on_cuda = {"device": "cuda", "cudnn": True, "deterministic": False}
     select = config.select
     as_cuda = lambda kernel, *, size, device, **key: select(kernel, size=size, device=torch.device("cuda", 0), **key)
     patches = [
@@ -140,9 +141,7 @@ def _as_on(gpu: str, autocast: bool) -> Iterator[None]:
             torch, "autocast", lambda kind, *a, **k: nullcontext() if kind == "meta" else context(kind, *a, **k)
         ),
         mock.patch.object(torch, "equal", lambda a, b: True),  # of indices with their own rounding to a format
-        mock.patch.object(
-            conv_act, "unsupported", lambda r: unsupported(r._replace(device="cuda", cudnn=True, deterministic=False))
-        ),
+        mock.patch.object(conv_act, "request_of", lambda *a, **k: request_of(*a, **k)._replace(**on_cuda)),
         mock.patch.object(torch, "cudnn_convolution_relu", _library),
         mock.patch.object(
             torch, "cudnn_convolution_add_relu", lambda x, w, z, alpha, bias, *options: _library(x, w, bias, *options)

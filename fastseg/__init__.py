@@ -2,11 +2,12 @@
 
 import importlib
 
-from fastseg.ops.core.explain import explain, reference
+from fastseg.ops.core.explain import explain, reference, unfused
+from fastseg.ops.core.forms import force
 from fastseg.ops.core.kept import frozen
 
 __version__ = "0.1.0"
-__all__ = ["explain", "frozen", "reference", "warmup"]
+__all__ = ["explain", "force", "frozen", "reference", "unfused", "warmup"]
 
 _PACKAGES = (
     "cli",

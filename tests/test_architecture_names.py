@@ -178,7 +178,29 @@ def no_cached_tensors(tree: ast.Module, path: Path) -> Iterator[Finding]:
                 yield node.lineno, f"{node.name} is memoised and gives a tensor"
 
 
+def forms_are_chosen_in_one_place(tree: ast.Module, path: Path) -> Iterator[Finding]:
+    """A cost model is asked in a form's ``cost``; nobody exchanges it: ``fastseg.force`` forces a form."""
+    for call, name in calls(tree):
+        patched = call.args[1] if name.endswith(("setattr", "patch.object")) and len(call.args) > 1 else None
+        if isinstance(patched, ast.Constant) and str(patched.value).startswith("plan"):
+            yield call.lineno, f"{patched.value} is patched: use fastseg.force(op, form)"
+    if path.parts[0] != "fastseg":
+        return
+    models = {local for local, name in bound(tree).items() if name.startswith("fastseg.kernels.") and local == "plan"}
+    asked = {
+        call.lineno
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef) and node.name == "cost"
+        for call, name in calls(node)
+        if name in models
+    }
+    for call, name in calls(tree):
+        if name in models and call.lineno not in asked:
+            yield call.lineno, f"{name} is a cost model: ask it in the cost() of a Form, and let Forms choose"
+
+
 RULES: dict[Rule, tuple[str, ...]] = {
+    forms_are_chosen_in_one_place: ("fastseg", "tests", "benchmarks"),
     underscores_stay_in_their_folder: ("kernels", "fastseg", "tests", "benchmarks", "examples"),
     private_names_in_one_file: ("kernels", "fastseg"),
     no_frames: ("kernels", "fastseg"),
@@ -248,6 +270,18 @@ PLANTED = [  # rule, path, source with one violation on its last line, the same 
     (chips_in_one_table, "kernels/x.py", "programs = 2 * 132", "programs = 2 * 128"),
     (chips_in_one_table, "kernels/x.py", "rate = 4.3e12", "rate = 4.3e-6"),
     (chips_in_one_table, "kernels/x.py", "L2_BYTES = 50", "from x import L2_BYTES"),
+    (
+        forms_are_chosen_in_one_place,
+        "fastseg/ops/x.py",
+        "from fastseg.kernels.x.cost import plan\ndef f(x):\n    return plan(x).own",
+        "from fastseg.kernels.x.cost import plan\nclass A(Form):\n    def cost(self, r):\n        return plan(r).own",
+    ),
+    (
+        forms_are_chosen_in_one_place,
+        "tests/x.py",
+        "monkeypatch.setattr(op, 'plan', lambda *sizes: None)",
+        "fastseg.force('op', 'form')\nassert plan(1).own",
+    ),
     (
         no_cached_tensors,
         "kernels/x.py",

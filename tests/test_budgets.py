@@ -11,10 +11,10 @@ from fastseg.kernels.runtime.launch import intercept
 
 # As counted, and a few to spare; 0.2 to 0.4 us each with what stands between them (`python benchmarks/host_cost.py`).
 MOST = {
-    "SeparableConv2d": 150,
-    "ConvNormAct2d": 105,  # its norm is folded in each call
-    "ASPP": 745,  # its norms are folded, and the tables of its regions written, in each call
-    "BatchNormAct2d": 50,
+    "SeparableConv2d": 80,
+    "ConvNormAct2d": 75,  # its norm is folded in each call
+    "ASPP": 455,  # its norms are folded, and the tables of its regions written, in each call
+    "BatchNormAct2d": 46,
     "MaxPool2d, indices": 49,
     "UpsamplingBilinear2d": 49,
     "UpsampleArgmax": 90,

@@ -14,8 +14,8 @@ from fastseg.inference.runner import Runner
 from fastseg.measure.timing import interleaved, medians
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.loss import UpsampleCrossEntropyLoss
-from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
-from fastseg.ops.core.explain import explain
+from fastseg.nn.upsampling import UpsampleArgmax
+from fastseg.ops.core.explain import explain, unfused
 
 # (C, OUT, H = W, dilation) in DeepLabV3+ on 512 x 512 pixels: Xception's entry flow, its middle flow, an ASPP branch.
 SEPARABLE_SHAPES = ((128, 128, 128, 1), (728, 728, 32, 1), (256, 256, 32, 12))
@@ -109,30 +109,21 @@ def module_case(name: str, shape: str, module: nn.Module, plain: nn.Module, x: T
     return Case(name, shape, lambda: module(x), lambda: plain(x))
 
 
+class EagerForm(nn.Module):
+    """``model`` as its modules are written: torch's Conv2d, BatchNorm2d and activation, one after another."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *args, **kwargs):
+        with unfused():
+            return self.model(*args, **kwargs)
+
+
 def eager_form(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` that calls its torch children one after the other: Conv2d, BatchNorm2d, activation.
-
-    fastseg fuses children only if they are not watched, so a no-op hook on each convolution and norm is enough. A
-    bilinear transposed convolution treats its weight as any other.
-    """
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if isinstance(module, (nn.Conv2d, nn.BatchNorm2d)):
-            module.register_forward_pre_hook(_watch)
-        elif isinstance(module, BilinearConvTranspose2d):
-            module._kind = _dense
-        torchs = getattr(nn, type(module).__name__, None)
-        if torchs is not None and type(module) is not torchs and isinstance(module, torchs):
-            module.__class__ = torchs  # a drop-in: it has its parent's attributes
-    return plain
-
-
-def _watch(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    return None
-
-
-def _dense() -> str:
-    return "dense"
+    """A copy of ``model`` that runs inside ``fastseg.unfused()``: the baseline of comparisons with eager PyTorch."""
+    return EagerForm(copy.deepcopy(model)).train(model.training)
 
 
 @torch.no_grad()

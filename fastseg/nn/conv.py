@@ -93,9 +93,10 @@ class SeparableConv2d(nn.Module):
     @leaf
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); residual: (N, out_channels, OH, OW), added to the output."""
+        children = self._modules  # an absent norm is no child; attributes would cost a call each
         return run_separable(
-            x, self.depthwise, self.mid_norm, self.mid_act, self.pointwise, self.post_norm, self.post_act,
-            pre_act=self.pre_act, residual=residual,
+            x, children["depthwise"], children.get("mid_norm"), self.mid_act, children["pointwise"],
+            children.get("post_norm"), self.post_act, pre_act=self.pre_act, residual=residual,
         )  # fmt: skip
 
     def extra_repr(self) -> str:

@@ -7,6 +7,8 @@ from typing import Any
 from torch import nn
 from torch.overrides import has_torch_function
 
+from fastseg.ops.core.explain import UNFUSED_DEPTH, in_unfused
+
 
 def leaf(forward: Callable) -> Callable:
     """Decorate a module's ``forward`` so that ``torch.fx`` records it as one ``call_module``.
@@ -17,6 +19,8 @@ def leaf(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def call(self: nn.Module, *args, **kwargs):
+        if UNFUSED_DEPTH[0] and (torchs := stood_for(self)) is not None:
+            return torchs.forward(self, *args, **kwargs)
         if has_torch_function(args) or (kwargs and has_torch_function(tuple(kwargs.values()))):
             found = recorded(self, args, kwargs)
             if found is not None:
@@ -24,6 +28,17 @@ def leaf(forward: Callable) -> Callable:
         return forward(self, *args, **kwargs)
 
     return call
+
+
+def stood_for(module: nn.Module) -> type[nn.Module] | None:
+    """Inside ``fastseg.unfused()``, the torch class that a drop-in stands for; else None."""
+    if not in_unfused():
+        return None
+    for kind in type(module).__mro__:
+        torchs = getattr(nn, kind.__name__, None)
+        if torchs is not None and torchs is not kind and issubclass(kind, torchs):
+            return torchs
+    return None
 
 
 def recorded(module: nn.Module, args: tuple, kwargs: dict[str, Any]):

@@ -8,7 +8,8 @@ from torch.overrides import has_torch_function_unary
 from fastseg.nn.fuse.children import batch_norm_args, check_activations
 from fastseg.nn.leaf import leaf
 from fastseg.ops import batch_norm_act
-from fastseg.ops.core.norm import Activation
+from fastseg.ops.core.explain import UNFUSED_DEPTH, in_unfused
+from fastseg.ops.core.norm import Activation, activate
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -69,7 +70,11 @@ class BatchNormAct2d(nn.BatchNorm2d):
         """input: (N, C, H, W); residual: (N, C, H, W), added before the activation."""
         if not has_torch_function_unary(input):  # a tracer's proxy has no dimensions to check
             self._check_input_dim(input)
-        return batch_norm_act(input, batch_norm_args(self), self.act, residual, process_group=self._group())
+        group = self._group()
+        if UNFUSED_DEPTH[0] and group is None and in_unfused():
+            y = super().forward(input)
+            return activate(y if residual is None else y + residual, self.act)
+        return batch_norm_act(input, batch_norm_args(self), self.act, residual, process_group=group)
 
     def _group(self) -> "dist.ProcessGroup | None":
         """The process group whose statistics to share at present."""

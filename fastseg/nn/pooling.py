@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from fastseg.nn.leaf import leaf, recorded
+from fastseg.nn.leaf import leaf, recorded, stood_for
+from fastseg.ops.core.explain import UNFUSED_DEPTH
 from fastseg.ops.max_pool import IndexFormat, max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import CheckIndices, max_unpool1d, max_unpool2d, max_unpool3d
 from fastseg.ops.pool_indices import PoolIndices
@@ -26,6 +27,8 @@ class _MaxPool:
         # A `leaf`, written out: its call would be a tenth of what a small map takes.
         if type(input) is not Tensor and (found := recorded(self, (input,), {})) is not None:
             return found
+        if UNFUSED_DEPTH[0] and (torchs := stood_for(self)) is not None:
+            return torchs.forward(self, input)
         return self.pool(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices,
             index_format=self.index_format,

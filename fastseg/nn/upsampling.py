@@ -15,6 +15,7 @@ from fastseg.ops.bilinear_conv_transpose import (
     conv_transpose2d_plus,
 )
 from fastseg.ops.core.dispatch import record_reference
+from fastseg.ops.core.explain import UNFUSED_DEPTH, in_unfused
 from fastseg.ops.core.kept import made_once
 from fastseg.ops.core.torch_private import constant_while_compiling
 from fastseg.ops.upsample_argmax import upsample_argmax
@@ -160,7 +161,7 @@ class BilinearConvTranspose2d(nn.ConvTranspose2d):
         return {**super().__getstate__(), "_seen": None}  # a weak reference can neither be pickled nor copied
 
     def _kind(self) -> Literal["bilinear", "diagonal", "dense"]:
-        if self.weight.requires_grad and torch.is_grad_enabled():
+        if (self.weight.requires_grad and torch.is_grad_enabled()) or (UNFUSED_DEPTH[0] and in_unfused()):
             return "dense"
         return self._look_while_tracing() if torch.compiler.is_compiling() else self._look()
 

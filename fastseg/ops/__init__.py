@@ -5,6 +5,7 @@ from fastseg.ops.atrous_conv2d import atrous_conv2d
 from fastseg.ops.batch_norm_act import batch_norm_act
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilinear_kernel
+from fastseg.ops.core.forms import two_forms
 from fastseg.ops.core.norm import BatchNormArgs
 from fastseg.ops.max_pool import max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
@@ -16,6 +17,12 @@ from fastseg.ops.upsample_bilinear import upsample_bilinear
 from fastseg.ops.upsample_concat import upsample_concat
 from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
+
+two_forms(
+    "batch_norm_act", "batch_norm_act_max_pool2d", "bilinear_conv_transpose2d", "max_pool1d", "max_pool2d",
+    "max_pool3d", "max_unpool1d", "max_unpool2d", "max_unpool3d", "upsample_bilinear", "upsample_concat",
+    "upsample_cross_entropy",
+)  # fmt: skip
 
 __all__ = [
     "BatchNormArgs",

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.dispatch import (
-    HAS_TRITON,
     autocast_dtype,
     followed,
     is_torchs,
@@ -20,7 +19,15 @@ from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.cpu.packed import conv2d
-from fastseg.ops.registered.atrous_conv import MOST_BRANCHES, NAME, AtrousBranches, atrous_branches_ref, fwd_op, plan_of
+from fastseg.ops.registered.atrous_conv import (
+    FORMS,
+    NAME,
+    AtrousBranches,
+    atrous_branches_ref,
+    fwd_op,
+    not_taken,
+    request_of,
+)
 
 
 def atrous_conv2d(
@@ -146,33 +153,37 @@ def atrous_maps(
 
 def are_one_map(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
     """True if ``atrous_branches`` writes all branches into one map; False if it concatenates a GPU library's maps."""
-    if torch.compiler.is_compiling() or not kernels_run(x):
+    if not kernels_run(x) or followed():
         return True
-    return not _unsupported(x, weights, (), dilations, None, None)[0]
+    kernels = [w.shape[-1] for w in weights]
+    request = request_of(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations)
+    return FORMS.choose(request).form is not FORMS.forms[-1]
 
 
 def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool) -> list[Tensor]:
-    weights, biases, dilations = list(weights), list(biases or ()), [whole(d) for d in dilations]
+    weights, biases = list(weights), list(biases or ())
+    dilations = [d if type(d) is int else whole(d) for d in dilations]
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))
     _check(name, x, weights, biases, dilations, act, residual)
-    if not _takes_kernel(name, x, weights, biases, dilations, act, residual):
+    kernels, tensors = [w.shape[-1] for w in weights], [*weights, *biases, residual]
+    if is_torchs(x) and all(t is None or t.is_cpu for t in tensors):
+        ours = False
+    else:
+        ours = use_kernel(name, x, *tensors, unsupported=not_taken(kernels), form=None)
+    if ours and not followed():  # a graph holds the op, which asks when it runs: sizes are unknown before
+        passes = (act is not None) + (residual is not None)
+        request = request_of(x.shape, x.dtype, weights[0].shape[0], kernels, dilations, passes)
+        ours = FORMS.decide(request, x, name) is not FORMS.forms[-1]
+    if not ours:  # torch differentiates its own convolutions
         if residual is None and _nothing_follows(x, *weights, *biases):
             return _one_by_one(x, weights, biases, dilations, act)
         return [atrous_branches_ref(x, weights, biases, dilations, act, residual)]
-    if needs_grad(x, *weights, *biases, residual):
+    if needs_grad(x, *tensors):
         y = AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
     return [like(x, y) if as_x else y]
-
-
-def _takes_kernel(name: str, x: Tensor, weights, biases, dilations, act, residual) -> bool:
-    tensors = [t for t in (*weights, *biases, residual) if t is not None]
-    if is_torchs(x) and all(t.is_cpu for t in tensors):
-        return False
-    unsupported, form = _unsupported(x, weights, biases, dilations, act, residual)
-    return use_kernel(name, x, *tensors, unsupported=unsupported, form=lambda: form)
 
 
 def _nothing_follows(*tensors: Tensor) -> bool:
@@ -221,22 +232,9 @@ def _check(name, x, weights, biases, dilations, act, residual) -> None:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
     if torch.is_autocast_enabled(x.device.type):
         return
-    for label, t in (*(("a weight", w) for w in weights), ("residual", residual)):
+    for t in (*weights, residual):
         if t is not None and t.dtype != x.dtype:
+            label = "residual" if t is residual else "a weight"
             raise TypeError(
                 f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
             )
-
-
-def _unsupported(x, weights, biases, dilations, act, residual) -> tuple[str, str]:
-    """Return why torch's convolutions run, or "", and what the cost model says; a graph asks again when it runs."""
-    kernels = [w.shape[-1] for w in weights]
-    if any(K not in (1, 3) for K in kernels):
-        return f"kernel size {max(kernels)}: the kernel takes 1 and 3", ""
-    if len(weights) > MOST_BRANCHES:
-        return f"{len(weights)} branches: the kernel takes {MOST_BRANCHES}", ""
-    if not HAS_TRITON or followed(x):
-        return "", ""
-    passes = (act is not None) + (residual is not None)
-    chosen = plan_of(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations, passes)
-    return chosen if isinstance(chosen, str) else "" if chosen.own else str(chosen), str(chosen)

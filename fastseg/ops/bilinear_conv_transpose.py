@@ -240,8 +240,6 @@ def _too_large(x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> str:
 
 
 def _launch_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
-    if _too_large(x, skip, size):
-        return _plain_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset)
     x, channels_last = settle(x)
     layout = torch.channels_last if channels_last else torch.contiguous_format
     skip = None if skip is None else skip.contiguous(memory_format=layout)
@@ -258,8 +256,6 @@ def _plain_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
 
 
 def _launch_bwd(dy, size, stride, kernel_size, padding):
-    if unsupported(dy.shape[1], tuple(size), tuple(dy.shape[2:])):
-        return _plain_bwd(dy, size, stride, kernel_size, padding)
     dy, channels_last = settle(dy)
     return bilinear_bwd(dy, tuple(size), Taps("kernel", (0.0, 0.0), stride, kernel_size, padding), channels_last)
 
@@ -279,12 +275,14 @@ _fwd = register(
     _launch_fwd,
     _plain_fwd,
     lambda x, skip, bias, size, *_: new_map(x, (*x.shape[:2], *size)),
+    refuses=lambda x, skip, bias, size, *_: _too_large(x, skip, size),
 )
 _bwd = register(
     f"{NAME}_bwd(Tensor dy, SymInt[] size, int stride, int kernel_size, int padding) -> Tensor",
     _launch_bwd,
     _plain_bwd,
     lambda dy, size, *_: new_map(dy, (*dy.shape[:2], *size)),
+    refuses=lambda dy, size, *_: unsupported(dy.shape[1], tuple(size), tuple(dy.shape[2:])),
 )
 
 

@@ -1,12 +1,14 @@
 """Inverted residual block with folded norms as one registered op, without gradients."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, use_kernel
+from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.layout import channels_last, like, new_map
 from fastseg.ops.core.norm import ACTIVATIONS
 from fastseg.ops.core.register import register
@@ -14,13 +16,60 @@ from fastseg.ops.core.register import register
 if HAS_TRITON:
     from fastseg.kernels.inverted_residual.cost import plan
     from fastseg.kernels.inverted_residual.fwd import Weights, inverted_residual_fwd
-    from fastseg.kernels.runtime.ceilings import chip_of
+    from fastseg.kernels.runtime.ceilings import Chip, chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
     from fastseg.kernels.runtime.tensors import tf32
 
 
-def takes_whole(x: Tensor, hidden: int, out_channels: int, stride: int, dilation: int) -> bool:
-    """True if one kernel is faster than an expansion and a pair of convolutions; recorded for ``explain``.
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    shape: tuple[int, ...]  # of x
+    hidden: int
+    out_channels: int
+    stride: int
+    dilation: int
+    dtype: torch.dtype
+    channels_last: bool
+    tf32: bool
+    chip: "Chip"
+
+
+class WholeForm(Form):
+    """One kernel for the whole block; ``run`` gets it and the parts, ready to be called."""
+
+    name = "whole"
+
+    def refuses(self, r: Request) -> str:
+        if len(r.shape) != 4 or 0 in r.shape:
+            return "an empty map, or not 4-D"
+        if r.dtype not in (torch.float16, torch.bfloat16):
+            return "expansion and pair: the whole block is for 16 bits, where its accumulators fit"
+        if not r.channels_last:
+            return "expansion and pair: not channels_last"
+        return _geometry(r).unsupported()
+
+    def cost(self, r: Request) -> Cost:
+        chosen = plan(_geometry(r), r.hidden, r.dtype, tf32=r.tf32, chip=r.chip)
+        return Cost(chosen.whole, chosen.whole_us, chosen)
+
+    def run(self, whole: Callable[[], Tensor], parts: Callable[[], Tensor]) -> Tensor:
+        return whole()
+
+
+def _geometry(r: Request) -> "Geometry":
+    N, C, H, W = r.shape
+    OH, OW = -(-H // r.stride), -(-W // r.stride)
+    return Geometry(N, C, H, W, r.out_channels, OH, OW, 3, r.stride, r.dilation, r.dilation)
+
+
+FORMS = Forms("inverted_residual", [WholeForm(), Reference(lambda whole, parts: parts(), "parts")])
+
+
+def whole_or_parts(
+    x: Tensor, hidden: int, out_channels: int, stride: int, dilation: int, whole: Callable, parts: Callable
+) -> Tensor:
+    """``whole()`` if one kernel is faster than an expansion and a pair of convolutions, else ``parts()``.
 
     Args:
         x: (N, C, H, W); it needs no gradient.
@@ -28,26 +77,15 @@ def takes_whole(x: Tensor, hidden: int, out_channels: int, stride: int, dilation
         out_channels: channels of the block's output.
         stride: of the depthwise convolution, in pixels.
         dilation: of the depthwise convolution, in pixels; its padding is the same.
+        whole: runs ``inverted_residual``.
+        parts: gives the same result.
     """
-    why, form = _why_parts(x, hidden, out_channels, stride, dilation)
-    return use_kernel("inverted_residual", x, unsupported=why, form=lambda: form)
-
-
-def _why_parts(x: Tensor, hidden: int, out_channels: int, stride: int, dilation: int) -> tuple[str, str]:
-    """Return why the block runs as expansion and pair ("" if it runs whole) and what the cost model says."""
-    if not HAS_TRITON or x.dim() != 4 or x.numel() == 0:
-        return "an empty map, or not 4-D", ""
-    dtype = autocast_dtype(x)
-    if dtype not in (torch.float16, torch.bfloat16):
-        return "expansion and pair: the whole block is for 16 bits, where its accumulators fit", ""
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return "expansion and pair: not channels_last", ""
-    N, C, H, W = x.shape
-    g = Geometry(N, C, H, W, out_channels, -(-H // stride), -(-W // stride), 3, stride, dilation, dilation)
-    if why := g.unsupported():
-        return why, ""
-    chosen = plan(g, hidden, dtype, tf32=tf32(dtype, x.device), chip=chip_of(x.device))
-    return "" if chosen.whole else str(chosen), str(chosen)
+    if not use_kernel("inverted_residual", x, form=None):
+        return parts()
+    dtype, last = autocast_dtype(x), x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    device = x.device
+    sizes = (tuple(x.shape), hidden, out_channels, stride, dilation)
+    return FORMS(Request(*sizes, dtype, last, tf32(dtype, device), chip_of(device)), whole, parts, recorded=x)
 
 
 def inverted_residual(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, followed_eagerly, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import unpool_to
@@ -218,7 +218,7 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
     cpu = v.device.type == "cpu" and not followed()
     dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
     # Traces and transforms: torch's own function looks at sizes and values, and supports neither vmap nor ONNX.
-    composed = dropped or (followed() and not torch.compiler.is_compiling())
+    composed = dropped or followed_eagerly()
     if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
         checked = not trusted and 0 not in geometry.size  # into an empty plane torch looks at no index
         return spread_ref(v, index, geometry.size, add=False, checked=checked, sync=sync)

@@ -1,12 +1,14 @@
 """Max unpooling followed by a convolution."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.register import register
@@ -17,7 +19,7 @@ from fastseg.ops.registered.pooling import Geometry
 
 if HAS_TRITON:
     from fastseg.kernels.pooling.max_unpool_conv import max_unpool_conv_fwd, plan
-    from fastseg.kernels.runtime.ceilings import chip_of
+    from fastseg.kernels.runtime.ceilings import Chip, chip_of
 
 
 def max_unpool_conv2d(
@@ -65,40 +67,75 @@ def max_unpool_conv2d(
         )
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name}: weight is {tuple(weight.shape)}; its kernel must be square and odd")
-    unsupported, why = _unsupported(input, indices, weight, bias, kernel_size, stride, output_size)
-    if not use_kernel(name, input, weight, bias, unsupported=unsupported, form=lambda: why):
-        unpooled = max_unpool2d(input, indices, kernel_size, stride, 0, output_size)
-        return conv2d(unpooled, weight, bias, padding=(weight.shape[-1] // 2,) * 2, act=act)
-    indices.check()
-    geometry = (indices.input_size, indices.kernel_size, indices.stride)
-    return _fwd(input, indices.codes, weight, bias, act or "none", *geometry)
+    why = _stored(input, indices, weight, bias, kernel_size, stride, output_size)
+    args = (input, indices, weight, bias, act, kernel_size, stride, output_size)
+    if not use_kernel(name, input, weight, bias, unsupported=why, form=None):
+        return _one_after_the_other(*args)
+    return FORMS(_request(indices, input, weight), *args, recorded=input)
 
 
-def _unsupported(input, indices, weight, bias, kernel_size, stride, output_size) -> tuple[str, str]:
-    """Return why the map is stored ("" if it is not) and what the cost model says."""
+def _one_after_the_other(input, indices, weight, bias, act, kernel_size, stride, output_size) -> Tensor:
+    unpooled = max_unpool2d(input, indices, kernel_size, stride, 0, output_size)
+    return conv2d(unpooled, weight, bias, padding=(weight.shape[-1] // 2,) * 2, act=act)
+
+
+def _stored(input, indices, weight, bias, kernel_size, stride, output_size) -> str:
+    """Why the unpooled map is stored whatever its size, or ""."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias)):
-        return "gradients are needed: unpooling, then convolution", ""
+        return "gradients are needed: unpooling, then convolution"
     if followed():
-        return "a captured graph, a trace or transform: unpooling, then convolution", ""
+        return "a captured graph, a trace or transform: unpooling, then convolution"
     if not isinstance(indices, PoolIndices) or not indices.channels_last or input.numel() == 0:
-        return "no compact indices in channels_last: unpooling, then convolution", ""
+        return "no compact indices in channels_last: unpooling, then convolution"
     pair = lambda v: tuple(v) if isinstance(v, Iterable) else (v, v)
     size = indices.input_size if output_size is None else tuple(output_size)[-2:]
     windows = (pair(kernel_size), pair(kernel_size if stride is None else stride), (0, 0), (1, 1))
     own = (indices.kernel_size, indices.stride, indices.padding, indices.dilation)
     if own != windows or tuple(size) != indices.input_size or input.shape != indices.shape:
-        return "indices of another pooling: unpooling, then convolution", ""
-    if not HAS_TRITON:
-        return "", ""
-    N, C, OH, OW = input.shape
-    pool = Geometry.of(size, (OH, OW), *windows).pooling(N, C, True)
-    why = pool.unsupported() or ("" if pool.disjoint else "overlapping windows: unpooling, then convolution")
-    if why:
-        return why, ""
-    pixels = N * size[0] * size[1]
-    sizes = pixels, N * OH * OW, C, weight.shape[0], weight.shape[-1]
-    chosen = plan(*sizes, input.dtype, indices.bits, chip_of(input.device))
-    return ("" if chosen.fold else str(chosen)), str(chosen)
+        return "indices of another pooling: unpooling, then convolution"
+    return ""
+
+
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    geometry: Geometry
+    shape: tuple[int, ...]  # of the windows' values
+    COUT: int
+    K: int
+    dtype: torch.dtype
+    bits: int  # of a code
+    chip: "Chip"
+
+
+def _request(indices: PoolIndices, input: Tensor, weight: Tensor) -> Request:
+    windows = (indices.kernel_size, indices.stride, indices.padding, indices.dilation)
+    geometry = Geometry.of(indices.input_size, tuple(input.shape[2:]), *windows)
+    COUT, K = weight.shape[0], weight.shape[-1]
+    return Request(geometry, tuple(input.shape), COUT, K, input.dtype, indices.bits, chip_of(input.device))
+
+
+class FoldForm(Form):
+    """Our kernel, which builds the convolution's operand from the windows."""
+
+    name = "fold"
+
+    def refuses(self, r: Request) -> str:
+        pool = r.geometry.pooling(r.shape[0], r.shape[1], True)
+        return pool.unsupported() or ("" if pool.disjoint else "overlapping windows: unpooling, then convolution")
+
+    def cost(self, r: Request) -> Cost:
+        (H, W), (N, C, OH, OW) = r.geometry.size, r.shape
+        chosen = plan(N * H * W, N * OH * OW, C, r.COUT, r.K, r.dtype, r.bits, r.chip)
+        return Cost(chosen.fold, chosen.folded_us, chosen)
+
+    def run(self, input, indices, weight, bias, act, *_) -> Tensor:
+        indices.check()
+        geometry = (indices.input_size, indices.kernel_size, indices.stride)
+        return _fwd(input, indices.codes, weight, bias, act or "none", *geometry)
+
+
+FORMS = Forms("max_unpool_conv2d", [FoldForm(), Reference(_one_after_the_other)])
 
 
 def _launch_fwd(input, codes, weight, bias, act, size, kernel, stride):

@@ -1,12 +1,11 @@
 """Depthwise separable convolution with norms, activations and residual as one op."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, is_torchs, needs_grad, use_kernel
-from fastseg.ops.core.kept import keeper, made_once
+from fastseg.ops.core.dispatch import autocast_dtype, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.norm import (
     ACTIVATIONS,
     Activation,
@@ -19,14 +18,8 @@ from fastseg.ops.core.norm import (
     update_running,
 )
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.torch_private import transforms_active
-from fastseg.ops.registered.fold_norm import fold_norm, pays_on_cpu
-from fastseg.ops.registered.separable_conv import TENSORS, Call, SeparableConv2dFunction, compose, eval_op, train_op
-
-if HAS_TRITON:
-    from fastseg.kernels.runtime.ceilings import chip_of
-    from fastseg.kernels.runtime.conv_sizes import Geometry
-    from fastseg.kernels.separable_conv.cost import plan
+from fastseg.ops.cpu.separable import run_folded
+from fastseg.ops.registered.separable_conv import SeparableConv2dFunction, eval_op, train_op
 
 
 def separable_conv2d(
@@ -87,33 +80,40 @@ def separable_conv2d(
     Reference: Chollet, Xception, arXiv:1610.02357; orders of norm and activation as in MobileNetV2 (arXiv:1801.04381)
     and DeepLabV3+ (arXiv:1802.02611).
     """
-    stride, dilation, padding = whole(stride), whole(dilation), whole(padding)
-    padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
+    if type(stride) is not int or type(dilation) is not int or type(padding) is not int:
+        stride, dilation, padding = whole(stride), whole(dilation), whole(padding)
+        padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))
     tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     out = _check(x, *tensors, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act, residual)
     if out_act is not None and out_act not in ACTIVATIONS:
         raise ValueError(f'separable_conv2d: out_act is {out_act!r}; use None, "relu", "relu6" or "leaky_relu"')
-    given = (*tensors, residual, *norm_tensors(mid_norm), *norm_tensors(post_norm))
-    if not _takes_kernel(x, given, mid_norm, out, stride, padding, dilation):
-        return separable_conv2d_ref(
-            x, *tensors, stride=stride, padding=padding, dilation=dilation, pre_act=pre_act, mid_norm=mid_norm,
-            mid_act=mid_act, post_norm=post_norm, post_act=post_act, residual=residual, out_act=out_act,
-        )  # fmt: skip
-    call = Call(
-        x, *tensors, *norm_tensors(mid_norm), *norm_tensors(post_norm), residual, stride, padding, dilation,
-        pre_act or "none", mid_act or "none", post_act or "none", *norm_options(mid_norm), *norm_options(post_norm),
+    mid, post = norm_tensors(mid_norm), norm_tensors(post_norm)
+    given = (*tensors, *mid, *post, residual)
+    sizes = (stride, padding, dilation)
+    on_cpu = is_torchs(x) and all(t is None or t.is_cpu for t in given)
+    K = depthwise_weight.shape[-1]
+    none = "empty output" if 0 in out else f"kernel size {K} > 7" if K > 7 else ""  # torch differentiates these itself
+    if on_cpu or not use_kernel("separable_conv2d", x, *given, unsupported=none, form=None):
+        folds = not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64) and not in_reference()
+        run = run_folded if folds else _composed
+        y = run(x, *tensors, residual, *sizes, pre_act, mid_norm, mid_act, post_norm, post_act)
+        return activate(y, out_act, inplace=folds)
+    options = (
+        *sizes, pre_act or "none", mid_act or "none", post_act or "none",
+        *norm_options(mid_norm), *norm_options(post_norm),
     )  # fmt: skip
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in call[:TENSORS])
-    if not wants_grad and "batch" not in (call.mid, call.post):
-        if post_act is None:
-            return eval_op(*call._replace(out_act=out_act or "none"))
-        return activate(eval_op(*call), out_act, inplace=True)
-    if needs_grad(*call[:TENSORS]):
-        y, mid_stats, post_stats = SeparableConv2dFunction.apply(*call)
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given))
+    batch = (mid_norm is not None and mid_norm.training) or (post_norm is not None and post_norm.training)
+    if not wants_grad and not batch:
+        if post_act is None or out_act is None:
+            return eval_op(x, *given, *options, out_act or "none")
+        return activate(eval_op(x, *given, *options, "none"), out_act, inplace=True)
+    if wants_grad and needs_grad(x, *given):
+        y, mid_stats, post_stats = SeparableConv2dFunction.apply(x, *given, *options, "none")
     else:
-        y, _, mid_stats, post_stats = train_op(*call)
+        y, _, mid_stats, post_stats = train_op(x, *given, *options, "none")
     update_running(mid_norm, mid_stats)
     update_running(post_norm, post_stats)
     return activate(y, out_act)
@@ -137,52 +137,23 @@ def separable_conv2d_ref(
     residual: Tensor | None = None,
     out_act: Activation | None = None,
 ) -> Tensor:
-    """``separable_conv2d`` in plain PyTorch; on a CPU without gradients it folds fixed fp32 norms into the weights."""
+    """``separable_conv2d`` in torch's own lines."""
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
-    if not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64):
-        pixels = x.shape[0] * (x.shape[2] // stride) * (x.shape[3] // stride)
-        depthwise_weight, depthwise_bias, mid_norm = _folded(depthwise_weight, depthwise_bias, mid_norm, pixels)
-        pointwise_weight, pointwise_bias, post_norm = _folded(pointwise_weight, pointwise_bias, post_norm, pixels)
-    y, _ = compose(
-        x, depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias, residual, stride, padding, dilation,
-        pre_act or "none", mid_act or "none", post_act or "none",
-        lambda u: torch_norm(u, mid_norm), lambda z: torch_norm(z, post_norm),
-        inplace=not torch.is_grad_enabled() and not followed(x),
-    )  # fmt: skip
-    return activate(y, out_act, inplace=not torch.is_grad_enabled())
+    tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+    sizes = (stride, padding, dilation)
+    y = _composed(x, *tensors, residual, *sizes, pre_act, mid_norm, mid_act, post_norm, post_act)
+    return activate(y, out_act)
 
 
-def _folded(weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None, pixels: int):
-    """Weight, bias and norm of the pair: folded, where the norm is fixed and it pays."""
-    if norm is None or norm.training:
-        return weight, bias, norm
-    if not pays_on_cpu(weight, weight.shape[0] * pixels) and keeper((weight, bias, *norm[:4])) is None:
-        return weight, bias, norm
-    transformed = transforms_active()  # vmap cannot be asked for channels_last
-    last = not transformed and weight.is_contiguous(memory_format=torch.channels_last)
-    fold = lambda: fold_norm(weight, bias, *norm[:4], norm.eps, weight.dtype, last)
-    made = made_once((weight, bias, *norm[:4]), ("folded", norm.eps, last), fold)
-    return *made, None
-
-
-def _takes_kernel(x: Tensor, given: tuple[Tensor | None, ...], mid_norm, out, *geometry: int) -> bool:
-    if is_torchs(x) and all(t is None or t.is_cpu for t in given):
-        return False
-    unsupported, form = _unsupported(x, given[0], mid_norm, out, *geometry)
-    return use_kernel("separable_conv2d", x, *given, unsupported=unsupported, form=form)
-
-
-def _unsupported(x, dw, mid_norm, out, stride, padding, dilation) -> tuple[str, Callable[[], str]]:
-    """Return why the kernels cannot take these sizes, or "", and the form of the cost model, for ``explain``."""
-    if not HAS_TRITON:
-        return "", str
-    g = Geometry(*x.shape, out[1], *out[2:], dw.shape[-1], stride, padding, dilation)
-    if dw.shape[-1] > 7:
-        return f"kernel size {g.K} > 7", str
-    if 0 in out:
-        return "empty output", str
-    batch = mid_norm is not None and mid_norm.training
-    return g.unsupported(), lambda: str(plan(g, x.dtype, mid_batch_stats=batch, chip=chip_of(x.device)))
+def _composed(
+    x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act
+) -> Tensor:
+    autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
+    cast = lambda t: t if t is None or autocast else t.to(x.dtype)
+    u = F.conv2d(activate(x, pre_act), cast(dw), cast(dw_bias), stride, padding, dilation, dw.shape[0])
+    z = F.conv2d(activate(torch_norm(u, mid_norm), mid_act), cast(pw), cast(pw_bias))
+    y = activate(torch_norm(z, post_norm), post_act)
+    return y if residual is None else y + residual
 
 
 def _check(
@@ -212,12 +183,13 @@ def _check(
                 raise TypeError(
                     f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
                 )
-    OH, OW = ((size + 2 * padding - dilation * (K - 1) - 1) // stride + 1 for size in x.shape[2:])
+    (N, _, H, W), space = x.shape, 2 * padding - dilation * (K - 1) - 1
+    OH, OW = (H + space) // stride + 1, (W + space) // stride + 1
     if OH < 1 or OW < 1:
         raise ValueError(
             f"{name}: x is {tuple(x.shape)}, smaller than the {K}x{K} taps at dilation {dilation}; pad more"
         )
-    out = (x.shape[0], pw.shape[0], OH, OW)
+    out = (N, pw.shape[0], OH, OW)
     for label, bias, channels in (("depthwise_bias", dw_bias, C), ("pointwise_bias", pw_bias, pw.shape[0])):
         if bias is not None and bias.shape != (channels,):
             raise ValueError(f"{name}: {label} is {tuple(bias.shape)}; it must be ({channels},)")

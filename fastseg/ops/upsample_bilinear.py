@@ -106,8 +106,6 @@ def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
 
 
 def _launch_fwd(x: Tensor, size: list[int], align_corners: bool, factor_h: float | None, factor_w: float | None):
-    if unsupported(x.shape[1], tuple(x.shape[2:]), tuple(size)):
-        return _plain_fwd(x, size, align_corners, factor_h, factor_w)
     x, channels_last = settle(x)
     taps = interpolation(tuple(x.shape[2:]), tuple(size), align_corners, (factor_h, factor_w))
     return bilinear_fwd(x, tuple(size), taps, channels_last)
@@ -122,8 +120,6 @@ def _launch_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: floa
     channels_last = memory_format_of(dy) == torch.channels_last
     held = held_channels(dy, channels_last)  # no copy of a slice of channels, such as the gradient of a concatenation
     dy = dy if held else settle(dy)[0]
-    if unsupported(held or dy.shape[1], tuple(size), tuple(dy.shape[2:])):
-        return _plain_bwd(dy, size, align_corners, factor_h, factor_w)
     taps = interpolation(tuple(size), tuple(dy.shape[2:]), align_corners, (factor_h, factor_w))
     return bilinear_bwd(dy, tuple(size), taps, channels_last)
 
@@ -134,10 +130,20 @@ def _plain_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float
     return dx.contiguous(memory_format=memory_format_of(dy))
 
 
+def _refuses_bwd(dy: Tensor, size: list[int], *_) -> str:
+    held = held_channels(dy, memory_format_of(dy) == torch.channels_last)
+    return unsupported(held or dy.shape[1], tuple(size), tuple(dy.shape[2:]))
+
+
 _ARGS = "SymInt[] size, bool align_corners, float? factor_h, float? factor_w"
 _fake = lambda x, size, align_corners, factor_h, factor_w: new_map(x, (*x.shape[:2], *size))
-fwd_op = register(f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, _plain_fwd, _fake)
-_bwd = register(f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake)
+fwd_op = register(
+    f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, _plain_fwd, _fake,
+    refuses=lambda x, size, *_: unsupported(x.shape[1], tuple(x.shape[2:]), tuple(size)),
+)  # fmt: skip
+_bwd = register(
+    f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake, refuses=_refuses_bwd
+)
 
 
 def transposed(dy: Tensor, size: tuple[int, int], align_corners: bool, *factors: float | None) -> Tensor:

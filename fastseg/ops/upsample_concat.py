@@ -93,8 +93,6 @@ def _places(channels: int, skips: list[int], up_first: bool) -> list[int]:
 
 def _launch(x: Tensor, skips: list[Tensor], align_corners: bool, up_first: bool) -> Tensor:
     counts, size = [skip.shape[1] for skip in skips], tuple(skips[0].shape[2:])
-    if unsupported(x.shape[1] + sum(counts), tuple(x.shape[2:]), size):
-        return _plain(x, skips, align_corners, up_first)
     x, channels_last = settle(x)
     y = new_map(x, (x.shape[0], x.shape[1] + sum(counts), *size))
     *places, at = _places(x.shape[1], counts, up_first)
@@ -114,9 +112,15 @@ def _fake(x: Tensor, skips: list[Tensor], align_corners: bool, up_first: bool) -
     return new_map(x, (x.shape[0], x.shape[1] + sum(skip.shape[1] for skip in skips), *skips[0].shape[2:]))
 
 
+def _refuses(x: Tensor, skips: list[Tensor], *_) -> str:
+    channels = x.shape[1] + sum(skip.shape[1] for skip in skips)
+    return unsupported(channels, tuple(x.shape[2:]), tuple(skips[0].shape[2:]))
+
+
 _fwd = register(
-    f"{NAME}(Tensor x, Tensor[] skips, bool align_corners, bool up_first) -> Tensor", _launch, _plain, _fake
-)
+    f"{NAME}(Tensor x, Tensor[] skips, bool align_corners, bool up_first) -> Tensor", _launch, _plain, _fake,
+    refuses=_refuses,
+)  # fmt: skip
 
 
 def _gradients(ctx, dy: Tensor) -> tuple[Tensor | None, list[Tensor]]:

@@ -1,5 +1,7 @@
 """3x3 convolution of an upsampled map concatenated with another: the start of DeepLabV3+'s decoder."""
 
+import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -7,8 +9,17 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, kernels_run, needs_grad, use_kernel
-from fastseg.ops.core.explain import in_reference, record
+from fastseg.ops.core.dispatch import (
+    HAS_TRITON,
+    autocast_dtype,
+    followed,
+    kernels_run,
+    needs_grad,
+    no_kernel,
+    use_kernel,
+)
+from fastseg.ops.core.explain import Refusal, in_reference
+from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.kept import made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
@@ -18,7 +29,7 @@ from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_
 from fastseg.ops.upsample_concat import upsample_concat, upsample_concat_ref
 
 if HAS_TRITON:
-    from fastseg.kernels.runtime.ceilings import chip_of
+    from fastseg.kernels.runtime.ceilings import Chip, chip_of
     from fastseg.kernels.upsample.conv import plan, unsupported
 
 NAME = "upsample_concat_conv2d"
@@ -65,23 +76,19 @@ def upsample_concat_conv2d(
     dtype = torch.promote_types(autocast_dtype(deep), autocast_dtype(low))
     deep, low, weight = (t.to(dtype) for t in (deep, low, weight))
     bias = None if bias is None else bias.to(dtype)
-    request = (deep, low, weight, bias, act, align_corners, up_first)
+    args = (deep, low, weight, bias, act, align_corners, up_first)
+    if torch.compiler.is_compiling():  # the cost models' tables are no part of a graph, and sizes are unknown
+        ours = kernels_run(deep) and not _wanted(deep, low, weight, bias)
+        return (_with_kernel if ours else _plain)(*args)
     if in_reference():
         use_kernel(NAME, deep, low, weight, bias)
         return upsample_concat_conv2d_ref(
             deep, low, weight, bias, act=act, align_corners=align_corners, up_first=up_first
         )
-    if kernels_run(deep):
-        why, chosen = _no_kernel(deep, low, weight, bias)
-        taken = use_kernel(NAME, deep, low, weight, bias, unsupported=why, form=lambda: chosen)
-        return _with_kernel(*request) if taken else _plain(*request)
-    why, chosen = _no_low_resolution(deep, low, weight, bias)
-    if why:
-        use_kernel(NAME, deep, low, weight, bias, unsupported=why)
-        return _plain(*request)
-    if not torch.compiler.is_compiling():
-        record(NAME, deep, "torch", chosen)
-    return at_low_resolution(*request)
+    request = _request(deep, low, weight, bias)
+    if FORMS.choose(request).form.name == "low_resolution" and not is_finite(deep):
+        request = request._replace(finite=False)
+    return FORMS(request, *args, recorded=deep)
 
 
 def upsample_concat_conv2d_ref(
@@ -160,40 +167,89 @@ def at_low_resolution(deep, low, weight, bias, act, align_corners: bool, up_firs
 # --- the choice between them
 
 
-def _no_kernel(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, str]:
-    """Return why the kernel does not run ("" if it does) and what the cost model says."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (deep, low, weight, bias)):
-        return "gradients are needed: upsampling, then convolution", ""
-    N, C, h, w = deep.shape
-    sizes = (N, C, low.shape[1], weight.shape[0], h, w, *low.shape[2:])
-    if followed(deep, low, weight, bias):  # a graph: the cost model's tables are no part of it, and sizes are unknown
-        return "", ""
-    if low.shape[0] == 0 or weight.shape[0] == 0:
-        return "nothing to compute", ""
-    why = unsupported(*sizes)
-    if why:
-        return why, ""
-    chosen = plan(*sizes, deep.dtype, chip_of(deep.device))
-    return ("" if chosen.low_resolution else str(chosen)), str(chosen)
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    sizes: tuple[int, ...]  # N, C, CL, COUT, h, w, H, W
+    dtype: torch.dtype
+    no_kernel: str  # why no Triton kernel runs on such tensors, or ""
+    wanted: bool  # a gradient is
+    followed: bool  # by a transform, a trace or forward-mode AD
+    plain_cpu: bool  # CPU tensors of torch's own type
+    finite: bool  # looked at where it decides
+    chip: "Chip | None"
 
 
-def _no_low_resolution(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[str, str]:
-    """Return why a CPU upsamples first ("" if it does not) and what the cost model says."""
+def _wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _request(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> Request:
     tensors = [t for t in (deep, low, weight, bias) if t is not None]
-    if followed(*tensors):
-        return "a graph, a transform or forward-mode AD: upsampling, then convolution", ""
-    if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
-        return "no kernel for it, and not a plain CPU tensor", ""
-    if deep.dtype not in (torch.float32, torch.float64):
-        return f"CPU tensor of {str(deep.dtype).removeprefix('torch.')}: upsampling, then convolution", ""
-    if low.shape[0] == 0 or weight.shape[0] == 0:
-        return "nothing to compute", ""
-    chosen = plan_cpu(deep.shape[0], deep.shape[1], low.shape[1], weight.shape[0], *deep.shape[2:], *low.shape[2:])
-    if not chosen.low_resolution:
-        return str(chosen), str(chosen)
-    if not is_finite(deep):
-        return "NaN or infinity, which a strip's GEMM would spread: upsampling, then convolution", ""
-    return "", str(chosen)
+    for t in tensors:
+        if t.device != deep.device:
+            raise ValueError(f"{NAME}: tensors on {deep.device} and {t.device}; move them to one device")
+    (N, C, h, w), (_, CL, H, W) = deep.shape, low.shape
+    why = no_kernel(deep)
+    plain = deep.is_cpu and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+    chip = None if why else chip_of(deep.device)
+    sizes = (N, C, CL, weight.shape[0], h, w, H, W)
+    return Request(sizes, deep.dtype, why, _wanted(*tensors), followed(*tensors), plain, True, chip)
+
+
+class TapsForm(Form):
+    """Our kernel upsamples nine taps, computed at low resolution, into the convolution of ``low``."""
+
+    name = "taps"
+
+    def refuses(self, r: Request) -> str:
+        if r.no_kernel or r.followed:
+            return r.no_kernel or "a transform, a trace or forward-mode AD: upsampling, then convolution"
+        if r.wanted:
+            return "gradients are needed: upsampling, then convolution"
+        if r.sizes[0] == 0 or r.sizes[3] == 0:
+            return "nothing to compute"
+        return unsupported(*r.sizes)
+
+    def cost(self, r: Request) -> Cost:
+        chosen = plan(*r.sizes, r.dtype, r.chip)
+        return Cost(chosen.low_resolution, chosen.taps_us, chosen)
+
+    def run(self, *args) -> Tensor:
+        return _with_kernel(*args)
+
+
+class LowResolutionForm(Form):
+    """The same sums on a CPU, strip by strip; with gradients too."""
+
+    name, path = "low_resolution", "torch"
+
+    def refuses(self, r: Request) -> str:
+        if not r.no_kernel and not r.followed:
+            return "kernels run"
+        if r.followed:
+            return "a graph, a transform or forward-mode AD: upsampling, then convolution"
+        if not r.plain_cpu:
+            return "no kernel for it, and not a plain CPU tensor"
+        if r.dtype not in (torch.float32, torch.float64):
+            return f"CPU tensor of {str(r.dtype).removeprefix('torch.')}: upsampling, then convolution"
+        if r.sizes[0] == 0 or r.sizes[3] == 0:
+            return "nothing to compute"
+        return "" if r.finite else "NaN or infinity, which a strip's GEMM would spread: upsampling, then convolution"
+
+    def cost(self, r: Request) -> Cost:
+        chosen = plan_cpu(*r.sizes)
+        return Cost(chosen.low_resolution, math.nan, chosen)
+
+    def run(self, *args) -> Tensor:
+        return at_low_resolution(*args)
+
+
+class Upsampled(Reference):
+    """The map is upsampled, then convolved."""
+
+    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        return refused[1 if r.no_kernel or r.followed else 0].why
 
 
 class PlanCpu(NamedTuple):
@@ -219,3 +275,6 @@ def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int)
     taps = 18 * N * h * w * C * COUT + STRIP_ELEMENT * 3 * N * (H + h) * W * COUT
     plain = 18 * N * H * W * C * COUT + COPY_ELEMENT * N * H * W * (2 * C + CL)
     return PlanCpu(taps < plain, taps * 1e-9, plain * 1e-9)
+
+
+FORMS = Forms(NAME, [TapsForm(), LowResolutionForm(), Upsampled(_plain)])

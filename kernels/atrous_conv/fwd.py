@@ -127,7 +127,7 @@ def atrous_conv_fwd(
 
     Weights begin at multiples of 16 bytes. Biases (COUT,): all or none.
     """
-    branches = tuple(Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True))
+    branches = tuple([Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True)])
     COUT, C = weights[0].shape[:2]
     y = _nhwc(x, COUT * len(weights))
     _launch(x, weights, biases, residual, y, branches, act, C=C, COUT=COUT, mirrored=False)

@@ -149,7 +149,7 @@ def tables(x: Tensor, branches: tuple[Branch, ...], block_m: int, *, mirrored: b
     block_t = max(4096 // block_r, 1)
     launch(
         _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m,
-        KERNELS=tuple(branch.K for branch in branches), DILATIONS=tuple(min(b.dilation, FAR) for b in branches),
+        KERNELS=tuple([b.K for b in branches]), DILATIONS=tuple([min(b.dilation, FAR) for b in branches]),
         BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width, REGIONS=regions,
         BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=4, enable_fp_fusion=True,
     )  # fmt: skip

@@ -16,7 +16,10 @@ def launch(kernel, grid: tuple[int, ...], *args, **kwargs) -> None:
     Triton launches on the *current* device and stream, so this enters the device of the arguments first. It is also the
     one place where launches are counted, compiled ahead of time, or watched (``intercept``).
     """
-    devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+    devices = set()
+    for arg in args:
+        if isinstance(arg, Tensor):
+            devices.add(arg.device)
     assert len(devices) == 1, f"{kernel}: tensors on {' and '.join(sorted(map(str, devices)))}"
     assert math.prod(grid) < 2**31 and max(grid[1:], default=1) <= 65535, f"{kernel}: grid {grid} is past CUDA's limits"
     if torch.version.hip:

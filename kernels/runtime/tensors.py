@@ -25,6 +25,8 @@ def tf32(dtype: torch.dtype, device: torch.device | None = None) -> bool:
     """
     if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32":
         return False
+    if not torch.version.hip:
+        return True
     arch = amd_arch(device)
     return not arch or arch.startswith("gfx942")
 

@@ -233,10 +233,6 @@ def _stats_buffers(x: Tensor, tiles: int, channels: int) -> tuple[Tensor, Tensor
     return x.new_empty(tiles, 2, channels, dtype=dtype), x.new_empty(tiles, dtype=dtype)
 
 
-def _or(t: Tensor | None, dummy: Tensor) -> Tensor:
-    return dummy if t is None else t
-
-
 def separable_conv_fwd_dw(
     x: Tensor, w: Weights, g: Geometry, pre_act: str, mid: Norm | None, mid_act: str, *, stats: bool, store: bool
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -248,7 +244,7 @@ def separable_conv_fwd_dw(
     (*vectors, eps), norm, affine = norm_args(mid, x)
     launch(
         _separable_conv_fwd_dw_kernel, (tiles * cdiv(g.C, cfg.BLOCK_C),),
-        x, w.dw, _or(w.dw_bias, x), *vectors, u if store else x, tile_stats, counts,
+        x, w.dw, x if w.dw_bias is None else w.dw_bias, *vectors, u if store else x, tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
         DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
@@ -269,10 +265,11 @@ def separable_conv_fwd_fused(
     y, z, tile_stats, counts = _outputs(x, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, x)
+    dw_bias, pw_bias, skip = [x if t is None else t for t in (w.dw_bias, w.pw_bias, residual)]  # never read
     launch(
         _separable_conv_fwd_fused_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
-        x, w.dw, _or(w.dw_bias, x), *mid_vectors, w.pw, _or(w.pw_bias, x), *post_vectors, _or(residual, x),
-        _or(z, y), _or(y, z), tile_stats, counts,
+        x, w.dw, dw_bias, *mid_vectors, w.pw, pw_bias, *post_vectors, skip,
+        y if z is None else z, z if y is None else y, tile_stats, counts,
         g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
         C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre,
         DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
@@ -297,10 +294,11 @@ def separable_conv_fwd_pw(
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
+    pw_bias, own_bias, skip = [u if t is None else t for t in (w.pw_bias, image_bias, residual)]  # never read
     launch(
         _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
-        u, *mid_vectors, w.pw, _or(w.pw_bias, u), _or(image_bias, u), *post_vectors, _or(residual, u),
-        _or(z, y), _or(y, z), tile_stats, counts,
+        u, *mid_vectors, w.pw, pw_bias, own_bias, *post_vectors, skip,
+        y if z is None else z, z if y is None else y, tile_stats, counts,
         g.pixels, g.OH * g.OW, mid_eps, post_eps,
         C=g.C, COUT=g.COUT, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
         IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act,

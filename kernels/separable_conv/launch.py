@@ -10,7 +10,7 @@ multiply-adds in fp32 (one tensor-core tile per channel would be 1/16 used); onl
 
 Evaluation, in elements (A = x, U = u, Y = y or z): fused A + Y, split A + 2U + Y; unfused torch, with each norm and
 activation a pass of its own, A + 6U + 5Y. In the fused form the depthwise tile goes from registers into the dot as its
-A operand, and batch norm parameters are read raw: no folding launches. `cost.plan` chooses the form;
+A operand, and batch norm parameters are read raw: no folding launches. The caller chooses by `cost.plan`;
 both round u and z as torch does, so that they differ by the order of the dot's sum alone.
 
 Training with batch statistics: the kernel that produces u (or z) reduces each tile to (mean, squared deviations) while
@@ -46,7 +46,6 @@ from torch import Tensor
 from fastseg.kernels.batch_norm.bwd import batch_norm_act_bwd_reduce
 from fastseg.kernels.batch_norm.fwd import batch_norm_act_fwd
 from fastseg.kernels.common.norm_args import Norm
-from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.kernels.runtime.conv_sizes import Geometry
 
 # Registers what the launchers ask `select` for.
@@ -57,7 +56,6 @@ from fastseg.kernels.separable_conv.bwd import (
     separable_conv_bwd_pw_input,
     separable_conv_bwd_pw_weight,
 )
-from fastseg.kernels.separable_conv.cost import plan
 from fastseg.kernels.separable_conv.fwd import (
     Acts,
     Weights,
@@ -105,12 +103,14 @@ def with_stats(norm: Norm | None, stats: Tensor | None) -> Norm | None:
 
 def separable_conv_fwd(
     x: Tensor, w: Weights, g: Geometry, acts: Acts, mid: Norm | None, post: Norm | None, residual: Tensor | None,
-    *, save_z: bool,
+    *, fused: bool, save_z: bool,
 ) -> Forward:  # fmt: skip
-    """x (N, C, H, W), residual (N, COUT, OH, OW) in NHWC memory -> y, z like residual; statistics where a norm asks."""
+    """x (N, C, H, W), residual (N, COUT, OH, OW) in NHWC memory -> y, z like residual; statistics where a norm asks.
+
+    ``fused``: which form; ``cost.plan`` knows the faster one.
+    """
     mid_batch = mid is not None and mid.batch_stats
     post_batch = post is not None and post.batch_stats
-    fused = plan(g, x.dtype, mid_batch_stats=mid_batch, chip=chip_of(x.device)).form == "fused"
     mid_stats = None
     if mid_batch:
         u, mid_stats = separable_conv_fwd_dw(x, w, g, acts.pre, None, "none", stats=True, store=not fused)

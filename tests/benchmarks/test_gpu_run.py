@@ -20,6 +20,7 @@ import workloads
 from problem import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastseg
 from fastseg.kernels.runtime.launch import intercept, run
 
 CPU = torch.device("cpu")
@@ -126,7 +127,7 @@ def test_forced_forms_launch_what_they_name(device):
             names.append(launch[0].fn.__name__)
             run(*launch)
 
-        with problem.context(), bench.forced(form), intercept(note):
+        with problem.context(), fastseg.force("separable_conv2d", form), intercept(note):
             problem.function(problem.fused)()
     assert launched["fused"] == ["_separable_conv_fwd_fused_kernel"]
     assert launched["split"] == ["_separable_conv_fwd_dw_kernel", "_separable_conv_fwd_pw_kernel"]

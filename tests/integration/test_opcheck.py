@@ -5,6 +5,7 @@ Runs in two processes: with the interpreter the ops hold the kernels, without it
 
 import importlib
 import pkgutil
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -14,11 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastseg.ops
-from fastseg.ops import batch_norm_act_max_pool, max_unpool_conv, upsample_concat_conv
+from fastseg.ops import batch_norm_act_max_pool
 from fastseg.ops.core import dispatch as _dispatch
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.core.register import DECOMPOSITIONS
-from fastseg.ops.registered import atrous_conv as _atrous
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:max_unpool"),
@@ -45,15 +45,14 @@ def _every_op_is_reached(monkeypatch):
     """On a CPU tensor in any layout, whatever the cost models say of maps so small."""
     monkeypatch.setattr(_dispatch, "_no_kernel", lambda x: "")
     monkeypatch.setattr(batch_norm_act_max_pool, "_unsupported", lambda *_: "")
-    for module, field in ((_atrous, "own"), (max_unpool_conv, "fold"), (upsample_concat_conv, "low_resolution")):
-        chosen = lambda *sizes, plan=module.plan, field=field: plan(*sizes)._replace(**{field: True})
-        monkeypatch.setattr(module, "plan", chosen)
-    if INTERPRETED:
-        from fastseg.kernels.runtime.config import override
+    forms = [("atrous_branches", "kernel"), ("max_unpool_conv2d", "fold"), ("upsample_concat_conv2d", "taps")]
+    with ExitStack() as stack:
+        for op, form in forms:
+            stack.enter_context(fastseg.force(op, form))
+        if INTERPRETED:
+            from fastseg.kernels.runtime.config import override
 
-        with override("upsample_conv_fwd", ROWS=8):
-            yield
-    else:
+            stack.enter_context(override("upsample_conv_fwd", ROWS=8))
         yield
 
 

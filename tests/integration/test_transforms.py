@@ -1,6 +1,8 @@
 """Second derivatives, forward-mode AD, ``torch.func``, checkpoints and traces of every public op, against torch's own
 steps. Runs in two processes: with the interpreter kernels record what is differentiated, without it plain PyTorch."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from steps import STEPS, Steps
@@ -13,7 +15,6 @@ import fastseg
 from fastseg import nn
 from fastseg.ops import upsample_argmax
 from fastseg.ops.core.dispatch import INTERPRETED
-from fastseg.ops.registered import atrous_conv as _atrous
 from fastseg.ops.upsample_bilinear import fwd_op
 
 EVERY = pytest.mark.parametrize("steps", STEPS.values(), ids=STEPS)
@@ -24,11 +25,10 @@ RECORDED = pytest.mark.parametrize("steps", KERNELS.values(), ids=KERNELS)
 
 
 @pytest.fixture(autouse=True)
-def _kernels_run(monkeypatch):
+def _kernels_run():
     """Whatever the cost model says of maps so small."""
-    if hasattr(_atrous, "plan"):
-        plan = _atrous.plan
-        monkeypatch.setattr(_atrous, "plan", lambda *sizes: plan(*sizes)._replace(own=True))
+    with fastseg.force("atrous_branches", "kernel") if INTERPRETED else nullcontext():
+        yield
 
 
 def close(got, want) -> None:

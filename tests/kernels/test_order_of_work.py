@@ -5,12 +5,12 @@ than the cache, as the decoder's maps of 134 and 159 MB are larger than an H200'
 """
 
 from contextlib import ExitStack
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
+import fastseg
 from fastseg.ops.core.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="launches are replayed from the interpreter's log")
@@ -21,7 +21,6 @@ if INTERPRETED:
     from separable_inputs import make
 
     from fastseg.kernels.runtime.config import override
-    from fastseg.kernels.separable_conv import launch as separable
     from fastseg.ops import separable_conv2d
 
 CACHE, RESIDENT = 24 << 10, 3
@@ -90,18 +89,15 @@ def test_the_small_problem_stands_for_the_decoder():
 def launches():
     """One of each kernel of the separable convolution, trained, and of the batch norm behind it."""
     torch.manual_seed(0)
-    plan = separable.plan
-    split = mock.patch.object(separable, "plan", lambda *a, **k: plan(*a, **k)._replace(form="split"))
-    fused = mock.patch.object(separable, "plan", lambda *a, **k: plan(*a, **k)._replace(form="fused"))
     inputs, kwargs = make("aspp", N=1, C=C, H=PIXELS // 8, W=8, COUT=C, training=True, dtype=torch.bfloat16)
     with ExitStack() as stack:
         for kernel, blocks in BLOCKS.items():
             stack.enter_context(override(kernel, **blocks))
         found = stack.enter_context(recorded())
-        with split:
+        with fastseg.force("separable_conv2d", "split"):
             y = separable_conv2d(*inputs, **kwargs)
             y.backward(torch.randn_like(y))
-        with fused, torch.no_grad():
+        with fastseg.force("separable_conv2d", "fused"), torch.no_grad():
             for norm in (kwargs["mid_norm"], kwargs["post_norm"]):
                 kwargs["mid_norm" if norm is kwargs["mid_norm"] else "post_norm"] = norm._replace(training=False)
             separable_conv2d(*inputs, **kwargs)

@@ -40,17 +40,10 @@ def close(y: Tensor, want: Tensor) -> bool:
 
 
 @pytest.fixture
-def whole(monkeypatch):
+def whole():
     """The whole block, whatever the cost model says."""
-    force(monkeypatch, True)
-
-
-def force(monkeypatch, whole: bool) -> None:
-    pytest.importorskip("triton")
-    from fastseg.ops import inverted_residual as op
-
-    original = op.plan
-    monkeypatch.setattr(op, "plan", lambda *args, **kwargs: original(*args, **kwargs)._replace(whole=whole))
+    with fastseg.force("inverted_residual", "whole"):
+        yield
 
 
 @pytest.mark.parametrize("options", [RESIDUAL, STRIDED], ids=["residual", "strided"])
@@ -60,18 +53,17 @@ def test_whole_equals_parts(options, whole, device):
         y = block(x)
         with fastseg.reference():
             want = block(x)
-    assert report.decisions[0][0::4] == ("inverted_residual", "triton")
-    assert report.decisions[0].why.startswith("whole block: model says whole ")
+    assert report.decisions[0][0:5:4] == ("inverted_residual", "triton")
+    assert report.decisions[0].form == "whole" and ": model says whole " in report.decisions[0].why
     exact = one_by_one(block, x)
     assert close(y, exact) and close(want, exact) and y.is_contiguous(memory_format=CL)
 
 
-def test_parts_say_why(device, monkeypatch):
-    force(monkeypatch, False)
+def test_parts_say_why(device):
     block, x = build(RESIDUAL, device), image(device)
     wide = copy.deepcopy(block).float()
     reasons = {
-        "expansion and pair: model says whole ": lambda: block(x),
+        "inside fastseg.force()": lambda: fastseg.force("inverted_residual", "parts")(block)(x),
         "expansion and pair: not channels_last": lambda: block(x.contiguous()),
         "expansion and pair: the whole block is for 16 bits": lambda: wide(x.float()),
     }

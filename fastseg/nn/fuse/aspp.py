@@ -1,6 +1,6 @@
 """Run the branches and the projection of an ASPP in few launches."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fastseg import ops
 from fastseg.nn.conv import SeparableConv2d
-from fastseg.nn.fuse.children import batch_norm_args
+from fastseg.nn.fuse.children import batch_norm_args, conv_tensors, norm_tensors
 from fastseg.nn.fuse.conv_norm_act import can_fold, folded, run_conv_norm_act
 from fastseg.nn.fuse.sequential import next_group, opened, run_layers
 from fastseg.nn.fuse.watch import split_act, watched
@@ -60,25 +60,32 @@ def run_aspp(
     layers = opened(projection)
     conv, norm, act, stop = next_group(layers or ())
     if conv is None or watched(conv, nn.Conv2d) or not _pointwise(conv):
-        maps = parts if vector is None else [*parts, vector.expand(-1, -1, *parts[0].shape[2:])]
-        maps = [*maps[-1:], *maps[:-1]] if pool_first and vector is not None else maps
-        return projection(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
+        return _project_called(parts, vector, projection, pool_first)
     name, module = split_act(act)
-    if norm is not None and can_fold(parts[0], conv, norm, always=True) and (len(parts) > 1 or vector is not None):
+    if norm is not None and (len(parts) > 1 or vector is not None) and can_fold(parts[0], conv, norm, always=True):
         y = _project_folded(x, parts, vector, conv, norm, name, pool_first)
         return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
     if len(parts) > 1 and kernels_run(x):
         return run_layers(_project_each(x, parts, vector, conv, pool_first), layers[1:])
-    maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     if vector is None:
-        return projection(maps)
-    # The pooled branch is constant over an image, and so is its contribution to the projection: a bias per image and
-    # channel.
+        return _project_called(parts, None, projection, pool_first)
+    return run_layers(_project_shared(parts, vector, conv, pool_first), layers[1:])
+
+
+def _project_called(parts: Sequence[Tensor], vector, projection: nn.Module, pool_first: bool) -> Tensor:
+    """The projection as a module, of all maps side by side."""
+    maps = parts if vector is None else [*parts, vector.expand(-1, -1, *parts[0].shape[2:])]
+    maps = [*maps[-1:], *maps[:-1]] if pool_first and vector is not None else maps
+    return projection(maps[0] if len(maps) == 1 else torch.cat(maps, 1))
+
+
+def _project_shared(parts: Sequence[Tensor], vector: Tensor, conv: nn.Conv2d, pool_first: bool) -> Tensor:
+    """The convolution of the maps side by side; the pooled branch, constant over an image, is a bias for each image."""
+    maps = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
     weight, pooled_weight = split_projection(conv.weight, maps.shape[1], pool_first)
     share = pool_share(vector, pooled_weight, conv.bias)
     with kept_as_recipe(maps):
-        y = project([maps], [weight], share, None)
-    return run_layers(y, layers[1:])
+        return project([maps], [weight], share, None)
 
 
 def _pointwise(conv: nn.Conv2d) -> bool:
@@ -138,34 +145,37 @@ def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
         ]
     convs, norms = zip(*parts, strict=True)
     dilations = [conv.dilation[0] for conv in convs]
-    own = not kernels_run(x)  # plain PyTorch would put the unfolded maps side by side for their norm
-    if all(can_fold(x, *part, always=own) for part in parts):
-        weights, biases = zip(*(folded(x, *part) for part in parts), strict=True)
-        return atrous_maps(x, weights, biases, dilations, "relu")
-    if not are_one_map(x, [conv.weight for conv in convs], dilations):
-        return [run_conv_norm_act(x, *part, "relu") for part in parts]
-    biases = None if convs[0].bias is None else [conv.bias for conv in convs]
-    z = atrous_branches(x, [conv.weight for conv in convs], biases, dilations, None)
-    return [_norm_relu(z, norms)]
+    own = kernels_run(x)  # else plain PyTorch would put the unfolded maps side by side for their norm
+    for part in parts:
+        if not can_fold(x, *part, always=not own):
+            return _joint_norm(x, convs, norms, dilations, own)
+    weights, biases = zip(*[folded(x, *part) for part in parts], strict=True)
+    return atrous_maps(x, weights, biases, dilations, "relu")
+
+
+def _joint_norm(x: Tensor, convs, norms, dilations: list[int], own: bool) -> list[Tensor]:
+    """All branches as one map, and one norm over its channels; where a library writes several, each by itself."""
+    weights, biases = zip(*[conv_tensors(conv) for conv in convs], strict=True)
+    if own and not are_one_map(x, weights, dilations):
+        return [run_conv_norm_act(x, conv, norm, "relu") for conv, norm in zip(convs, norms, strict=True)]
+    return [_norm_relu(atrous_branches(x, weights, None if biases[0] is None else biases, dilations, None), norms)]
 
 
 def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
     """ReLU and several norms with equal options as one op over the channels of ``z``; statistics are per channel."""
     each = [batch_norm_args(norm) for norm in norms]
-    first = each[0]
-    with torch.no_grad():
-        running = [None if first.running_mean is None else torch.cat(tensors) for tensors in _columns(each, 0, 2)]
-    affine = [None if first.weight is None else torch.cat(tensors) for tensors in _columns(each, 2, 4)]
-    y = batch_norm_act(z, BatchNormArgs(*running, *affine, *first[4:]), "relu")
+    first, (means, variances, weights, biases, *_) = each[0], zip(*each, strict=True)
+    joint = [None] * 4
+    if first.weight is not None:
+        joint[2:] = torch.cat(weights), torch.cat(biases)
+    if first.running_mean is not None:
+        joint[:2] = torch.cat(means).detach(), torch.cat(variances).detach()
+    y = batch_norm_act(z, BatchNormArgs(*joint, *first[4:]), "relu")
     if first.training and first.running_mean is not None:
         widths = [norm.num_features for norm in norms]
-        for merged, own in zip(running, _columns(each, 0, 2), strict=True):
-            foreach_copy_(own, merged.split(widths))
+        for merged, own in zip(joint, (means, variances), strict=False):
+            foreach_copy_(list(own), merged.split(widths))
     return y
-
-
-def _columns(each: Sequence[BatchNormArgs], start: int, stop: int) -> Iterator[list]:
-    return (list(column) for column in list(zip(*each, strict=True))[start:stop])
 
 
 def _dense(branch: nn.Module) -> _Dense | str:
@@ -173,7 +183,9 @@ def _dense(branch: nn.Module) -> _Dense | str:
     if isinstance(branch, SeparableConv2d):
         return "a separable branch"
     layers = opened(branch)
-    if layers is None or [type(child) for child in layers][2:] != [nn.ReLU]:
+    if layers is None and isinstance(branch, nn.Sequential):
+        return watched(branch, type(branch)) or f"a branch is {type(branch).__name__}"
+    if layers is None or len(layers) != 3 or type(layers[2]) is not nn.ReLU:
         return f"a branch is {type(branch).__name__}, not convolution, norm and ReLU, or watched"
     conv, norm, relu = layers
     why = watched(norm, nn.BatchNorm2d) or watched(relu, nn.ReLU) or _not_plain(conv)
@@ -200,13 +212,14 @@ def _not_plain(conv: nn.Module) -> str:
 
 def _different(parts: Sequence[_Dense]) -> str:
     """Why the branches cannot share one op and one norm, or ""."""
-    kinds = {
-        (
-            conv.bias is None, norm.training, norm.eps, norm.momentum, norm.track_running_stats, norm.affine,
-            norm.running_mean is None,
-        )
-        for conv, norm in parts
-    }  # fmt: skip
-    if len(kinds) > 1 or any(norm.momentum is None for _, norm in parts):  # a cumulative average counts for itself
-        return "the branches differ in biases, or in options of their norms"
+    first = None
+    for conv, norm in parts:
+        # A momentum of None is a cumulative average, which counts for itself.
+        kind = (
+            conv_tensors(conv)[1] is None, norm.training, norm.eps, norm.momentum, norm.track_running_stats,
+            norm.affine, norm_tensors(norm)[0] is None,
+        )  # fmt: skip
+        first = kind if first is None else first
+        if norm.momentum is None or kind != first:
+            return "the branches differ in biases, or in options of their norms"
     return ""

@@ -1,6 +1,6 @@
 """Which children a fused op can replace, and what it reads from them."""
 
-from torch import nn
+from torch import Tensor, nn
 
 from fastseg.nn.fuse.watch import watched
 from fastseg.ops import BatchNormArgs
@@ -18,11 +18,32 @@ def batch_norm_args(norm: nn.BatchNorm2d | None) -> BatchNormArgs | None:
         norm.num_batches_tracked.add_(1)
         if momentum is None:  # cumulative average
             momentum = 1.0 / float(norm.num_batches_tracked)
-    mean, var = norm.running_mean, norm.running_var
+    mean, var, weight, bias = norm_tensors(norm)
     training = norm.training or mean is None
     if norm.training and not norm.track_running_stats:
         mean = var = None
-    return BatchNormArgs(mean, var, norm.weight, norm.bias, training, 0.0 if momentum is None else momentum, norm.eps)
+    return BatchNormArgs(mean, var, weight, bias, training, 0.0 if momentum is None else momentum, norm.eps)
+
+
+def norm_tensors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Running mean and variance, weight and bias. ``nn.Module`` finds each by a call of its own."""
+    parameters, buffers, own = norm._parameters, norm._buffers, vars(norm)
+    try:
+        found = buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
+    except KeyError:  # a wrapper holds one elsewhere
+        return norm.running_mean, norm.running_var, norm.weight, norm.bias
+    return (norm.running_mean, norm.running_var, norm.weight, norm.bias) if _NAMES & own.keys() else found
+
+
+def conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias."""
+    parameters, own = conv._parameters, vars(conv)
+    if "weight" in own or "bias" in own or "weight" not in parameters or "bias" not in parameters:
+        return conv.weight, conv.bias
+    return parameters["weight"], parameters["bias"]
+
+
+_NAMES = {"running_mean", "running_var", "weight", "bias"}
 
 
 def check_activations(name: str, **acts: str | None) -> None:
@@ -33,11 +54,12 @@ def check_activations(name: str, **acts: str | None) -> None:
 
 def not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
     """Why these modules must be called as they are, or ""."""
-    pairs = ((depthwise, nn.Conv2d), (mid_norm, nn.BatchNorm2d), (pointwise, nn.Conv2d), (post_norm, nn.BatchNorm2d))
-    if why := next(filter(None, (watched(module, plain) for module, plain in pairs)), ""):
+    why = watched(depthwise, nn.Conv2d) or watched(mid_norm, nn.BatchNorm2d)
+    if why := why or watched(pointwise, nn.Conv2d) or watched(post_norm, nn.BatchNorm2d):
         return why
     d, p = depthwise, pointwise
-    square = all(isinstance(v, tuple) and v[0] == v[1] for v in (d.kernel_size, d.stride, d.padding, d.dilation))
+    (K, across), (s, s2), (e, e2) = d.kernel_size, d.stride, d.dilation
+    square = across == K and s == s2 and e == e2 and isinstance(d.padding, tuple) and d.padding[0] == d.padding[1]
     if not square or d.padding_mode != "zeros" or not d.groups == d.in_channels == d.out_channels:
         return "the depthwise convolution has uneven sizes, a padding mode, or more than one filter a channel"
     if p.kernel_size != (1, 1) or p.stride != (1, 1) or p.padding != (0, 0) or p.groups != 1:

@@ -3,12 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.fuse.children import Act
+from fastseg.nn.fuse.children import Act, conv_tensors, norm_tensors
 from fastseg.nn.fuse.norm import run_norm_act, watched_norm
 from fastseg.nn.fuse.watch import apply_act, rewritten, split_act, watched
 from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.dispatch import autocast_dtype, followed
-from fastseg.ops.core.kept import keeper, made_once
+from fastseg.ops.core.kept import eager_keeper, made_once
 from fastseg.ops.core.norm import activate, add_residual
 from fastseg.ops.core.recompute import kept_as_recipe
 from fastseg.ops.cpu.packed import conv2d, packing
@@ -20,22 +20,24 @@ def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, always: bool =
 
     ``always``: whatever it costs, for what saves more than a pass over the map.
     """
-    if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm) or norm.running_mean is None:
+    if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm) or norm_tensors(norm)[0] is None:
         return False
-    tensors = (x, conv.weight, conv.bias, norm.weight, norm.bias)
+    sources = _sources(conv, norm)
+    tensors = (x, *sources[:4])
     # A compiler folds by itself; in a trace or a transform the weights are variables.
-    return not (followed(*tensors) or _differentiated(*tensors)) and (always or _pays(x, conv, norm))
-
-
-def _pays(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> bool:
-    """True if folding costs less than a pass over the map: it is done once, or the map is larger than the weight."""
-    taps = conv.weight.shape[1:].numel()
-    pixels = x.shape[0] * (x.shape[-2] // conv.stride[0]) * (x.shape[-1] // conv.stride[1])
-    return taps <= pixels or keeper(_sources(conv, norm)) is not None
+    if followed(*tensors) or (torch.is_grad_enabled() and _differentiated(*tensors)):
+        return False
+    if always:
+        return True
+    # Folding costs less than a pass over the map: it is done once, or the map is larger than the weight.
+    down, across = conv.stride
+    pixels = x.shape[0] * (x.shape[-2] // down) * (x.shape[-1] // across)
+    return sources[0].shape[1:].numel() <= pixels or eager_keeper(sources) is not None
 
 
 def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
-    return conv.weight, conv.bias, norm.weight, norm.bias, norm.running_mean, norm.running_var
+    mean, var, weight, bias = norm_tensors(norm)
+    return *conv_tensors(conv), weight, bias, mean, var
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -56,15 +58,15 @@ def folded(
     """
     dtype = autocast_dtype(x)
     last = x.is_contiguous(memory_format=torch.channels_last)
+    sources = weight, bias, gamma, beta, mean, var = _sources(conv, norm)
 
     def fold() -> tuple[Tensor, Tensor]:
-        weight = conv.weight if inputs is None else conv.weight[:, slice(*inputs)]
-        statistics = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
-        return fold_norm(weight, conv.bias, *statistics, norm.eps, dtype, last)
+        part = weight if inputs is None else weight[:, slice(*inputs)]
+        return fold_norm(part, bias, mean, var, gamma, beta, norm.eps, dtype, last)
 
     if rewritten(conv) or rewritten(norm):
         return fold()
-    return made_once(_sources(conv, norm), ("folded", norm.eps, dtype, last, inputs), fold)
+    return made_once(sources, ("folded", norm.eps, dtype, last, inputs), fold)
 
 
 def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -79,6 +81,8 @@ def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """``conv(x)``; saves the recipe of ``x`` if there is one, and uses packed weights inside ``packed_weights``."""
     if packing() and not watched(conv, nn.Conv2d) and conv.padding_mode == "zeros":
         return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if not torch.is_grad_enabled():
+        return conv(x)
     with kept_as_recipe(x):
         return conv(x)
 

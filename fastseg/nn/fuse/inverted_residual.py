@@ -6,7 +6,7 @@ from fastseg.nn.fuse.children import Act, not_fusible
 from fastseg.nn.fuse.conv_norm_act import can_fold, folded, run_conv_norm_act
 from fastseg.nn.fuse.separable import run_separable
 from fastseg.nn.fuse.watch import split_act
-from fastseg.ops.inverted_residual import inverted_residual, takes_whole
+from fastseg.ops.inverted_residual import inverted_residual, whole_or_parts
 
 
 def run_inverted_residual(
@@ -29,14 +29,21 @@ def run_inverted_residual(
     """
     pairs = ((expand, expand_norm), (depthwise, mid_norm), (pointwise, post_norm))
     fold = all(can_fold(x, *pair) for pair in pairs) and all(split_act(act) == ("relu6", None) for act in acts)
-    if fold and _regular(expand, depthwise, mid_norm, pointwise, post_norm):
-        stride, dilation = depthwise.stride[0], depthwise.dilation[0]
-        if takes_whole(x, expand.out_channels, pointwise.out_channels, stride, dilation):
-            weights = (t for pair in pairs for t in folded(x, *pair))
-            return inverted_residual(x, *weights, act="relu6", stride=stride, dilation=dilation, residual=residual)
-    y = run_conv_norm_act(x, expand, expand_norm, acts[0])
-    skip = x if residual else None
-    return run_separable(y, depthwise, mid_norm, acts[1], pointwise, post_norm, None, residual=skip)
+
+    def parts() -> Tensor:
+        y = run_conv_norm_act(x, expand, expand_norm, acts[0])
+        skip = x if residual else None
+        return run_separable(y, depthwise, mid_norm, acts[1], pointwise, post_norm, None, residual=skip)
+
+    if not fold or not _regular(expand, depthwise, mid_norm, pointwise, post_norm):
+        return parts()
+    stride, dilation = depthwise.stride[0], depthwise.dilation[0]
+
+    def whole() -> Tensor:
+        weights = [t for pair in pairs for t in folded(x, *pair)]
+        return inverted_residual(x, *weights, act="relu6", stride=stride, dilation=dilation, residual=residual)
+
+    return whole_or_parts(x, expand.out_channels, pointwise.out_channels, stride, dilation, whole, parts)
 
 
 def _regular(expand: nn.Conv2d, depthwise: nn.Conv2d, mid_norm, pointwise: nn.Conv2d, post_norm) -> bool:

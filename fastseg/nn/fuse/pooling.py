@@ -1,6 +1,5 @@
 """Run convolution, norm and activation with the pooling after or the unpooling before them."""
 
-import torch
 from torch import Tensor, nn
 
 from fastseg.nn.fuse.children import Act, batch_norm_args
@@ -10,7 +9,7 @@ from fastseg.nn.fuse.sequential import next_group, opened, run_layers
 from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.nn.pooling import MaxPool2d, MaxUnpool2d
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
-from fastseg.ops.core.dispatch import kernels_run
+from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.recompute import remember
 from fastseg.ops.max_unpool_conv import max_unpool_conv2d
 from fastseg.ops.pool_indices import PoolIndices
@@ -85,6 +84,6 @@ def unpooled(x: Tensor, indices: Tensor | PoolIndices, unpool: nn.Module, size: 
     if isinstance(indices, PoolIndices) and not isinstance(unpool, MaxUnpool2d):
         indices = indices.to_torch()  # another module's unpooling takes torch's indices
     y = unpool(x, indices, size)
-    if torch.compiler.is_compiling() or watched(unpool, MaxUnpool2d) or not (y.requires_grad and kernels_run(x)):
+    if followed(y) or watched(unpool, MaxUnpool2d) or not (y.requires_grad and kernels_run(x)):
         return y
     return remember(y, (x,), lambda source: unpool(source, indices, size))

@@ -1,11 +1,9 @@
 """Run depthwise and pointwise convolutions, norms and activations as one separable convolution."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.fuse.children import Act, batch_norm_args, check_activations, not_fusible
+from fastseg.nn.fuse.children import Act, batch_norm_args, check_activations, conv_tensors, not_fusible
 from fastseg.nn.fuse.watch import apply_act, split_act
 from fastseg.ops import separable_conv2d
 from fastseg.ops.core.dispatch import record_reference
@@ -47,10 +45,13 @@ def run_separable(
         u = apply_act(between, norm(mid_norm, depthwise(apply_act(before, x))))
         y = apply_act(after, norm(post_norm, pointwise(u)))
         return ACTIVATIONS[out_act or "none"](y if residual is None else y + residual)
-    with kept_as_recipe(x) if torch.is_grad_enabled() else nullcontext():
-        return separable_conv2d(
-            x, depthwise.weight, pointwise.weight, depthwise.bias, pointwise.bias,
-            stride=depthwise.stride[0], padding=depthwise.padding[0], dilation=depthwise.dilation[0],
-            pre_act=pre_act, mid_norm=batch_norm_args(mid_norm), mid_act=mid_act,
-            post_norm=batch_norm_args(post_norm), post_act=post_act, residual=residual, out_act=out_act,
-        )  # fmt: skip
+    (dw, dw_bias), (pw, pw_bias) = conv_tensors(depthwise), conv_tensors(pointwise)
+    options = {
+        "stride": depthwise.stride[0], "padding": depthwise.padding[0], "dilation": depthwise.dilation[0],
+        "pre_act": pre_act, "mid_norm": batch_norm_args(mid_norm), "mid_act": mid_act,
+        "post_norm": batch_norm_args(post_norm), "post_act": post_act, "residual": residual, "out_act": out_act,
+    }  # fmt: skip
+    if not torch.is_grad_enabled():
+        return separable_conv2d(x, dw, pw, dw_bias, pw_bias, **options)
+    with kept_as_recipe(x):
+        return separable_conv2d(x, dw, pw, dw_bias, pw_bias, **options)

@@ -80,7 +80,7 @@ def opened(module: nn.Module) -> list[nn.Module] | None:
     """The children of a ``Sequential``, to be run in its place; None if it is watched and must be called."""
     if watched(module, Sequential) and watched(module, nn.Sequential):
         return None
-    return list(module)
+    return list(module._modules.values())
 
 
 def run_tapped(module: nn.Module, x: Tensor, taps: dict[int, Tensor | None]) -> Tensor:

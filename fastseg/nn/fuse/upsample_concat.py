@@ -15,7 +15,7 @@ from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.sequential import next_group, opened, run_layers
 from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.nn.upsampling import UpsamplingBilinear2d
-from fastseg.ops.core.dispatch import kernels_run
+from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.recompute import recipe_of, remember
 
 
@@ -159,6 +159,6 @@ def _remembered(y: Tensor, parts: tuple[Tensor, ...], join: Callable[..., Tensor
 
     Not done if the parts themselves would be saved, which are as large as ``y``.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or not (y.requires_grad and kernels_run(y)):
+    if followed(y) or not (y.requires_grad and kernels_run(y)):
         return y
     return remember(y, parts, join) if any(map(recipe_of, parts)) else y

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from fastseg.ops.core.explain import IN_UNFUSED, UNFUSED_DEPTH, in_unfused
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 
 # torch's hooks on all modules. The names are private; a torch that lacks one of them is assumed to have no such hooks.
@@ -30,6 +31,8 @@ def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
     """Why ``module`` must be called rather than read for its parameters, or ""."""
     if module is None:
         return ""
+    if UNFUSED_DEPTH[0] and in_unfused():
+        return IN_UNFUSED
     if type(module) is not plain:
         return f"a child is {type(module).__name__}, not {plain.__name__}"
     if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
@@ -61,8 +64,8 @@ def split_act(act: "nn.Module | Activation | None") -> tuple[Activation | None, 
     name = FUSED_ACTS.get(type(act))
     if name is None:
         return None, act
-    if watched(act, type(act)):
-        return None, _out_of_place(act) if act.inplace else act
+    if why := watched(act, type(act)):
+        return None, _out_of_place(act) if act.inplace and why != IN_UNFUSED else act
     if (name == "leaky_relu" and act.negative_slope != SLOPE) or (
         name == "relu6" and (act.min_val, act.max_val) != (0, 6)
     ):

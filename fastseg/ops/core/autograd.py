@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, needs_grad
+from fastseg.ops.core.dispatch import followed, followed_eagerly, needs_grad
 from fastseg.ops.core.register import DECOMPOSITIONS
 from fastseg.ops.core.torch_private import forward_ad_level, is_batched, transforms_active
 
@@ -33,8 +33,7 @@ def differentiable(gradients: Callable, again: Callable) -> Callable:
     def backward(ctx, *grad_outputs):
         saved = ctx.saved_tensors
         tensors = [t for t in grad_outputs if isinstance(t, Tensor)]
-        batched = followed(*tensors) or any(map(is_batched, tensors))
-        if torch.is_grad_enabled() or (batched and not torch.compiler.is_compiling()):
+        if torch.is_grad_enabled() or followed_eagerly(*tensors) or any(map(is_batched, tensors)):
             return again(ctx, saved, *grad_outputs)
         return gradients(ctx, saved, *grad_outputs)
 

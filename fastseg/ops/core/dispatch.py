@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.explain import IN_REFERENCE, _in_reference, _report, in_reference, record
+from fastseg.ops.core.forms import IN_FORCE, _forced, forced_to_reference
 from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -17,32 +18,41 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def use_kernel(
-    op: str, x: Tensor, *others: Tensor | None, unsupported: str = "", form: Callable[[], str] = str
+    op: str, x: Tensor, *others: Tensor | None, unsupported: str = "", form: Callable[[], str] | None = str
 ) -> bool:
-    """True if ``op`` runs its Triton kernel on these tensors; records the decision for ``explain``.
+    """True if the registered op computes this call, False if torch's own ops must; records it for ``explain``.
+
+    Torch's ops run where no kernel takes such tensors, inside ``fastseg.reference()``, and where something follows the
+    call that understands torch's ops only.
 
     Args:
         op: public name, for error messages and ``explain``.
         x: the tensor whose device and dtype decide.
         others: further tensors, which must be on the device of ``x``; None is skipped.
-        unsupported: why the kernel cannot take this configuration, or "".
-        form: returns which of the op's kernels runs; called only inside ``explain``.
+        unsupported: why the op cannot take this configuration, or "".
+        form: returns what ``explain`` says of the op's one kernel; called only inside ``explain``. None: the op has
+            several forms, and records the one that it chooses.
 
     Raises:
         ValueError: the tensors are on different devices.
     """
+    device = x.device
     for t in others:
-        if t is not None and t.device != x.device:
-            raise ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
+        if t is not None and t.device != device:
+            raise ValueError(f"{op}: tensors on {device} and {t.device}; move them to one device")
     if torch.compiler.is_compiling():
         return not (in_reference() or unsupported or _no_kernel(x))
-    why = (
-        IN_REFERENCE
-        if _in_reference.get() and in_reference()
-        else unsupported or _no_kernel(x) or _follower((x, *others))
-    )
+    why = IN_REFERENCE if _in_reference.get() and in_reference() else ""
+    if not why and _forced.get() and forced_to_reference(op):
+        why = IN_FORCE
+    why = why or unsupported or _no_kernel(x)
+    if not why and (transforms_active() or is_tracing() or forward_ad_level() >= 0):
+        why = _follower((x, *others))
     if _report.get() is not None:
-        record(op, x, *(("reference", why) if why else ("triton", form())))
+        if why:
+            record(op, x, "reference", why, "reference")
+        elif form is not None:
+            record(op, x, "triton", form(), "kernel")
     return not why
 
 
@@ -53,19 +63,24 @@ def is_torchs(x: Tensor) -> bool:
     """
     if INTERPRETED or type(x) is not Tensor or not x.is_cpu:
         return False
-    return not torch.compiler.is_dynamo_compiling() and _report.get() is None
+    return not torch.compiler.is_dynamo_compiling() and _report.get() is None and not _forced.get()
 
 
 def kernels_run(x: Tensor) -> bool:
     """True if Triton kernels can run on tensors like ``x``."""
     if torch.compiler.is_compiling():  # a captured graph holds the registered op
         return not (in_reference() or _no_kernel(x))
-    return not (in_reference() or _no_kernel(x) or followed(x))
+    return not ((_in_reference.get() and in_reference()) or _no_kernel(x) or _follower((x,)))
 
 
 def record_reference(op: str, x: Tensor, why: str) -> None:
     """Record for ``explain`` that ``op`` has only its reference path."""
     use_kernel(op, x, unsupported=why)
+
+
+def no_kernel(x: Tensor) -> str:
+    """Why no kernel can run on a tensor like ``x``, or ""."""
+    return _no_kernel(x)
 
 
 def _no_kernel(x: Tensor) -> str:
@@ -115,6 +130,11 @@ def followed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or transforms_active() or is_tracing():
         return True
     return forward_ad_level() >= 0 and has_tangent(*tensors)
+
+
+def followed_eagerly(*tensors: Tensor | None) -> bool:
+    """``followed``, but not by a compiler: a graph holds the registered op, a trace or a transform torch's own ops."""
+    return not torch.compiler.is_compiling() and bool(_follower(tensors))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -114,8 +114,11 @@ def tensors_of(model: torch.nn.Module) -> Iterator[Tensor]:
 
 def keeper(sources: tuple[Tensor | None, ...]) -> Kept | None:
     """The keeper for these tensors in this thread, or None; a captured graph and a transform keep nothing."""
-    if torch.compiler.is_compiling():
-        return None
+    return None if torch.compiler.is_compiling() else eager_keeper(sources)
+
+
+def eager_keeper(sources: tuple[Tensor | None, ...]) -> Kept | None:
+    """``keeper`` outside of captured graphs."""
     active = keepers.get()
     if not active or transforms_active():
         return None

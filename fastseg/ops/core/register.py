@@ -19,19 +19,25 @@ def qualified(name: str) -> str:
     return f"{NAMESPACE}::{name}"
 
 
-def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
+def register(
+    schema: str, launch: Callable, plain: Callable, fake: Callable, *, refuses: Callable[..., str] | None = None
+):
     """Define and register one op.
 
     Args:
         schema: ``name(Tensor x, ...) -> Tensor``.
-        launch: settles the layout and launches; runs on CUDA and ROCm tensors, and on CPU tensors when interpreted.
+        launch: settles the layout and launches, or asks the op's ``Forms``; runs on CUDA and ROCm tensors, and on CPU
+            tensors when interpreted.
         plain: the same in plain PyTorch; runs on CPU tensors, and in exported programs that must hold no custom op.
         fake: output shapes, dtypes and strides.
+        refuses: of an op with two forms, one kernel and ``plain``: why the kernel cannot take these arguments, or "".
 
     Returns:
         A callable. ``.op`` is its default overload, ``.direct`` maps a device type to its implementation.
     """
     name = schema.partition("(")[0]
+    if refuses is not None:
+        launch = _kernel_or_plain(launch, plain, refuses)
     torch.library.define(qualified(name), schema.removeprefix(name))
     direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
     for device, implementation in direct.items():
@@ -47,6 +53,14 @@ def register(schema: str, launch: Callable, plain: Callable, fake: Callable):
         return direct[args[0].device.type](*args)
 
     call.op, call.direct = op, direct
+    return call
+
+
+def _kernel_or_plain(launch: Callable, plain: Callable, refuses: Callable[..., str]) -> Callable:
+    @functools.wraps(launch)
+    def call(*args):
+        return plain(*args) if refuses(*args) else launch(*args)
+
     return call
 
 

@@ -9,7 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastseg.ops.core.conv_request import ConvCall, finish
 from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.explain import Refusal
+from fastseg.ops.core.forms import Form
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.cpu.threads import each
 
@@ -36,6 +39,22 @@ def pays(
     if followed(*tensors) or torch.is_autocast_enabled("cpu"):
         return False
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+class TapsForm(Form):
+    """A depthwise convolution tap by tap."""
+
+    name, path = "taps", "torch"
+
+    def refuses(self, r) -> str:
+        return "" if r.far else "not a depthwise convolution with far taps"
+
+    def why(self, r, refused: Sequence[Refusal]) -> str:
+        return "CPU tensor: far taps, one after another"
+
+    def run(self, call: ConvCall) -> Tensor:
+        y = by_taps(call.x, call.weight, call.bias, call.dilation)
+        return finish(y, call.act, call.residual, call.image_bias)
 
 
 def by_taps(x: Tensor, weight: Tensor, bias: Tensor | None, dilation: Sequence[int]) -> Tensor:

@@ -7,12 +7,16 @@ each call. Outside there is no state.
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastseg.ops.core.conv_request import ConvCall, finish
 from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.explain import Refusal
+from fastseg.ops.core.forms import Form, Forms, Reference
 from fastseg.ops.core.kept import Kept, keeping
 from fastseg.ops.core.norm import Activation, activate
 from fastseg.ops.cpu import depthwise
@@ -88,6 +92,43 @@ def packing() -> bool:
     return _packs() is not None
 
 
+class PackedForm(Form):
+    """A convolution with weights packed once, inside ``packed_weights``; some 3x3 in Winograd's form."""
+
+    name, path = "packed", "torch"
+
+    def refuses(self, r) -> str:
+        return "" if r.packed else "no packed weights"
+
+    def why(self, r, refused: Sequence[Refusal]) -> str:
+        return "CPU tensor: weights packed once"
+
+    def run(self, call: ConvCall) -> Tensor:
+        x, act, run = call.x, call.act, call.packed
+        if not isinstance(run, Filters):
+            return finish(run(x), act, call.residual, call.image_bias)
+        relu = act == "relu" and call.residual is None and call.image_bias is None
+        y = winograd_conv2d(x, run, relu)
+        return y if relu else finish(y, act, call.residual, call.image_bias)
+
+
+def convolve(call: ConvCall) -> Tensor:
+    """The call in torch's own ops, bias in the convolution, the rest in place."""
+    x, weight, bias, act, *args = call[:8]
+    return finish(F.conv2d(x, weight, bias, *args), act, call.residual, call.image_bias)
+
+
+class CpuRequest(NamedTuple):
+    """What decides between the forms of a CPU."""
+
+    far: bool
+    packed: bool
+
+
+CPU_FORMS = (depthwise.TapsForm(), PackedForm())
+_FORMS = Forms("conv2d", [*CPU_FORMS, Reference(convolve)])
+
+
 def conv2d(
     x: Tensor,
     weight: Tensor,
@@ -98,19 +139,24 @@ def conv2d(
     groups: int = 1,
     act: Activation | None = None,
 ) -> Tensor:
-    """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups))``, the activation in place."""
-    if groups > 1 and depthwise.pays(x, weight, bias, stride, padding, dilation, groups):
-        return activate(depthwise.by_taps(x, weight, bias, dilation), act, inplace=True)
-    packed = _packs()
-    if packed is None or not _packable(x, weight, bias, padding):
+    """``act(F.conv2d(x, weight, bias, stride, padding, dilation, groups))``, the activation in place.
+
+    The convolution inside other ops; where it is an op by itself, ``conv2d_act`` has these forms among others.
+    """
+    far = groups > 1 and depthwise.pays(x, weight, bias, stride, padding, dilation, groups)
+    packed = packed_run(x, weight, bias, stride, padding, dilation, groups)
+    if not far and packed is None:  # on a GPU, in a graph: there is nothing to choose from
         return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act, inplace=True)
-    run = packed.convolution(x, weight, bias, (tuple(stride), tuple(padding), tuple(dilation), groups))
-    if run is None:
-        return activate(F.conv2d(x, weight, bias, stride, padding, dilation, groups), act, inplace=True)
-    if isinstance(run, Filters):
-        y = winograd_conv2d(x, run, act == "relu")
-        return y if act == "relu" else activate(y, act, inplace=True)
-    return activate(run(x), act, inplace=True)
+    call = ConvCall(x, weight, bias, act, stride, padding, dilation, groups, packed=packed)
+    return _FORMS(CpuRequest(far, packed is not None), call)
+
+
+def packed_run(x, weight, bias, stride, padding, dilation, groups: int) -> "Packed | Filters | None":
+    """The convolution with packed weights, where this thread packs and has packed these."""
+    packs = _packs()
+    if packs is None or not _packable(x, weight, bias, padding):
+        return None
+    return packs.convolution(x, weight, bias, (tuple(stride), tuple(padding), tuple(dilation), groups))
 
 
 def _packable(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int] | str) -> bool:

@@ -4,7 +4,8 @@
 one at all weights, a flat tensor of the weights one after the other, each in (COUT, K, K, C) order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,18 +13,20 @@ from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import HAS_TRITON
+from fastseg.ops.core.forms import Cost, Form, Forms, Reference, forced_blocks, forcing
 from fastseg.ops.core.layout import channels_last, like, memory_format_of
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
 from fastseg.ops.core.register import qualified, register
 
 if HAS_TRITON:
     from fastseg.kernels.atrous_conv.bwd import atrous_conv_bwd_weight
-    from fastseg.kernels.atrous_conv.cost import Plan, plan
+    from fastseg.kernels.atrous_conv.cost import plan
     from fastseg.kernels.atrous_conv.fwd import atrous_conv_bwd_input, atrous_conv_fwd
     from fastseg.kernels.atrous_conv.regions import Branch
     from fastseg.kernels.runtime.tensors import tf32
 
 NAME = "atrous_branches"
+_KERNELS = {1, 3}
 MOST_BRANCHES = 8  # pointers that the kernel chooses from
 
 
@@ -46,24 +49,61 @@ def atrous_branches_ref(
     return activate(y if residual is None else y + residual, act, inplace=True)
 
 
-def plan_of(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> "Plan | str":
-    """The cost model's choice for x of ``shape``, or why there is none."""
-    (N, C, H, W), B = shape, len(kernels)
-    if 0 in (N, C, H, W, COUT):
-        return "empty tensors"
-    largest = H * W * max(C, COUT * B)
-    if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
-        return (
-            f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address fewer than 2^31 of each"
-        )
-    branches = tuple(Branch(K, d) for K, d in zip(kernels, dilations, strict=True))
+class Request(NamedTuple):
+    """What decides between the forms; of the gradients, which read dy, too."""
+
+    shape: tuple[int, ...]  # of x
+    dtype: torch.dtype
+    COUT: int  # of a branch
+    kernels: tuple[int, ...]
+    dilations: tuple[int, ...]
+    passes: int  # over the output, of activation and residual, that a library needs
+    ieee: bool  # fp32 that is not rounded to tf32
+
+
+def request_of(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> Request:
     ieee = dtype == torch.float32 and not tf32(dtype)
-    return plan(N, C, H, W, COUT, branches, dtype, passes, ieee)
+    return Request(tuple(shape), dtype, COUT, tuple(kernels), tuple(dilations), passes, ieee)
 
 
-def _own(*sizes) -> bool:
-    chosen = plan_of(*sizes)
-    return not isinstance(chosen, str) and chosen.own
+def not_taken(kernels: Sequence[int]) -> str:
+    """Why the kernel takes no branches of these sizes, or ""."""
+    if not _KERNELS.issuperset(kernels):
+        return f"kernel size {max(kernels)}: the kernel takes 1 and 3"
+    return f"{len(kernels)} branches: the kernel takes {MOST_BRANCHES}" if len(kernels) > MOST_BRANCHES else ""
+
+
+class KernelForm(Form):
+    """Our kernel, which skips the taps that lie in the padding; ``run`` launches the forward or a gradient."""
+
+    name = "kernel"
+
+    def __init__(self, run: Callable):
+        self.run = run  # type: ignore[method-assign]
+
+    def refuses(self, r: Request) -> str:
+        if why := not_taken(r.kernels):
+            return why
+        N, C, H, W = r.shape
+        if 0 in r.shape or not r.COUT:
+            return "empty tensors"
+        largest = H * W * max(C, r.COUT * len(r.kernels))
+        if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
+            return (
+                f"one image has {largest} elements, the batch {N * H * W} pixels; kernels address fewer than 2^31 of "
+                "each"
+            )
+        return ""
+
+    def cost(self, r: Request) -> Cost:
+        branches = tuple(map(Branch, r.kernels, r.dilations))
+        chosen = plan(*r.shape, r.COUT, branches, r.dtype, r.passes, r.ieee)
+        return Cost(chosen.own, chosen.own_us, chosen)
+
+
+def _forms(kernel: Callable, plain: Callable, *, backward: bool = False) -> Forms:
+    aliases = () if backward else ("atrous_conv2d",)
+    return Forms(NAME, [KernelForm(kernel), Reference(plain)], aliases=aliases, backward=backward)
 
 
 # --- the registered ops
@@ -71,14 +111,17 @@ def _own(*sizes) -> bool:
 
 def settled(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As the kernel reads them: dense, channels innermost, aligned (a slice of a larger buffer may not be)."""
-    weights = [channels_last(w.to(dtype)) for w in weights]
+    weights = [w.to(dtype).contiguous(memory_format=torch.channels_last) for w in weights]
     return [w.clone() if w.data_ptr() % 16 else w for w in weights]
 
 
 def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
-    passes = (act != "none") + (residual is not None)
-    if not _own(x.shape, x.dtype, weights[0].shape[0], [w.shape[-1] for w in weights], dilations, passes):
-        return _plain_fwd(x, weights, biases, residual, dilations, act)
+    passes, kernels = (act != "none") + (residual is not None), [w.shape[-1] for w in weights]
+    request = request_of(x.shape, x.dtype, weights[0].shape[0], kernels, dilations, passes)
+    return FORMS(request, x, weights, biases, residual, dilations, act)
+
+
+def _kernel_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
     residual = None if residual is None else channels_last(residual)
     biases = [b.contiguous() for b in biases]
     return atrous_conv_fwd(channels_last(x), settled(weights, x.dtype), biases, residual, dilations, act)
@@ -100,8 +143,11 @@ def _fake_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
 
 def _launch_input(dy, weights, dilations) -> Tensor:
     (COUT, C), (N, _, H, W) = weights[0].shape[:2], dy.shape
-    if not _own((N, C, H, W), dy.dtype, COUT, [w.shape[-1] for w in weights], dilations):
-        return _plain_input(dy, weights, dilations)
+    request = request_of((N, C, H, W), dy.dtype, COUT, [w.shape[-1] for w in weights], dilations)
+    return INPUT_FORMS(request, dy, weights, dilations)
+
+
+def _kernel_input(dy, weights, dilations) -> Tensor:
     return atrous_conv_bwd_input(channels_last(dy), settled(weights, dy.dtype), dilations)
 
 
@@ -129,8 +175,11 @@ def _plain_weight(dy, x, kernels, dilations) -> Tensor:
 
 
 def _launch_weight(dy, x, kernels, dilations) -> Tensor:
-    if not _own(x.shape, x.dtype, dy.shape[1] // len(kernels), kernels, dilations):
-        return _plain_weight(dy, x, kernels, dilations)
+    request = request_of(x.shape, x.dtype, dy.shape[1] // len(kernels), kernels, dilations)
+    return WEIGHT_FORMS(request, dy, x, kernels, dilations)
+
+
+def _kernel_weight(dy, x, kernels, dilations) -> Tensor:
     return atrous_conv_bwd_weight(channels_last(dy), channels_last(x), kernels, dilations)
 
 
@@ -138,6 +187,10 @@ def _fake_weight(dy, x, kernels, dilations) -> Tensor:
     COUT = dy.shape[1] // len(kernels)
     return x.new_empty(sum(COUT * x.shape[1] * K * K for K in kernels), dtype=stats_dtype_of(x))
 
+
+FORMS = _forms(_kernel_fwd, _plain_fwd)
+INPUT_FORMS = _forms(_kernel_input, _plain_input, backward=True)
+WEIGHT_FORMS = _forms(_kernel_weight, _plain_weight, backward=True)
 
 fwd_op = register(
     f"{NAME}(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual, int[] dilations, str act) -> Tensor",
@@ -163,6 +216,7 @@ def _save(ctx, inputs, output) -> None:
     x, weights, biases, _, dilations, act = inputs
     ctx.save_for_backward(x, output if act != "none" else None, *weights)
     ctx.dilations, ctx.act, ctx.bias_dtypes = list(dilations), act, [b.dtype for b in biases]
+    ctx.forced = forced_blocks()
 
 
 def _gradients(ctx, saved, dy: Tensor, wants_x: bool, wants_weights: bool, wants_biases: bool):
@@ -171,10 +225,12 @@ def _gradients(ctx, saved, dy: Tensor, wants_x: bool, wants_weights: bool, wants
     dy = dy if ctx.act == "none" else ACTIVATION_GRADS[ctx.act](dy, y)  # y has the sign of its argument
     COUT, dx = weights[0].shape[0], None
     dweights, dbiases = [None] * len(weights), [None] * len(ctx.bias_dtypes)
-    if wants_x:
-        dx = like(x, input_op(dy, weights, ctx.dilations))
+    with forcing(ctx.forced):
+        if wants_x:
+            dx = like(x, input_op(dy, weights, ctx.dilations))
+        if wants_weights:
+            flat = weight_op(dy, x, [w.shape[-1] for w in weights], ctx.dilations)
     if wants_weights:
-        flat = weight_op(dy, x, [w.shape[-1] for w in weights], ctx.dilations)
         parts = flat.split([w.numel() for w in weights])
         dweights = [_as_weight(part, w) for part, w in zip(parts, weights, strict=True)]
     if wants_biases:

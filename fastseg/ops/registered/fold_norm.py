@@ -31,8 +31,10 @@ def fold_norm(
         last: True for a channels_last weight, False for a contiguous one.
     """
     args = (weight, bias, mean, var, gamma, beta, eps, dtype, last)
+    if not torch.is_grad_enabled():
+        return (_fold if kernels_run(weight) and weight.numel() else _plain)(*args)
     with torch.no_grad():
-        return _fold(*args) if kernels_run(weight) and weight.numel() else _plain(*args)
+        return fold_norm(*args)
 
 
 def pays_on_cpu(weight: Tensor, values: int) -> bool:
@@ -52,12 +54,13 @@ def _format(last: bool) -> torch.memory_format:
 
 def _launch(weight, bias, mean, var, gamma, beta, eps, dtype, last) -> tuple[Tensor, Tensor]:
     row = weight.stride(0)
+    form = torch.channels_last if last else torch.contiguous_format
     slice_of_1x1 = weight.shape[2:].numel() == 1 and weight.stride(1) == 1
-    if not slice_of_1x1 and not weight.is_contiguous(memory_format=_format(last)):
-        weight = weight.contiguous(memory_format=_format(last))
+    if not slice_of_1x1 and not weight.is_contiguous(memory_format=form):
+        weight = weight.contiguous(memory_format=form)
         row = weight[0].numel()
-    vectors = (None if t is None else t.contiguous() for t in (bias, mean, var, gamma, beta))
-    y = _fake_weight(weight, dtype, last)
+    vectors = [None if t is None else t.contiguous() for t in (bias, mean, var, gamma, beta)]
+    y = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=form)
     return y, fold_norm_fwd(weight, row, *vectors, eps, y)
 
 

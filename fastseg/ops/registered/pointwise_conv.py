@@ -3,78 +3,61 @@
 ``conv2d_act`` chooses between its kernel and the library.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
-
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, kernels_run
+from fastseg.ops.core.conv_request import ConvCall, ConvRequest
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype
+from fastseg.ops.core.forms import Cost, Form
 from fastseg.ops.core.layout import channels_last, like, new_map
-from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate, add_residual
+from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.register import register
 
 if HAS_TRITON:
     from fastseg.kernels.dense_conv.pointwise import plan, pointwise_conv_fwd
-    from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
-    from fastseg.kernels.runtime.tensors import tf32
+
+NOT_1X1 = "not a plain 1x1 convolution at stride 1"
 
 
-def finish(y: Tensor, act: str | None, residual: Tensor | None, image_bias: Tensor | None) -> Tensor:
-    """Apply ``act(y + image_bias + residual)`` to the output ``y`` of a convolution, in place; differentiable."""
-    if image_bias is not None:
-        y = add_residual(y, image_bias.to(y.dtype)[:, :, None, None])
-    return activate(add_residual(y, residual), act, inplace=True)
+class PointwiseForm(Form):
+    """Our kernel for a 1x1 convolution at stride 1, with every epilogue in the same launch.
 
-
-class Choice(NamedTuple):
-    own: bool
-    why: Callable[[], str]
-
-
-def plain_dtypes(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None, image_bias: Tensor | None = None
-) -> str:
-    """Why torch's functions must take these dtypes and devices (they may raise), or ""."""
-    if any(t.device != x.device for t in (weight, bias, residual, image_bias) if t is not None):
-        return "tensors on different devices"
-    cast = torch.is_autocast_enabled(x.device.type)  # torch then casts the parameters; a kernel casts as it loads
-    same = (residual,) if cast else (weight, bias, residual)
-    return "dtypes that differ" if any(t is not None and t.dtype != autocast_dtype(x) for t in same) else ""
-
-
-def choose(
-    x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, residual: Tensor | None,
-    image_bias: Tensor | None, *, fused_call: bool,
-) -> Choice:  # fmt: skip
-    """Return whether the kernel or a library takes a 1x1 convolution at stride 1, and why.
-
-    Args:
-        x: (N, C, H, W); the others as in ``pointwise_conv2d``. No gradient is needed.
-        fused_call: True if the library adds bias and ReLU in its own call.
+    ``library`` is the call of a library that adds bias and ReLU by itself, where it takes the request.
     """
-    if not kernels_run(x) or x.numel() == 0:
-        return Choice(False, str)
-    if why := plain_dtypes(x, weight, bias, residual, image_bias):
-        return Choice(False, lambda: why)
-    if not x.is_contiguous(memory_format=torch.channels_last):
-        return Choice(False, lambda: "not channels_last: the kernel would need copies")
-    N, C, H, W = x.shape
-    COUT = weight.shape[0]
-    if why := Geometry(N, C, H, W, COUT, H, W, 1, 1, 0, 1).unsupported():
-        return Choice(False, lambda: why)
-    after: list[int] = []  # passes over y when the library runs
-    if not fused_call or image_bias is not None or (residual is not None and act != "relu"):
-        for present, passes in ((bias, 2), (image_bias, 2), (residual, 3), (act, 2)):
-            after += [passes] * (present is not None)
-    elif act != "relu":
-        after = [2]  # a minimum makes a ReLU6 of a ReLU
-    dtype = autocast_dtype(x)
-    options = {"residual": residual is not None, "tf32": tf32(dtype, x.device), "chip": chip_of(x.device)}
-    chosen = plan(N * H * W, C, COUT, dtype, tuple(after), **options)
-    return Choice(chosen.own, lambda: str(chosen))
+
+    name = "pointwise"
+
+    def __init__(self, library: Form):
+        self.library = library
+
+    def refuses(self, r: ConvRequest) -> str:
+        if not r.plain or r.taps[2:] != (1, 1) or r.stride != (1, 1) or r.padding != (0, 0) or r.groups != 1:
+            return NOT_1X1
+        if r.no_kernel or not r.elements:
+            return r.no_kernel or "an empty map"
+        if r.mixed:
+            return r.mixed
+        if not r.map_last:
+            return "not channels_last: the kernel would need copies"
+        (N, C, H, W), COUT = r.shape, r.channels[1]
+        return Geometry(N, C, H, W, COUT, H, W, 1, 1, 0, 1).unsupported()
+
+    def cost(self, r: ConvRequest) -> Cost:
+        after: list[int] = []  # passes over y when the library runs
+        if self.library.refuses(r):
+            for present, passes in ((r.bias, 2), (r.image_bias, 2), (r.residual, 3), (r.act is not None, 2)):
+                after += [passes] * present
+        elif r.act != "relu":
+            after = [2]  # a minimum makes a ReLU6 of a ReLU
+        N, C, H, W = r.shape
+        options = {"residual": r.residual, "tf32": r.tf32, "chip": r.chip}
+        chosen = plan(N * H * W, C, r.channels[1], r.dtype, tuple(after), **options)
+        return Cost(chosen.own, chosen.own_us, chosen)
+
+    def run(self, call: ConvCall) -> Tensor:
+        x, weight, bias, act = call[:4]
+        return pointwise_conv2d(x, weight, bias, act=act, residual=call.residual, image_bias=call.image_bias)
 
 
 def pointwise_conv2d(
@@ -114,7 +97,8 @@ def pointwise_conv2d(
 
 
 def _launch_fwd(x, weight, bias, act, residual, image_bias) -> Tensor:
-    bias, image_bias = (None if t is None else t.contiguous() for t in (bias, image_bias))
+    bias = None if bias is None else bias.contiguous()
+    image_bias = None if image_bias is None else image_bias.contiguous()
     residual = None if residual is None else channels_last(residual)
     return like(x, pointwise_conv_fwd(channels_last(x), weight.contiguous(), bias, act, residual, image_bias))
 

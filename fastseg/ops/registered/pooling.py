@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fastseg.kernels.runtime.sizes import layout_of, memoized
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, followed
+from fastseg.ops.core.dispatch import HAS_TRITON, followed_eagerly
 from fastseg.ops.core.layout import memory_format_of, new_map
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.core.torch_private import assert_async
@@ -110,7 +110,7 @@ def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) ->
 
     The host does not wait for a GPU: as in torch, an assertion on the device tests what the kernel recorded.
     """
-    if not torch.compiler.is_compiling() and followed():  # values cannot be read
+    if followed_eagerly():  # values cannot be read
         return
     if torch.compiler.is_compiling() or (not sync and valid.device.type != "cpu"):
         assert_async(valid, "max_unpool: an index is outside its output volume")

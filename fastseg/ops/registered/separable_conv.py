@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import HAS_TRITON
+from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.layout import channels_last, like, memory_format_of, new_map
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, activate, plain_norm_bwd, stats_dtype_of
 from fastseg.ops.core.register import qualified, register
@@ -19,7 +20,9 @@ from fastseg.ops.cpu.packed import conv2d
 
 if HAS_TRITON:
     from fastseg.kernels.common.norm_args import Norm
+    from fastseg.kernels.runtime.ceilings import Chip, chip_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
+    from fastseg.kernels.separable_conv.cost import plan
     from fastseg.kernels.separable_conv.fwd import Acts, Weights, tap_weights
     from fastseg.kernels.separable_conv.launch import Needs, separable_conv_bwd, separable_conv_fwd, with_stats
 
@@ -57,9 +60,9 @@ class Call(NamedTuple):
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
-        reach = self.dilation * (self.dw.shape[-1] - 1) + 1
-        OH, OW = ((size + 2 * self.padding - reach) // self.stride + 1 for size in self.x.shape[2:])
-        return self.x.shape[0], self.pw.shape[0], OH, OW
+        N, _, H, W = self.x.shape
+        space = 2 * self.padding - self.dilation * (self.dw.shape[-1] - 1) - 1
+        return N, self.pw.shape[0], (H + space) // self.stride + 1, (W + space) // self.stride + 1
 
     @property
     def keeps_z(self) -> bool:
@@ -75,45 +78,94 @@ _SCHEMA = ", ".join(f"{_TYPES[kind]} {name}{_DEFAULTS.get(name, '')}" for name, 
 # --- with kernels
 
 
-def _kernel_args(a: Call) -> tuple:
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    g: "Geometry"
+    dtype: torch.dtype
+    mid_batch_stats: bool
+    chip: "Chip"
+
+
+def _request(a: Call) -> Request:
+    (N, C, H, W), (_, COUT, OH, OW) = a.x.shape, a.out_shape
+    g = Geometry(N, C, H, W, COUT, OH, OW, a.dw.shape[-1], a.stride, a.padding, a.dilation)
+    return Request(g, a.x.dtype, a.mid == "batch", chip_of(a.x.device))
+
+
+def _refuses(r: Request) -> str:
+    return f"kernel size {r.g.K} > 7" if r.g.K > 7 else r.g.unsupported()
+
+
+class KernelForm(Form):
+    """Our kernels: "fused" keeps the depthwise map on the chip, "split" stores it once."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def refuses(self, r: Request) -> str:
+        return _refuses(r)
+
+    def cost(self, r: Request) -> Cost:
+        chosen = plan(r.g, r.dtype, mid_batch_stats=r.mid_batch_stats, chip=r.chip)
+        us = chosen.fused_us if self.name == "fused" else chosen.split_us
+        return Cost(chosen.form == self.name, us, chosen)
+
+    def run(self, a: Call, g: "Geometry", train: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        residual = None if a.residual is None else channels_last(a.residual)
+        out = separable_conv_fwd(*_kernel_args(a, g), residual, fused=self.name == "fused", save_z=train and a.keeps_z)
+        return like(a.x, out.y), *out[1:]
+
+
+def _kernel_args(a: Call, g: "Geometry") -> tuple:
     """Convert the schema's arguments to the launchers': settled layouts, grouped norms and sizes."""
-    x = channels_last(a.x)
-    contiguous = lambda t: None if t is None else t.contiguous()
-    out = a.out_shape
-    g = Geometry(*x.shape, out[1], *out[2:], a.dw.shape[-1], a.stride, a.padding, a.dilation)
-    weights = Weights(tap_weights(a.dw, g), *(contiguous(t) for t in (a.pw, a.dw_bias, a.pw_bias)))
-    norms = []
-    for kind, tensors, eps in ((a.mid, a[5:9], a.mid_eps), (a.post, a[9:13], a.post_eps)):
-        norms.append(None if kind == "none" else Norm(*(contiguous(t) for t in tensors), eps, kind == "batch"))
-    return x, weights, g, Acts(a.pre_act, a.mid_act, a.post_act, a.out_act), *norms
+    pw, dw_bias, pw_bias, *stats = [None if t is None else t.contiguous() for t in (*a[2:5], *a[5:13])]
+    mid = None if a.mid == "none" else Norm(*stats[:4], a.mid_eps, a.mid == "batch")
+    post = None if a.post == "none" else Norm(*stats[4:], a.post_eps, a.post == "batch")
+    weights = Weights(tap_weights(a.dw, g), pw, dw_bias, pw_bias)
+    return channels_last(a.x), weights, g, Acts(a.pre_act, a.mid_act, a.post_act, a.out_act), mid, post
 
 
 def _launch_eval(*args) -> Tensor:
     a = Call(*args)
-    residual = None if a.residual is None else channels_last(a.residual)
-    return like(a.x, separable_conv_fwd(*_kernel_args(a), residual, save_z=False).y)
+    request = _request(a)
+    return FORMS(request, a, request.g, False, recorded=a.x)[0]
 
 
 def _launch_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = Call(*args)
-    residual = None if a.residual is None else channels_last(a.residual)
-    out = separable_conv_fwd(*_kernel_args(a), residual, save_z=a.keeps_z)
+    request, stats = _request(a), stats_dtype_of(a.x)
+    y, z, mid_stats, post_stats = FORMS(request, a, request.g, True, recorded=a.x)
     empty = lambda t, dtype: a.x.new_empty(0, dtype=dtype) if t is None else t
-    stats = stats_dtype_of(a.x)
-    return like(a.x, out.y), empty(out.z, a.x.dtype), empty(out.mid_stats, stats), empty(out.post_stats, stats)
+    return y, empty(z, a.x.dtype), empty(mid_stats, stats), empty(post_stats, stats)
 
 
 def _launch_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs: list[bool], *args):
-    a = Call(*args)
-    x, weights, g, acts, mid, post = _kernel_args(a)
-    mid, post = with_stats(mid, mid_stats), with_stats(post, post_stats)
-    wanted = Needs(*needs)
-    grads = separable_conv_bwd(channels_last(dy), x, z if a.keeps_z else None, weights, g, acts, mid, post, wanted)
-    dx = None if grads.x is None else like(a.x, grads.x)
-    flat = (dx, *grads[1:5], *_norm_grads(grads.mid), *_norm_grads(grads.post))
-    return tuple(
-        x.new_empty(0) if grad is None else grad.to(owner.dtype) for grad, owner in zip(flat, _owners(a), strict=True)
-    )
+    request = _request(Call(*args))
+    return BACKWARD_FORMS(request, request.g, dy, z, mid_stats, post_stats, needs, *args)
+
+
+class BackwardForm(Form):
+    """Our kernels for every gradient."""
+
+    name = "kernel"
+
+    def refuses(self, r: Request) -> str:
+        return _refuses(r)
+
+    def run(self, g: "Geometry", dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, needs, *args):
+        a = Call(*args)
+        x, weights, g, acts, mid, post = _kernel_args(a, g)
+        mid, post = with_stats(mid, mid_stats), with_stats(post, post_stats)
+        wanted = Needs(*needs)
+        z = z if a.keeps_z else None
+        grads = separable_conv_bwd(channels_last(dy), x, z, weights, g, acts, mid, post, wanted)
+        dx = None if grads.x is None else like(a.x, grads.x)
+        flat = (dx, *grads[1:5], *_norm_grads(grads.mid), *_norm_grads(grads.post))
+        owners = _owners(a)
+        return tuple(
+            x.new_empty(0) if grad is None else grad.to(owner.dtype) for grad, owner in zip(flat, owners, strict=True)
+        )
 
 
 def _norm_grads(sums: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -196,6 +248,14 @@ def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, nee
         grad.to(owner.dtype, memory_format=memory_format_of(owner)) if want else a.x.new_empty(0)
         for grad, want, owner in zip(grads, per_output(needs), _owners(a), strict=True)
     )
+
+
+FORMS = Forms(
+    "separable_conv2d", [KernelForm("fused"), KernelForm("split"), Reference(lambda a, g, train: _plain_train(*a))]
+)
+BACKWARD_FORMS = Forms(
+    "separable_conv2d", [BackwardForm(), Reference(lambda g, *args: _plain_bwd(*args))], backward=True
+)
 
 
 # --- shapes, registration, autograd

@@ -3,41 +3,65 @@
 ``conv2d_act`` chooses between its kernel and the library.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, kernels_run
+from fastseg.ops.core.conv_request import ConvCall, ConvRequest
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype
+from fastseg.ops.core.forms import Cost, Form
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.norm import ACTIVATIONS
 from fastseg.ops.core.register import register
-from fastseg.ops.registered.pointwise_conv import Choice, plain_dtypes
 
 if HAS_TRITON:
-    from fastseg.kernels.dense_conv.stem import MOST_CHANNELS, MOST_TAPS, plan, stem_conv_fwd
-    from fastseg.kernels.runtime.ceilings import chip_of
+    from fastseg.kernels.dense_conv.stem import MOST_TAPS, plan, stem_conv_fwd
     from fastseg.kernels.runtime.conv_sizes import Geometry
-    from fastseg.kernels.runtime.tensors import tf32
+
+NOT_A_STEM = "not a square convolution of an image of few channels"
+MOST_CHANNELS = 4
 
 
-def choose_stem(x: Tensor, weight: Tensor, bias: Tensor | None, act: str | None, stride: int, padding: int) -> Choice:
-    """Return whether the kernel or a library takes a square, undilated convolution of an image, and why.
+class StemForm(Form):
+    """Our kernel for a square, undilated convolution of an image of few channels.
 
-    The model assumes that the library adds bias and activation in passes of their own: its fused call refuses so few
+    Its model assumes that a library adds bias and activation in passes of their own: its fused call refuses so few
     channels.
     """
-    if not kernels_run(x) or x.numel() == 0 or not x.is_contiguous(memory_format=torch.channels_last):
-        return Choice(False, str)
-    (N, C, H, W), COUT, K = x.shape, weight.shape[0], weight.shape[-1]
-    OH, OW = ((size + 2 * padding - K) // stride + 1 for size in (H, W))
-    g = Geometry(N, C, H, W, COUT, OH, OW, K, stride, padding, 1)
-    large = C > MOST_CHANNELS or K * K * C > MOST_TAPS or g.unsupported()
-    if large or OH < 1 or OW < 1 or plain_dtypes(x, weight, bias):
-        return Choice(False, str)
-    passes = (bias is not None) + (act is not None)
-    dtype = autocast_dtype(x)
-    chosen = plan(g, dtype, passes, tf32=tf32(dtype, x.device), chip=chip_of(x.device))
-    return Choice(chosen.own, lambda: str(chosen))
+
+    name = "stem"
+
+    def refuses(self, r: ConvRequest) -> str:
+        square = len(r.taps) == 4 and r.taps[2] == r.taps[3] > 1 and r.taps[1] <= MOST_CHANNELS
+        even = not isinstance(r.padding, str) and r.padding[0] == r.padding[1] and r.stride[0] == r.stride[1]
+        if not (square and even) or r.dilation != (1, 1) or r.groups != 1 or r.residual or r.image_bias:
+            return NOT_A_STEM
+        if r.no_kernel or not r.elements:
+            return r.no_kernel or "an empty map"
+        if r.mixed:
+            return r.mixed
+        if not r.map_last:
+            return "not channels_last: the kernel would need copies"
+        g = _geometry(r)
+        if g.K * g.K * g.C > MOST_TAPS:
+            return f"{g.K}x{g.K} taps of {g.C} channels: the kernel takes {MOST_TAPS} together"
+        return "an empty map" if g.OH < 1 or g.OW < 1 else g.unsupported()
+
+    def cost(self, r: ConvRequest) -> Cost:
+        chosen = plan(_geometry(r), r.dtype, r.bias + (r.act is not None), tf32=r.tf32, chip=r.chip)
+        return Cost(chosen.own, chosen.own_us, chosen)
+
+    def run(self, call: ConvCall) -> Tensor:
+        x, weight, bias, act, stride, padding = call[:6]
+        return stem_conv2d(x, weight, bias, act=act, stride=stride[0], padding=padding[0])
+
+
+def _geometry(r: ConvRequest) -> "Geometry":
+    (N, C, H, W), (COUT, _, K, _), stride, padding = r.shape, r.taps, r.stride[0], r.padding[0]
+    return Geometry(N, C, H, W, COUT, _size(H, K, stride, padding), _size(W, K, stride, padding), K, stride, padding, 1)
+
+
+def _size(size: int, K: int, stride: int, padding: int) -> int:
+    return (size + 2 * padding - K) // stride + 1
 
 
 def stem_conv2d(
@@ -61,7 +85,7 @@ def _plain_fwd(x, weight, bias, act, stride, padding) -> Tensor:
 
 
 def _fake_fwd(x, weight, bias, act, stride, padding) -> Tensor:
-    OH, OW = ((size + 2 * padding - weight.shape[-1]) // stride + 1 for size in x.shape[2:])
+    OH, OW = (_size(size, weight.shape[-1], stride, padding) for size in x.shape[2:])
     return x.new_empty(x.shape[0], OH, OW, weight.shape[0]).permute(0, 3, 1, 2)
 
 

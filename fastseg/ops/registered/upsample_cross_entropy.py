@@ -67,8 +67,6 @@ def _mean(sum_: Tensor, total: Tensor, a: Call) -> Tensor:
 
 def launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
     a = Call(*args)
-    if unsupported(a.logits, *a.target.shape[1:]):
-        return _plain_fwd(*args)
     x, target = a.logits.contiguous(), a.target.contiguous()  # neighbouring pixels are read together
     weight = None if a.weight is None else a.weight.contiguous()
     none = a.reduction == "none"
@@ -87,8 +85,6 @@ def launch_fwd(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 def launch_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     a = Call(*args)
-    if unsupported(a.logits, *a.target.shape[1:]):
-        return _plain_bwd(dloss, lse, total, *args)
     x = a.logits.contiguous(memory_format=memory_format_of(a.logits))
     dy = per_weight(dloss, total, a.reduction).contiguous()
     weight = None if a.weight is None else a.weight.contiguous()
@@ -158,12 +154,21 @@ def _fake_bwd(dloss: Tensor, lse: Tensor, total: Tensor, *args) -> Tensor:
     return new_map(Call(*args).logits, Call(*args).logits.shape)
 
 
-fwd_op = register(f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd)
+def _refuses(*args) -> str:
+    a = Call(*args)
+    return unsupported(a.logits, *a.target.shape[1:])
+
+
+fwd_op = register(
+    f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd,
+    refuses=_refuses,
+)  # fmt: skip
 bwd_op = register(
     f"upsample_cross_entropy_bwd(Tensor dloss, Tensor lse, Tensor total, {_SCHEMA}) -> Tensor",
     launch_bwd,
     _plain_bwd,
     _fake_bwd,
+    refuses=lambda dloss, lse, total, *args: _refuses(*args),
 )
 
 

@@ -135,9 +135,6 @@ def _transposed(dy: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
 
 
 def _launch(taps: Tensor, base: Tensor | None, bias: Tensor | None, act: str, size: list[int], align_corners: bool):
-    _, N, h, w, _, COUT = taps.shape
-    if unsupported(N, 0, 0, COUT, h, w, *size):
-        return plain(taps, base, bias, act, size, align_corners)
     base, bias = None if base is None else channels_last(base), None if bias is None else bias.contiguous()
     return upsample_conv_fwd(taps.contiguous(), base, bias, act, tuple(size), align_corners)
 
@@ -195,9 +192,14 @@ def _fake_bwd(dy: Tensor, size: list[int], align_corners: bool) -> Tensor:
     return dy.new_empty(3, N, *size, 3, COUT)
 
 
+def _refuses(taps: Tensor, base, bias, act, size: list[int], align_corners) -> str:
+    _, N, h, w, _, COUT = taps.shape
+    return unsupported(N, 0, 0, COUT, h, w, *size)
+
+
 _fwd = register(
     "upsample_taps(Tensor taps, Tensor? base, Tensor? bias, str act, SymInt[] size, bool align_corners) -> Tensor",
-    _launch, plain, _fake,
+    _launch, plain, _fake, refuses=_refuses,
 )  # fmt: skip
 _bwd = register(
     "upsample_taps_bwd(Tensor dy, SymInt[] size, bool align_corners) -> Tensor", plain_bwd, plain_bwd, _fake_bwd

@@ -6,6 +6,7 @@ import torch
 
 from fastseg.kernels.common.norm_args import Norm
 from fastseg.kernels.runtime.conv_sizes import Geometry
+from fastseg.kernels.separable_conv.cost import plan
 from fastseg.kernels.separable_conv.fwd import Acts, Weights, tap_weights
 from fastseg.kernels.separable_conv.launch import Needs, separable_conv_bwd, separable_conv_fwd
 
@@ -29,7 +30,9 @@ def _separable(
             needs = Needs(x=True, dw=True, pw=True, dw_bias=False, pw_bias=False, mid=True, post=True)
             separable_conv_bwd(y, x, y, weights, g, acts, norm(C), norm(COUT), needs)
         else:
-            separable_conv_fwd(x, weights, g, acts, norm(C), norm(COUT), y if residual else None, save_z=False)
+            fused = plan(g, dtype, mid_batch_stats=batch_stats).form == "fused"
+            skip = y if residual else None
+            separable_conv_fwd(x, weights, g, acts, norm(C), norm(COUT), skip, fused=fused, save_z=False)
     finally:
         torch.backends.cudnn.allow_tf32 = saved
 

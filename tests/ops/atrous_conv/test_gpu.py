@@ -8,7 +8,6 @@ from torch import Tensor
 import fastseg
 from fastseg.ops import atrous_conv2d
 from fastseg.ops.atrous_conv2d import atrous_branches
-from fastseg.ops.registered import atrous_conv as _atrous
 
 pytestmark = pytest.mark.gpu
 
@@ -16,10 +15,10 @@ RATES = [1, 6, 12, 18]
 
 
 @pytest.fixture(autouse=True)
-def _own(monkeypatch):
+def _own():
     """The own kernels, whatever the cost model says."""
-    original = _atrous.plan
-    monkeypatch.setattr(_atrous, "plan", lambda *sizes: original(*sizes)._replace(own=True))
+    with fastseg.force("atrous_branches", "kernel"):
+        yield
 
 
 def make(N=2, C=320, H=33, W=37, COUT=256, dtype=torch.bfloat16) -> tuple[Tensor, list[Tensor], list[Tensor]]:

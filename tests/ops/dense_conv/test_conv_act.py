@@ -1,6 +1,6 @@
 """Convolution and activation without a gradient: what cuDNN's fused call is given, and what happens when it refuses.
 
-No GPU is needed: the decision is a function of a ``Request``; the call is replaced.
+No GPU is needed: the decision is a function of a ``ConvRequest``; the call is replaced.
 """
 
 import pytest
@@ -9,15 +9,19 @@ from torch import nn
 from torch.nn import functional as F
 
 import fastseg
+from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.ops import conv_act as _conv_act
-from fastseg.ops.conv_act import Request, conv2d_act, unsupported
+from fastseg.ops.conv_act import FORMS, conv2d_act, conv2d_act_ref
+from fastseg.ops.core.conv_request import ConvCall, ConvRequest, request_of
+from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.registered.cudnn_conv import CUDNN, unsupported
 
-GOOD = Request(
+GOOD = ConvRequest(
     device="cuda", cudnn=True, deterministic=False, plain=True, dtypes=(torch.bfloat16,) * 3, act="relu",
     padding=(1, 1), channels=(64, 128), groups=1, channels_last=True, elements=2**28,
 )  # fmt: skip
 ARGS = ((1, 1), (1, 1), (1, 1), 1)
-CUDNN = torch.backends.cudnn.is_available()  # in CUDA wheels, without a device too
+HAS_CUDNN = torch.backends.cudnn.is_available()  # in CUDA wheels, without a device too
 
 
 @pytest.mark.parametrize(
@@ -54,12 +58,14 @@ def test_what_is_fused(change, why):
 def test_a_request_says_what_the_call_is():
     x = torch.randn(2, 8, 6, 5).contiguous(memory_format=torch.channels_last)
     conv = nn.Conv2d(8, 16, 3, padding=1).to(memory_format=torch.channels_last)
-    ask = lambda x=x, act="relu", residual=None: _conv_act.request_of(x, conv.weight, conv.bias, act, *ARGS, residual)
+    ask = lambda x=x, act="relu", residual=None: request_of(ConvCall(x, conv.weight, conv.bias, act, *ARGS, residual))
     with torch.no_grad():
         request = ask()
-    assert request == Request(
-        device="cpu", cudnn=CUDNN, deterministic=True, plain=True, dtypes=(torch.float32,) * 3, act="relu",
+    kernel = {"no_kernel": "", "chip": chip_of(x.device)} if INTERPRETED else {"no_kernel": "CPU tensor"}
+    assert request == ConvRequest(
+        device="cpu", cudnn=HAS_CUDNN, deterministic=True, plain=True, dtypes=(torch.float32,) * 3, act="relu",
         padding=(1, 1), channels=(8, 16), groups=1, channels_last=True, elements=2 * 16 * 30,
+        shape=(2, 8, 6, 5), taps=(16, 8, 3, 3), bias=True, map_last=True, **kernel,
     )  # fmt: skip
     assert not ask().plain  # the parameters want gradients
     with torch.no_grad():
@@ -94,9 +100,12 @@ class TestTheCall:
 
         monkeypatch.setattr(torch, "cudnn_convolution_relu", fused)
         monkeypatch.setattr(torch, "cudnn_convolution_add_relu", fused_add)
-        monkeypatch.setattr(_conv_act, "unsupported", lambda request: "")
-        monkeypatch.setattr(_conv_act, "on_cpu", lambda x: False)
-        monkeypatch.setattr(_conv_act, "_refused", set())
+        on_cuda = {"device": "cuda", "cudnn": True, "deterministic": False}
+        monkeypatch.setattr(_conv_act, "is_torchs", lambda x: False)
+        monkeypatch.setattr(_conv_act, "request_of", lambda *a, **k: request_of(*a, **k)._replace(**on_cuda))
+        monkeypatch.setattr(CUDNN, "no_engine", set())
+        yield
+        FORMS.forget()
 
     def run(self, act="relu", skip: float = 0.0):
         torch.manual_seed(0)
@@ -141,6 +150,28 @@ class TestTheCall:
         with fastseg.reference():
             assert self.run() == ("conv2d_act", "reference", "inside fastseg.reference()")
         assert not self.calls
+
+    def test_what_refused_is_listed(self):
+        """Each form before the one that ran, with its reason."""
+        self.error = RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED")
+        with fastseg.explain() as report:
+            conv2d_act(torch.randn(1, 8, 5, 5), torch.randn(16, 8, 3, 3), None, "relu", *ARGS)
+        (decision,) = report
+        assert decision.form == "reference" and [each.form for each in decision.refused] == [
+            "pointwise", "cudnn", "stem", "taps", "packed",
+        ]  # fmt: skip
+        assert dict(each[:2] for each in decision.refused)["cudnn"] == "cuDNN has no engine for it"
+
+
+@pytest.mark.parametrize("extras", [(), ("residual",), ("image_bias",), ("residual", "image_bias")], ids=str)
+@pytest.mark.parametrize("act", [None, "relu", "relu6", "leaky_relu"])
+def test_the_last_form_is_the_oracle(act, extras):
+    x, weight, bias = torch.randn(2, 4, 5, 6), torch.randn(3, 4, 3, 3), torch.randn(3)
+    more = {"residual": torch.randn(2, 3, 5, 6), "image_bias": torch.randn(2, 3)}
+    more = {name: more[name] for name in extras}
+    with fastseg.reference(), torch.no_grad():
+        y = conv2d_act(x, weight, bias, act, *ARGS, **more)
+    torch.testing.assert_close(y, conv2d_act_ref(x, weight, bias, act, *ARGS, **more), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.gpu

@@ -5,9 +5,7 @@ import torch
 from torch.nn import functional as F
 
 import fastseg
-from fastseg.ops import conv_act
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.registered.pointwise_conv import Choice
 
 pytestmark = pytest.mark.gpu
 STALE = {
@@ -21,8 +19,8 @@ STALE = {
 @pytest.mark.parametrize("K", [1, 3])
 @pytest.mark.parametrize("stale", STALE)
 @pytest.mark.parametrize("skip", [False, True], ids=["", "residual"])
-def test_what_the_memory_held(dtype, K, stale, skip, device, monkeypatch):
-    monkeypatch.setattr(conv_act, "choose", lambda *args, **options: Choice(False, str))  # cuDNN, at 1x1 too
+@fastseg.force("conv2d_act", "cudnn")  # at 1x1 too
+def test_what_the_memory_held(dtype, K, stale, skip, device):
     draw = lambda *size: torch.randn(size, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last)
     x, weight = draw(2, 64, 64, 96), draw(128, 64, K, K).div_(8 * K)
     bias, residual = torch.randn(128, device=device, dtype=dtype), draw(2, 128, 64, 96) if skip else None

@@ -18,12 +18,10 @@ def make(C=21, COUT=5, K=3, H=9, W=7, kernel=2, stride=2, dtype=torch.float32, d
 
 
 @pytest.fixture
-def fold(monkeypatch):
+def fold():
     """Fold whatever the cost model says."""
-    import fastseg.ops.max_unpool_conv as op
-
-    original = op.plan
-    monkeypatch.setattr(op, "plan", lambda *sizes: original(*sizes)._replace(fold=True))
+    with fastseg.force("max_unpool_conv2d", "fold"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

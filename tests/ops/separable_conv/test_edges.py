@@ -9,6 +9,7 @@ import pytest
 import torch
 from separable_inputs import make
 
+import fastseg
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops.registered import separable_conv as _separable_conv
 from fastseg.ops.registered.separable_conv import ACTIVATIONS
@@ -20,7 +21,6 @@ from fastseg.kernels.batch_norm import fwd as batch_norm_act
 from fastseg.kernels.runtime import config
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.separable_conv import fwd as separable_conv_fwd
-from fastseg.kernels.separable_conv import launch as separable_conv
 from fastseg.kernels.separable_conv.cost import plan
 
 SMALL = {
@@ -38,10 +38,10 @@ SMALL = {
 
 
 @pytest.fixture(params=["fused", "split"])
-def form(request, monkeypatch):
+def form(request):
     """Run the op in one form whatever the cost model says."""
-    original = separable_conv.plan
-    monkeypatch.setattr(separable_conv, "plan", lambda *a, **k: original(*a, **k)._replace(form=request.param))
+    with fastseg.force("separable_conv2d", request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 from separable_inputs import make
 
+import fastseg
 from fastseg.kernels.separable_conv.cost import fused_tile
 from fastseg.ops import separable_conv2d
 from fastseg.ops.core.dispatch import INTERPRETED
@@ -24,12 +25,10 @@ NORMS = 4 * 4 * (C + COUT)  # four vectors each
 
 
 @pytest.fixture(params=["fused", "split"])
-def form(request, monkeypatch):
-    import fastseg.kernels.separable_conv.launch as separable
-
-    original = separable.plan
-    monkeypatch.setattr(separable, "plan", lambda *a, **k: original(*a, **k)._replace(form=request.param))
-    return request.param
+def form(request):
+    """Run the op in one form whatever the cost model says."""
+    with fastseg.force("separable_conv2d", request.param):
+        yield request.param
 
 
 def traffic_of(fn):

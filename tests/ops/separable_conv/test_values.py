@@ -20,12 +20,10 @@ HALF = {torch.float16: Tolerance(2**-9, 2**-9), torch.bfloat16: Tolerance(2**-6,
 
 
 @pytest.fixture(params=["fused", "split"])
-def form(request, monkeypatch):
+def form(request):
     """Run the op in one form whatever the cost model says."""
-    separable = pytest.importorskip("fastseg.kernels.separable_conv.launch")
-    original = separable.plan
-    monkeypatch.setattr(separable, "plan", lambda *a, **k: original(*a, **k)._replace(form=request.param))
-    return request.param
+    with fastseg.force("separable_conv2d", request.param):
+        yield request.param
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])

@@ -9,7 +9,8 @@ from head_inputs import AC, LAYOUTS, SIZES, allocations, interpolate
 import fastseg
 from fastseg.ops import upsample_argmax
 from fastseg.ops.core.dispatch import INTERPRETED
-from fastseg.ops.upsample_argmax import upsample_argmax_ref
+from fastseg.ops.core.upsample import output_size
+from fastseg.ops.cpu import argmax as cpu
 from fastseg.testing import guard, guarded
 
 NAN, INF = float("nan"), float("inf")
@@ -157,12 +158,12 @@ def test_reference(classes, align_corners):
 @pytest.mark.parametrize(("size", "factor"), [((170, 131), None), (None, (17.3, 1.2)), (None, (1.1, 30.0))], ids=str)
 def test_reference_by_rows(size, factor, align_corners, monkeypatch):
     """Large maps on a CPU: blocks within a cell row and across, a kept axis, equal classes, and no map at full size."""
-    monkeypatch.setattr(sys.modules[upsample_argmax_ref.__module__], "_LARGE", 0)
-    monkeypatch.setattr(sys.modules[upsample_argmax_ref.__module__], "_BLOCK", 2**12)
+    monkeypatch.setattr(cpu, "_BLOCK", 2**12)
     logits = torch.randn(2, 5, 10, 6)
     logits[:, 3] = logits[:, 1]
     with allocations() as seen:
-        got = upsample_argmax_ref(logits, size, factor, align_corners=align_corners, dtype=torch.uint8)
+        target = output_size("upsample_argmax", logits, size, factor)
+        got = cpu.argmax_by_rows(logits, *target, align_corners, torch.uint8)
     full = interpolate(logits, align_corners, size, factor)
     assert seen.largest < full.numel() / 2
     assert (got != 3).all()  # the value of class 1

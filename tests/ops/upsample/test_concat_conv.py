@@ -46,23 +46,21 @@ def on_cpu(*tensors, act=None, align_corners=False, up_first=True):
 
 
 @pytest.fixture
-def low_resolution(monkeypatch):
+def low_resolution():
     """Nine taps, whatever the cost models say; interpreted, in few programs."""
     if INTERPRETED:
         from fastseg.kernels.runtime.config import override
 
         with override("upsample_conv_fwd", ROWS=8):
-            yield from _low_resolution(monkeypatch)
+            yield from _low_resolution()
     else:
-        yield from _low_resolution(monkeypatch)
+        yield from _low_resolution()
 
 
-def _low_resolution(monkeypatch):
-    monkeypatch.setattr(upsample_concat_conv, "plan_cpu", lambda *sizes: upsample_concat_conv.PlanCpu(True, 0.0, 0.0))
-    if upsample_concat_conv.HAS_TRITON:
-        original = upsample_concat_conv.plan
-        monkeypatch.setattr(upsample_concat_conv, "plan", lambda *sizes: original(*sizes)._replace(low_resolution=True))
-    yield
+def _low_resolution():
+    name = "upsample_concat_conv2d"
+    with fastseg.force(name, "low_resolution"), fastseg.force(name, "taps"):  # of CPU tensors; where kernels run
+        yield
 
 
 @CORNERS

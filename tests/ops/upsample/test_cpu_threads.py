@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseg
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
+from fastseg.ops.core import dispatch
 from fastseg.ops.cpu.threads import each
 
 CLASSES = [1, 2, 3, 21, 150]
@@ -50,6 +51,12 @@ def options_of(kind: str, classes: int, target: torch.Tensor) -> dict:
     return {"weight": torch.rand(classes) + 0.1, "ignore_index": 255, "label_smoothing": 0.1, "reduction": kind}
 
 
+@pytest.fixture(autouse=True)
+def _without_kernels(monkeypatch):
+    """As on a machine without Triton's interpreter."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("classes", "kind"), [
     *((classes, kind) for classes in CLASSES for kind in ("plain", "none")), (2, "mean"), (21, "mean"),
@@ -77,8 +84,7 @@ def test_argmax(classes, layout, threads):
     logits = torch.randn(2, classes, 9, 7).to(memory_format=layout)
     if classes > 3:
         logits[:, 3] = logits[:, 1]
-    with fastseg.reference():
-        got = upsample_argmax(logits, (side, side + 3))
+    got = upsample_argmax(logits, (side, side + 3))
     full = F.interpolate(logits.double(), (side, side + 3), mode="bilinear")
     chosen = full.gather(1, got.long()[:, None])[:, 0]
     assert got.dtype == torch.uint8 and got.shape == (2, side, side + 3)
@@ -89,8 +95,7 @@ def test_argmax(classes, layout, threads):
 @pytest.mark.parametrize("values", [(1.0, 1.0), (float("nan"), 0.0), (0.0, float("nan")), (3e38, -3e38)], ids=str)
 def test_two_classes_equal_or_not_finite(values):
     logits = torch.tensor(values).view(1, 2, 1, 1).expand(1, 2, 3, 3).contiguous()
-    with fastseg.reference():
-        got = upsample_argmax(logits, 8)
+    got = upsample_argmax(logits, 8)
     assert torch.equal(got.long(), F.interpolate(logits, (8, 8), mode="bilinear").argmax(1))
 
 
@@ -113,7 +118,7 @@ def test_calls(head, classes, most):
     """512 x 512 pixels from strides of 4: blocks, not rows or pixels, decide on the number of torch's calls."""
     logits = torch.randn(1, classes, 128, 128, requires_grad=True)
     target = torch.randint(classes, (1, 512, 512))
-    with fastseg.reference(), Calls() as calls, allocations() as seen:
+    with Calls() as calls, allocations() as seen:
         if head == "argmax":
             upsample_argmax(logits, 512)
         else:
