@@ -1,14 +1,16 @@
 """Cross entropy of bilinearly upsampled logits."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import followed, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES, equal, outside
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.upsample import cross_entropy, interpolate, unsupported
+from fastseg.ops.core.upsample import cross_entropy, unsupported
 from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, pays, walk
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
@@ -54,10 +56,7 @@ def upsample_cross_entropy(
     """
     ignore_index, label_smoothing = whole(ignore_index), float(label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
-    why = unsupported(logits, *target.shape[1:])
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        why = why or "the class weights require a gradient"
-    if not use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why):
+    if not _takes_kernel(logits, target, weight):
         return upsample_cross_entropy_ref(
             logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
         )
@@ -65,6 +64,15 @@ def upsample_cross_entropy(
     call = Call(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners,
                 _autocast(logits), save_lse)  # fmt: skip
     return (UpsampleCrossEntropy.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
+
+
+def _takes_kernel(logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    if is_torchs(logits) and target.is_cpu and (weight is None or weight.is_cpu):
+        return False
+    why = unsupported(logits, *target.shape[1:])
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        why = why or "the class weights require a gradient"
+    return use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why)
 
 
 def upsample_cross_entropy_ref(
@@ -84,7 +92,8 @@ def upsample_cross_entropy_ref(
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
         if not pays(logits, target):
-            return _in_planes(logits, target, weight, criterion).to(out)
+            loss = _in_planes(logits, target, weight, criterion)
+            return loss if loss.dtype == out else loss.to(out)
         if can_walk(logits, target):
             return walk(logits, target, weight, criterion, out)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
@@ -101,16 +110,19 @@ def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduct
 
 def _in_planes(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
     """Torch's two steps with each class a plane, for few classes or small maps."""
+    ignore_index, reduction, label_smoothing, align_corners = criterion
     kind = torch.promote_types(logits.dtype, torch.float32)
-    with torch.autocast("cpu", enabled=False):
-        planes, layout = logits.to(kind).contiguous(), memory_format_of(logits)
-        if planes.requires_grad and layout != torch.contiguous_format:
+    autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
+    with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+        planes = (logits if logits.dtype == kind else logits.to(kind)).contiguous()
+        if planes is not logits and planes.requires_grad:
+            layout = memory_format_of(logits)
             planes.register_hook(lambda grad: grad.contiguous(memory_format=layout))
-        full = interpolate(planes, *target.shape[1:], (0.0, 0.0), criterion.align_corners)
+        full = torch.ops.aten.upsample_bilinear2d.default(planes, target.shape[1:], align_corners)
+        weight = None if weight is None else weight.to(kind)
         return F.cross_entropy(
-            full, target.long(), None if weight is None else weight.to(kind), ignore_index=criterion.ignore_index,
-            reduction=criterion.reduction, label_smoothing=criterion.label_smoothing,
-        )  # fmt: skip
+            full, target.long(), weight, None, ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
 
 
 def _autocast(logits: Tensor) -> bool:
@@ -119,24 +131,21 @@ def _autocast(logits: Tensor) -> bool:
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
-    name = "upsample_cross_entropy"
-    if logits.dim() != 4 or target.dim() != 3 or logits.shape[0] != target.shape[0] or logits.shape[1] == 0:
+    name, shape, pixels = "upsample_cross_entropy", logits.shape, target.shape
+    if len(shape) != 4 or len(pixels) != 3 or shape[0] != pixels[0] or shape[1] == 0:
         raise ValueError(
-            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; "
-            "give (N, C, h, w) and (N, H, W)"
+            f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; give (N, C, h, w) and (N, H, W)"
         )
-    if 0 in (*logits.shape[2:], *target.shape[1:]):
-        raise ValueError(
-            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; there is no pixel in them"
-        )
+    if 0 in shape[2:] or 0 in pixels[1:]:
+        raise ValueError(f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; there is no pixel in them")
     if not logits.is_floating_point():
         raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
     if target.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8 or int8 to int64")
-    if weight is not None and (weight.shape != (logits.shape[1],) or not weight.is_floating_point()):
+    if weight is not None and (weight.shape != (shape[1],) or not weight.is_floating_point()):
         raise ValueError(
             f"{name}: weight is {tuple(weight.shape)}, {weight.dtype}; give a floating-point factor for each of "
-            f"{logits.shape[1]} classes"
+            f"{shape[1]} classes"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{name}: reduction is {reduction!r}; use "mean", "sum" or "none"')
