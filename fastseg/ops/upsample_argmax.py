@@ -25,7 +25,13 @@ UINT8_CLASSES = 256
 _FEW = 4  # classes; below it, each class is compared with the best of those before it
 _BLOCK = 2**17  # values in a block of rows on a CPU: 512 KiB of fp32
 _STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of rows
-_LARGE = 2**19  # upsampled logits; from here on a CPU works in strips, smaller maps stay in its caches
+
+# Upsampled logits from which a CPU works in strips. Fewer stay in its caches, and torch's two steps with ``max`` take
+# 0.75 to 0.95 of eager's time, on any number of threads; strips, 1.0 to 1.6 of it (150 classes, 128^2). From the first
+# limit on strips take 0.6 of eager's time on one thread, from the second on any number, as torch's steps write to fresh
+# pages (``benchmarks/cpu_threads.py --ops argmax --layouts channels_last``).
+_LARGE, _HUGE = 2**22, 2**23
+_MANY = 64  # classes from which the second limit holds for one thread too
 
 
 def upsample_argmax(
@@ -94,7 +100,8 @@ def upsample_argmax_ref(
         return _argmax(logits, *args)
     if C == 1:
         return torch.zeros(N, H, W, dtype=dtype, device="cpu")
-    large = N * C * H * W >= _LARGE
+    least = _LARGE if C < _MANY and torch.get_num_threads() == 1 else _HUGE
+    large = least <= N * C * H * W
     if (large or C == 2) and is_finite(logits):
         return _argmax_of_two(logits, *args) if C == 2 else _argmax_by_rows(logits, *args)
     if C < _FEW:
@@ -107,7 +114,7 @@ def upsample_argmax_ref(
 def _argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
     # With the classes innermost the maximum runs along memory, and torch's max with indices, which follows the rules of
     # argmax, takes 0.7 of argmax's time: together 0.24 of the time of argmax in NCHW (CPU, 21 classes, 128 -> 512).
-    logits = channels_last(logits)
+    logits = channels_last(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     return interpolate(logits, H, W, factors, align_corners).max(1).indices.to(dtype)
 
 
@@ -157,6 +164,7 @@ def _argmax_by_rows(
 def _running_argmax(
     logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best, *others = (interpolate(plane, H, W, factors, align_corners)[:, 0] for plane in logits.split(1, 1))
     classes = torch.zeros(best.shape, dtype=dtype, device="cpu")
     for c, v in enumerate(others, 1):

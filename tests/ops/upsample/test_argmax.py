@@ -157,7 +157,8 @@ def test_reference(classes, align_corners):
 @pytest.mark.parametrize(("size", "factor"), [((170, 131), None), (None, (17.3, 1.2)), (None, (1.1, 30.0))], ids=str)
 def test_reference_by_rows(size, factor, align_corners, monkeypatch):
     """Large maps on a CPU: blocks within a cell row and across, a kept axis, equal classes, and no map at full size."""
-    monkeypatch.setattr(sys.modules[upsample_argmax_ref.__module__], "_LARGE", 0)
+    for limit in ("_LARGE", "_HUGE"):
+        monkeypatch.setattr(sys.modules[upsample_argmax_ref.__module__], limit, 0)
     monkeypatch.setattr(sys.modules[upsample_argmax_ref.__module__], "_BLOCK", 2**12)
     logits = torch.randn(2, 5, 10, 6)
     logits[:, 3] = logits[:, 1]

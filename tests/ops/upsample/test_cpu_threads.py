@@ -1,6 +1,7 @@
 """The heads' plain CPU paths: on one thread and several, few classes and many, with few calls of torch."""
 
 import os
+import sys
 import threading
 
 import pytest
@@ -106,10 +107,35 @@ def test_one_confident_label_in_two_classes():
         assert upsample_cross_entropy(logits, target).item() == pytest.approx(7500, rel=1e-6)
 
 
+@pytest.mark.parametrize(("classes", "side", "one", "two"), [
+    (5, 64, False, False), (21, 512, True, False), (21, 640, True, True), (150, 128, False, False),
+    (150, 240, True, True),
+])  # fmt: skip
+def test_argmax_in_strips(classes, side, one, two, threads, monkeypatch):
+    """Large maps only: torch's two steps are as fast as eager for others, whatever the layout."""
+    module, seen = sys.modules[upsample_argmax.__module__], []
+    monkeypatch.setattr(module, "_argmax_by_rows", lambda *_: seen.append(True))
+    monkeypatch.setattr(module, "_argmax", lambda *_: seen.append(False))
+    with fastseg.reference():
+        upsample_argmax(torch.zeros(1, classes, 2, 2), side)
+    assert seen == [one if threads == 1 else two]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_argmax_of_16_bits_is_interpolated_in_32(classes, dtype):
+    logits = torch.randn(1, classes, 6, 5).to(dtype)
+    with fastseg.reference():
+        got = upsample_argmax(logits, (60, 50))
+    full = F.interpolate(logits.double(), (60, 50), mode="bilinear")
+    assert (full.amax(1) - full.gather(1, got.long()[:, None])[:, 0]).max() <= 1e-6
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)
 @pytest.mark.parametrize(("head", "classes", "most"), [
     ("argmax", 1, 1), ("argmax", 2, 10), ("argmax", 21, 1100), ("loss", 1, 14), ("loss", 2, 160), ("loss", 21, 1150),
 ])  # fmt: skip
-def test_calls(head, classes, most):
+def test_calls(head, classes, most, threads):
     """512 x 512 pixels from strides of 4: blocks, not rows or pixels, decide on the number of torch's calls."""
     logits = torch.randn(1, classes, 128, 128, requires_grad=True)
     target = torch.randint(classes, (1, 512, 512))
