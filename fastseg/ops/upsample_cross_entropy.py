@@ -11,7 +11,7 @@ from fastseg.ops.core.labels import LABEL_DTYPES, equal, outside
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.upsample import cross_entropy, unsupported
-from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, pays, walk
+from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, form, walk
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
 
@@ -86,43 +86,50 @@ def upsample_cross_entropy_ref(
     align_corners: bool = False,
 ) -> Tensor:
     """``upsample_cross_entropy`` in plain PyTorch; on a CPU it takes a few rows at a time where that is faster."""
-    by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
+    by_rows = logits.is_cpu and (weight is None or not weight.requires_grad)
     by_rows = by_rows and target.numel() > 0 and not followed(logits, weight)
-    if by_rows and not _weightless(target, weight, ignore_index, reduction):
+    if by_rows and (weight is None or not _weightless(target, weight, ignore_index, reduction)):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
-        out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
-        if not pays(logits, target):
-            loss = _in_planes(logits, target, weight, criterion)
+        out = torch.promote_types(logits.dtype, torch.float32) if torch.is_autocast_enabled("cpu") else logits.dtype
+        name = form(logits.shape[1], target.numel())
+        if name != "strips":
+            loss = _in_two_steps(logits, target, weight, criterion, name == "rows")
             return loss if loss.dtype == out else loss.to(out)
         if can_walk(logits, target):
             return walk(logits, target, weight, criterion, out)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
 
-def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
+def _weightless(target: Tensor, weight: Tensor, ignore_index: int, reduction: str) -> bool:
     """True if the weights of a mean may sum to 0; its gradient is then NaN where a pixel counts, and 0 elsewhere."""
-    if reduction != "mean" or weight is None or bool((weight > 0).all()):
+    if reduction != "mean" or bool((weight > 0).all()):
         return False
     target = target[~equal(target, ignore_index)].long()
     inside = target[~outside(target, len(weight))]
     return bool(weight[inside].sum() == 0)
 
 
-def _in_planes(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
-    """Torch's two steps with each class a plane, for few classes or small maps."""
+def _in_two_steps(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, in_rows: bool) -> Tensor:
+    """Torch's two steps for few classes or small maps, with the classes of a pixel in a row, or each a plane."""
     ignore_index, reduction, label_smoothing, align_corners = criterion
     kind = torch.promote_types(logits.dtype, torch.float32)
     autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
     with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        planes = (logits if logits.dtype == kind else logits.to(kind)).contiguous()
-        if planes is not logits and planes.requires_grad:
+        wide, pixels = logits if logits.dtype == kind else logits.to(kind), target.long()
+        wide = wide.contiguous(memory_format=torch.channels_last if in_rows else torch.contiguous_format)
+        if wide is not logits and wide.requires_grad:
             layout = memory_format_of(logits)
-            planes.register_hook(lambda grad: grad.contiguous(memory_format=layout))
-        full = torch.ops.aten.upsample_bilinear2d.default(planes, target.shape[1:], align_corners)
+            wide.register_hook(lambda grad: grad.contiguous(memory_format=layout))
+        full = F.interpolate(wide, target.shape[1:], None, "bilinear", align_corners)
         weight = None if weight is None else weight.to(kind)
-        return F.cross_entropy(
-            full, target.long(), weight, None, ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        if full.shape[1] == 1:  # its logarithm of the softmax is 0, or NaN: 0.9 of the time
+            return F.nll_loss(full - full, pixels, weight, None, ignore_index, reduction=reduction)
+        if in_rows:
+            full, pixels = full.permute(0, 2, 3, 1).flatten(0, 2), pixels.flatten()
+        loss = F.cross_entropy(
+            full, pixels, weight, None, ignore_index, reduction=reduction, label_smoothing=label_smoothing
         )
+        return loss.view(target.shape) if in_rows and reduction == "none" else loss
 
 
 def _autocast(logits: Tensor) -> bool:

@@ -71,7 +71,7 @@ def interpolated(x: Tensor, stride: int, padding: int, size: tuple[int, int] | N
     """The bilinear ``conv_transpose2d`` with 2 ``stride`` taps, ``stride`` even: of the map with zeros around it."""
     H, W = ((n + 2) * stride for n in x.shape[2:])
     OH, OW = (H - stride - 2 * padding, W - stride - 2 * padding) if size is None else size
-    y = torch.ops.aten.upsample_bilinear2d.default(F.pad(x, (1, 1, 1, 1)).contiguous(), [H, W], False)
+    y = F.interpolate(F.pad(x, (1, 1, 1, 1)).contiguous(), (H, W), mode="bilinear")
     y = y[..., (start := stride // 2 + padding) : start + OH, start : start + OW]
     return y if y.shape[2:] == (OH, OW) else F.pad(y, (0, OW - y.shape[3], 0, OH - y.shape[2]))
 
