@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, use_kernel
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import (
@@ -77,6 +77,8 @@ def upsample_argmax(
     if dtype == torch.uint8 and classes > UINT8_CLASSES:
         raise ValueError(f"upsample_argmax: {classes} classes do not fit uint8; use dtype=torch.int64")
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
+    if is_torchs(logits):
+        return _on_cpu(logits.detach(), H, W, factors, align_corners, dtype)
     form = lambda: "pruned" if prunes(logits, upsampling(logits, H, W, factors, align_corners)) else "all classes"
     if not use_kernel("upsample_argmax", logits, unsupported=unsupported(logits, H, W), form=form):
         return upsample_argmax_ref(logits, size, scale_factor, align_corners=align_corners, dtype=dtype)
@@ -93,10 +95,14 @@ def upsample_argmax_ref(
 ) -> Tensor:
     """``upsample_argmax`` in plain PyTorch; on a CPU it works in strips of rows, or on few classes at once."""
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
-    logits = logits.detach()
-    args = (H, W, factors, align_corners, dtype)
-    N, C = logits.shape[:2]
-    if followed() or logits.device.type != "cpu" or N == 0:
+    take = _on_cpu if logits.is_cpu else _argmax
+    return take(logits.detach(), H, W, factors, align_corners, dtype)
+
+
+def _on_cpu(logits: Tensor, *args) -> Tensor:
+    """The fastest form: ``args`` are those of ``_argmax``."""
+    (N, C), (H, W, *_, dtype) = logits.shape[:2], args
+    if followed() or N == 0:
         return _argmax(logits, *args)
     if C == 1:
         return torch.zeros(N, H, W, dtype=dtype, device="cpu")
