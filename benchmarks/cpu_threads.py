@@ -42,6 +42,7 @@ from fastseg.ops import (
     upsample_bilinear,
     upsample_cross_entropy,
 )
+from fastseg.ops.core.kept import Kept
 from fastseg.ops.cpu.packed import PackedWeights, conv2d, packed_weights
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -147,10 +148,16 @@ def upsample_cases(layout: str, classes: int, sides: Iterable[int]) -> Iterator[
         )
 
 
+SEPARABLE = ((128, 128, 64, 1), (728, 728, 32, 1), (256, 256, 32, 12), (64, 64, 32, 6))  # in, out, side, dilation
+ATROUS = ((256, 256, 32, 12), (64, 64, 32, 2), (128, 128, 32, 18))
+POOLING = ((64, 128), (512, 16), (8, 32))  # channels, side
+WINOGRAD = ((64, 128), (64, 32), (128, 64), (128, 16), (256, 32), (512, 16))
+
+
 @torch.no_grad()
-def separable_cases(layout: str) -> Iterator[Case]:
+def separable_cases(layout: str, shapes=SEPARABLE) -> Iterator[Case]:
     """The demo's shapes of DeepLabV3+, and dilation 12 of ASPP."""
-    for channels, out, side, dilation in ((128, 128, 64, 1), (728, 728, 32, 1), (256, 256, 32, 12), (64, 64, 32, 6)):
+    for channels, out, side, dilation in shapes:
         module = SeparableConv2d(channels, out, dilation=dilation, mid_norm=True, mid_act="relu")
         module = module.to(memory_format=LAYOUTS[layout]).eval()
         plain, x = eager_form(module), _map(1, channels, side, side, layout=layout)
@@ -161,9 +168,9 @@ def separable_cases(layout: str) -> Iterator[Case]:
         )
 
 
-def atrous_cases(layout: str) -> Iterator[Case]:
-    """Dilated convolutions."""
-    for channels, out, side, dilation in ((256, 256, 32, 12), (64, 64, 32, 2), (128, 128, 32, 18)):
+def atrous_cases(layout: str, shapes=ATROUS) -> Iterator[Case]:
+    """Dilated convolutions, and ASPP at the first of the shapes, with half as many channels a branch."""
+    for channels, out, side, dilation in shapes:
         x, weight = _map(1, channels, side, side, layout=layout), _map(out, channels, 3, 3, seed=1)
         weight = weight.contiguous(memory_format=LAYOUTS[layout])
         yield Case(
@@ -171,11 +178,12 @@ def atrous_cases(layout: str) -> Iterator[Case]:
             lambda x=x, w=weight, d=dilation: atrous_conv2d(x, w, dilation=d, act="relu"),
             lambda x=x, w=weight, d=dilation: F.conv2d(x, w, padding=d, dilation=d).relu_(),
         )
-    x = _map(1, 256, 32, 32, layout=layout)
+    channels, side = shapes[0][0], shapes[0][2]
+    x, out = _map(1, channels, side, side, layout=layout), channels // 2
     form = lambda t: t.contiguous(memory_format=LAYOUTS[layout])
     rates = (1, 6, 12, 18)
-    weights = [form(_map(128, 256, k, k, seed=k)) for k in (1, 3, 3, 3)]
-    pool, project = form(_map(128, 256, 1, 1, seed=5)), form(_map(128, 5 * 128, 1, 1, seed=6))
+    weights = [form(_map(out, channels, k, k, seed=k)) for k in (1, 3, 3, 3)]
+    pool, project = form(_map(out, channels, 1, 1, seed=5)), form(_map(out, 5 * out, 1, 1, seed=6))
 
     def eager() -> Tensor:
         maps = [
@@ -187,12 +195,12 @@ def atrous_cases(layout: str) -> Iterator[Case]:
         return F.conv2d(torch.cat(maps, 1), project).relu_()
 
     ours = lambda: aspp(x, weights, rates, project_weight=project, pool_weight=pool)
-    yield Case(f"aspp {layout} 256->128 32^2", ours, eager)
+    yield Case(f"aspp {layout} {channels}->{out} {side}^2", ours, eager)
 
 
-def pooling_cases(layout: str) -> Iterator[Case]:
+def pooling_cases(layout: str, shapes=POOLING) -> Iterator[Case]:
     """SegNet's pooling and unpooling."""
-    for channels, side in ((64, 128), (512, 16), (8, 32)):
+    for channels, side in shapes:
         x = _map(1, channels, side, side, layout=layout)
         values, index = F.max_pool2d(x, 2, return_indices=True)
         name = f"{layout} {channels}x{side}^2"
@@ -209,15 +217,18 @@ def pooling_cases(layout: str) -> Iterator[Case]:
 
 
 @torch.no_grad()
-def winograd_cases(layout: str) -> Iterator[Case]:
+def winograd_cases(layout: str, shapes=WINOGRAD) -> Iterator[Case]:
     """Packed 3x3 convolutions, Winograd's among them."""
-    for channels, side in ((64, 128), (64, 32), (128, 64), (128, 16), (256, 32), (512, 16)):
+    for channels, side in shapes:
         x, weight = _map(1, channels, side, side, layout=layout), _map(channels, channels, 3, 3, seed=1)
         plain = weight.contiguous(memory_format=LAYOUTS[layout])
         kept: dict[int, PackedWeights] = {}
 
         def ours(x=x, weight=weight, kept=kept):
-            with packed_weights(kept.setdefault(torch.get_num_threads(), PackedWeights())):
+            threads = torch.get_num_threads()
+            if threads not in kept:
+                kept[threads] = PackedWeights(Kept([weight]))
+            with packed_weights(kept[threads]):
                 return conv2d(x, weight, padding=(1, 1), act="relu")
 
         yield Case(
@@ -226,9 +237,9 @@ def winograd_cases(layout: str) -> Iterator[Case]:
 
 
 @torch.no_grad()
-def runner_cases(layout: str, side: int = 128) -> Iterator[Case]:
-    """The class map of a whole model."""
-    for name in names():
+def runner_cases(layout: str, side: int = 128, models: Iterable[str] = ()) -> Iterator[Case]:
+    """The class map of a whole model; all of them by default."""
+    for name in models or names():
         model = create(name, 21, **FULL_SIZE.get(name, {})).eval().to(memory_format=LAYOUTS[layout])
         plain, x = eager_form(model), _map(1, 3, side, side, layout=layout)
         kept: dict[int, Runner] = {}

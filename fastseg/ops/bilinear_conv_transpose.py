@@ -7,11 +7,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, is_torchs, use_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.cpu.bilinear_taps import LEAST_STRIDE, grouped_taps, is_plain, line, sized_conv_transpose2d, two_passes
+from fastseg.ops.cpu.bilinear_taps import bilinear, grouped_taps, is_plain, line, natural_size, sized_conv_transpose2d
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.bilinear import Taps, bilinear_fwd, unsupported
@@ -119,21 +119,39 @@ def bilinear_conv_transpose2d(
     """
     stride, skip_offset = whole(stride), whole(skip_offset)
     K, padding = bilinear_geometry(stride, kernel_size, padding)
+    if bias is None and skip is None and output_size is None and is_torchs(x) and _is_bare(x, stride, K, padding):
+        return bilinear(x, K, stride, padding, None)
     if x.dim() == 4 and x.is_floating_point():
         x = x.to(autocast_dtype(x))
         skip = None if skip is None else skip.to(autocast_dtype(skip))
     size = _check(x, stride, K, padding, bias, skip, skip_offset, output_size)
-    why = ""
-    if K > 2 * stride:  # noqa: SIM300
-        why = f"kernel size {K} > 2 * stride {stride}: more than four taps"
-    elif HAS_TRITON:
-        why = _too_large(x, skip, size)
-    if not use_kernel(NAME, x, bias, skip, unsupported=why):
+    if not _takes_kernel(x, bias, skip, stride, K, size):
+        size = size if output_size is not None else None
         return bilinear_conv_transpose2d_ref(
             x, stride, K, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
         )
     args = (x, skip, bias, size, stride, K, padding, skip_offset)
     return run(_BilinearConvTranspose2d, _fwd, *args)
+
+
+def _is_bare(x: Tensor, stride: int, K: int, padding: int) -> bool:
+    """Whether nothing is left to check, to cast or to record: a small map takes a CPU as long as the questions."""
+    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4 or 0 in x.shape:
+        return False
+    if torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    return min(natural_size(x, stride, K, padding)) >= 1 and not followed(x)
+
+
+def _takes_kernel(x: Tensor, bias: Tensor | None, skip: Tensor | None, stride: int, K: int, size) -> bool:
+    if is_torchs(x) and (bias is None or bias.is_cpu) and (skip is None or skip.is_cpu):
+        return False
+    why = ""
+    if K > 2 * stride:  # noqa: SIM300
+        why = f"kernel size {K} > 2 * stride {stride}: more than four taps"
+    elif HAS_TRITON:
+        why = _too_large(x, skip, size)
+    return use_kernel(NAME, x, bias, skip, unsupported=why)
 
 
 def bilinear_conv_transpose2d_ref(
@@ -150,22 +168,21 @@ def bilinear_conv_transpose2d_ref(
     """``bilinear_conv_transpose2d`` in plain PyTorch."""
     K, padding = bilinear_geometry(stride, kernel_size, padding)
     # In 16 bits, large kernels are slow on a CPU: 64 taps take 7 times as long as in fp32.
-    wide = torch.promote_types(x.dtype, torch.float32)
+    dtype, wide, layout = x.dtype, torch.promote_types(x.dtype, torch.float32), memory_format_of(x)
     autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, skip))
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        alone = is_plain(x) and not wants_grad and not followed(x, bias, skip)
-        if alone and stride >= LEAST_STRIDE and stride <= K <= 2 * stride:
-            y = two_passes(x.to(wide), K, stride, padding, output_size)
+        alone, x = not wants_grad and is_plain(x, x, bias, skip), x.to(wide)
+        if alone:
+            y = bilinear(x, K, stride, padding, output_size)
         else:  # one group per channel, in the memory format of x: 0.1 to 0.3 of a dense weight's time on a CPU
-            weight = grouped_taps(K, x, wide)
-            y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, x.shape[1], output_size)
+            y = sized_conv_transpose2d(x, grouped_taps(K, x, wide), stride, padding, x.shape[1], output_size)
         add = Tensor.add_ if alone else Tensor.add
         if bias is not None:
             y = add(y, bias.to(wide)[:, None, None])
         if skip is not None:
             y = add(y, window(skip, skip_offset, y.shape[2:]).to(wide))
-    return y.to(x.dtype).contiguous(memory_format=memory_format_of(x))
+    return y.to(dtype).contiguous(memory_format=layout)
 
 
 def conv_transpose2d_plus(
@@ -212,8 +229,7 @@ def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple
         raise ValueError(f"{NAME}: x is {tuple(x.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
     if not x.is_floating_point():
         raise TypeError(f"{NAME}: x is {x.dtype}; it must be a floating-point tensor")
-    natural = tuple((n - 1) * stride + K - 2 * padding for n in x.shape[2:])
-    size = natural if output_size is None else tuple(map(whole, output_size))
+    size = natural_size(x, stride, K, padding) if output_size is None else tuple(map(whole, output_size))
     if len(size) != 2 or min(size) < 1:
         raise ValueError(
             f"{NAME}: the output would be {size}, from {tuple(x.shape)} with padding {padding}; use less padding"

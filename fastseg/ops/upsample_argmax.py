@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, use_kernel
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import output_size, unsupported, upsampling
 from fastseg.ops.cpu.argmax import CPU_FORMS, argmax, request_of
@@ -57,9 +57,12 @@ def upsample_argmax(
     if dtype == torch.uint8 and classes > UINT8_CLASSES:
         raise ValueError(f"upsample_argmax: {classes} classes do not fit uint8; use dtype=torch.int64")
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
+    args = (H, W, factors, align_corners, dtype)
+    if is_torchs(logits):
+        return CPU_FORMS(request_of(logits, H, W), logits.detach(), *args)
     form = lambda: "pruned" if prunes(logits, upsampling(logits, H, W, factors, align_corners)) else "all classes"
     if not use_kernel("upsample_argmax", logits, unsupported=unsupported(logits, H, W), form=form):
-        logits, args = logits.detach(), (H, W, factors, align_corners, dtype)
+        logits = logits.detach()
         return CPU_FORMS(request_of(logits, H, W), logits, *args) if logits.is_cpu else argmax(logits, *args)
     return _op(logits.detach(), H, W, *factors, align_corners, dtype == torch.int64)
 

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from fastseg.kernels.runtime.sizes import memoized_as_given
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, use_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.core.sizes import whole
@@ -45,6 +45,8 @@ def upsample_bilinear(
 
     Reference: ``torch.nn.functional.interpolate``.
     """
+    if is_torchs(x) and scale_factor is None and not recompute_scale_factor and _is_exact(size):
+        return F.interpolate(x, size, None, "bilinear", align_corners)
     target = _target(x.shape, size, scale_factor, recompute_scale_factor) if x.is_floating_point() else None
     if target is None:  # torch takes it or raises
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
@@ -57,6 +59,11 @@ def upsample_bilinear(
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     args = (x, out, bool(align_corners), *factors)
     return run(_UpsampleBilinear, fwd_op, *args)
+
+
+def _is_exact(size) -> bool:
+    """Whether torch takes or refuses ``size`` as it is; numpy's whole numbers need a change."""
+    return type(size) is int or (type(size) is tuple and len(size) == 2 and type(size[0]) is type(size[1]) is int)
 
 
 def upsample_bilinear_ref(

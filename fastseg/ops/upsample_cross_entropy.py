@@ -1,15 +1,17 @@
 """Cross entropy of bilinearly upsampled logits."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import followed, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES, equal, outside
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.upsample import cross_entropy, interpolate, unsupported
-from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, pays, walk
+from fastseg.ops.core.upsample import cross_entropy, unsupported
+from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, form, walk
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
 
@@ -54,10 +56,7 @@ def upsample_cross_entropy(
     """
     ignore_index, label_smoothing = whole(ignore_index), float(label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
-    why = unsupported(logits, *target.shape[1:])
-    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        why = why or "the class weights require a gradient"
-    if not use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why):
+    if not _takes_kernel(logits, target, weight):
         return upsample_cross_entropy_ref(
             logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
         )
@@ -65,6 +64,15 @@ def upsample_cross_entropy(
     call = Call(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners,
                 _autocast(logits), save_lse)  # fmt: skip
     return (UpsampleCrossEntropy.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
+
+
+def _takes_kernel(logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    if is_torchs(logits) and target.is_cpu and (weight is None or weight.is_cpu):
+        return False
+    why = unsupported(logits, *target.shape[1:])
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        why = why or "the class weights require a gradient"
+    return use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why)
 
 
 def upsample_cross_entropy_ref(
@@ -78,39 +86,50 @@ def upsample_cross_entropy_ref(
     align_corners: bool = False,
 ) -> Tensor:
     """``upsample_cross_entropy`` in plain PyTorch; on a CPU it takes a few rows at a time where that is faster."""
-    by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
+    by_rows = logits.is_cpu and (weight is None or not weight.requires_grad)
     by_rows = by_rows and target.numel() > 0 and not followed(logits, weight)
-    if by_rows and not _weightless(target, weight, ignore_index, reduction):
+    if by_rows and (weight is None or not _weightless(target, weight, ignore_index, reduction)):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
-        out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
-        if not pays(logits, target):
-            return _in_planes(logits, target, weight, criterion).to(out)
+        out = torch.promote_types(logits.dtype, torch.float32) if torch.is_autocast_enabled("cpu") else logits.dtype
+        name = form(logits.shape[1], target.numel())
+        if name != "strips":
+            loss = _in_two_steps(logits, target, weight, criterion, name == "rows")
+            return loss if loss.dtype == out else loss.to(out)
         if can_walk(logits, target):
             return walk(logits, target, weight, criterion, out)
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
 
-def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
+def _weightless(target: Tensor, weight: Tensor, ignore_index: int, reduction: str) -> bool:
     """True if the weights of a mean may sum to 0; its gradient is then NaN where a pixel counts, and 0 elsewhere."""
-    if reduction != "mean" or weight is None or bool((weight > 0).all()):
+    if reduction != "mean" or bool((weight > 0).all()):
         return False
     target = target[~equal(target, ignore_index)].long()
     inside = target[~outside(target, len(weight))]
     return bool(weight[inside].sum() == 0)
 
 
-def _in_planes(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
-    """Torch's two steps with each class a plane, for few classes or small maps."""
+def _in_two_steps(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, in_rows: bool) -> Tensor:
+    """Torch's two steps for few classes or small maps, with the classes of a pixel in a row, or each a plane."""
+    ignore_index, reduction, label_smoothing, align_corners = criterion
     kind = torch.promote_types(logits.dtype, torch.float32)
-    with torch.autocast("cpu", enabled=False):
-        planes, layout = logits.to(kind).contiguous(), memory_format_of(logits)
-        if planes.requires_grad and layout != torch.contiguous_format:
-            planes.register_hook(lambda grad: grad.contiguous(memory_format=layout))
-        full = interpolate(planes, *target.shape[1:], (0.0, 0.0), criterion.align_corners)
-        return F.cross_entropy(
-            full, target.long(), None if weight is None else weight.to(kind), ignore_index=criterion.ignore_index,
-            reduction=criterion.reduction, label_smoothing=criterion.label_smoothing,
-        )  # fmt: skip
+    autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
+    with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+        wide, pixels = logits if logits.dtype == kind else logits.to(kind), target.long()
+        wide = wide.contiguous(memory_format=torch.channels_last if in_rows else torch.contiguous_format)
+        if wide is not logits and wide.requires_grad:
+            layout = memory_format_of(logits)
+            wide.register_hook(lambda grad: grad.contiguous(memory_format=layout))
+        full = F.interpolate(wide, target.shape[1:], None, "bilinear", align_corners)
+        weight = None if weight is None else weight.to(kind)
+        if full.shape[1] == 1:  # its logarithm of the softmax is 0, or NaN: 0.9 of the time
+            return F.nll_loss(full - full, pixels, weight, None, ignore_index, reduction=reduction)
+        if in_rows:
+            full, pixels = full.permute(0, 2, 3, 1).flatten(0, 2), pixels.flatten()
+        loss = F.cross_entropy(
+            full, pixels, weight, None, ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+        return loss.view(target.shape) if in_rows and reduction == "none" else loss
 
 
 def _autocast(logits: Tensor) -> bool:
@@ -119,24 +138,21 @@ def _autocast(logits: Tensor) -> bool:
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
-    name = "upsample_cross_entropy"
-    if logits.dim() != 4 or target.dim() != 3 or logits.shape[0] != target.shape[0] or logits.shape[1] == 0:
+    name, shape, pixels = "upsample_cross_entropy", logits.shape, target.shape
+    if len(shape) != 4 or len(pixels) != 3 or shape[0] != pixels[0] or shape[1] == 0:
         raise ValueError(
-            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; "
-            "give (N, C, h, w) and (N, H, W)"
+            f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; give (N, C, h, w) and (N, H, W)"
         )
-    if 0 in (*logits.shape[2:], *target.shape[1:]):
-        raise ValueError(
-            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; there is no pixel in them"
-        )
+    if 0 in shape[2:] or 0 in pixels[1:]:
+        raise ValueError(f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; there is no pixel in them")
     if not logits.is_floating_point():
         raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
     if target.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8 or int8 to int64")
-    if weight is not None and (weight.shape != (logits.shape[1],) or not weight.is_floating_point()):
+    if weight is not None and (weight.shape != (shape[1],) or not weight.is_floating_point()):
         raise ValueError(
             f"{name}: weight is {tuple(weight.shape)}, {weight.dtype}; give a floating-point factor for each of "
-            f"{logits.shape[1]} classes"
+            f"{shape[1]} classes"
         )
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f'{name}: reduction is {reduction!r}; use "mean", "sum" or "none"')

@@ -15,7 +15,13 @@ from fastseg.ops.cpu.threads import each
 _FEW = 4  # classes; below it, each class is compared with the best of those before it
 _BLOCK = 2**17  # values in a block of rows: 512 KiB of fp32
 _STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of rows
-_LARGE = 2**19  # upsampled logits; from here on strips pay, smaller maps stay in the caches
+
+# Upsampled logits from which a CPU works in strips. Fewer stay in its caches, and torch's two steps with ``max`` take
+# 0.75 to 0.95 of eager's time, on any number of threads; strips, 1.0 to 1.6 of it (150 classes, 128^2). From the first
+# limit on strips take 0.6 of eager's time on one thread, from the second on any number, as torch's steps write to fresh
+# pages (``benchmarks/cpu_threads.py --ops argmax --layouts channels_last``).
+_LARGE, _HUGE = 2**22, 2**23
+_MANY = 64  # classes from which the second limit holds for one thread too
 
 
 class Request(NamedTuple):
@@ -33,7 +39,8 @@ def request_of(logits: Tensor, H: int, W: int) -> Request:
     (N, C), traced = logits.shape[:2], followed()
     if traced:
         return Request(0, 0, False, False, True)
-    large = N * C * H * W >= _LARGE
+    least = _LARGE if C < _MANY and torch.get_num_threads() == 1 else _HUGE
+    large = least <= N * C * H * W
     return Request(N, C, large, (large or C == 2) and is_finite(logits), False)
 
 
@@ -47,7 +54,7 @@ class CpuForm(Form):
 
     def cost(self, r: Request) -> Cost | None:
         strips = self.name in ("rows", "images")
-        return Cost(r.large, float("nan"), f"fewer than {_LARGE} upsampled logits") if strips else None
+        return Cost(r.large, float("nan"), "few upsampled logits: they stay in the caches") if strips else None
 
 
 def _values(r: Request) -> str:
@@ -62,7 +69,7 @@ def argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool
     """The class map in torch's two steps."""
     # With the classes innermost the maximum runs along memory, and torch's max with indices, which follows the rules of
     # argmax, takes 0.7 of argmax's time: together 0.24 of the time of argmax in NCHW (CPU, 21 classes, 128 -> 512).
-    logits = channels_last(logits)
+    logits = channels_last(logits.to(torch.promote_types(logits.dtype, torch.float32)))
     return interpolate(logits, H, W, factors, align_corners).max(1).indices.to(dtype)
 
 
@@ -108,6 +115,7 @@ def argmax_by_rows(logits: Tensor, H: int, W: int, factors: Factors, align_corne
 
 
 def running_argmax(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     best, *others = (interpolate(plane, H, W, factors, align_corners)[:, 0] for plane in logits.split(1, 1))
     classes = torch.zeros(best.shape, dtype=dtype, device="cpu")
     for c, v in enumerate(others, 1):

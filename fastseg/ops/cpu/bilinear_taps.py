@@ -6,9 +6,22 @@ from torch.nn import functional as F
 
 from fastseg.ops.core.constants import constant
 from fastseg.ops.core.dispatch import followed
-from fastseg.ops.core.layout import new_map
+from fastseg.ops.core.layout import memory_format_of, new_map
 
-LEAST_STRIDE = 8  # from here on two passes are faster than one grouped convolution, in both layouts (CPU, 1 thread)
+
+def form(C: int, values: int, stride: int, K: int, last: bool) -> str:
+    """The fastest form of a map of so many output values, in channels_last or not.
+
+    Of a grouped convolution's time, on one thread (``benchmarks/cpu_threads.py --ops deconvolution``), an interpolation
+    takes 0.1 to 0.9 for one class in either layout, and for two in NCHW; in channels_last, where its planes are
+    transposed, 0.3 to 0.7 below the limit. Two passes take 0.4 to 0.9 for large maps in NCHW. They are a call for each
+    phase of the stride, so they lose on several threads, which wait for each other after each call.
+    """
+    exact = 2 * stride == K and stride & (stride - 1) == 0 and stride > 1  # an interpolation, without rounding
+    if exact and (C == 1 or (C == 2 and (not last or (stride >= 8 and values <= stride * 2**14)))):
+        return "interpolated"
+    large = not last and stride >= 8 and values * stride >= 2**24
+    return "two_passes" if large and stride <= K <= 2 * stride and torch.get_num_threads() == 1 else "grouped"
 
 
 def line(K: int, like: Tensor) -> Tensor:
@@ -17,9 +30,9 @@ def line(K: int, like: Tensor) -> Tensor:
     return 1 - distance / ((K + 1) // 2)
 
 
-def is_plain(x: Tensor) -> bool:
-    """True if ``x`` is an ordinary CPU tensor: not traced, not transformed, no stand-in."""
-    return x.device.type == "cpu" and type(x) in (Tensor, torch.nn.Parameter) and not followed()
+def is_plain(x: Tensor, *others: Tensor | None) -> bool:
+    """True if ``x`` is an ordinary CPU tensor: not traced, not transformed, no stand-in; the others have no tangent."""
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not followed(*others)
 
 
 def grouped_taps(K: int, x: Tensor, dtype: torch.dtype, *, across: bool = False) -> Tensor:
@@ -40,6 +53,29 @@ def _expanded(K: int, C: int, like: Tensor, across: bool) -> Tensor:
     return taps.expand(C, 1, *taps.shape).contiguous()
 
 
+def bilinear(x: Tensor, K: int, stride: int, padding: int, size: tuple[int, int] | None) -> Tensor:
+    """The bilinear ``conv_transpose2d`` of a plain CPU map in fp32 or fp64, in its memory format. No gradient."""
+    (N, C), layout = x.shape[:2], memory_format_of(x)
+    OH, OW = natural_size(x, stride, K, padding) if size is None else size
+    name = form(C, N * C * OH * OW, stride, K, layout == torch.channels_last)
+    if name == "interpolated" and N > 0:
+        y = interpolated(x, stride, padding, size)
+    elif name == "two_passes":
+        return two_passes(x, K, stride, padding, size)
+    else:  # one group per channel: 0.1 to 0.3 of a dense weight's time
+        y = sized_conv_transpose2d(x, kept_taps(K, C, x.dtype, False), stride, padding, C, size)
+    return y.contiguous(memory_format=layout)
+
+
+def interpolated(x: Tensor, stride: int, padding: int, size: tuple[int, int] | None) -> Tensor:
+    """The bilinear ``conv_transpose2d`` with 2 ``stride`` taps, ``stride`` even: of the map with zeros around it."""
+    H, W = ((n + 2) * stride for n in x.shape[2:])
+    OH, OW = (H - stride - 2 * padding, W - stride - 2 * padding) if size is None else size
+    y = F.interpolate(F.pad(x, (1, 1, 1, 1)).contiguous(), (H, W), mode="bilinear")
+    y = y[..., (start := stride // 2 + padding) : start + OH, start : start + OW]
+    return y if y.shape[2:] == (OH, OW) else F.pad(y, (0, OW - y.shape[3], 0, OH - y.shape[2]))
+
+
 def two_passes(x: Tensor, K: int, stride: int, padding: int, size: tuple[int, int] | None) -> Tensor:
     """The bilinear ``conv_transpose2d`` of a CPU map, first across, then down; K at most 2 ``stride``. No gradient.
 
@@ -47,8 +83,8 @@ def two_passes(x: Tensor, K: int, stride: int, padding: int, size: tuple[int, in
     rows, computed and written once, with one call for all rows of a phase. This takes 0.6 to 0.85 of a grouped
     convolution's time (channels_last, 21 channels).
     """
-    N, C, H, W = x.shape
-    OH, OW = size or ((n - 1) * stride + K - 2 * padding for n in (H, W))
+    N, C, H = x.shape[:3]
+    OH, OW = size or natural_size(x, stride, K, padding)
     reach = max((H - 1) * stride + K - padding, 0)  # rows from here on are 0
     weight = grouped_taps(K, x, x.dtype, across=True)
     rows = F.conv_transpose2d(x, weight, stride=(1, stride), groups=C)[..., padding : padding + OW]
@@ -69,14 +105,21 @@ def two_passes(x: Tensor, K: int, stride: int, padding: int, size: tuple[int, in
     return y
 
 
+def natural_size(x: Tensor, stride: int, K: int, padding: int) -> tuple[int, int]:
+    """The output's height and width in torch."""
+    H, W = x.shape[-2:]
+    return (H - 1) * stride + K - 2 * padding, (W - 1) * stride + K - 2 * padding
+
+
 def sized_conv_transpose2d(
     x: Tensor, weight: Tensor, stride: int, padding: int, groups: int, size: tuple[int, int] | None
 ) -> Tensor:
     """``conv_transpose2d`` with any output size: past torch's size, what the kernel gives there, and then zeros."""
-    natural = [(n - 1) * stride + weight.shape[-1] - 2 * padding for n in x.shape[-2:]]
-    if size is None or (size[0] <= natural[0] and size[1] <= natural[1]):
-        y = F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
-        return y if size is None else _cut(y, size)
+    if size is None:
+        return F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
+    natural = natural_size(x, stride, weight.shape[-1], padding)
+    if size[0] <= natural[0] and size[1] <= natural[1]:
+        return _cut(F.conv_transpose2d(x, weight, None, stride, padding, groups=groups), size)
     y = F.conv_transpose2d(x, weight, None, stride, groups=groups)[..., padding:, padding:]
     y = y[..., : size[0], : size[1]]
     return F.pad(y, (0, size[1] - y.shape[-1], 0, size[0] - y.shape[-2]))

@@ -19,8 +19,15 @@ from fastseg.ops.cpu.threads import each
 
 _BLOCK = 2**17  # values in a block: 512 KiB of fp32
 _STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of rows
-_LEAST, _LEAST_OF_TWO = 2**19, 2**18  # upsampled logits; from here on strips are faster than torch's two steps
-_MANY = 5  # classes; from here on strips are faster, and with two: 0.4 to 0.9 of the time (3 and 4: 1.0 to 1.4)
+
+# Upsampled logits from which strips are the fastest form (``benchmarks/cpu_threads.py --ops loss``). With 3 and 4
+# classes they take 1.0 to 1.4 of the time of torch's two steps, with others 0.2 to 0.9 from here on. On two threads,
+# 21 classes at 128^2 (0.7e6 values) took 1.4, 150 at 128^2 (5e6) and 21 at 512^2 (11e6) 0.5.
+_LEAST_OF_TWO, _LEAST_OF_FEW, _LEAST, _LEAST_OF_THREADS = 2**18, 2**19, 2**20, 2**22
+_MANY, _LANES = (
+    5,
+    12,
+)  # classes from which strips pay, and from which a softmax along memory does: 0.65 to 0.85 of the time
 
 
 class Criterion(NamedTuple):
@@ -56,11 +63,15 @@ def can_walk(logits: Tensor, target: Tensor) -> bool:
     return target.numel() > 0 and is_finite(logits)
 
 
-def pays(logits: Tensor, target: Tensor) -> bool:
-    """True if strips are faster than torch's two steps, which win for small outputs and few classes."""
-    C = logits.shape[1]
-    values = C * target.numel()
-    return values >= _LEAST_OF_TWO if C == 2 else C >= _MANY and values >= _LEAST
+def form(classes: int, pixels: int) -> str:
+    """The fastest form: "strips", or torch's two steps with the classes of a pixel in "rows" or each in a "plane"."""
+    few = classes < _LANES
+    least = _LEAST_OF_TWO if classes == 2 else _LEAST_OF_FEW if few else _LEAST
+    if torch.get_num_threads() > 1 and classes != 2:
+        least = _LEAST_OF_THREADS
+    if classes * pixels >= least and (classes == 2 or classes >= _MANY):
+        return "strips"
+    return "planes" if few else "rows"
 
 
 class _Walk:

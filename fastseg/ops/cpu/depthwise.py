@@ -2,6 +2,8 @@
 
 oneDNN has no kernel of its own for them from a dilation of 5 on. 256 channels on 32x32 at dilation 12 take it, on one
 thread, 5.3 ms in channels_last, 6.9 ms with a bias, and 1.8 ms in NCHW; nine sums of products take 0.5 and 0.8 ms.
+With 64 channels they take, of oneDNN's time, 0.5 in channels_last and 1.2 in NCHW, and on two threads 1.1 and 1.5, as
+oneDNN shares the channels of NCHW out (``benchmarks/cpu_threads.py --ops separable``).
 """
 
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from fastseg.ops.cpu.threads import each
 
 _NEAR = 4  # dilation up to which oneDNN's kernel is the faster one
 _SHARED, _WHOLE = 2**18, 2**15  # values from which threads share a map; of a call that torch leaves to one thread
-_LEAST = 2**15  # values of a map from which nine calls pay
+_LEAST = 2**15  # values of a map from which nine calls pay in channels_last, on one thread
 
 
 def pays(
@@ -32,6 +34,9 @@ def pays(
     if not groups == channels == x.shape[1] or each_group != 1 or wide != K or K % 2 == 0:
         return False
     if list(padding) != reach or tuple(stride) != (1, 1) or x.numel() < _LEAST:
+        return False
+    alone, last = torch.get_num_threads() == 1, memory_format_of(x) == torch.channels_last
+    if not (alone or last) or (x.numel() < _SHARED and not (alone and last)):
         return False
     tensors = [t for t in (x, weight, bias) if t is not None]
     if x.dtype not in (torch.float32, torch.float64) or any(t.dtype != x.dtype for t in tensors):

@@ -11,6 +11,7 @@ import fastseg
 from fastseg import nn as fnn
 from fastseg.ops import atrous_conv2d, max_unpool2d
 from fastseg.ops.core import dispatch
+from fastseg.ops.cpu import depthwise
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered import fold_norm
 
@@ -39,29 +40,52 @@ def plain(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize(("K", "dilation"), [(3, (5, 5)), (3, (12, 7)), (5, (6, 6)), (3, (40, 9))])
-def test_far_taps(K, dilation, layout):
-    """Odd sizes, taps that never lie in the map, a batch, a bias, an activation, two threads."""
+@pytest.mark.parametrize("shared", [2**15, 2**18], ids=["shared", "alone"])
+def test_far_taps(K, dilation, layout, shared, monkeypatch):
+    """Odd sizes, taps that never lie in the map, a batch, a bias, two threads; small maps and, as it were, large."""
+    monkeypatch.setattr(depthwise, "_SHARED", shared)
     x = torch.randn(2, 24, 27, 31).to(memory_format=layout)
     weight, bias = torch.randn(24, 1, K, K), torch.randn(24)
     padding = tuple(d * (K // 2) for d in dilation)
     threads = torch.get_num_threads()
     for b in (None, bias):
-        want = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), 1, padding, dilation, 24).relu()
+        want = F.conv2d(x.double(), weight.double(), None if b is None else b.double(), 1, padding, dilation, 24)
         for n in (1, 2):
             torch.set_num_threads(n)
             try:
-                with torch.no_grad(), Ops() as ops:
-                    y = conv2d(x, weight, b, (1, 1), padding, dilation, 24, "relu")
+                with torch.no_grad():
+                    y = depthwise.by_taps(x, weight, b, dilation)
             finally:
                 torch.set_num_threads(threads)
             torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-5)
             assert y.is_contiguous(memory_format=layout)
-            assert not any("convolution" in name for name in ops.names)
+
+
+@pytest.mark.parametrize(("channels", "side", "layout", "threads", "taps"), [
+    (64, 32, torch.channels_last, 1, True),
+    (64, 32, torch.channels_last, 2, False),  # 1.1 of eager's time
+    (64, 32, torch.contiguous_format, 1, False),  # 1.1
+    (256, 32, torch.channels_last, 2, True),
+    (256, 32, torch.contiguous_format, 1, True),
+    (256, 32, torch.contiguous_format, 2, False),  # 1.1
+    (16, 32, torch.channels_last, 1, False),
+])  # fmt: skip
+def test_far_taps_where_they_pay(channels, side, layout, threads, taps):
+    x, weight = torch.randn(1, channels, side, side).to(memory_format=layout), torch.randn(channels, 1, 3, 3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad(), Ops() as ops:
+            y = conv2d(x, weight, None, (1, 1), (6, 6), (6, 6), channels, "relu")
+    finally:
+        torch.set_num_threads(before)
+    assert any("convolution" in name for name in ops.names) != taps
+    torch.testing.assert_close(y, F.conv2d(x, weight, None, 1, 6, 6, channels).relu(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", ["gradient", "near", "valid padding", "stride", "two filters", "half", "small"])
 def test_others_are_torchs(change):
-    x, weight = torch.randn(1, 24, 40, 40), torch.randn(24, 1, 3, 3)
+    x, weight = torch.randn(1, 24, 40, 40).to(memory_format=torch.channels_last), torch.randn(24, 1, 3, 3)
     stride, padding, dilation = (1, 1), (6, 6), (6, 6)
     if change == "gradient":
         weight.requires_grad_()
@@ -76,7 +100,7 @@ def test_others_are_torchs(change):
     elif change == "half":
         x, weight = x.bfloat16(), weight.bfloat16()
     elif change == "small":
-        x = x[:, :, :8, :8].contiguous()
+        x = x[:, :, :8, :8].contiguous(memory_format=torch.channels_last)
     want = F.conv2d(x, weight, None, stride, padding, dilation, 24)
     with Ops() as ops:
         assert torch.equal(conv2d(x, weight, None, stride, padding, dilation, 24), want)
@@ -84,7 +108,7 @@ def test_others_are_torchs(change):
 
 
 def test_far_taps_carry_nan():
-    x, weight = torch.randn(1, 32, 40, 40), torch.rand(32, 1, 3, 3) + 0.1
+    x, weight = torch.randn(1, 32, 40, 40).to(memory_format=torch.channels_last), torch.rand(32, 1, 3, 3) + 0.1
     x[0, 3, 20, 20] = float("nan")
     with torch.no_grad():
         wrong = conv2d(x, weight, None, (1, 1), (6, 6), (6, 6), 32).isnan()

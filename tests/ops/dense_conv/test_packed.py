@@ -90,9 +90,13 @@ def test_what_torch_runs(taken):
     assert taken == ["packed"] * (1 if why_not(torch.bfloat16) else 2)
 
 
+def _map(channels: int, side: int) -> torch.Tensor:
+    return torch.randn(1, channels, side, side).to(memory_format=torch.channels_last)
+
+
 def test_bytes_are_bounded(taken):
     weights = [torch.randn(64, 128, 3, 3) for _ in range(3)]
-    x, packed = torch.randn(1, 128, 24, 24), PackedWeights(Kept(weights), most_bytes=8 * weights[0].nbytes)
+    x, packed = _map(128, 24), PackedWeights(Kept(weights), most_bytes=8 * weights[0].nbytes)
     with packed_weights(packed):
         for weight in weights:
             conv2d(x, weight, padding=(1, 1))
@@ -102,8 +106,21 @@ def test_bytes_are_bounded(taken):
 def test_exactness_can_be_asked_for(taken):
     weight = torch.randn(64, 128, 3, 3)
     with packed_weights(PackedWeights(Kept([weight]), winograd=False)):
-        conv2d(torch.randn(1, 128, 24, 24), weight, padding=(1, 1))
+        conv2d(_map(128, 24), weight, padding=(1, 1))
     assert taken == ["packed"]
+
+
+@pytest.mark.parametrize(("channels", "taken_in_nchw"), [(64, []), (96, ["winograd"])])
+def test_few_channels_in_nchw_are_torchs(channels, taken_in_nchw, taken):
+    """To copy them to channels_last costs more than is saved; slices of a channels_last map need no such copy."""
+    weight, x = torch.randn(channels, channels, 3, 3), _map(channels + 1, 24)[:, :-1]
+    want = F.conv2d(x, weight, padding=1)
+    with packed_weights(PackedWeights(Kept([weight]))):
+        y = conv2d(x.contiguous(), weight, padding=(1, 1))
+        assert taken == taken_in_nchw
+        torch.testing.assert_close(y, want, rtol=0, atol=1e-3)
+        torch.testing.assert_close(conv2d(x, weight, padding=(1, 1)), want, rtol=0, atol=1e-3)
+    assert taken == ["winograd"]  # made once
 
 
 def test_what_is_not_the_models_is_not_packed(taken):
