@@ -18,11 +18,13 @@ from fastseg.ops.core.dispatch import (
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.atrous_conv import MOST_BRANCHES, NAME, AtrousBranches, atrous_branches_ref, fwd_op, plan_of
 
 
+@overridable
 def atrous_conv2d(
     x: Tensor,
     weight: Tensor,

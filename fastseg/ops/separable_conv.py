@@ -18,6 +18,7 @@ from fastseg.ops.core.norm import (
     torch_norm,
     update_running,
 )
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import transforms_active
 from fastseg.ops.registered.fold_norm import fold_norm, pays_on_cpu
@@ -29,6 +30,7 @@ if HAS_TRITON:
     from fastseg.kernels.separable_conv.cost import plan
 
 
+@overridable
 def separable_conv2d(
     x: Tensor,
     depthwise_weight: Tensor,

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
 from fastseg.ops.core.layout import channels_last
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import (
     Factors,
@@ -28,6 +29,7 @@ _STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of ro
 _LARGE = 2**19  # upsampled logits; from here on a CPU works in strips, smaller maps stay in its caches
 
 
+@overridable
 def upsample_argmax(
     logits: Tensor,
     size: int | tuple[int, int] | None = None,

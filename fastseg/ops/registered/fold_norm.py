@@ -56,7 +56,7 @@ def _launch(weight, bias, mean, var, gamma, beta, eps, dtype, last) -> tuple[Ten
     if not slice_of_1x1 and not weight.is_contiguous(memory_format=_format(last)):
         weight = weight.contiguous(memory_format=_format(last))
         row = weight[0].numel()
-    vectors = (None if t is None else t.contiguous() for t in (bias, mean, var, gamma, beta))
+    vectors = [None if t is None else t.contiguous() for t in (bias, mean, var, gamma, beta)]
     y = _fake_weight(weight, dtype, last)
     return y, fold_norm_fwd(weight, row, *vectors, eps, y)
 
