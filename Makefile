@@ -71,18 +71,24 @@ test-emulated: $(READY)
 	then TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q -m 'not gpu' $(EMULATED); \
 	else echo 'ttsem does not install here: the second checker is skipped'; fi
 
-# The processes that see Triton, on the oldest, the pinned and the newest supported Triton.
-MATRIX := 3.6.0 3.7.1 3.9.0
-test-matrix: $(MATRIX:%=test-matrix-%)
+# All of `make test` but the lint, on the oldest and on the newest supported versions: 10 GB of environments.
+PYTHON312 ?= python3.12
+PYTHON313 ?= python3.13
+MATRIX_ENV = sed '/^torch==/d; /^triton==/d' constraints-ci.txt > $(1)/constraints.txt && \
+	PIP_CONSTRAINT=$(1)/constraints.txt $(1)/bin/pip install -q --disable-pip-version-check $(2) -e '.[dev]' && touch $(1)/.ready
+.PHONY: test-matrix-oldest test-matrix-newest
+test-matrix: test-matrix-oldest test-matrix-newest
 
-test-matrix-%:
-	$(PYTHON) -m venv .venv-triton-$*
-	.venv-triton-$*/bin/pip install -q --disable-pip-version-check -c constraints-ci.txt -e '.[dev]'
-	.venv-triton-$*/bin/pip install -q --disable-pip-version-check --no-deps triton==$*
-	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q $(NOT_GRAPHS)
-	TRITON_INTERPRET=1 .venv-triton-$*/bin/pytest -q $(GRAPHS)
-	TRITON_INTERPRET=0 .venv-triton-$*/bin/pytest -q tests/kernels/aot
-	@if [ $* != 3.6.0 ]; then $(MAKE) --no-print-directory test-emulated VENV=.venv-triton-$* READY=; fi  # it needs 3.7
+# The second checker needs Triton 3.7.
+test-matrix-oldest:
+	$(PYTHON312) -m venv .venv-oldest
+	$(call MATRIX_ENV,.venv-oldest,torch==2.11.0 triton==3.6.0)
+	$(MAKE) --no-print-directory VENV=.venv-oldest -j2 test-kernels test-compiled test-cpu
+
+test-matrix-newest:
+	$(PYTHON313) -m venv .venv-newest
+	$(call MATRIX_ENV,.venv-newest,torch==2.15.0 triton==3.9.0)
+	$(MAKE) --no-print-directory VENV=.venv-newest -j2 test-kernels test-compiled-and-cpu
 
 lint: setup
 	$(BIN)/ruff check .

@@ -8,8 +8,10 @@ from torch.nn import functional as F
 from fastseg.ops.atrous_conv2d import atrous_conv2d, atrous_maps
 from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
+from fastseg.ops.core.override import overridable
 
 
+@overridable
 def aspp(
     x: Tensor,
     weights: Sequence[Tensor],

@@ -17,6 +17,7 @@ from fastseg.ops.core.dispatch import (
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.atrous_conv import (
@@ -30,6 +31,7 @@ from fastseg.ops.registered.atrous_conv import (
 )
 
 
+@overridable
 def atrous_conv2d(
     x: Tensor,
     weight: Tensor,

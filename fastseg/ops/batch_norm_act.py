@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 from torch import distributed as dist
-from torch.overrides import handle_torch_function, has_torch_function
 
 from fastseg.ops.core.autograd import derived, differentiable, refused
 from fastseg.ops.core.dispatch import needs_grad, use_kernel
@@ -22,6 +21,7 @@ from fastseg.ops.core.norm import (
     torch_norm,
     update_running,
 )
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.recompute import remember
 from fastseg.ops.core.register import DECOMPOSITIONS, qualified
 from fastseg.ops.registered.batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
@@ -29,6 +29,7 @@ from fastseg.ops.registered.batch_norm_act import bwd_input_op, bwd_reduce_op, f
 MOST_CHANNELS = 65535  # blocks lie along a grid axis of CUDA, one channel to a block
 
 
+@overridable
 def batch_norm_act(
     x: Tensor,
     norm: BatchNormArgs,
@@ -62,8 +63,6 @@ def batch_norm_act(
 
     Reference: Ioffe and Szegedy, arXiv:1502.03167; the order of a residual block, He et al., arXiv:1512.03385.
     """
-    if has_torch_function((x, residual)):
-        return handle_torch_function(batch_norm_act, (x, residual), x, norm, act, residual, process_group=process_group)
     norm = _whole(norm)
     _check(x, norm, act, residual, process_group)
     tensors = norm_tensors(norm)

@@ -20,6 +20,7 @@ from fastseg.ops.core.norm import (
     torch_norm,
     update_running,
 )
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
 from fastseg.ops.pool_indices import PoolIndices, bits_of
@@ -32,6 +33,7 @@ if HAS_TRITON:
     from fastseg.kernels.pooling.norm_max_pool_bwd import norm_max_pool_bwd
 
 
+@overridable
 def batch_norm_act_max_pool2d(
     x: Tensor,
     norm: BatchNormArgs | None,

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from fastseg.ops.core.autograd import run
 from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, is_torchs, use_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.cpu.bilinear_taps import bilinear, grouped_taps, is_plain, line, natural_size, sized_conv_transpose2d
@@ -76,6 +77,7 @@ def bilinear_geometry(stride: int, kernel_size: int | None, padding: int | None)
     return kernel_size, padding
 
 
+@overridable
 def bilinear_conv_transpose2d(
     x: Tensor,
     stride: int,

@@ -11,6 +11,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.max_unpool import max_unpool2d
@@ -22,6 +23,7 @@ if HAS_TRITON:
     from fastseg.kernels.runtime.ceilings import Chip, chip_of
 
 
+@overridable
 def max_unpool_conv2d(
     input: Tensor,
     indices: Tensor | PoolIndices,

@@ -17,11 +17,13 @@ from fastseg.ops.core.norm import (
     torch_norm,
     update_running,
 )
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.cpu.separable import run_folded
 from fastseg.ops.registered.separable_conv import SeparableConv2dFunction, eval_op, train_op
 
 
+@overridable
 def separable_conv2d(
     x: Tensor,
     depthwise_weight: Tensor,

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, use_kernel
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import output_size, unsupported, upsampling
 from fastseg.ops.cpu.argmax import CPU_FORMS, argmax, request_of
@@ -14,6 +15,7 @@ if HAS_TRITON:
 UINT8_CLASSES = 256
 
 
+@overridable
 def upsample_argmax(
     logits: Tensor,
     size: int | tuple[int, int] | None = None,

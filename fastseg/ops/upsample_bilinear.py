@@ -8,6 +8,7 @@ from fastseg.kernels.runtime.sizes import memoized_as_given
 from fastseg.ops.core.autograd import run
 from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, use_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.core.sizes import whole
 
@@ -16,6 +17,7 @@ if HAS_TRITON:
     from fastseg.kernels.upsample.bilinear_bwd import bilinear_bwd
 
 
+@overridable
 def upsample_bilinear(
     x: Tensor,
     size: int | tuple[int, int] | None = None,

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad, use_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.upsample_bilinear import transposed
 
@@ -17,6 +18,7 @@ if HAS_TRITON:
 NAME = "upsample_concat"
 
 
+@overridable
 def upsample_concat(
     x: Tensor, skips: Sequence[Tensor], *, align_corners: bool = False, up_first: bool = False
 ) -> Tensor:

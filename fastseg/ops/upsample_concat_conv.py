@@ -23,6 +23,7 @@ from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.kept import made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
@@ -35,6 +36,7 @@ if HAS_TRITON:
 NAME = "upsample_concat_conv2d"
 
 
+@overridable
 def upsample_concat_conv2d(
     deep: Tensor,
     low: Tensor,

@@ -9,12 +9,14 @@ from torch.nn import functional as F
 from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES, equal, outside
 from fastseg.ops.core.layout import memory_format_of
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.upsample import cross_entropy, unsupported
 from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, form, walk
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
 
+@overridable
 def upsample_cross_entropy(
     logits: Tensor,
     target: Tensor,

@@ -1,4 +1,7 @@
-"""``torch.fx.symbolic_trace`` of nets with fastseg's modules inside: leaves, as torch's own, with equal values."""
+"""``torch.fx.symbolic_trace`` of nets with fastseg's modules and functions inside: one node each, as torch's own."""
+
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,6 +9,7 @@ from nets import NARROW
 from torch import nn
 
 from fastseg import nn as fnn
+from fastseg import ops
 from fastseg.models import create, names
 
 MAP = (2, 4, 6, 8)
@@ -100,3 +104,87 @@ def test_models_are_leaves(name):
     net = Cropped().eval()
     traced = torch.fx.symbolic_trace(net)
     assert [node.target for node in traced.graph.nodes if node.op == "call_module"] == ["model"]
+
+
+class Calls(nn.Module):
+    """A user's net that calls a function on a map, its parameters and buffers."""
+
+    def __init__(self, function: Callable):
+        super().__init__()
+        self.function = function
+        self.depthwise = nn.Parameter(torch.randn(4, 1, 3, 3))
+        self.pointwise = nn.Parameter(torch.randn(4, 4, 1, 1))
+        self.full = nn.Parameter(torch.randn(4, 4, 3, 3))
+        self.wide = nn.Parameter(torch.randn(4, 8, 3, 3))
+        self.project = nn.Parameter(torch.randn(4, 8, 1, 1))
+        self.bias = nn.Parameter(torch.randn(4))
+        self.register_buffer("mean", torch.randn(4))
+        self.register_buffer("var", torch.rand(4) + 0.5)
+
+    @property
+    def norm(self) -> ops.BatchNormArgs:
+        return ops.BatchNormArgs(self.mean, self.var, self.bias, self.bias)
+
+    def forward(self, x):
+        y = self.function(self, x + 1)
+        return y * 2
+
+
+def _halves(both):
+    return both[0], both[1]
+
+
+def _unpooled(net: Calls, x):
+    values, indices = ops.max_pool2d(x, 2, return_indices=True, index_format="compact")
+    return ops.max_unpool_conv2d(values, indices, net.full, net.bias, "relu")
+
+
+FUNCTIONS = {
+    "aspp": lambda net, x: ops.aspp(x, [net.pointwise, net.full], [1, 2], project_weight=net.project),
+    "atrous_conv2d": lambda net, x: ops.atrous_conv2d(x, net.full, net.bias, dilation=2, act="relu", residual=x),
+    "batch_norm_act": lambda net, x: ops.batch_norm_act(x, net.norm, "relu", x.neg()),
+    "batch_norm_act_max_pool2d": lambda net, x: ops.batch_norm_act_max_pool2d(x, net.norm, kernel_size=3, stride=2),
+    "bilinear_conv_transpose2d": lambda net, x: ops.bilinear_conv_transpose2d(x, 2, bias=net.bias),
+    "max_pool1d": lambda net, x: ops.max_pool1d(x.flatten(2), 2),
+    "max_pool2d": lambda net, x: ops.max_pool2d(x, kernel_size=2),
+    "max_pool3d": lambda net, x: ops.max_pool3d(x[None], 2),
+    "max_unpool1d": lambda net, x: ops.max_unpool1d(*_halves(ops.max_pool1d(x[0], 2, return_indices=True)), 2),
+    "max_unpool2d": lambda net, x: ops.max_unpool2d(*_halves(ops.max_pool2d(x, 2, return_indices=True)), 2),
+    "max_unpool3d": lambda net, x: ops.max_unpool3d(*_halves(ops.max_pool3d(x[None], 2, return_indices=True)), 2),
+    "max_unpool_conv2d": _unpooled,
+    "separable_conv2d": lambda net, x: ops.separable_conv2d(
+        x, net.depthwise, net.pointwise, mid_norm=net.norm, mid_act="relu", residual=x
+    ),
+    "upsample_argmax": lambda net, x: ops.upsample_argmax(x, scale_factor=2),
+    "upsample_bilinear": lambda net, x: ops.upsample_bilinear(x.relu(), (x.shape[2] + 3, x.shape[3] * 2)),
+    "upsample_concat": lambda net, x: ops.upsample_concat(x[:, :, ::2, ::2], [x, x.neg()]),
+    "upsample_concat_conv2d": lambda net, x: ops.upsample_concat_conv2d(x[:, :, ::2, ::2], x, net.wide, act="relu"),
+    "upsample_cross_entropy": lambda net, x: ops.upsample_cross_entropy(x, x[:, 0].abs().long() % 4, net.bias.detach()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_nodes(name):
+    net = Calls(FUNCTIONS[name])
+    traced = pickle.loads(pickle.dumps(torch.fx.symbolic_trace(net)))
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert called.count(getattr(ops, name)) == 1
+    inside = [node.target for node in traced.graph.nodes if "fastseg::" in str(node.target)]
+    assert not inside  # the registered ops stay behind it
+    for size in (MAP, (1, 4, 8, 10)):
+        x = torch.randn(size)
+        torch.testing.assert_close(traced(x), net(x), rtol=0, atol=0)
+
+
+def test_a_list_of_maps_is_looked_into():
+    """The first argument need not be a stand-in."""
+    deep = torch.randn(2, 4, 3, 4)
+    net = Calls(lambda net, x: ops.upsample_concat(deep, [net.mean.new_zeros(2, 1, 6, 8), x]))
+    traced = torch.fx.symbolic_trace(net)
+    assert ops.upsample_concat in [node.target for node in traced.graph.nodes]
+    x = torch.randn(MAP)
+    torch.testing.assert_close(traced(x), net(x), rtol=0, atol=0)
+
+
+def test_every_function_is_looked_at():
+    assert set(FUNCTIONS) | {"BatchNormArgs", "PoolIndices", "bilinear_kernel"} == set(ops.__all__)

@@ -237,6 +237,19 @@ def test_another_forward_on_the_instance(label):
                 same(changed, plain)
 
 
+@pytest.mark.parametrize("label", CASES)
+def test_converted_to_sync_batch_norm(label):
+    """As for training in several processes: in one, and in evaluation, it is the net it was made of."""
+    model, x = net(label), image()
+    norms = [path for path, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert all(type(converted.get_submodule(path)) is nn.SyncBatchNorm for path in norms)
+    for training in (True, False):
+        with torch.no_grad():
+            same(converted.train(training)(x), as_written(CASES[label][0], model.train(training), x))
+    same(list(converted.buffers()), list(model.buffers()))
+
+
 def test_options_that_change():
     """Those of a module that stays: its slope, its clamp, and whether it works in place."""
     model, x = net("fcn").eval(), image()

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 import fastseg
+from fastseg.kernels.runtime.ceilings import ALONE, CHIPS, H200, spread
 from fastseg.models import create
 from fastseg.ops.core.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="launches are counted on CPU tensors")
 
 if INTERPRETED:
-    from fastseg.kernels.runtime.ceilings import ALONE, CHIPS, H200, spread
     from fastseg.kernels.runtime.config import candidates_of
     from fastseg.kernels.runtime.conv_sizes import Geometry
     from fastseg.kernels.runtime.launch import intercept

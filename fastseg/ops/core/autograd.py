@@ -12,7 +12,8 @@ from fastseg.ops.core.torch_private import forward_ad_level, is_batched, transfo
 
 def run(function: type[torch.autograd.Function], op: Callable, *args):
     """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0):
+    watched = torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0
+    if not watched or torch.compiler.is_compiling():
         return op(*args)
     tensors = [a for a in args if isinstance(a, Tensor)]
     if followed(*tensors):

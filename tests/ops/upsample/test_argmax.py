@@ -218,7 +218,7 @@ def test_every_class_can_win(classes):
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="the two kernels are compared under the interpreter")
-@pytest.mark.parametrize("kind", ["a rounding apart", "few values", "denormal", "rows alike"])
+@pytest.mark.parametrize("kind", ["a rounding apart", "flat, a rounding apart", "few values", "denormal", "rows alike"])
 def test_pruning_changes_nothing(kind, monkeypatch):
     """Ties and near ties, where a class that is pruned could have won by a rounding."""
     op = sys.modules["fastseg.ops.upsample_argmax"]
@@ -227,13 +227,16 @@ def test_pruning_changes_nothing(kind, monkeypatch):
         torch.manual_seed(seed)
         logits = {
             "a rounding apart": lambda: (1 + torch.randint(0, 3, (1, 9, 1, 1)) * 2.0**-23) * torch.rand(1, 1, 5, 9) * 3,
+            "flat, a rounding apart": lambda: (
+                (1 + torch.randint(0, 3, (8, 9, 1, 1)) * 2.0**-23) * torch.rand(8, 1, 1, 1) * 3
+            ).expand(-1, -1, 2, 2),
             "few values": lambda: torch.randint(0, 2, (1, 9, 4, 6)).float(),
             "denormal": lambda: torch.randint(0, 4, (1, 9, 4, 6)) * 1e-45,
             "rows alike": lambda: torch.rand(1, 9, 1, 6).expand(1, 9, 4, 6) * (1 + torch.rand(1, 9, 4, 1) * 1e-7),
         }[kind]()
-        pruned = upsample_argmax(logits, scale_factor=5)
+        pruned = upsample_argmax(logits, scale_factor=7)
         with monkeypatch.context() as patch:
             for module in (op, kernel):
                 patch.setattr(module, "prunes", lambda *args: False)
-            every = upsample_argmax(logits, scale_factor=5)
+            every = upsample_argmax(logits, scale_factor=7)
         assert torch.equal(pruned, every), seed
