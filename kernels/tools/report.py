@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -108,8 +109,21 @@ def occupancy(target: Target, num_warps: int, code: Code, shared: int) -> tuple[
     return bounds[limiter], limiter
 
 
+class Launched(NamedTuple):
+    """One launch that was compiled: its kernel's report and code, its arguments by name, its grid."""
+
+    report: KernelReport
+    arguments: dict[str, object]
+    grid: tuple[int, ...]
+    ttir: str
+    cubin: bytes  # b"" for AMD
+
+
 def compile_launches(
-    fn: Callable[[], object], target: str, progress: Callable[[KernelReport], None] = lambda report: None
+    fn: Callable[[], object],
+    target: str,
+    progress: Callable[[KernelReport], None] = lambda report: None,
+    each: Callable[[Launched], None] = lambda launched: None,
 ) -> list[KernelReport]:
     """Compile every launch that ``fn()`` would make, for ``target``; nothing is launched.
 
@@ -117,6 +131,7 @@ def compile_launches(
         fn: calls launchers with ``meta`` tensors. Fresh ones count as aligned; a view is as aligned as its offset.
         target: a name of ``TARGETS``.
         progress: called after each compilation.
+        each: called for each launch.
 
     Returns:
         One report per kernel and specialisation, in the order of the first launch.
@@ -148,10 +163,22 @@ def compile_launches(
         found = i32_overflows(compiled.asm["ttir"], bound, grid)
         report.overflows += [text for text in found if text not in report.overflows]
         report.elements = max([report.elements, *(a.numel() for a in bound.values() if isinstance(a, Tensor))])
+        each(Launched(report, _flat(bound), grid, compiled.asm["ttir"], compiled.asm.get("cubin", b"")))
 
     with _ahead_of_time(TARGETS[target].gpu), intercept(on_launch):
         fn()
     return list(reports.values())
+
+
+def _flat(arguments: dict[str, object]) -> dict[str, object]:
+    """Tuples as Triton names their parts: ``w_ptrs.0``."""
+    parts: dict[str, object] = {}
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            parts |= _flat({f"{name}.{i}": part for i, part in enumerate(value)})
+        else:
+            parts[name] = value
+    return parts
 
 
 def _report(name: str, target: str, compiled, constants: dict[str, object]) -> KernelReport:
