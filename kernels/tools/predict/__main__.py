@@ -1,6 +1,6 @@
 """The table of predicted times: every kernel of the report's cases, in bf16, on each chip.
 
-    TRITON_INTERPRET=0 python -P -m fastseg.kernels.tools.predict [--chip H200] [--case NAME] [--rows FILE] [--page FILE]
+    TRITON_INTERPRET=0 python -P -m fastseg.kernels.tools.predict [--chip H200] [--case NAME]
 
 Rows are written as they come, and replace those of the same case and chip; the page is made of all of them.
 """
@@ -9,6 +9,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -34,9 +35,10 @@ what memory holds, and is assumed.
 """
 
 
-def loaded(case: str) -> Mapping[str, float]:
-    """What kernels of a case find in memory, by the names of their sources' scalars."""
-    return next((t.LOADED for t in cases.TOPICS if case in t.CASES and hasattr(t, "LOADED")), {})
+def trips(case: str, launched: Launched) -> Mapping[str, float]:
+    """Of a case's loops whose ends are in memory, by their variables, where the case's file says so."""
+    topic = next(topic for topic in cases.TOPICS if case in topic.CASES)
+    return topic.trips(case, launched.report.config) if hasattr(topic, "trips") else {}
 
 
 def row(case: str, chip: str, prediction: Prediction) -> dict[str, object]:
@@ -122,11 +124,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if (case, chip) in there:
                 continue
 
-            def assumed(launched: Launched, case: str = case) -> Mapping[str, float]:
-                return loaded(case)
-
             try:
-                found = predict_launches(lambda case=case: cases.CASES[case](DTYPE), CHIPS[chip], assumed)
+                found = predict_launches(partial(cases.CASES[case], DTYPE), CHIPS[chip], partial(trips, case))
             except RuntimeError as error:
                 print(f"{case} on {chip}: {error}", file=sys.stderr, flush=True)
                 failed = True

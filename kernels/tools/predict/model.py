@@ -73,9 +73,9 @@ def seconds(counts: Counts, chip: Chip) -> dict[str, float]:
     }
 
 
-def predict(launched: Launched, chip: Chip, loaded: Mapping[str, float] | None = None) -> Prediction:
-    """Of a compiled launch. ``loaded``: what its kernel finds in memory, by the names of its source's scalars."""
-    work = work_of(launched, loaded)
+def predict(launched: Launched, chip: Chip, trips: Mapping[str, float] | None = None) -> Prediction:
+    """Of a compiled launch. ``trips``: of loops whose ends are in memory, by their variables."""
+    work = work_of(launched, trips)
     counts = count(launched, work, chip)
     terms = seconds(counts, chip)
     bound = max(terms, key=terms.__getitem__)
@@ -86,11 +86,11 @@ def predict(launched: Launched, chip: Chip, loaded: Mapping[str, float] | None =
     )  # fmt: skip
 
 
-def work_of(launched: Launched, loaded: Mapping[str, float] | None = None) -> Work:
+def work_of(launched: Launched, trips: Mapping[str, float] | None = None) -> Work:
     """The mean of some of its programs."""
     kernel, programs = _kernel(launched.ttir), _product(launched.grid)
     chosen = sorted({min(int(share * programs), programs - 1) for share in PROGRAMS})
-    return mean([kernel.work(launched.arguments, launched.grid, program, loaded) for program in chosen])
+    return mean([kernel.work(launched.arguments, launched.grid, program, trips) for program in chosen])
 
 
 def count(launched: Launched, work: Work, chip: Chip) -> Counts:
@@ -126,7 +126,7 @@ def _latency(touched: float, size: float, core: Core) -> float:
 def predict_launches(
     fn: Callable[[], object],
     chip: Chip,
-    loaded: Callable[[Launched], Mapping[str, float]] = lambda launched: {},
+    trips: Callable[[Launched], Mapping[str, float]] = lambda launched: {},
     progress: Callable[[str], None] = lambda kernel: None,
 ) -> list[Prediction]:
     """Of all launches that ``fn()`` makes with ``meta`` tensors, in their order; launches that are equal, each time."""
@@ -138,7 +138,7 @@ def predict_launches(
         key = (launched.cubin, launched.grid, *(repr(like(a)) for a in launched.arguments.values()))
         if key not in known:
             progress(launched.report.kernel)
-            known[key] = predict(launched, chip, loaded(launched))
+            known[key] = predict(launched, chip, trips(launched))
         found.append(known[key])
 
     compile_launches(fn, chip.arch, each=on_launch)

@@ -3,9 +3,10 @@
 Sizes, strides and scales come from the launch's arguments, the program's number from the grid, so that addresses, masks
 and the bounds of loops are known exactly, those of bilinear kernels too, whose coordinates are computed in floating
 point. What memory holds is not known: an address made of it touches bytes nobody counted before; of a branch on it each
-side counts half; a loop bounded by it makes the trips that ``loaded`` says, or one, and the program is ``assumed``.
+side counts half; a loop bounded by it makes the trips that ``trips`` says, or one, and the program is ``assumed``.
 
-A loop of many trips is run for ``SAMPLE`` of them, and what each of the later ones added counts for those left out.
+A loop of many trips is run for ``SAMPLE`` of them, from its middle; what they added after the first counts for those
+left out.
 """
 
 import re
@@ -22,7 +23,7 @@ from fastseg.kernels.tools.predict.values import Pointer
 from fastseg.kernels.tools.ttir import Op, count, opcode, operands, parse, place, places, targets
 
 SECTOR = 32  # bytes that move between L1 and L2 at a time
-SAMPLE = 6
+SAMPLE = 8  # trips of a long loop that are run
 BYTES = {"i1": 1, "i8": 1, "i16": 2, "f16": 2, "bf16": 2, "i32": 4, "f32": 4, "i64": 8, "f64": 8}
 _POINTED = re.compile(r"tensor<((?:\d+x)*)!tt\.ptr<(\w+)>")
 _PRODUCT = re.compile(r"tensor<(\d+)x(\d+)x\w+> \* tensor<\d+x(\d+)x")
@@ -109,16 +110,16 @@ class Kernel:
         arguments: Mapping[str, object],
         grid: tuple[int, ...],
         program: int,
-        loaded: Mapping[str, float] | None = None,
+        trips: Mapping[str, float] | None = None,
     ) -> Work:
-        """Of program ``program``, counted x fastest. ``loaded``: name of a scalar in the source -> what is assumed to
-        come out of memory."""
-        return _Run(self, arguments, grid, program, loaded or {}).work()
+        """Of program ``program``, counted x fastest. ``trips``: a loop's variable in the source, or "while" -> its
+        trips where memory decides."""
+        return _Run(self, arguments, grid, program, trips or {}).work()
 
 
 class _Run:
-    def __init__(self, kernel: Kernel, arguments: Mapping[str, object], grid, program: int, loaded):
-        self.kernel, self.loaded, self.grid = kernel, loaded, (*grid, 1, 1)[:3]
+    def __init__(self, kernel: Kernel, arguments: Mapping[str, object], grid, program: int, trips):
+        self.kernel, self.trips, self.grid = kernel, trips, (*grid, 1, 1)[:3]
         x, y, _ = self.grid
         self.pid = (program % x, program // x % y, program // (x * y))
         self.env: dict[str, object] = {}
@@ -127,7 +128,8 @@ class _Run:
             self.env[f"%{name}"] = Pointer(name, 0) if "ptr" in type_ else values.scalar(given)
         self.weight, self.requested, self.flop, self.assumed = 1.0, 0.0, 0.0, False
         self.touched = {kind: defaultdict(set) for kind in ("read", "written")}
-        self.left_out = {kind: defaultdict(float) for kind in ("read", "written")}
+        self.left_out = {kind: defaultdict(float) for kind in ("read", "written")}  # of loops' trips that are not run
+        self.unknown = {kind: defaultdict(float) for kind in ("read", "written")}  # at addresses that are not known
         self.bodies = dict.fromkeys((id(loop.op) for loop in kernel.loops), 0.0)
         self.ran: dict[str, float] = defaultdict(float)  # place -> weighted runs of its conditional operations
         self.chances: dict[str, float] = defaultdict(float)  # the same, had every branch been taken
@@ -137,6 +139,9 @@ class _Run:
     def work(self) -> Work:
         self.block(self.kernel.ops)
         distinct = {kind: self.distinct(kind) for kind in self.touched}
+        for kind, more in self.unknown.items():
+            for name, moved in more.items():
+                distinct[kind][name] = distinct[kind].get(name, 0.0) + moved
         return Work(
             distinct["read"], distinct["written"], self.requested, self.flop,
             tuple(self.bodies[id(loop.op)] for loop in self.kernel.loops), dict(self.loads),
@@ -159,7 +164,7 @@ class _Run:
             results = self.results(op, name, uses)
             wanted = targets(op.text, count(op.text))
             for target, value in zip(wanted, [*results, *[None] * len(wanted)], strict=False):
-                self.env[target] = self.loaded.get(re.sub(r"(_\d+)?(#\d+)?$", "", target[1:]), value)
+                self.env[target] = value
         return []
 
     def results(self, op: Op, name: str, uses: list[object]) -> list[object]:
@@ -206,8 +211,7 @@ class _Run:
         if not isinstance(pointer, Pointer):
             return
         if pointer.offset is None:
-            self.left_out[kind][pointer.name] += moved
-            self.touched[kind][pointer.name].update(())
+            self.unknown[kind][pointer.name] += moved
         elif share:
             offset = pointer.offset
             if isinstance(offset, Tensor):
@@ -243,7 +247,7 @@ class _Run:
     def repeat(self, op: Op) -> list[object]:
         """A while loop, whose trips are not known."""
         self.assumed = True
-        trips = self.loaded.get("while", 1.0)
+        trips = self.trips.get("while", 1.0)
         self.bodies[id(op)] += trips * self.weight * self.taken
         weight, self.weight = self.weight, self.weight * trips
         for region in op.regions:
@@ -258,7 +262,8 @@ class _Run:
         now = [self.env.get(source) for _, source in carried]
         known = None not in (lo, hi, step)
         self.assumed |= not known
-        trips = max(0, -(-(hi - lo) // step)) if known else 1
+        named = self.trips.get(re.sub(r"_\d+$", "", head[1][1:]), 1)
+        trips = max(0, -(-(hi - lo) // step)) if known else named
         self.bodies[id(op)] += trips * self.weight * self.taken
         if not trips:
             self.skip(op.regions[0])
@@ -267,14 +272,15 @@ class _Run:
         weight, self.weight = self.weight, self.weight * trips / ran
         before = {}
         for i in range(ran):
-            if i == ran // 2 and ran < trips:
+            if i == 1 and ran < trips:
                 before = {kind: self.distinct(kind) for kind in self.touched}
-            self.env[head[1]] = lo + i * trips // ran * step if known else None
+            first = 0 if lo is None or step is None else lo + (i + int(trips - ran) // 2) * step
+            self.env[head[1]] = first
             self.env.update(zip((name for name, _ in carried), now, strict=True))
             now = self.block(op.regions[0])
         for kind, old in before.items():
             for name, moved in self.distinct(kind).items():
-                self.left_out[kind][name] += (moved - old.get(name, 0)) / (ran - ran // 2) * (trips - ran)
+                self.left_out[kind][name] += (moved - old.get(name, 0)) / (ran - 1) * (trips - ran)
         self.weight = weight
         return now
 
