@@ -124,6 +124,7 @@ def compile_launches(
     target: str,
     progress: Callable[[KernelReport], None] = lambda report: None,
     each: Callable[[Launched], None] = lambda launched: None,
+    wanted: Callable[[str], bool] = lambda kernel: True,
 ) -> list[KernelReport]:
     """Compile every launch that ``fn()`` would make, for ``target``; nothing is launched.
 
@@ -132,6 +133,7 @@ def compile_launches(
         target: a name of ``TARGETS``.
         progress: called after each compilation.
         each: called for each launch.
+        wanted: whether a kernel of this name is looked at; the others are left out.
 
     Returns:
         One report per kernel and specialisation, in the order of the first launch.
@@ -143,6 +145,8 @@ def compile_launches(
 
     def on_launch(kernel, grid: tuple[int, ...], args: tuple, kwargs: dict) -> None:
         name = kernel.fn.__name__
+        if not wanted(name):
+            return
         if not isinstance(kernel, JITFunction):
             raise RuntimeError(f"compile_launches: {name} is interpreted; start the process with TRITON_INTERPRET=0")
         if TARGETS[target].gpu.backend == "hip":

@@ -1,6 +1,6 @@
 """The table of predicted times: every kernel of the report's cases, in bf16, on each chip.
 
-    TRITON_INTERPRET=0 python -P -m fastseg.kernels.tools.predict [--chip H200] [--case NAME]
+    TRITON_INTERPRET=0 python -P -m fastseg.kernels.tools.predict [--chip H200] [--case NAME] [--tune]
 
 Rows are written as they come, and replace those of the same case and chip; the page is made of all of them.
 """
@@ -16,6 +16,7 @@ import torch
 
 from fastseg.kernels.runtime.ceilings import CHIPS
 from fastseg.kernels.tools import cases
+from fastseg.kernels.tools.predict import choose
 from fastseg.kernels.tools.predict.model import BAND, Prediction, predict_launches
 from fastseg.kernels.tools.report import TARGETS, Launched
 
@@ -108,6 +109,19 @@ def _short(name: str) -> str:
     return {"num_warps": "warps ", "num_stages": "stages "}.get(name, name.removeprefix("BLOCK_") + " ")
 
 
+def tune(chips: Iterable[str]) -> int:
+    """Write what is clearly better than a heuristic into ``kernels/tuned``; 0."""
+    for chip in chips:
+        for kernel, work in choose.WORK.items():
+            for fn in work:
+                for choice in choose.choose(kernel, fn, CHIPS[chip]):
+                    said = f"{choice.row} on {chip}: {choice.heuristic_us:.1f} us by the heuristic, {choice.us:.1f} us"
+                    print(f"{said} by {choice.values}{': taken' if choice.clear else ''}", flush=True)
+                    if choice.clear:
+                        choose.write(choice, CHIPS[chip])
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Predict, and write rows and page; 1 if a case failed."""
     parser = argparse.ArgumentParser(description="Times of every kernel by a static model; nothing is measured.")
@@ -116,7 +130,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--rows", type=Path, default=Path("docs/predicted.json"), help="file of rows")
     parser.add_argument("--page", type=Path, default=Path("docs/predicted.md"), help="page made of the rows")
     parser.add_argument("--missing", action="store_true", help="only what the file of rows lacks")
+    parser.add_argument("--tune", action="store_true", help="write configurations that are clearly better instead")
     options = parser.parse_args(argv)
+    if options.tune:
+        return tune(options.chip or [FIRST])
     there = {(r["case"], r["chip"]) for r in read(options.rows)} if options.missing else set()
     failed = False
     for chip in options.chip or PREDICTABLE:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastseg.kernels.runtime.ceilings import Chip, Core
 from fastseg.kernels.tools.predict import sass, warp
 from fastseg.kernels.tools.predict.program import Kernel, Work, mean
-from fastseg.kernels.tools.report import Launched, compile_launches
+from fastseg.kernels.tools.report import TARGETS, KernelReport, Launched, compile_launches
 
 PROGRAMS = (1 / 6, 1 / 2, 5 / 6)  # of the grid: those whose work is looked at
 STAYS = 32 << 10  # bytes of an argument that L1 keeps beside a program's tiles: an estimate
@@ -48,6 +48,7 @@ class Prediction(NamedTuple):
     programs: int
     blocks: int
     assumed: bool
+    refused: str = ""  # why the chip would not run it, or not well
 
     @property
     def us(self) -> float:
@@ -82,8 +83,17 @@ def predict(launched: Launched, chip: Chip, trips: Mapping[str, float] | None = 
     report = launched.report
     return Prediction(
         report.kernel, dict(report.config, num_warps=report.num_warps, num_stages=report.num_stages),
-        terms[bound] + chip.launch, bound, terms, counts.programs, counts.blocks, work.assumed,
+        terms[bound] + chip.launch, bound, terms, counts.programs, counts.blocks, work.assumed, refused(report),
     )  # fmt: skip
+
+
+def refused(report: KernelReport) -> str:
+    """Why a configuration is out of the question: spills, too much shared memory, or ""."""
+    if report.code.spills or report.code.stack:
+        return f"{report.code.spills} spills, {report.code.stack} bytes of stack"
+    if report.shared > TARGETS[report.target].block_shared or not report.blocks:
+        return f"{report.shared} bytes of shared memory, {report.blocks} blocks fit"
+    return ""
 
 
 def work_of(launched: Launched, trips: Mapping[str, float] | None = None) -> Work:
@@ -127,9 +137,9 @@ def predict_launches(
     fn: Callable[[], object],
     chip: Chip,
     trips: Callable[[Launched], Mapping[str, float]] = lambda launched: {},
-    progress: Callable[[str], None] = lambda kernel: None,
+    wanted: Callable[[str], bool] = lambda kernel: True,
 ) -> list[Prediction]:
-    """Of all launches that ``fn()`` makes with ``meta`` tensors, in their order; launches that are equal, each time."""
+    """Of all launches of the kernels wanted that ``fn()`` makes with ``meta`` tensors, in their order."""
     found: list[Prediction] = []
     known: dict[object, Prediction] = {}
 
@@ -137,11 +147,10 @@ def predict_launches(
         like = lambda a: (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a
         key = (launched.cubin, launched.grid, *(repr(like(a)) for a in launched.arguments.values()))
         if key not in known:
-            progress(launched.report.kernel)
             known[key] = predict(launched, chip, trips(launched))
         found.append(known[key])
 
-    compile_launches(fn, chip.arch, each=on_launch)
+    compile_launches(fn, chip.arch, each=on_launch, wanted=wanted)
     return found
 
 
