@@ -11,6 +11,11 @@ spread(programs) >= 1 for launches that do not fill the chip:
 ``fused_tile`` and ``pw_tile`` choose the tiles by the same sums: where a map has few, smaller ones, whose programs
 compute the depthwise half again, end sooner than a few long ones.
 
+The static model of the compiled code (`make predict`) says otherwise of the fused form on an H200: a block of 8 warps
+fills a multiprocessor's registers, and waits alone for its taps. It has split at 0.55 to 0.9 of fused on all of the
+benchmarks' shapes (241 to 302 us on the decoder, 67 to 117 on Xception's middle flow, of which this model takes the
+second split). Neither is measured: the stage `forms` of `make gpu` times both, and decides.
+
 In training with batch statistics between the halves, fused pays one more pass over the input, for the statistics, in a
 launch of its own. LAUNCH is what decides on small maps. The
 2K^2 + 1 lane operations per element are one multiply-add and one conversion a tap (counted in the SASS), and the store.

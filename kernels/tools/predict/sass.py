@@ -97,7 +97,7 @@ def set_runs(listing: Listing, kernel: Kernel, bodies: Sequence[float]) -> list[
     """Give each loop of the listing the runs of the IR's loop that it was made from; -> loops without one.
 
     Which that is, the lines of its instructions say. Several loops from one of the IR are its unrolled form and what
-    remains: they share the trips in proportion to their sizes. A loop that no line tells counts one trip.
+    remains, by how often their instructions stand in them. A loop that no line tells counts one trip.
     """
     found: dict[int, list[Loop]] = {}
     unknown: list[str] = []
@@ -114,13 +114,18 @@ def set_runs(listing: Listing, kernel: Kernel, bodies: Sequence[float]) -> list[
 
     match(listing.loops, None)
     for index, loops in found.items():
-        sizes = [len(own(loop)) for loop in loops]
-        unrolled = [max(1, round(size / min(sizes))) for size in sizes]
+        kinds = [Counter(listing.instructions[i].opcode for i in own(loop)) for loop in loops]
+        unrolled = [_times(kind, min(kinds, key=Counter.total)) for kind in kinds]
         for loop, factor in zip(loops, unrolled, strict=True):
             # the unrolled form makes nearly all of the trips, what remains at most factor - 1
             largest = max(unrolled)
             loop.runs = bodies[index] / factor if factor == largest else min(bodies[index], (largest - 1) / 2)
     return unknown
+
+
+def _times(kinds: Counter[str], of: Counter[str]) -> int:
+    """How often the work of the loop ``of`` stands in another: what runs the loop itself stands there once."""
+    return max([1, *(round(n / of[kind]) for kind, n in kinds.items() if of[kind])])
 
 
 def _source(listing: Listing, loop: Loop, kernel: Kernel, within: int | None) -> int | None:
