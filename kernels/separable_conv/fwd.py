@@ -305,14 +305,16 @@ def separable_conv_fwd_fused(
 
 
 def _all_taps_at_once(K: int, cfg: Config, dtype: torch.dtype) -> bool:
-    """Whether registers hold nine tap tiles beside the accumulator: no chip's code spills with 104 for them
-    (`make kernel-report`); 128 -> 128 in blocks of 4 warps would need 136, and spills 38. 5x5 taps are 25 tiles.
+    """Whether registers hold nine tap tiles beside the accumulator: no chip's code spills with 100 for them
+    (`make kernel-report`); with 104, 6 in fp32 on sm_80, and 128 -> 128 in blocks of 4 warps would need 136, and spills
+    38. 5x5 taps are 25 tiles.
 
     By the static model that takes the decoder's 304 -> 256 from 465 to 302 us, and MobileNetV2's 960 -> 160 from 40 to
     15: three rows of taps wait for the L2 once, and the weights of neighbouring taps are one load.
     """
     rows, threads = cfg.BLOCK_H * cfg.BLOCK_W, 32 * cfg.num_warps
-    return K == 3 and rows * (4 * cfg.BLOCK_N + 9 * dtype.itemsize * cfg.BLOCK_K) <= 104 * 4 * threads
+    fits = rows * (4 * cfg.BLOCK_N + 9 * dtype.itemsize * cfg.BLOCK_K) <= 100 * 4 * threads
+    return K == 3 and fits and cfg.maxnreg == 255
 
 
 def separable_conv_fwd_pw(

@@ -59,6 +59,7 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 64, 32, 233472, "UTCHMMA"),
     "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, 48, 24, 102400, "HMMA"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 32, 32, 65536, "v_mfma"),
+    "gfx950": Target(GPUTarget("hip", "gfx950", 64), 160 * 1024, 32, 32, 163840, "v_mfma"),
 }
 COMMON = ("sm_80", "sm_90", "sm_100", "gfx942")  # compiled for in every case; the others in the main ones
 

@@ -1,5 +1,6 @@
 """Predicted times of compiled kernels against what can be worked out by hand, and of forms against the cost models."""
 
+from collections import Counter
 from functools import partial
 from unittest import mock
 
@@ -13,7 +14,9 @@ from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.separable_conv import launch as separable
 from fastseg.kernels.tools.cases.separable_conv import _separable
+from fastseg.kernels.tools.predict import sass
 from fastseg.kernels.tools.predict.model import predict_launches
+from fastseg.kernels.tools.report import Launched, compile_launches
 
 H200 = CHIPS["H200"]
 
@@ -81,6 +84,23 @@ def test_products_take_the_matrix_units():
     assert found.terms["matrix"] == pytest.approx(2 * 64 * 1320 * 128 * K / H200.half)
     few = only(dot_kernel, 10, half(640, K), half(K, 128), meta(640, 128), K, **blocks)
     assert few.bound == "latency" and few.terms["matrix"] == pytest.approx(found.terms["matrix"] / 10)
+
+
+def test_the_fused_kernel_asks_for_nine_taps_at_once():
+    """One loop, over channels: in it no row of taps waits for the one before, and a norm's scale is one instruction of
+    the special units for each channel of a thread."""
+    fused: list[Launched] = []
+    decoder = partial(_separable, torch.bfloat16, N=16, C=304, H=128, W=128, COUT=256)
+    compile_launches(decoder, "sm_90", each=fused.append)
+    (launched,) = fused
+    listing = sass.read(sass.disassemble(launched.cubin))
+    (loop,) = listing.loops
+    inside = [listing.instructions[i] for i in sass.own(loop)]
+    special = Counter(one.suffixes[0] for one in inside if one.opcode == "MUFU")
+    assert loop.inner == [] and launched.report.code.spills == 0
+    assert special == {"RSQ": 8}
+    first_product = next(i for i, one in enumerate(inside) if one.opcode in ("FFMA", "FMUL"))
+    assert sum(one.opcode == "LDG" for one in inside[:first_product]) >= 9
 
 
 # (N, C, H, W, COUT) -> the least and the most of split over fused by the static model. Where split is the faster by it
