@@ -31,8 +31,8 @@ if INTERPRETED:
 RESIDENT = 3
 MOST = 1.15
 # A tap reads all channels before the next tap comes, and a rectangle all images: x and dy come again for most of them.
-# Products take longer than that: of an ASPP of 2048 channels at N = 16 by the static model 518 us, these bytes 200.
-STATED = {"atrous_conv_fwd": 7.0, "atrous_conv_bwd_weight": 8.0}
+# Products take longer than that: of an ASPP of 2048 channels at N = 16 by the static model 518 us, the bytes under 200.
+STATED = {"atrous_conv_fwd": 5.0, "atrous_conv_bwd_weight": 2.0}
 
 
 def nhwc(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -121,6 +121,5 @@ CASES = {
 def test_operands_come_from_dram_once(fn):
     kernels, cache = CASES[fn]
     found = ratios(fn, kernels, cache)
-    print(found)
     assert found.keys() == set(kernels)
     assert {kernel: ratio for kernel, ratio in found.items() if ratio > STATED.get(kernel, MOST)} == {}
