@@ -184,7 +184,7 @@ def _max_unpool_fwd_foreign_kernel(
         tl.store(valid_ptr, (tl.sum(invalid, axis=0) == 0).to(tl.int32))
     if tl.sum(foreign, axis=0) > 0:
         lanes, offs_m = tl.arange(0, BLOCK_L)[None, :], tl.arange(0, BLOCK_M)[:, None]
-        last_ptr += tl.program_id(0).to(tl.int64) * cells * BLOCK_L + lanes
+        own_ptr = last_ptr + (tl.program_id(0).to(tl.int64) * cells * BLOCK_L + lanes)
         for first in range(tl.program_id(0) * BLOCK_L, planes, tl.num_programs(0) * BLOCK_L):
             plane = first + lanes
             if CHANNELS_LAST:
@@ -194,13 +194,13 @@ def _max_unpool_fwd_foreign_kernel(
             v_base, y_base = image * windows * step + channel, image * cells * step + channel
             for m in range(0, cells, BLOCK_M):
                 none = tl.full((BLOCK_M, BLOCK_L), -1, tl.int32)
-                tl.store(last_ptr + (m + offs_m).to(tl.int64) * BLOCK_L, none, mask=m + offs_m < cells)
+                tl.store(own_ptr + (m + offs_m).to(tl.int64) * BLOCK_L, none, mask=m + offs_m < cells)
             tl.debug_barrier()
             for m in range(0, windows, BLOCK_M):
                 window = m + offs_m + lanes * 0
                 mask = (window < windows) & (plane < planes)
                 index = tl.load(index_ptr + v_base + window.to(tl.int64) * step, mask=mask, other=-1)
-                tl.atomic_max(last_ptr + index * BLOCK_L, window, mask=(index >= 0) & (index < cells))
+                tl.atomic_max(own_ptr + index * BLOCK_L, window, mask=(index >= 0) & (index < cells))
             tl.debug_barrier()
             for m in range(0, windows, BLOCK_M):
                 window = m + offs_m + lanes * 0

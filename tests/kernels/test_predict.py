@@ -1,8 +1,10 @@
 """The static model of a launch's time, on planted listings and inputs worked out by hand; nothing is compiled."""
 
+import json
 from collections import Counter
 
 import pytest
+import torch
 
 from fastseg.kernels.runtime.ceilings import CHIPS, Core
 from fastseg.kernels.tools.predict import sass, warp
@@ -241,3 +243,34 @@ def test_the_page_says_first_that_nothing_is_measured(tmp_path):
         "-10 to +30 %" in HEAD
         and "| SegNet stage | max_pool_fwd | M 64 warps 4 | 7 | ~12.5 | dram 84%, issue 40% |" in text
     )
+
+
+def test_the_fastest_candidate_is_chosen_of_those_that_compile_and_do_not_spill(monkeypatch, tmp_path):
+    from fastseg.kernels.runtime import config
+    from fastseg.kernels.tools.predict import choose
+    from fastseg.kernels.tools.predict.model import Prediction
+
+    monkeypatch.setattr(config, "_heuristics", {"toy": lambda size, C: {"BLOCK": 64}})
+    monkeypatch.setattr(config, "_candidates", {"toy": lambda size, C: [{"BLOCK": b} for b in (8, 16, 32, 128)]})
+    cpu = torch.device("cpu")
+    ask = lambda: [config.select("toy", size=size, device=cpu, C=3) for size in (100, 200, 100)]
+    us = {64: 10.0, 8: 1.0, 16: 2.0, 32: 8.0, 128: 8.6}
+
+    def predictions(fn, chip, wanted):
+        assert wanted("_toy_kernel") and not wanted("_other_kernel")
+        blocks = [cfg.BLOCK for cfg in fn()]
+        if blocks[0] == 8:
+            raise RuntimeError("does not compile")
+        refused = {16: "spills"}
+        return [Prediction("toy", {}, us[b] * 1e-6, "dram", {}, 1, 1, False, refused.get(b, "")) for b in blocks]
+
+    found = list(choose.choose("toy", ask, H200, predictions))
+    assert [(choice.row.size, choice.values, choice.clear) for choice in found] == [
+        (100, {"BLOCK": 32}, True),
+        (200, {"BLOCK": 32}, True),
+    ]
+    us[32] = 8.6  # 14 % less is no clear margin
+    assert [choice.clear for choice in choose.choose("toy", ask, H200, predictions)] == [False, False]
+    choose.write(found[0], H200, tmp_path)
+    written = json.loads((tmp_path / "NVIDIA_H200.json").read_text())
+    assert written["configs"] == {} and written["predicted"] == {"toy": {"C=3": {"100": {"BLOCK": 32}}}}

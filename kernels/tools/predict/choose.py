@@ -67,8 +67,13 @@ def choose(
     for row in dict.fromkeys(asked):
         trials: list[tuple[float, dict[str, int]]] = []
         for values in config.candidates_of(kernel, row.size, **dict(row.key)):
-            with config.override(kernel, **values):
-                one = predictions(fn, chip, wanted=f"_{kernel}_kernel".__eq__)[asked.index(row)]
+            try:
+                with config.override(kernel, **values):
+                    one = predictions(fn, chip, wanted=f"_{kernel}_kernel".__eq__)[asked.index(row)]
+            except RuntimeError:  # the compiler refuses it: too few registers, say
+                if not trials:
+                    raise
+                continue
             if not trials or not one.refused:  # the heuristic's own is the yardstick
                 trials.append((one.us, values))
         us, best = min(trials, key=lambda trial: trial[0])
