@@ -16,7 +16,7 @@ COMPILED := TRITON_INTERPRET=0 $(BIN)/pytest -q
 GRAPHS = tests/integration $(wildcard tests/ops/*/test_graphs*.py)
 NOT_GRAPHS := tests --ignore=tests/kernels/aot --ignore=tests/integration --ignore-glob='*/test_graphs*.py'
 
-.PHONY: setup demo doctor test test-all test-fast test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report roofline gpu gpu-env gpu-rehearse warm-cache tune figures docs
+.PHONY: setup demo doctor test test-all test-fast test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report predict roofline gpu gpu-env gpu-rehearse warm-cache tune figures docs
 
 $(VENV)/.ready: setup.py constraints-ci.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fastseg needs Python 3.11 or later, this is %s; set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -100,6 +100,11 @@ bench: setup
 
 kernel-report: setup
 	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.tools.report
+
+# Times by a static model of the compiled code: docs/predicted.md. TUNE=1: configurations, into kernels/tuned. Minutes.
+TUNE ?=
+predict: setup
+	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.tools.predict $(if $(TUNE),--tune)
 
 roofline: setup
 	$(BIN)/python benchmarks/roofline.py

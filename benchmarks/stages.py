@@ -27,9 +27,11 @@ import bench_upsample_concat_conv
 import bench_upsample_heads
 import gpu_tests
 import harness
+import predicted
 import torch
 import warm_cache
 import workloads
+from floors import find_device
 from harness import isolated, settle
 from problem import Case, Problem
 from record import Log
@@ -218,9 +220,16 @@ def _providers(log: Log, problem: Problem, case: Case, left: list[str]) -> None:
                 log.row(
                     **names, dtype=str(problem.dtype), **summary, peak_mib=harness.peak_mib(fn, device),
                     configurations=_sources(provider, fn, device), path=_path(problem, provider),
+                    **(_beside(case, device, summary["median_us"]) if provider == "fastseg" else {}),
                     **problem.notes(provider),
                 )  # fmt: skip
             left.remove(provider)
+
+
+def _beside(case: Case, device: torch.device, us: float) -> dict[str, float]:
+    """What the static model says of the case on this chip, and the ratio."""
+    chip = find_device(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return predicted.beside(case, chip and chip.name, us)
 
 
 def forms(log: Log, device: torch.device, tiny: bool) -> None:

@@ -49,6 +49,12 @@ def op_times(stages: dict[str, dict], op: str) -> dict[tuple[str, str, str], flo
     return {(row["shape"], row["mode"], row["provider"]): row["median_us"] for row in rows}
 
 
+def predictions(stages: dict[str, dict], op: str) -> dict[tuple[str, str], tuple[float, float]]:
+    """(shape, mode) -> microseconds by the static model, and measured over predicted, of rows that have them."""
+    rows = [row for row in counted(stages, "ops", "ops-tuned") if row.get("op") == op and "predicted_us" in row]
+    return {(row["shape"], row["mode"]): (row["predicted_us"], row["of_predicted"]) for row in rows}
+
+
 def step_time(times: dict[tuple[str, str, str], float], shape: str, provider: str) -> float | None:
     """Forward and backward of a training step together, microseconds."""
     halves = [times.get((shape, mode, provider)) for mode in ("train-forward", "train-backward")]
@@ -129,12 +135,17 @@ def op_table(
     def table(gpu: str, stages: dict[str, dict]) -> str:
         times, chip = op_times(stages, module.OP), chip_of(gpu)
         header = [*(f"{b} us" for b in baselines), "fastseg us", *(f"vs {b}" for b in baselines), "% of roofline"]
+        told = predictions(stages, module.OP)
+        header += ["predicted us", "of predicted"] if told else []
         rows = []
         for case in filter(shown, module.cases("full")):
             floor, ours = case.floor_us("fastseg", chip), times.get((case.shape, case.mode, "fastseg"))
             slow = [times.get((case.shape, case.mode, b)) for b in baselines]
             share = "" if floor is None else _share(floor, ours)
             measured = [*map(_us, slow), _us(ours), *(_ratio(us, ours) for us in slow), share]
+            if told:
+                us, of = told.get((case.shape, case.mode), (None, None))
+                measured += ["" if us is None else _us(us), "" if of is None else f"{of:.2f}"]
             names = [case.shape, case.mode, "" if floor is None else f"{floor:.1f}"]
             rows.append(Row(names, measured, ours is not None))
         return _table(["shape", "mode", "floor us"], header, rows, stages)

@@ -65,7 +65,7 @@ def load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, AFFINE: 
     """-> mean, rstd, weight, bias of the channels ``offs``, in ACC; weight and bias are 0 where masked."""
     mean = tl.load(mean_ptr + offs, mask=mask, other=0.0).to(ACC)
     var = tl.load(var_ptr + offs, mask=mask, other=1.0).to(ACC)
-    rstd = 1.0 / tl.sqrt(var + eps)
+    rstd = tl.rsqrt(var + eps)  # one instruction of the special units; a root and a division are two, and 8 around them
     if AFFINE:
         weight = tl.load(weight_ptr + offs, mask=mask, other=0.0).to(ACC)
         bias = tl.load(bias_ptr + offs, mask=mask, other=0.0).to(ACC)
@@ -81,9 +81,29 @@ def norm_act(
     NORM: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """``act(norm(u))`` for u (rows, channels), in ACC."""
+    mean, scale, bias = load_scale(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, NORM, AFFINE, ACC)
+    return scaled_act(u, mean, scale, bias, NORM, ACT)
+
+
+@triton.jit
+def load_scale(
+    weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps,
+    NORM: tl.constexpr, AFFINE: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """-> mean, scale and bias of ``scaled_act``, to be asked for before the map that waits for other loads."""
     if NORM:
         mean, rstd, weight, bias = load_norm(weight_ptr, bias_ptr, mean_ptr, var_ptr, offs, mask, eps, AFFINE, ACC)
-        u = (u - mean[None, :]) * (rstd * weight)[None, :] + bias[None, :]
+        scale = rstd * weight
+    else:
+        mean, scale, bias = 0.0, 1.0, 0.0
+    return mean, scale, bias
+
+
+@triton.jit
+def scaled_act(u, mean, scale, bias, NORM: tl.constexpr, ACT: tl.constexpr):
+    """``act(norm(u))`` from vectors that are in registers; u (rows, channels)."""
+    if NORM:
+        u = (u - mean[None, :]) * scale[None, :] + bias[None, :]
     return activate(u, ACT)
 
 

@@ -12,8 +12,11 @@ Traffic in elements, hi cells and lo windows: hi + lo, and lo indices of 8 bytes
 
 A code cannot leave its window. An int64 index can: it may name any cell, one of another window (if the output is not of
 the pooling's input size), or none at all. Each program of the spread reports what the indices of its windows do, and a
-second kernel of a few blocks reads the report. It usually ends there. If an index names a foreign cell, it writes all
-windows again, in memory order, many channels side by side. An index outside the plane is never used as an address.
+second kernel of a few blocks reads the report. It usually ends there. If an index names a foreign cell, a program of it
+takes some planes at a time: for each cell it finds the last window that names it, by a maximum of window numbers, which
+no order changes, and then the windows that came out write their cells. Each pass is parallel over the plane; with the
+maxima, 4 bytes for each cell of the planes in work, it moves at most 3 times as much again. An index outside the plane
+is never used as an address.
 """
 
 import math
@@ -30,6 +33,7 @@ from fastseg.kernels.runtime.sizes import cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype
 
 LOCAL, FOREIGN, INVALID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a program reports of its indices
+PROGRAMS = 132  # of the kernel for foreign indices, each with its own maxima: at most 4 bytes for each cell
 
 
 @triton.jit
@@ -166,9 +170,9 @@ def _any(mask):
 @triton.jit(do_not_specialize=["reports", "planes", "cells", "windows"])
 def _max_unpool_fwd_foreign_kernel(
     v_ptr, index_ptr, report_ptr,
-    y_ptr, valid_ptr,
+    y_ptr, valid_ptr, last_ptr,
     reports, planes, C, cells, windows,
-    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_L: tl.constexpr,
+    CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     foreign, invalid = tl.zeros((BLOCK_R,), tl.int32), tl.zeros((BLOCK_R,), tl.int32)
     for r in range(0, reports, BLOCK_R):
@@ -179,17 +183,37 @@ def _max_unpool_fwd_foreign_kernel(
     if tl.program_id(0) == 0:
         tl.store(valid_ptr, (tl.sum(invalid, axis=0) == 0).to(tl.int32))
     if tl.sum(foreign, axis=0) > 0:
-        plane = tl.program_id(0) * BLOCK_L + tl.arange(0, BLOCK_L)
-        mask = plane < planes
-        if CHANNELS_LAST:
-            image, channel, step = (plane // C).to(tl.int64), plane % C, C
-        else:
-            image, channel, step = plane.to(tl.int64), plane * 0, 1
-        v_base, y_base = image * windows * step + channel, image * cells * step + channel
-        for i in range(windows):  # one thread writes a plane: of two windows that name one cell the later wins
-            index = tl.load(index_ptr + v_base + i * step, mask=mask, other=-1)
-            v = tl.load(v_ptr + v_base + i * step, mask=mask, other=0.0)
-            tl.store(y_ptr + y_base + index * step, v, mask=mask & (index >= 0) & (index < cells))
+        lanes, offs_m = tl.arange(0, BLOCK_L)[None, :], tl.arange(0, BLOCK_M)[:, None]
+        own_ptr = last_ptr + (tl.program_id(0).to(tl.int64) * cells * BLOCK_L + lanes)
+        for first in range(tl.program_id(0) * BLOCK_L, planes, tl.num_programs(0) * BLOCK_L):
+            plane = first + lanes
+            if CHANNELS_LAST:
+                image, channel, step = (plane // C).to(tl.int64), plane % C, C
+            else:
+                image, channel, step = plane.to(tl.int64), plane * 0, 1
+            v_base, y_base = image * windows * step + channel, image * cells * step + channel
+            for m in range(0, cells, BLOCK_M):
+                none = tl.full((BLOCK_M, BLOCK_L), -1, tl.int32)
+                tl.store(own_ptr + (m + offs_m).to(tl.int64) * BLOCK_L, none, mask=m + offs_m < cells)
+            tl.debug_barrier()
+            for m in range(0, windows, BLOCK_M):
+                window = m + offs_m + lanes * 0
+                mask = (window < windows) & (plane < planes)
+                index = tl.load(index_ptr + v_base + window.to(tl.int64) * step, mask=mask, other=-1)
+                tl.atomic_max(own_ptr + index * BLOCK_L, window, mask=(index >= 0) & (index < cells))
+            tl.debug_barrier()
+            for m in range(0, windows, BLOCK_M):
+                window = m + offs_m + lanes * 0
+                mask = (window < windows) & (plane < planes)
+                at = v_base + window.to(tl.int64) * step
+                index = tl.load(index_ptr + at, mask=mask, other=-1)
+                inside = (index >= 0) & (index < cells)
+                last = tl.load(
+                    last_ptr + index * BLOCK_L, mask=inside, other=-1, cache_modifier=".cg"
+                )  # maxima are in L2
+                wins = inside & (last == window)
+                tl.store(y_ptr + y_base + index * step, tl.load(v_ptr + at, mask=wins, other=0.0), mask=wins)
+            tl.debug_barrier()  # before the next planes' maxima take the place of these
 
 
 @triton.jit(do_not_specialize=["rows", "H", "W", "OH", "OW"])
@@ -253,12 +277,13 @@ def max_unpool_fwd(
     if not checked:
         return y, None
     valid = v.new_empty(1, dtype=torch.int32)
-    planes = pool.N * pool.C
-    cfg = select("max_unpool_fwd_foreign", size=planes, device=v.device)
+    planes, cells = pool.N * pool.C, math.prod(pool.size)
+    cfg = select("max_unpool_fwd_foreign", size=planes, device=v.device, last=pool.channels_last)
+    programs = min(cdiv(planes, cfg.BLOCK_L), PROGRAMS)
     launch(
-        _max_unpool_fwd_foreign_kernel, (cdiv(planes, cfg.BLOCK_L),),
-        v, index, report, y, valid, report.numel(), planes, pool.C, math.prod(pool.size), math.prod(pool.out),
-        CHANNELS_LAST=pool.channels_last, **cfg.launch,
+        _max_unpool_fwd_foreign_kernel, (programs,),
+        v, index, report, y, valid, v.new_empty(programs * cells * cfg.BLOCK_L, dtype=torch.int32),
+        report.numel(), planes, pool.C, cells, math.prod(pool.out), CHANNELS_LAST=pool.channels_last, **cfg.launch,
     )  # fmt: skip
     return y, valid
 
@@ -285,6 +310,8 @@ def max_unpool_bwd(dy: Tensor, index: Tensor, pool: Pooling, bits: int) -> Tenso
 
 
 @heuristic("max_unpool_fwd_foreign")
-def _foreign_config(size: int) -> dict[str, int]:
-    """A lane a plane, two warps: as a rule the kernel reads the report and ends."""
-    return {"BLOCK_R": 1024, "BLOCK_L": 64, "num_warps": 2}
+def _foreign_config(size: int, last: bool) -> dict[str, int]:
+    """1024 windows at a time; channels innermost, four planes are a sector of indices. As a rule the kernel reads the
+    report and ends."""
+    lanes = 4 if last else 1
+    return {"BLOCK_R": 1024, "BLOCK_M": 1024 // lanes, "BLOCK_L": lanes, "num_warps": 8}

@@ -1,9 +1,10 @@
 """Launch configurations, and the one function through which every kernel is launched.
 
 A launcher asks ``select`` for block sizes and launch options. The answer comes, for each kernel and row, from the
-first of: an ``override``; the user's tables (``~/.cache/fastseg/tuned``); the shipped tables (``kernels/tuned``); the
+first of: an ``override``; the user's tables (``~/.cache/fastseg/tuned``); the shipped tables (``kernels/tuned``); what
+a model of the compiled code predicts to be better by a clear margin (in the shipped tables, under "predicted"); the
 heuristic that the kernel's file registers, with its reason written beside it. Nothing is searched for at run time:
-``fastseg tune`` searches, and writes a table.
+``fastseg tune`` measures and writes a table, ``make predict TUNE=1`` predicts.
 """
 
 import functools
@@ -29,6 +30,9 @@ def home() -> Path:
 
 SHIPPED = Path(__file__).parents[1] / "tuned"
 USER = home() / ".cache" / "fastseg" / "tuned"
+
+MEASURED, PREDICTED = "configs", "predicted"  # parts of a table
+NEAR = 0.5  # a prediction counts for sizes from half to twice its own
 
 POWERS = ("BLOCK", "LANES", "num_warps")  # beginnings of names: what a kernel's ranges are made of
 _DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
@@ -136,13 +140,17 @@ def observe_selects(fn: Callable[[str, int, dict], None]) -> Iterator[None]:
 def _lookup(kernel: str, size: int, key: tuple[tuple[str, object], ...], names: tuple[str, ...]) -> Config:
     default = _heuristics[kernel](size, **dict(key))
     row = row_name(**dict(key))
-    for path in (folder / f"{name}.json" for folder in (USER, SHIPPED) for name in names):
-        rows = _read_table(path).get(kernel, {}).get(row)
+    measured = [(folder / f"{name}.json", MEASURED) for folder in (USER, SHIPPED) for name in names]
+    for path, part in (*measured, *((SHIPPED / f"{name}.json", PREDICTED) for name in names)):
+        rows = _read_table(path).get(part, {}).get(kernel, {}).get(row)
         if not rows:
             continue
-        values = rows[min(rows, key=lambda s: (abs(math.log(int(s) / size)), int(s)))]
+        nearest = min(rows, key=lambda s: (abs(math.log(int(s) / size)), int(s)))
+        if part == PREDICTED and not NEAR <= int(nearest) / size <= 1 / NEAR:
+            continue
+        values = rows[nearest]
         if values.keys() == default.keys():
-            return Config(values, str(path))
+            return Config(values, str(path) if part == MEASURED else PREDICTED)
         warnings.warn(
             f"fastseg: {path}: {kernel} has {sorted(values)} where {sorted(default)} are asked for; row left out",
             stacklevel=2,
@@ -157,8 +165,11 @@ def forget_tables() -> None:
 
 
 @functools.cache
-def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
-    """kernel -> row -> size -> values; an unreadable file counts as empty, with one warning."""
+def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, dict[str, int]]]]]:
+    """part -> kernel -> row -> size -> values; an unreadable file counts as empty, with one warning.
+
+    What was predicted of another Triton's code says nothing about this one's, and is left out.
+    """
     try:
         text = path.read_text()
     except OSError:
@@ -166,8 +177,8 @@ def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
     try:
         table = json.loads(text)
         written = str(table.get("triton", ""))
-        configs = table["configs"]
-        for rows in configs.values():
+        parts = {MEASURED: table[MEASURED], PREDICTED: table.get(PREDICTED, {})}
+        for rows in (rows for configs in parts.values() for rows in configs.values()):
             for sizes in rows.values():
                 for size, values in sizes.items():
                     if int(size) < 1 or not values or not all(type(v) is int and v > 0 for v in values.values()):
@@ -179,11 +190,13 @@ def _read_table(path: Path) -> dict[str, dict[str, dict[str, dict[str, int]]]]:
         return {}
     installed = importlib.metadata.version("triton")
     if written.split(".")[:2] != installed.split(".")[:2]:
-        warnings.warn(
-            f"fastseg: {path} was tuned with Triton {written}, this is {installed}; run `fastseg tune`",
-            stacklevel=2,
-        )
-    return configs
+        parts[PREDICTED] = {}
+        if parts[MEASURED]:
+            warnings.warn(
+                f"fastseg: {path} was tuned with Triton {written}, this is {installed}; run `fastseg tune`",
+                stacklevel=2,
+            )
+    return parts
 
 
 @functools.cache
@@ -200,7 +213,3 @@ def gpu_name(index: int) -> str:
     """``NVIDIA_H200``: the name with ``_`` for spaces, the H200 family folded into one, its slices (MIG) not."""
     name = torch.cuda.get_device_name(index).replace(" ", "_")
     return "NVIDIA_H200" if name.startswith("NVIDIA_H200") and "MIG" not in name else name
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The launch guard.

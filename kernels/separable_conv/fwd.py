@@ -2,15 +2,16 @@
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm.stats import batch_stats
-from fastseg.kernels.common.norm_act import activate, norm_act, store_tile_stats
+from fastseg.kernels.common.norm_act import activate, load_scale, norm_act, scaled_act, store_tile_stats
 from fastseg.kernels.common.norm_args import Norm, norm_args
 from fastseg.kernels.common.tiles import dilated_tile_pixels, tile_and_block
-from fastseg.kernels.runtime.config import select
+from fastseg.kernels.runtime.config import Config, select
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv
@@ -21,25 +22,41 @@ from fastseg.kernels.runtime.tensors import acc_dtype, empty_nhwc, precision, st
 def depthwise_tile(
     x_ptr, dw_ptr, bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
     C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
 ):  # fmt: skip
     """K x K taps of one image at input positions (iy, ix) of the first tap: -> (BLOCK_M, BLOCK_K), in ACC.
 
-    The loop over tap rows stays a loop: unrolled, all K*K tap tiles are hoisted and spill (1.1 KB of stack at 8x16x64,
-    sm_90, Triton 3.6).
+    UNROLL: all taps are asked for at once, and wait for memory once. A tile must be small for that: of 8x16x64, all
+    K*K tap tiles would spill (1.1 KB of stack, sm_90, Triton 3.6).
     """
     u = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-    for ky in tl.range(0, K, num_stages=1, loop_unroll_factor=1):
-        y = iy + ky * dilation
-        mask_y = mask_m & (y >= 0) & (y < H)
-        for kx in tl.static_range(K):
-            col = ix + kx * dilation
-            mask = (mask_y & (col >= 0) & (col < W))[:, None] & mask_k[None, :]
-            x = tl.load(x_ptr + (y * W + col)[:, None] * C + offs_k[None, :], mask=mask, other=0.0).to(ACC)
-            w = tl.load(dw_ptr + offs_k * DW_C + (ky * K + kx) * DW_T, mask=mask_k, other=0.0).to(ACC)
-            u += activate(x, PRE_ACT) * w[None, :]
+    if UNROLL:
+        for ky in tl.static_range(K):
+            u = _tap_row(u, ky, x_ptr, dw_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
+                         C, K, DW_C, DW_T, PRE_ACT, ACC)  # fmt: skip
+    else:
+        for ky in tl.range(0, K, num_stages=1, loop_unroll_factor=1):
+            u = _tap_row(u, ky, x_ptr, dw_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
+                         C, K, DW_C, DW_T, PRE_ACT, ACC)  # fmt: skip
     if HAS_BIAS:
         u += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(ACC)[None, :]
+    return u
+
+
+@triton.jit
+def _tap_row(
+    u, ky, x_ptr, dw_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
+    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    y = iy + ky * dilation
+    mask_y = mask_m & (y >= 0) & (y < H)
+    for kx in tl.static_range(K):
+        col = ix + kx * dilation
+        mask = (mask_y & (col >= 0) & (col < W))[:, None] & mask_k[None, :]
+        x = tl.load(x_ptr + (y * W + col)[:, None] * C + offs_k[None, :], mask=mask, other=0.0).to(ACC)
+        w = tl.load(dw_ptr + offs_k * DW_C + (ky * K + kx) * DW_T, mask=mask_k, other=0.0).to(ACC)
+        u += activate(x, PRE_ACT) * w[None, :]
     return u
 
 
@@ -86,7 +103,8 @@ def _separable_conv_fwd_fused_kernel(
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
     POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
-    PHASED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PHASED: tl.constexpr, UNROLL: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
@@ -101,13 +119,15 @@ def _separable_conv_fwd_fused_kernel(
     for k in tl.range(0, C, BLOCK_K, num_stages=1, loop_unroll_factor=1):
         offs_k = k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < C
-        a = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-                           C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_K)  # fmt: skip
-        a = a.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
-        a = norm_act(a, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
-                     MID_NORM, MID_AFFINE, MID_ACT, ACC)  # fmt: skip
+        # Asked for before the taps, so that all wait for memory together; 16 registers more, and none spills.
         mask_w = mask_k[:, None] & (offs_n < COUT)[None, :]
         w = tl.load(pw_ptr + k + offs_w, mask=mask_w, other=0.0)
+        mean, scale, bias = load_scale(mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
+                                       MID_NORM, MID_AFFINE, ACC)  # fmt: skip
+        a = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
+                           C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_K, UNROLL)  # fmt: skip
+        a = a.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
+        a = scaled_act(a, mean, scale, bias, MID_NORM, MID_ACT)
         dtype = y_ptr.dtype.element_ty
         acc = tl.dot(a.to(dtype), w.to(dtype), acc, input_precision=PRECISION, out_dtype=ACC)
     if PW_BIAS:
@@ -137,7 +157,7 @@ def _separable_conv_fwd_dw_kernel(
     x_ptr += n * H * W * C
 
     u = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, oy * stride - padding, ox * stride - padding, mask_m, offs_c, mask_c,
-                       H, W, dilation, C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_C)  # fmt: skip
+                       H, W, dilation, C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_C, False)  # fmt: skip
     u = u.to(u_ptr.dtype.element_ty).to(ACC)  # statistics are of what torch would have stored
     if STORE:
         a = norm_act(u, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_c, mask_c, mid_eps,
@@ -275,9 +295,23 @@ def separable_conv_fwd_fused(
         DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
         PW_BIAS=w.pw_bias is not None,
         POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act, RESIDUAL=side, STATS=stats, SAVE_Z=save_z,
-        ACC=acc_dtype(x), PRECISION=precision(x), PHASED=g.phased, **cfg.launch,
+        ACC=acc_dtype(x), PRECISION=precision(x), PHASED=g.phased, UNROLL=_all_taps_at_once(g.K, cfg, x.dtype),
+        **cfg.launch,
     )  # fmt: skip
     return y, z, batch_stats(tile_stats, counts) if stats else None
+
+
+def _all_taps_at_once(K: int, cfg: Config, dtype: torch.dtype) -> bool:
+    """Whether registers hold nine tap tiles beside the accumulator: no chip's code spills with 100 for them
+    (`make kernel-report`); with 104, 6 in fp32 on sm_80, and 128 -> 128 in blocks of 4 warps would need 136, and spills
+    38. 5x5 taps are 25 tiles.
+
+    By the static model that takes the decoder's 304 -> 256 from 465 to 302 us, and MobileNetV2's 960 -> 160 from 40 to
+    15: three rows of taps wait for the L2 once, and the weights of neighbouring taps are one load.
+    """
+    rows, threads = cfg.BLOCK_H * cfg.BLOCK_W, 32 * cfg.num_warps
+    fits = rows * (4 * cfg.BLOCK_N + 9 * dtype.itemsize * cfg.BLOCK_K) <= 100 * 4 * threads
+    return K == 3 and fits and cfg.maxnreg == 255
 
 
 def separable_conv_fwd_pw(

@@ -11,8 +11,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-_LOC = re.compile(r" loc\((#\w+|.*)\)$")
-_NAME = re.compile(r"%[\w$.-]+(?:#\d+)?")
+from fastseg.kernels.tools.ttir import Op, count, opcode, operands, parse, place, places, targets
+
 _TYPE = re.compile(r"(?:x|\b)i(1|8|16|32|64)>*$")
 _COPIES = {"tt.splat", "tt.broadcast", "tt.expand_dims", "tt.reshape", "tt.trans", "tt.unsplat", "arith.extsi",
            "arith.extui", "arith.index_cast", "arith.trunci", "tt.split"}  # fmt: skip
@@ -26,13 +26,6 @@ class _Value:
     deps: list["_Value"] = field(default_factory=list)
     fault: str = ""
     wrapped: bool = False  # it or something before it overflows: one fault is reported, not all that follow
-
-
-@dataclass
-class _Op:
-    text: str
-    loc: str
-    regions: list[list["_Op"]] = field(default_factory=list)
 
 
 def i32_overflows(ttir: str, arguments: Mapping[str, object], grid: tuple[int, ...]) -> list[str]:
@@ -49,7 +42,7 @@ def i32_overflows(ttir: str, arguments: Mapping[str, object], grid: tuple[int, .
 class _Walk:
     def __init__(self, ttir: str, arguments: Mapping[str, object], grid: tuple[int, ...]):
         self.grid = (*grid, 1, 1)
-        self.locs = dict(re.findall(r"^(#\w+) = loc\((.*)\)$", ttir, re.MULTILINE))
+        self.locs = places(ttir)
         self.env: dict[str, _Value] = {}
         self.roots: list[_Value] = []  # offsets and masks
         lines = iter(line.strip() for line in ttir.splitlines())
@@ -58,7 +51,7 @@ class _Walk:
             value = arguments.get(name)
             known = isinstance(value, int) and type_.startswith("i")
             self.env[f"%{name}"] = _Value((int(value), int(value)) if known else _full(type_))
-        self.block(_parse(lines))
+        self.block(parse(lines))
 
     def faults(self) -> list[str]:
         found, seen, todo = [], set(), list(self.roots)
@@ -71,10 +64,10 @@ class _Walk:
                     found.append(value.fault)
         return sorted(found)
 
-    def block(self, ops: list[_Op]) -> list[_Value]:
+    def block(self, ops: list[Op]) -> list[_Value]:
         """Interpret one region; the values that it yields."""
         for op in ops:
-            name, uses = _opcode(op.text), [self.env.get(n, _Value()) for n in _operands(op.text)]
+            name, uses = opcode(op.text), [self.env.get(n, _Value()) for n in operands(op.text)]
             if name in ("scf.yield", "scf.condition"):
                 return uses
             if name in ("tt.addptr", "tt.load"):
@@ -84,11 +77,11 @@ class _Walk:
             elif name.startswith("tt.descriptor_"):
                 self.roots += uses
             results = self.results(op, name, uses)
-            for target, value in zip(_targets(op.text, len(results)), results, strict=False):
+            for target, value in zip(targets(op.text, len(results)), results, strict=False):
                 self.env[target] = value
         return []
 
-    def results(self, op: _Op, name: str, uses: list[_Value]) -> list[_Value]:
+    def results(self, op: Op, name: str, uses: list[_Value]) -> list[_Value]:
         if name == "scf.for":
             return self.loop(op)
         if name == "scf.if":
@@ -98,18 +91,18 @@ class _Walk:
             self.block(region)
         full = _full(op.text)
         if name == "tt.load" or full is None:  # what memory holds does not depend on how its address was made
-            return [_Value(full, [] if name == "tt.load" else uses)] * _count(op.text)
+            return [_Value(full, [] if name == "tt.load" else uses)] * count(op.text)
         raw = self.interval(op.text, name, uses)
         if raw is None:
-            return [_Value(full, uses)] * _count(op.text)
+            return [_Value(full, uses)] * count(op.text)
         value = _Value(raw, uses, wrapped=any(u.wrapped for u in uses))
         if not full[0] <= raw[0] <= raw[1] <= full[1]:
             if full == _I32 and not value.wrapped:
                 what = f"{name.split('.')[1]} {_why(raw, uses)}"
-                value.fault = f"{self.where(op.loc)}: {what}; cast to tl.int64 before it"
+                value.fault = f"{place(self.locs, op.loc)}: {what}; cast to tl.int64 before it"
                 value.wrapped = True
             value.range = full
-        return [value] * _count(op.text)
+        return [value] * count(op.text)
 
     def interval(self, text: str, name: str, uses: list[_Value]) -> tuple[int, int] | None:
         """The mathematical range of the result, before it wraps; None if nothing is known."""
@@ -131,7 +124,7 @@ class _Walk:
             return 0, 1
         return _arithmetic(name, [u.range or _full(text) for u in uses])
 
-    def loop(self, op: _Op) -> list[_Value]:
+    def loop(self, op: Op) -> list[_Value]:
         """``scf.for``: a carried integer is assumed to grow by equal steps; the assumption is then checked."""
         head = re.match(r"(?:%\S+ = )?scf\.for (?:unsigned )?(%\S+) = (%\S+) to (%\S+) step (%[\w$.-]+)(.*)", op.text)
         lo, hi, step = (self.env[name].range or _I64 for name in head.groups()[1:4])
@@ -162,14 +155,6 @@ class _Walk:
         for value, after in zip(entry, final, strict=True):
             value.deps.append(after)
         return [_join(pair) for pair in zip(initial, final, strict=True)]
-
-    def where(self, loc: str) -> str:
-        for _ in range(20):
-            if file := re.search(r'"([^"]+)":(\d+):\d+', loc):
-                return f"{file[1].rsplit('/', 1)[-1]}:{file[2]}"
-            alias = re.search(r"#\w+", loc)
-            loc = self.locs.get(alias[0], "") if alias else ""
-        return "?"
 
 
 _I32 = (-(2**31), 2**31 - 1)
@@ -240,53 +225,3 @@ def _join(values: tuple[_Value, ...]) -> _Value:
     ranges = [v.range for v in values]
     hull = None if None in ranges else (min(r[0] for r in ranges), max(r[1] for r in ranges))
     return _Value(hull, list(values), wrapped=any(v.wrapped for v in values))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The text form of the IR: one operation a line, regions in braces.
-
-
-def _parse(lines) -> list[_Op]:
-    """The operations up to the brace that closes the current region."""
-    ops: list[_Op] = []
-    for line in lines:
-        loc = _LOC.search(line)
-        text = line[: loc.start()].rstrip() if loc else line
-        if text.startswith("}"):
-            if not text.endswith("{"):
-                break
-            ops.append(_Op("next region", ""))  # "} else {"
-        elif text and not text.startswith("^"):
-            op = _Op(text, loc[1] if loc else "")
-            if text.endswith("{"):
-                regions: list[list[_Op]] = [[]]
-                for inner in _parse(lines):
-                    if inner.text == "next region":
-                        regions.append([])
-                    else:
-                        regions[-1].append(inner)
-                op.regions = regions
-            ops.append(op)
-    return ops
-
-
-def _opcode(text: str) -> str:
-    return re.match(r'(?:%\S+(?:, %\S+)* = )?"?([\w.]+)', text)[1]
-
-
-def _operands(text: str) -> list[str]:
-    return _NAME.findall(re.split(r"^%[^=]* = ", text)[-1])
-
-
-def _count(text: str) -> int:
-    many = re.match(r"%[\w$.-]+:(\d+) = ", text)
-    return int(many[1]) if many else text.split(" = ")[0].count("%") if text.startswith("%") else 0
-
-
-def _targets(text: str, count: int) -> list[str]:
-    if not text.startswith("%"):
-        return []
-    left = text.split(" = ")[0]
-    if many := re.match(r"(%[\w$.-]+):(\d+)$", left):
-        return [f"{many[1]}#{i}" for i in range(int(many[2]))]
-    return left.split(", ")

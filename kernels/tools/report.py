@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import triton
@@ -58,6 +59,7 @@ TARGETS = {
     "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024, 64, 32, 233472, "UTCHMMA"),
     "sm_120": Target(GPUTarget("cuda", 120, 32), 99 * 1024, 48, 24, 102400, "HMMA"),
     "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024, 32, 32, 65536, "v_mfma"),
+    "gfx950": Target(GPUTarget("hip", "gfx950", 64), 160 * 1024, 32, 32, 163840, "v_mfma"),
 }
 COMMON = ("sm_80", "sm_90", "sm_100", "gfx942")  # compiled for in every case; the others in the main ones
 
@@ -108,8 +110,22 @@ def occupancy(target: Target, num_warps: int, code: Code, shared: int) -> tuple[
     return bounds[limiter], limiter
 
 
+class Launched(NamedTuple):
+    """One launch that was compiled: its kernel's report and code, its arguments by name, its grid."""
+
+    report: KernelReport
+    arguments: dict[str, object]
+    grid: tuple[int, ...]
+    ttir: str
+    cubin: bytes  # b"" for AMD
+
+
 def compile_launches(
-    fn: Callable[[], object], target: str, progress: Callable[[KernelReport], None] = lambda report: None
+    fn: Callable[[], object],
+    target: str,
+    progress: Callable[[KernelReport], None] = lambda report: None,
+    each: Callable[[Launched], None] = lambda launched: None,
+    wanted: Callable[[str], bool] = lambda kernel: True,
 ) -> list[KernelReport]:
     """Compile every launch that ``fn()`` would make, for ``target``; nothing is launched.
 
@@ -117,6 +133,8 @@ def compile_launches(
         fn: calls launchers with ``meta`` tensors. Fresh ones count as aligned; a view is as aligned as its offset.
         target: a name of ``TARGETS``.
         progress: called after each compilation.
+        each: called for each launch.
+        wanted: whether a kernel of this name is looked at; the others are left out.
 
     Returns:
         One report per kernel and specialisation, in the order of the first launch.
@@ -128,6 +146,8 @@ def compile_launches(
 
     def on_launch(kernel, grid: tuple[int, ...], args: tuple, kwargs: dict) -> None:
         name = kernel.fn.__name__
+        if not wanted(name):
+            return
         if not isinstance(kernel, JITFunction):
             raise RuntimeError(f"compile_launches: {name} is interpreted; start the process with TRITON_INTERPRET=0")
         if TARGETS[target].gpu.backend == "hip":
@@ -148,10 +168,22 @@ def compile_launches(
         found = i32_overflows(compiled.asm["ttir"], bound, grid)
         report.overflows += [text for text in found if text not in report.overflows]
         report.elements = max([report.elements, *(a.numel() for a in bound.values() if isinstance(a, Tensor))])
+        each(Launched(report, _flat(bound), grid, compiled.asm["ttir"], compiled.asm.get("cubin", b"")))
 
     with _ahead_of_time(TARGETS[target].gpu), intercept(on_launch):
         fn()
     return list(reports.values())
+
+
+def _flat(arguments: dict[str, object]) -> dict[str, object]:
+    """Tuples as Triton names their parts: ``w_ptrs.0``."""
+    parts: dict[str, object] = {}
+    for name, value in arguments.items():
+        if isinstance(value, tuple):
+            parts |= _flat({f"{name}.{i}": part for i, part in enumerate(value)})
+        else:
+            parts[name] = value
+    return parts
 
 
 def _report(name: str, target: str, compiled, constants: dict[str, object]) -> KernelReport:

@@ -203,28 +203,30 @@ def tune(
     return []
 
 
-def write_table(path: Path, table: Table, *, gpu: str) -> None:
+def write_table(path: Path, table: Table, *, gpu: str, part: str = config.MEASURED) -> None:
     """Write ``table`` to ``path`` in one step; other rows of a table there from the same Triton minor version stay.
 
     Args:
         path: ``<folder>/<gpu>.json``; the folder is made.
         table: kernel -> row -> size -> values.
-        gpu: ``config.gpu_name`` of the device it was measured on.
+        gpu: ``config.gpu_name`` of the device it was measured on, or predicted for.
+        part: ``config.MEASURED``, or ``config.PREDICTED``, which counts where nothing was measured.
     """
-    configs: Table = {}
+    parts: dict[str, Table] = {}
     try:
         old = json.loads(path.read_text())
         if str(old["triton"]).split(".")[:2] == triton.__version__.split(".")[:2]:
-            configs = old["configs"]
+            parts = {name: old[name] for name in (config.MEASURED, config.PREDICTED) if name in old}
     except (OSError, ValueError, KeyError, TypeError):
         pass  # none there, or not readable: replaced
     for kernel, rows in table.items():
         for row, sizes in rows.items():
-            configs.setdefault(kernel, {}).setdefault(row, {}).update(sizes)
+            parts.setdefault(part, {}).setdefault(kernel, {}).setdefault(row, {}).update(sizes)
+    parts.setdefault(config.MEASURED, {})
     head = {"gpu": gpu, "triton": triton.__version__, "torch": torch.__version__, "date": date.today().isoformat()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({**head, "configs": configs}, indent=1, sort_keys=True)
-    part = path.with_suffix(".part")
-    part.write_text(text + "\n")
-    part.replace(path)
+    text = json.dumps({**head, **parts}, indent=1, sort_keys=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(text + "\n")
+    unfinished.replace(path)
     config.forget_tables()

@@ -61,7 +61,7 @@ def _taps(
 def owned_tile(
     planes, H, W,
     C: tl.constexpr, CHANNELS_LAST: tl.constexpr, FLAT: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """What this program owns of ``planes`` (H, W) maps of C channels: ROWS rows of a (columns, channels) tile.
 

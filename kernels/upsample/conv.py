@@ -74,13 +74,13 @@ def _rows_around(
     return above, below, held, v0, v1
 
 
-@triton.jit(do_not_specialize=["images", "IH", "IW", "OH", "OW"])
+@triton.jit(do_not_specialize=["images", "IH", "IW", "OH", "OW", "ROWS"])
 def _upsample_conv_fwd_kernel(
     taps_ptr, base_ptr, bias_ptr,
     y_ptr,
     images, IH, IW, OH, OW, scale_h, scale_h_rest, scale_w, scale_w_rest,
     C: tl.constexpr, CORNERS: tl.constexpr, HAS_BASE: tl.constexpr, HAS_BIAS: tl.constexpr, ACT: tl.constexpr,
-    ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    ACC: tl.constexpr, ROWS, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, row0, x, c, place, mask = owned_tile(images, OH, OW, C, True, False, ROWS, BLOCK_W, BLOCK_C)
     image = IH * IW * 3 * C

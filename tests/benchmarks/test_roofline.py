@@ -338,8 +338,8 @@ def test_ratios_that_decide_between_forms_differ_by_chip():
     """Lane operations for each byte, and bf16 FLOP, as published figures give them."""
     ratios = {name: (round(c.lanes / c.bandwidth, 1), round(c.half / c.bandwidth)) for name, c in DEVICES.items()}
     assert ratios == {
-        "H200": (7.8, 184), "H100": (10.0, 295), "A100": (4.8, 153), "L4": (50.5, 403), "RTX 4090": (41.0, 164),
-        "B200": (4.7, 281), "RTX 5090": (29.3, 117), "MI300X": (15.4, 247),
+        "H200": (7.8, 184), "H100": (10.0, 295), "A100": (4.8, 153), "A10": (26.0, 208), "L4": (50.5, 403),
+        "RTX 4090": (41.0, 164), "B200": (4.7, 281), "RTX 5090": (29.3, 117), "MI300X": (15.4, 247),
     }  # fmt: skip
 
 

@@ -1,8 +1,11 @@
 """Tables and plots of what was measured."""
 
+import json
 import re
 
+import bench_pooling
 import plot
+import predicted
 import pytest
 import record
 import tables
@@ -30,6 +33,19 @@ def test_a_table_shows_what_was_measured():
     floors = tables.separable_eval("", {})
     assert "xception_middle" in floors
     assert "vs eager" not in floors
+
+
+def test_a_prediction_stands_beside_what_was_measured(tmp_path):
+    case = next(iter(bench_pooling.cases("full")))
+    (tmp_path / "H200.json").write_text(json.dumps({predicted.name_of(case): 80.0}))
+    row = {"op": case.op, "shape": case.shape, "mode": case.mode, "median_us": 100.0, "provider": "fastseg"}
+    told = predicted.beside(case, "H200", 100.0, tmp_path)
+    assert told == {"predicted_us": 80.0, "of_predicted": 1.25}
+    assert predicted.beside(case, "L4", 100.0, tmp_path) == predicted.beside(case, None, 100.0, tmp_path) == {}
+    stages = {"ops": {"tests": "passed", "rows": [row | told]}}
+    assert _cells(tables.op_table(bench_pooling)("NVIDIA_H200", stages), case.shape)[-2:] == ["80.0", "1.25"]
+    stages = {"ops": {"tests": "passed", "rows": [row]}}
+    assert "predicted" not in tables.op_table(bench_pooling)("NVIDIA_H200", stages)
 
 
 @pytest.mark.parametrize("tests", ["failed", "not run"])

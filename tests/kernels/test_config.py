@@ -113,6 +113,37 @@ def test_a_tie_takes_the_smaller_size():
         assert _block(1000) == 1
 
 
+def _predict(block: int, *, triton_version: str = triton.__version__, measured: dict | None = None):
+    path = _write("SHIPPED", "NVIDIA_H200", {})
+    parts = {"configs": {"toy": {"C=32,dtype=bf16": measured}} if measured else {},
+             "predicted": {"toy": {"C=32,dtype=bf16": {"1000": _row(block)}}}}  # fmt: skip
+    path.write_text(json.dumps({"triton": triton_version, **parts}))
+    _forget()
+
+
+def test_what_was_measured_wins_over_what_was_predicted():
+    _predict(16)
+    cfg = config.select("toy", size=1000, device=CUDA, **KEY)
+    assert (cfg.BLOCK, cfg.source) == (16, "predicted")
+    _predict(16, measured={"100000": _row(2)})
+    assert _block() == 2
+    _predict(16)
+    _write("USER", "sm_90", {"1": _row(4)})
+    assert _block() == 4
+
+
+def test_a_prediction_counts_from_half_to_twice_its_size():
+    _predict(16)
+    assert [_block(size) for size in (499, 500, 2000, 2001)] == [64, 16, 16, 64]
+
+
+def test_a_prediction_of_another_tritons_code_is_left_out_in_silence():
+    _predict(16, triton_version="2.1.0")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _block() == 64
+
+
 def test_rows_are_picked_by_the_whole_key():
     _write("SHIPPED", "NVIDIA_H200", {"1000": _row(1)})
     assert _block(C=33) == 64

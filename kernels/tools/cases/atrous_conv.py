@@ -1,11 +1,13 @@
 """Ahead-of-time cases of the atrous convolution: an ASPP's branches, and one convolution by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from fastseg.kernels.atrous_conv.bwd import atrous_conv_bwd_weight
 from fastseg.kernels.atrous_conv.fwd import atrous_conv_bwd_input, atrous_conv_fwd
+from fastseg.kernels.atrous_conv.regions import Branch, executed, forward_regions
+from fastseg.kernels.runtime.sizes import cdiv
 
 
 def _atrous(
@@ -46,3 +48,13 @@ SCALAR_LOADS = {
     "atrous, odd channels 33->21": "33 channels: no pixel but the first begins at a multiple of 16 bytes",
 }
 TF32_CASES = {case for case in CASES if "no tf32" not in case}
+
+
+def trips(case: str, config: Mapping[str, object]) -> dict[str, float]:
+    """Of loops whose ends the tables hold, over branches and over taps and channels: their means. For predictions."""
+    one = "one image" in case or "odd" in case
+    H, W = (33, 47) if "odd" in case else (33, 33) if one else (32, 32)
+    branches = (Branch(3, 12),) if one else (Branch(1, 1), Branch(3, 6), Branch(3, 12), Branch(3, 18))
+    pairs = executed(forward_regions(H, W, branches), 1, int(config.get("BLOCK_M", 64)))
+    blocks = cdiv(int(config.get("C", 1)), int(config.get("BLOCK_K", 1)))
+    return {"j": len(branches) if config.get("MIRRORED") else 1, "i": pairs / (H * W * len(branches)) * blocks}

@@ -47,6 +47,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "decoder 304->256, backward": lambda dtype: _separable(dtype, **_DECODER, batch_stats=True, backward=True),
     "middle flow 728->728": lambda dtype: _separable(dtype, **_MIDDLE),
     "middle flow 728->728, batch statistics": lambda dtype: _separable(dtype, **_MIDDLE, batch_stats=True),
+    "entry flow 128->128": lambda dtype: _separable(dtype, N=16, C=128, H=256, W=256, COUT=128),
     "5x5 304->256": lambda dtype: _separable(dtype, N=16, C=304, H=128, W=128, COUT=256, K=5),
     # 16 bits whatever is asked for: in fp32 it spills on gfx942 with Triton 3.6, and with no other
     "7x7 144->96": lambda dtype: _separable(torch.bfloat16, N=16, C=144, H=64, W=64, COUT=96, K=7),

@@ -101,3 +101,25 @@ def test_a_model_stage_is_two_launches():
                 values, indices = max_pool2d(x, 2, return_indices=True, index_format=index_format)
                 max_unpool2d(values, indices, 2)
             assert sum(launches.values()) == 1 + up
+
+
+@LAYOUTS
+@pytest.mark.parametrize("C, side", [(8, 32)])
+def test_foreign_indices_cost_at_most_four_times_local_ones(last, C, side):
+    """Windows of another plane's width, as after pooling an odd map: the same bytes at most three times again, and no
+    chain of steps as long as a plane."""
+    fmt = torch.channels_last if last else torch.contiguous_format
+    v = torch.randn(2, C, side, side).contiguous(memory_format=fmt)
+    offsets = torch.arange(side)[:, None] * 2 * (2 * side + 1) + torch.arange(side) * 2  # as of planes one wider
+    foreign = offsets.clamp(max=4 * side * side - 1).expand(2, C, side, side).contiguous(memory_format=fmt)
+    offsets = torch.arange(side)[:, None] * 4 * side + torch.arange(side) * 2
+    local = offsets.expand(2, C, side, side).contiguous(memory_format=fmt)
+    local_bytes, launches, _ = total_of(lambda: max_unpool2d(v, local, 2))
+    with count_traffic() as traffic:
+        y = max_unpool2d(v, foreign, 2)
+    moved = traffic.total
+    assert moved.launches == launches and torch.equal(y, torch.nn.functional.max_unpool2d(v, foreign, 2))
+    assert local_bytes < moved.read_bytes + moved.written_bytes <= 4 * local_bytes
+    elements = v.numel()  # each window is looked at twice by the second kernel, each cell's maximum set once
+    second = traffic.by_kernel["_max_unpool_fwd_foreign_kernel"]
+    assert second.writes <= (4 + 1 + 1) * elements + 2
