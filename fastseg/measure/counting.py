@@ -105,3 +105,25 @@ def work(call: Call) -> dict[str, float]:
     with torch.no_grad(), _Convolutions() as moved, FlopCounterMode(display=False) as flops:
         call()
     return {"gflop": flops.get_total_flops() * 1e-9, "mbytes": moved.bytes * 1e-6}
+
+
+class _Traffic(TorchDispatchMode):
+    """What torch's operators read and write, views aside: each tensor once for each operator that takes or makes it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = {id(t): t for t in tree_leaves((args, kwargs or {}, out)) if isinstance(t, Tensor)}
+            self.bytes += sum(t.nbytes for t in tensors.values())
+        return out
+
+
+def products_and_bytes(call: Call) -> tuple[int, int]:
+    """Multiplications of the convolutions and matrix products of one call, and the bytes that its operators move."""
+    with torch.no_grad(), _Traffic() as moved, FlopCounterMode(display=False) as flops:
+        call()
+    return flops.get_total_flops() // 2, moved.bytes
