@@ -6,10 +6,11 @@ from fastseg.ops.core.explain import explain, reference
 from fastseg.ops.core.kept import frozen
 
 __version__ = "0.1.0"
-__all__ = ["explain", "frozen", "reference", "warmup"]
+__all__ = ["conversion", "convert", "explain", "frozen", "reference", "revert", "warmup"]
 
 _PACKAGES = (
     "cli",
+    "converting",
     "demo",
     "inference",
     "io",
@@ -22,14 +23,15 @@ _PACKAGES = (
     "testing",
     "training",
 )
+_FUNCTIONS = {"warmup": "inference.warmup", **dict.fromkeys(("conversion", "convert", "revert"), "converting")}
 
 
 def __getattr__(name: str):
     """Import sub-packages on first use, so that ``import fastseg`` stays fast."""
     if name in _PACKAGES:
         return importlib.import_module(f"fastseg.{name}")
-    if name == "warmup":
-        return importlib.import_module("fastseg.inference.warmup").warmup
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"fastseg.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'fastseg' has no attribute {name!r}")
 
 

@@ -16,12 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.dispatch import autocast_dtype
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed
 from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
-from fastseg.ops.core.kept import made_once
+from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.sizes import same_number
 from fastseg.ops.cpu.packed import conv2d
+
+if HAS_TRITON:
+    from fastseg.kernels.runtime.ceilings import chip_of
 
 NAME = "upsample_nearest_conv2d"
 Form = Literal["transposed", "phases", "upsampled"]
@@ -72,9 +75,9 @@ def upsample_nearest_conv2d(
     why = IN_REFERENCE if in_reference() else "" if doubles else f"{tuple(x.shape[2:])} to {tuple(size)} is no doubling"
     if why and form in ("transposed", "phases") and not in_reference():
         raise ValueError(f"{NAME}: form is {form!r}, but {why}; use form=None")
-    chosen = "upsampled" if why else form or choose(x)
+    chosen = "upsampled" if why else form or choose(x, weight)
     if not torch.compiler.is_compiling():
-        record(NAME, x, "reference" if why else "torch", why or chosen)
+        record(NAME, x, "reference" if chosen == "upsampled" else "torch", why or chosen)
     dtype = autocast_dtype(x) if skip is None else torch.promote_types(autocast_dtype(x), autocast_dtype(skip))
     if chosen == "upsampled":
         return _upsampled(x, skip, weight, bias, size, act, up_first, dtype)
@@ -103,14 +106,30 @@ def upsample_nearest_conv2d_ref(
     return ACTIVATIONS[act or "none"](F.conv2d(y, weight, bias, padding=1))
 
 
-def choose(x: Tensor) -> Form:
+# Elements that summing the filters reads and writes, for each pair of channels; its pixels on a CPU that repay it: a
+# core moves some 5 GB/s and multiplies 15e9 times a second.
+BUILD, LEAST_CPU = 60, 40
+
+
+def choose(x: Tensor, weight: Tensor) -> Form:
     """The faster form where sizes double. Both have the same products.
 
     The four phases are written by one convolution, read, and written again in order: three passes over the result where
     the transposed convolution makes one. That decides until a GPU has shown that its library needs more than that for
     a transposed convolution. On one CPU thread the transposed form took 1 / 2.6 to 1 / 3.5 of the plain form's time.
+
+    Of a few pixels the sum of the filters, made at each call, costs more than it saves. A graph's compiler makes it in
+    one pass, and inside ``fastseg.frozen`` it is made once.
     """
-    return "transposed"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if isinstance(pixels, torch.SymInt) or followed(x, weight) or keeper((weight,)) is not None:
+        return "transposed"
+    if x.is_cuda and HAS_TRITON:
+        chip = chip_of(x.device)
+        pays = BUILD * weight.element_size() / chip.bandwidth < 2 * 20 * pixels / chip.dot(x.dtype)
+    else:
+        pays = pixels >= LEAST_CPU or not x.is_cpu
+    return "transposed" if pays else "upsampled"
 
 
 # --- the two forms

@@ -127,12 +127,26 @@ def test_doubling_takes_4_products_in_place_of_9():
     assert count("phases") == 16 * 8 * 16 * 25  # of the border too
 
 
+def test_of_a_few_pixels_the_filters_are_not_summed():
+    weight = torch.randn(4, 4, 3, 3)
+    forms = []
+    for size in (4, 8):
+        with fastseg.explain() as report:
+            ops.upsample_nearest_conv2d(torch.randn(1, 4, size, size), None, weight)
+        forms.append(report.decisions[0].why)
+    assert forms == ["upsampled", "transposed"]
+    conv = torch.nn.Conv2d(4, 4, 3)
+    with torch.no_grad(), fastseg.frozen(conv), fastseg.explain() as report:
+        ops.upsample_nearest_conv2d(torch.randn(1, 4, 4, 4), None, conv.weight)
+    assert report.decisions[0].why == "transposed"
+
+
 def test_filters_are_summed_in_fp32_under_autocast():
     """256 + 1 in bf16 is 256: summed there, the taps of a 1 beside a 256 would be lost."""
     x = torch.ones(1, 1, 4, 4)
     weight = torch.tensor([[[[0.0, 0.0, 0.0], [0.0, 257.0, -256.0], [0.0, 0.0, 0.0]]]], requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = ops.upsample_nearest_conv2d(x, None, weight)
+        y = ops.upsample_nearest_conv2d(x, None, weight, form="transposed")
     assert y.dtype == torch.bfloat16
     assert float(y[0, 0, 2, 2].detach()) == 1.0  # even columns sum 257 and -256 on one pixel
     y.float().sum().backward()
