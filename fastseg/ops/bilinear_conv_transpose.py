@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, followed, use_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.core.sizes import whole
@@ -151,7 +151,7 @@ def bilinear_conv_transpose2d_ref(
     K, padding = bilinear_geometry(stride, kernel_size, padding)
     # In 16 bits, large kernels are slow on a CPU: 64 taps take 7 times as long as in fp32.
     wide = torch.promote_types(x.dtype, torch.float32)
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, skip))
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         alone = is_plain(x) and not wants_grad and not followed(x, bias, skip)
@@ -226,7 +226,7 @@ def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple
             raise ValueError(
                 f"{NAME}: skip is {tuple(skip.shape)}; from {skip_offset} on it must hold {(*x.shape[:2], *size)}"
             )
-        if skip.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if skip.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"{NAME}: x is {x.dtype} and skip {skip.dtype}; they should be the same: cast one")
     return size
 

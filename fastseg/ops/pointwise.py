@@ -1,5 +1,7 @@
 """Two matrices of channels with nothing between them are one matrix."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,8 @@ def compose_pointwise(
         if t is not None and t.shape != (width,):
             raise ValueError(f"{NAME}: {label} is {tuple(t.shape)}; it must be ({width},)")
     kept = torch.promote_types(outer.dtype, torch.float32)
-    with torch.autocast(outer.device.type, enabled=False):
+    kind = outer.device.type
+    with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):  # meta tensors have no autocast
         a, b = outer.flatten(1).to(kept), inner.flatten(1).to(kept)
         weight = (a @ b)[:, :, None, None].to(outer.dtype)
         bias = None if outer_bias is None else outer_bias.to(kept)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, followed, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.norm import (
     ACTIVATIONS,
@@ -206,7 +206,7 @@ def _check(
         raise ValueError(f"{name}: pointwise_weight is {tuple(pw.shape)}; it must be (COUT, {C}, 1, 1)")
     if stride < 1 or dilation < 1 or padding < 0:
         raise ValueError(f"{name}: stride {stride} and dilation {dilation} must be >= 1, padding {padding} >= 0")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         for label, t in (("depthwise_weight", dw), ("pointwise_weight", pw), ("residual", residual)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(

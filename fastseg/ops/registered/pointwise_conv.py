@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, kernels_run
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, kernels_run
 from fastseg.ops.core.layout import channels_last, like, new_map
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate, add_residual
 from fastseg.ops.core.register import register
@@ -40,7 +40,7 @@ def plain_dtypes(
     """Why torch's functions must take these dtypes and devices (they may raise), or ""."""
     if any(t.device != x.device for t in (weight, bias, residual, image_bias) if t is not None):
         return "tensors on different devices"
-    cast = torch.is_autocast_enabled(x.device.type)  # torch then casts the parameters; a kernel casts as it loads
+    cast = autocasts(x)  # torch then casts the parameters; a kernel casts as it loads
     same = (residual,) if cast else (weight, bias, residual)
     return "dtypes that differ" if any(t is not None and t.dtype != autocast_dtype(x) for t in same) else ""
 
