@@ -6,7 +6,7 @@ from fastseg.ops.core.explain import explain, reference
 from fastseg.ops.core.kept import frozen
 
 __version__ = "0.1.0"
-__all__ = ["conversion", "convert", "explain", "frozen", "reference", "revert", "warmup"]
+__all__ = ["conversion", "convert", "explain", "frozen", "predict", "reference", "revert", "warmup"]
 
 _PACKAGES = (
     "cli",
@@ -23,7 +23,13 @@ _PACKAGES = (
     "testing",
     "training",
 )
-_FUNCTIONS = {"warmup": "inference.warmup", **dict.fromkeys(("conversion", "convert", "revert"), "converting")}
+_FUNCTIONS = {
+    "conversion": "converting",
+    "convert": "converting",
+    "predict": "inference.final_resize",
+    "revert": "converting",
+    "warmup": "inference.warmup",
+}
 
 
 def __getattr__(name: str):

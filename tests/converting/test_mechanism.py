@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import io
 import pickle
 
 import pytest
@@ -138,9 +137,8 @@ def test_autocast_keeps_its_dtypes(kind):
         copy.deepcopy,
         lambda m: pickle.loads(pickle.dumps(m)),
         lambda m: pickle.loads(pickle.dumps(m, protocol=0)),
-        lambda m: torch.load(io.BytesIO(saved(m)), weights_only=False),
     ],
-    ids=["deepcopy", "pickle", "protocol 0", "torch.save"],
+    ids=["deepcopy", "pickle", "protocol 0"],
 )  # fmt: skip
 def test_copies_are_converted_and_compute_with_their_own_weights(copied):
     model = fastseg.convert(net(), X)
@@ -153,12 +151,6 @@ def test_copies_are_converted_and_compute_with_their_own_weights(copied):
     assert (other(X) - model(X)).abs().max() > 1e-3
     fastseg.revert(other)
     assert type(other.up) is Up and type(model.up) is not Up
-
-
-def saved(model: nn.Module) -> bytes:
-    file = io.BytesIO()
-    torch.save(model, file)
-    return file.getvalue()
 
 
 def test_a_shallow_copy_computes_with_its_own_weights():
