@@ -13,6 +13,7 @@ TEST = ["pytest>=8", "pytest-benchmark>=5", "expecttest"]  # expecttest: torch's
 PLOT = ["matplotlib>=3.8"]
 RAY = ["ray[data]"]
 ONNX = ["onnx", "onnxscript"]
+CONVERT = ["segmentation-models-pytorch>=0.5", "torchvision", "timm>=1", "transformers>=4.50"]
 DEMO = ["scikit-image>=0.25", "pillow>=12.2", "tqdm"]
 
 setup(
@@ -56,6 +57,7 @@ setup(
         "hub": ["safetensors"],
         "onnx": ONNX,
         "ray": RAY,
+        "convert-test": CONVERT,
         "dev": [*TEST, *DEMO, *PLOT, *ONNX, "onnxruntime", "safetensors", "ruff", "mypy"],
     },
     entry_points={"console_scripts": ["fastseg = fastseg.cli:main"]},

@@ -7,10 +7,22 @@ from fastseg.ops.core.forms import force
 from fastseg.ops.core.kept import frozen
 
 __version__ = "0.1.0"
-__all__ = ["explain", "force", "frozen", "reference", "unfused", "warmup"]
+__all__ = [
+    "conversion",
+    "convert",
+    "explain",
+    "force",
+    "frozen",
+    "predict",
+    "reference",
+    "revert",
+    "unfused",
+    "warmup",
+]
 
 _PACKAGES = (
     "cli",
+    "converting",
     "demo",
     "inference",
     "io",
@@ -23,14 +35,21 @@ _PACKAGES = (
     "testing",
     "training",
 )
+_FUNCTIONS = {
+    "conversion": "converting",
+    "convert": "converting",
+    "predict": "inference.final_resize",
+    "revert": "converting",
+    "warmup": "inference.warmup",
+}
 
 
 def __getattr__(name: str):
     """Import sub-packages on first use, so that ``import fastseg`` stays fast."""
     if name in _PACKAGES:
         return importlib.import_module(f"fastseg.{name}")
-    if name == "warmup":
-        return importlib.import_module("fastseg.inference.warmup").warmup
+    if name in _FUNCTIONS:
+        return getattr(importlib.import_module(f"fastseg.{_FUNCTIONS[name]}"), name)
     raise AttributeError(f"module 'fastseg' has no attribute {name!r}")
 
 

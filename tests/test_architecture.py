@@ -24,6 +24,7 @@ ROOMS = {
         {"measure", "inference", "io", "models", "nn", "ops"},
         {"torch", "numpy", "matplotlib", "onnxruntime", "openvino"},
     ),
+    "converting": ({"converting", "measure", "nn", "ops"}, {"torch"}),
     "training": (
         {"training", "inference", "io", "metrics", "models", "nn", "ops"},
         {"torch", "numpy", "PIL", "matplotlib"},
@@ -40,7 +41,10 @@ ROOMS = {
     ),
     "testing": ({"testing"}, {"torch"}),
     "__main__": ({"cli"}, set()),
-    "": ({"", "demo", "inference", "io", "measure", "metrics", "models", "nn", "ops"}, {"torch"}),  # __init__.py
+    "": (  # __init__.py
+        {"", "converting", "demo", "inference", "io", "measure", "metrics", "models", "nn", "ops"},
+        {"torch"},
+    ),
 }  # fmt: skip
 TESTS_AND_BENCHMARKS = {"tests", "benchmarks", "conftest", "workloads", "interpreter", "traffic", "pytest"}
 

@@ -24,7 +24,7 @@ def class_map(model: nn.Module, x: Tensor) -> Tensor:
     Raises:
         TypeError: the output holds no logits (N, classes, h, w).
     """
-    if _is_ours(model):
+    if is_ours(model):
         return model.predict(x)
     logits = logits_of(model(x))
     if logits is None:
@@ -34,7 +34,8 @@ def class_map(model: nn.Module, x: Tensor) -> Tensor:
     return ops.upsample_argmax(logits, tuple(x.shape[-2:]))
 
 
-def _is_ours(model: nn.Module) -> bool:
+def is_ours(model: nn.Module) -> bool:
+    """True if the model's ``predict`` is fastseg's."""
     predict = getattr(type(model), "predict", None)
     return "predict" not in vars(model) and getattr(predict, "__module__", "").split(".")[0] == "fastseg"
 

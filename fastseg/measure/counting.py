@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from fastseg.ops.core.torch_private import TorchDispatchMode, tree_leaves
 
@@ -105,3 +105,34 @@ def work(call: Call) -> dict[str, float]:
     with torch.no_grad(), _Convolutions() as moved, FlopCounterMode(display=False) as flops:
         call()
     return {"gflop": flops.get_total_flops() * 1e-9, "mbytes": moved.bytes * 1e-6}
+
+
+class _Executed(TorchDispatchMode):
+    """What torch's operators multiply, and read and write, views aside: a tensor once for each operator that has it.
+
+    ``FlopCounterMode`` hooks all modules, so that fastseg would run them one by one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products, self.bytes = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        packet = func.overloadpacket
+        if func.namespace == "aten" and packet not in flop_registry:  # addmm_ is as addmm
+            packet = getattr(torch.ops.aten, func._schema.name.partition("::")[2].rstrip("_"), packet)
+        if packet in flop_registry:
+            self.products += flop_registry[packet](*args, **kwargs, out_val=out) // 2
+        if not func.is_view:
+            tensors = {id(t): t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)}
+            self.bytes += sum(t.nbytes for t in tensors.values())
+        return out
+
+
+def products_and_bytes(call: Call) -> tuple[int, int]:
+    """Multiplications of the convolutions and matrix products of one call, and the bytes that its operators move."""
+    with torch.no_grad(), _Executed() as executed:
+        call()
+    return executed.products, executed.bytes

@@ -10,13 +10,17 @@ from fastseg.ops.core.norm import BatchNormArgs
 from fastseg.ops.max_pool import max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from fastseg.ops.max_unpool_conv import max_unpool_conv2d
+from fastseg.ops.nearest_conv import upsample_nearest_conv2d
+from fastseg.ops.pointwise import compose_pointwise
 from fastseg.ops.pool_indices import PoolIndices
+from fastseg.ops.resize_concat_conv import resize_concat_conv2d
 from fastseg.ops.separable_conv import separable_conv2d
 from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.ops.upsample_bilinear import upsample_bilinear
 from fastseg.ops.upsample_concat import upsample_concat
 from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
+from fastseg.ops.upsample_sum import upsample_sum
 
 two_forms(
     "batch_norm_act", "batch_norm_act_max_pool2d", "bilinear_conv_transpose2d", "max_pool1d", "max_pool2d",
@@ -33,6 +37,7 @@ __all__ = [
     "batch_norm_act_max_pool2d",
     "bilinear_conv_transpose2d",
     "bilinear_kernel",
+    "compose_pointwise",
     "max_pool1d",
     "max_pool2d",
     "max_pool3d",
@@ -40,10 +45,13 @@ __all__ = [
     "max_unpool2d",
     "max_unpool3d",
     "max_unpool_conv2d",
+    "resize_concat_conv2d",
     "separable_conv2d",
     "upsample_argmax",
     "upsample_bilinear",
     "upsample_concat",
     "upsample_concat_conv2d",
     "upsample_cross_entropy",
+    "upsample_nearest_conv2d",
+    "upsample_sum",
 ]

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.dispatch import (
     autocast_dtype,
+    autocasts,
     followed,
     is_torchs,
     kernels_run,
@@ -197,7 +198,7 @@ def _nothing_follows(*tensors: Tensor) -> bool:
 
 def _one_by_one(x, weights, biases, dilations, act) -> list[Tensor]:
     """One library convolution per branch, with bias and activation fused into the call where the library can."""
-    cast = lambda t: t if t is None or torch.is_autocast_enabled(x.device.type) else t.to(x.dtype)
+    cast = lambda t: t if t is None or autocasts(x) else t.to(x.dtype)
     return [
         conv2d_act(x, cast(w), cast(b), act, (1, 1), (d * (w.shape[-1] // 2),) * 2, (d, d), 1)
         for w, b, d in zip(weights, biases or [None] * len(weights), dilations, strict=True)
@@ -232,7 +233,7 @@ def _check(name, x, weights, biases, dilations, act, residual) -> None:
     out = (x.shape[0], COUT * len(weights), *x.shape[2:])
     if residual is not None and residual.shape != out:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return
     for t in (*weights, residual):
         if t is not None and t.dtype != x.dtype:

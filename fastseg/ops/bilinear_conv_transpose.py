@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, is_torchs, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, followed, is_torchs, use_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import qualified, register
@@ -171,7 +171,7 @@ def bilinear_conv_transpose2d_ref(
     K, padding = bilinear_geometry(stride, kernel_size, padding)
     # In 16 bits, large kernels are slow on a CPU: 64 taps take 7 times as long as in fp32.
     dtype, wide, layout = x.dtype, torch.promote_types(x.dtype, torch.float32), memory_format_of(x)
-    autocast = x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+    autocast = autocasts(x)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, skip))
     with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
         alone, x = not wants_grad and is_plain(x, x, bias, skip), x.to(wide)
@@ -244,7 +244,7 @@ def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple
             raise ValueError(
                 f"{NAME}: skip is {tuple(skip.shape)}; from {skip_offset} on it must hold {(*x.shape[:2], *size)}"
             )
-        if skip.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if skip.dtype != x.dtype and not autocasts(x):
             raise TypeError(f"{NAME}: x is {x.dtype} and skip {skip.dtype}; they should be the same: cast one")
     return size
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import autocast_dtype, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import autocast_dtype, autocasts, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.norm import (
     ACTIVATIONS,
@@ -150,7 +150,7 @@ def separable_conv2d_ref(
 def _composed(
     x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act
 ) -> Tensor:
-    autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
+    autocast = autocasts(x)  # then torch casts the weights, and keeps the casts
     cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     u = F.conv2d(activate(x, pre_act), cast(dw), cast(dw_bias), stride, padding, dilation, dw.shape[0])
     z = F.conv2d(activate(torch_norm(u, mid_norm), mid_act), cast(pw), cast(pw_bias))
@@ -179,7 +179,7 @@ def _check(
         raise ValueError(f"{name}: pointwise_weight is {tuple(pw.shape)}; it must be (COUT, {C}, 1, 1)")
     if stride < 1 or dilation < 1 or padding < 0:
         raise ValueError(f"{name}: stride {stride} and dilation {dilation} must be >= 1, padding {padding} >= 0")
-    if not torch.is_autocast_enabled(x.device.type):
+    if not autocasts(x):
         for label, t in (("depthwise_weight", dw), ("pointwise_weight", pw), ("residual", residual)):
             if t is not None and t.dtype != x.dtype:
                 raise TypeError(

@@ -10,7 +10,14 @@ from op_calls import LAYOUTS, ROWS, Draw, Drawn, Row
 from torch import Tensor
 
 import fastseg.ops
-from fastseg.ops import aspp, atrous_conv2d, bilinear_kernel
+from fastseg.ops import (
+    aspp,
+    atrous_conv2d,
+    bilinear_kernel,
+    compose_pointwise,
+    resize_concat_conv2d,
+    upsample_nearest_conv2d,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")
 CLASSES = {"BatchNormArgs", "PoolIndices"}
@@ -31,18 +38,43 @@ def _atrous_conv(d: Draw) -> Drawn:
     return run, [d.map(2, 3, 3, 2), d.weight(4, 3, 3, 3), d.vector(4), d.map(2, 4, 3, 2)]
 
 
+def _resized(d: Draw) -> Drawn:
+    def run(low, high, weight, bias):
+        return resize_concat_conv2d([low, high], weight, bias, size=high.shape[2:], act="relu")
+
+    return run, [d.map(2, 3, 2, 3), d.map(2, 2, 4, 5), d.weight(4, 5, 1, 1), d.vector(4)]
+
+
+def _doubled(d: Draw) -> Drawn:
+    def run(x, skip, weight, bias):
+        return upsample_nearest_conv2d(x, skip, weight, bias, act="relu")
+
+    return run, [d.map(2, 3, 2, 3), d.map(2, 2, 4, 6), d.weight(4, 5, 3, 3), d.vector(4)]
+
+
+def _composed(d: Draw) -> Drawn:
+    def run(x, outer, inner, bias):
+        weight, bias = compose_pointwise(outer, inner, bias)
+        return torch.nn.functional.conv2d(x, weight, bias)
+
+    return run, [d.map(2, 3, 2, 3), d.weight(4, 5, 1, 1), d.weight(5, 3, 1, 1), d.vector(5)]
+
+
 PUBLIC = {
     name: ROWS[name]
     for name in (
         "max_pool1d, max_unpool1d", "max_pool2d, training", "max_pool3d, max_unpool3d", "max_unpool2d, int64",
         "max_unpool2d, compact", "max_unpool_conv2d", "batch_norm_act, batch", "batch_norm_act, running",
         "batch_norm_act_max_pool2d, batch", "separable_conv2d", "separable_conv2d, batch", "upsample_bilinear",
-        "bilinear_conv_transpose2d", "upsample_concat", "upsample_concat_conv2d", "upsample_argmax",
+        "bilinear_conv_transpose2d", "upsample_concat", "upsample_concat_conv2d", "upsample_sum", "upsample_argmax",
         "upsample_cross_entropy, mean",
     )
 } | {
     "aspp": Row("", _aspp),
     "atrous_conv2d": Row("", _atrous_conv),
+    "resize_concat_conv2d": Row("", _resized),
+    "upsample_nearest_conv2d": Row("", _doubled),
+    "compose_pointwise": Row("", _composed),
     "bilinear_kernel": Row("", lambda d: (lambda x: x * bilinear_kernel(3, 3, 4).sum(), [d.map(2, 3, 2, 2)]), False),
 }  # fmt: skip
 

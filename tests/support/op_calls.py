@@ -28,6 +28,7 @@ from fastseg.ops import (
     upsample_concat,
     upsample_concat_conv2d,
     upsample_cross_entropy,
+    upsample_sum,
 )
 from fastseg.ops.atrous_conv2d import atrous_branches
 from fastseg.ops.inverted_residual import inverted_residual
@@ -251,6 +252,14 @@ def _concat(d: Draw) -> Drawn:
     return run, [d.map(2, 3, 2, 3), d.map(2, 2, 4, 6), d.map(2, 1, 4, 6, other=True)]
 
 
+def _sum(act: str | None) -> Callable[[Draw], Drawn]:
+    def run(base, *maps):
+        return upsample_sum(base, maps[:2], maps[2] if act else None, act=act)
+
+    return lambda d: (run, [d.map(2, 3, 4, 5), d.map(2, 3, 2, 2), d.map(2, 3, 3, 5, other=True),
+                            *([d.vector(3)] if act else [])])  # fmt: skip
+
+
 def _concat_conv(d: Draw) -> Drawn:
     def run(deep, low, weight, bias):
         return upsample_concat_conv2d(deep, low, weight, bias, act="relu", align_corners=True)
@@ -325,6 +334,8 @@ ROWS: dict[str, Row] = {
     "upsample_bilinear": Row(BILINEAR, _of(upsample_bilinear, 2, 3, 2, 3, scale_factor=1.7), layouts=SINGLE),
     "bilinear_conv_transpose2d": Row(TRANSPOSE, _conv_transpose),
     "upsample_concat": Row("upsample_concat upsample_bilinear_bwd", _concat, layouts=SINGLE),
+    "upsample_sum": Row("upsample_sum upsample_bilinear_bwd", _sum(None), layouts=SINGLE),
+    "upsample_sum, bias and activation": Row("upsample_sum", _sum("relu"), False),
     "upsample_concat_conv2d": Row("upsample_taps", _concat_conv, False),
     "upsample_taps": Row(TAPS, _taps, layouts=SINGLE),
     "no images": Row(f"{BILINEAR} {TRANSPOSE} {TAPS} upsample_argmax", _no_images, layouts=DENSE),

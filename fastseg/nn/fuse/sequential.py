@@ -77,10 +77,12 @@ def run_layers(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
 
 
 def opened(module: nn.Module) -> list[nn.Module] | None:
-    """The children of a ``Sequential``, to be run in its place; None if it is watched and must be called."""
-    if watched(module, Sequential) and watched(module, nn.Sequential):
-        return None
-    return list(module._modules.values())
+    """The children of a ``Sequential``, to be run in its place; None if it is watched and must be called.
+
+    A subclass counts if it does not replace ``forward``.
+    """
+    plain = isinstance(module, nn.Sequential) and type(module).forward in (nn.Sequential.forward, Sequential.forward)
+    return None if not plain or watched(module, type(module)) else list(module._modules.values())
 
 
 def run_tapped(module: nn.Module, x: Tensor, taps: dict[int, Tensor | None]) -> Tensor:

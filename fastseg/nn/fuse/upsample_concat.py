@@ -17,6 +17,7 @@ from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.nn.upsampling import UpsamplingBilinear2d
 from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.recompute import recipe_of, remember
+from fastseg.ops.core.sizes import same_number
 
 
 def upsample_concat(
@@ -45,7 +46,7 @@ def upsample_concat(
     rows, columns = skips[0].shape[-2] - height, skips[0].shape[-1] - width
     if crop:
         skips = [s[:, :, rows // 2 : rows // 2 + height, columns // 2 : columns // 2 + width] for s in skips]
-    fits = crop or (_is_zero(rows) and _is_zero(columns))
+    fits = crop or (same_number(rows, 0) and same_number(columns, 0))
     if doubled and fits:
         join = partial(_upsampled_beside, up_first=up_first)
         return _remembered(join(x, *skips), (x, *skips), join)
@@ -54,15 +55,6 @@ def upsample_concat(
         y = _framed(y, rows, columns)
     parts = (y, *skips) if up_first else (*skips, y)
     return _remembered(_beside(*parts), parts, _beside)
-
-
-def _is_zero(n: int) -> bool:
-    """True if a graph's symbolic number is always 0."""
-    if not isinstance(n, torch.SymInt):
-        return n == 0
-    from torch.fx.experimental.symbolic_shapes import statically_known_true  # two seconds, paid in exports only
-
-    return statically_known_true(n == 0)
 
 
 def _framed(y: Tensor, rows: int, columns: int) -> Tensor:

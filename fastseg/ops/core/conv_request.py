@@ -114,7 +114,9 @@ def _mixed(call: ConvCall, dtype: torch.dtype) -> str:
             return "tensors on different devices"
     if residual is not None and residual.dtype != dtype:
         return "dtypes that differ"
-    if torch.is_autocast_enabled(device.type):  # torch then casts the parameters; a kernel casts as it loads
+    if device.type != "meta" and torch.is_autocast_enabled(
+        device.type
+    ):  # torch then casts the parameters; a kernel casts as it loads
         return ""
     return "dtypes that differ" if weight.dtype != dtype or (bias is not None and bias.dtype != dtype) else ""
 

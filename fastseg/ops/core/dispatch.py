@@ -139,7 +139,11 @@ def followed_eagerly(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution computes in: autocast's if autocast is on, else that of ``x`` (float64 stays)."""
-    kind = x.device.type
-    if x.dtype in KERNEL_DTYPES and kind != "meta" and torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
+    if x.dtype in KERNEL_DTYPES and autocasts(x):
+        return torch.get_autocast_dtype(x.device.type)
     return x.dtype
+
+
+def autocasts(x: Tensor) -> bool:
+    """True if autocast is on for the device of ``x``; there is none for meta tensors, and torch raises if asked."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)

@@ -13,3 +13,12 @@ def whole(n):
         return operator.index(n)
     except TypeError:
         return n
+
+
+def same_number(a, b) -> bool:
+    """True if ``a == b``; of a graph's symbolic numbers only if they are always equal, so that no guard is made."""
+    if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt):
+        return a == b
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # two seconds, paid in exports only
+
+    return statically_known_true(a == b)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import HAS_TRITON
+from fastseg.ops.core.dispatch import HAS_TRITON, autocasts
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference, forced_blocks, forcing
 from fastseg.ops.core.layout import channels_last, like, memory_format_of
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
@@ -39,7 +39,7 @@ def atrous_branches_ref(
     residual: Tensor | None = None,
 ) -> Tensor:
     """``atrous_branches`` in plain PyTorch."""
-    autocast = torch.is_autocast_enabled(x.device.type)  # torch casts the weights, and saves the casts
+    autocast = autocasts(x)  # torch casts the weights, and saves the casts
     cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     maps = [
         F.conv2d(x, cast(w), cast(b), padding=d * (w.shape[-1] // 2), dilation=d)

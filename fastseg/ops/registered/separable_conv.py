@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import HAS_TRITON
+from fastseg.ops.core.dispatch import HAS_TRITON, autocasts
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.layout import channels_last, like, memory_format_of, new_map
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, activate, plain_norm_bwd, stats_dtype_of
@@ -193,7 +193,7 @@ def compose(
     *, inplace: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The op written out, with the norms as functions. -> y, z; ``inplace``, z may have become y."""
-    autocast = torch.is_autocast_enabled(x.device.type)  # then torch casts the weights, and keeps the casts
+    autocast = autocasts(x)  # then torch casts the weights, and keeps the casts
     cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     v = ACTIVATIONS[pre_act](x)
     u = conv2d(v, cast(dw), cast(dw_bias), (stride,) * 2, (padding,) * 2, (dilation,) * 2, dw.shape[0])

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastseg.kernels.upsample.bilinear import Taps, bilinear_fwd, interpolation
 from fastseg.kernels.upsample.bilinear_bwd import bilinear_bwd
 from fastseg.kernels.upsample.conv import upsample_conv_fwd
+from fastseg.kernels.upsample.sum import upsample_sum_fwd
 
 
 def _map(dtype: torch.dtype, channels_last: bool, *shape: int) -> Tensor:
@@ -52,6 +53,17 @@ def _conv(dtype: torch.dtype, N: int, C: int, H: int, W: int, out: tuple[int, in
     upsample_conv_fwd(taps, _map(dtype, True, N, C, *out), bias, "relu", out, align_corners)
 
 
+def _sum(
+    dtype: torch.dtype, N: int, C: int, H: int, W: int, levels: int, *,
+    align_corners: bool = False, channels_last: bool = True, norm: bool = True,
+) -> None:  # fmt: skip
+    """``levels`` maps of a half, a quarter and an eighth of (H, W) onto one of it."""
+    base, *maps = [_map(dtype, channels_last, N, C, max(1, H >> i), max(1, W >> i)) for i in range(levels + 1)]
+    vector = torch.empty(C, dtype=dtype, device="meta") if norm else None
+    act = "relu" if norm else "none"
+    upsample_sum_fwd(base, maps, vector, vector, act, align_corners, channels_last)
+
+
 # Batches of the large cases put the largest map past 2^31 elements.
 _DECODER = (528, 256, 32, 32, 4)  # DeepLabV3+'s decoder at 512^2
 _VOC = (400, 21, 128, 128, 4)  # its logits
@@ -89,6 +101,12 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     ),
     "convolution of upsampled 256 channels 32->128": lambda dtype: _conv(dtype, 528, 256, 32, 32, (128, 128), True),
     "convolution of upsampled 64 channels 37x41->63x70": lambda dtype: _conv(dtype, 2, 64, 37, 41, (63, 70), False),
+    "sum of 3 levels, 256 channels 128^2, norm and ReLU": lambda dtype: _sum(dtype, 528, 256, 128, 128, 3),
+    "sum of 3 levels, 768 channels 64^2, corners": lambda dtype: _sum(
+        dtype, 8, 768, 64, 64, 3, align_corners=True, norm=False
+    ),
+    "sum of 2 levels, 21 channels 128^2": lambda dtype: _sum(dtype, 400, 21, 128, 128, 2, norm=False),
+    "sum of 1 level, 64 channels 37x41, NCHW": lambda dtype: _sum(dtype, 2, 64, 37, 41, 1, channels_last=False),
     "deconv 21 channels k16 s8": lambda dtype: _deconv(dtype, *_FCN, padding=4),
     "deconv 21 channels k16 s8, backward": lambda dtype: _deconv(dtype, *_FCN, padding=4, backward=True),
     "deconv 21 channels k16 s8, NCHW, backward": lambda dtype: _deconv(

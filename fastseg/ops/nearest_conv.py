@@ -1,0 +1,225 @@
+"""3x3 convolution of a map that is doubled by nearest neighbours: a transposed convolution of the small map.
+
+Each output pixel reads a 3x3 window of the doubled map, that is 2x2 pixels of the small one, several times over. The
+filters of equal pixels are summed once. Along one axis, with filter (a, b, c) and outputs 2i and 2i + 1,
+
+    y[2i] = a x[i - 1] + (b + c) x[i],    y[2i + 1] = (a + b) x[i] + c x[i + 1]
+
+which is a transposed convolution with kernel (c, b + c, a + b, a), stride 2 and padding 1: 4 products in place of 9, no
+doubled map, and zero padding stays exact.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed
+from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
+from fastseg.ops.core.kept import keeper, made_once
+from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
+from fastseg.ops.core.sizes import same_number
+from fastseg.ops.cpu.packed import conv2d
+
+if HAS_TRITON:
+    from fastseg.kernels.runtime.ceilings import chip_of
+
+NAME = "upsample_nearest_conv2d"
+Form = Literal["transposed", "phases", "upsampled"]
+FORMS = ("transposed", "phases", "upsampled")
+
+
+def upsample_nearest_conv2d(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    act: Activation | None = None,
+    up_first: bool = True,
+    form: Form | None = None,
+) -> Tensor:
+    """``act(conv2d(cat([interpolate(x, size), skip], 1), weight, bias, padding=1))``, nearest neighbours.
+
+    Where ``size`` is twice that of ``x``, the filters of ``x`` are summed over equal pixels: 2.25 times fewer products,
+    and the doubled map is not made. The sum of the filters is computed in fp32 or wider, at each call, and is
+    differentiable; results differ from the plain form by rounding. Other sizes are interpolated first.
+
+    Args:
+        x: (N, C, h, w).
+        skip: (N, CS, H, W), or None.
+        weight: (COUT, C + CS, 3, 3).
+        bias: (COUT,).
+        size: (H, W) in pixels; None means the size of ``skip``, or twice that of ``x`` without one.
+        act: None, "relu", "relu6" or "leaky_relu".
+        up_first: False for ``cat([skip, interpolate(x, size)], 1)``.
+        form: "transposed", one transposed convolution; "phases", a 2x2 convolution for each parity of row and column;
+            "upsampled", the interpolation first. None chooses (``fastseg.explain()`` shows it).
+
+    Returns:
+        (N, COUT, H, W), in autocast's dtype under autocast.
+
+    Raises:
+        ValueError: a map is not 4-D or has no pixel, sizes, batches, weight or bias do not fit, the activation or the
+            form is unknown, or a form is asked for at sizes that do not double.
+        TypeError: a map is not floating point.
+
+    Reference: the U-Net decoder with nearest-neighbour upsampling; Odena et al., doi:10.23915/distill.00003.
+    """
+    size = _size(x, skip, size)
+    _check(x, skip, weight, bias, size, act, form)
+    doubles = all(same_number(n, 2 * m) for n, m in zip(size, x.shape[2:], strict=True))
+    why = IN_REFERENCE if in_reference() else "" if doubles else f"{tuple(x.shape[2:])} to {tuple(size)} is no doubling"
+    if why and form in ("transposed", "phases") and not in_reference():
+        raise ValueError(f"{NAME}: form is {form!r}, but {why}; use form=None")
+    chosen = "upsampled" if why else form or choose(x, weight)
+    if not torch.compiler.is_compiling():
+        record(NAME, x, "reference" if chosen == "upsampled" else "torch", why or chosen)
+    dtype = autocast_dtype(x) if skip is None else torch.promote_types(autocast_dtype(x), autocast_dtype(skip))
+    if chosen == "upsampled":
+        return _upsampled(x, skip, weight, bias, size, act, up_first, dtype)
+    up, rest = _parts(weight, x.shape[1], up_first)
+    filters = made_once((weight,), (NAME, chosen, x.shape[1], up_first, dtype), lambda: _FILTERS[chosen](up).to(dtype))
+    bias = None if bias is None else bias.to(dtype)
+    y = _RUN[chosen](x.to(dtype), filters, None if skip is not None else bias)
+    if skip is None:
+        return activate(y, act, inplace=True)
+    return conv2d_act(skip.to(dtype), rest.to(dtype), bias, act, (1, 1), (1, 1), (1, 1), 1, residual=y)
+
+
+def upsample_nearest_conv2d_ref(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    act: Activation | None = None,
+    up_first: bool = True,
+) -> Tensor:
+    """``upsample_nearest_conv2d`` in plain PyTorch."""
+    y = F.interpolate(x, _size(x, skip, size), mode="nearest")
+    y = y if skip is None else torch.cat([y, skip] if up_first else [skip, y], 1)
+    return ACTIVATIONS[act or "none"](F.conv2d(y, weight, bias, padding=1))
+
+
+# Elements that summing the filters reads and writes, for each pair of channels; its pixels on a CPU that repay it: a
+# core moves some 5 GB/s and multiplies 15e9 times a second.
+BUILD, LEAST_CPU = 60, 40
+
+
+def choose(x: Tensor, weight: Tensor) -> Form:
+    """The faster form where sizes double. Both have the same products.
+
+    The four phases are written by one convolution, read, and written again in order: three passes over the result where
+    the transposed convolution makes one. That decides until a GPU has shown that its library needs more than that for
+    a transposed convolution. On one CPU thread the transposed form took 1 / 2.6 to 1 / 3.5 of the plain form's time.
+
+    Of a few pixels the sum of the filters, made at each call, costs more than it saves. A graph's compiler makes it in
+    one pass, and inside ``fastseg.frozen`` it is made once.
+    """
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    if isinstance(pixels, torch.SymInt) or followed(x, weight) or keeper((weight,)) is not None:
+        return "transposed"
+    if x.is_cuda and HAS_TRITON:
+        chip = chip_of(x.device)
+        pays = BUILD * weight.element_size() / chip.bandwidth < 2 * 20 * pixels / chip.dot(x.dtype)
+    else:
+        pays = pixels >= LEAST_CPU or not x.is_cpu
+    return "transposed" if pays else "upsampled"
+
+
+# --- the two forms
+
+
+def _paired(w: Tensor, axis: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    a, b, c = w.unbind(axis)
+    return a, b + c, a + b, c
+
+
+def _wide(weight: Tensor) -> Tensor:
+    return weight.to(torch.promote_types(weight.dtype, torch.float32))
+
+
+def transposed_filters(weight: Tensor) -> Tensor:
+    """(COUT, C, 3, 3) -> (C, COUT, 4, 4), the filters of the transposed convolution; in fp32 or wider."""
+    w = _wide(weight)
+    for axis in (2, 3):
+        a, bc, ab, c = _paired(w, axis)
+        w = torch.stack((c, bc, ab, a), axis)
+    return w.transpose(0, 1)
+
+
+def phase_filters(weight: Tensor) -> Tensor:
+    """(COUT, C, 3, 3) -> (4 COUT, C, 2, 2): for even and odd rows, and in each for even and odd columns."""
+    w = _wide(weight)
+    out = []
+    a, bc, ab, c = _paired(w, 2)
+    for rows in (torch.stack((a, bc), 2), torch.stack((ab, c), 2)):
+        a, bc, ab, c = _paired(rows, 3)
+        out += [torch.stack((a, bc), 3), torch.stack((ab, c), 3)]
+    return torch.cat(out)
+
+
+def _transposed(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv_transpose2d(x, filters, bias, stride=2, padding=1)
+
+
+def _phases(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
+    h, w = x.shape[2:]
+    y = conv2d(x, filters, None, padding=(1, 1)).unflatten(1, (2, 2, -1))  # pixel p reads x[p - 1] and x[p]
+    rows = [torch.stack([y[:, a, b, :, a : a + h, b : b + w] for b in (0, 1)], -1) for a in (0, 1)]
+    y = torch.stack(rows, 3).flatten(4).flatten(2, 3)
+    return y if bias is None else y + bias[:, None, None]
+
+
+_FILTERS = {"transposed": transposed_filters, "phases": phase_filters}
+_RUN = {"transposed": _transposed, "phases": _phases}
+
+
+def _upsampled(x, skip, weight, bias, size, act, up_first: bool, dtype: torch.dtype) -> Tensor:
+    y = F.interpolate(x, size, mode="nearest")
+    y = y if skip is None else torch.cat([y, skip] if up_first else [skip, y], 1)
+    bias = None if bias is None else bias.to(dtype)
+    return activate(conv2d(y.to(dtype), weight.to(dtype), bias, padding=(1, 1)), act, inplace=True)
+
+
+def _parts(weight: Tensor, channels: int, up_first: bool) -> tuple[Tensor, Tensor]:
+    """The filters of the upsampled channels, and those of the others."""
+    rest = weight.shape[1] - channels
+    return (weight[:, :channels], weight[:, channels:]) if up_first else (weight[:, rest:], weight[:, :rest])
+
+
+def _size(x: Tensor, skip: Tensor | None, size) -> tuple[int, int]:
+    if size is not None:
+        return tuple(size)
+    return tuple(skip.shape[2:]) if skip is not None else (2 * x.shape[2], 2 * x.shape[3])
+
+
+def _check(x, skip, weight, bias, size, act, form) -> None:
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'{NAME}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if form is not None and form not in FORMS:
+        raise ValueError(f"{NAME}: form is {form!r}; use None, {', '.join(map(repr, FORMS))}")
+    for label, t in (("x", x), ("skip", skip)):
+        if t is None:
+            continue
+        if t.dim() != 4 or 0 in t.shape[1:]:
+            raise ValueError(f"{NAME}: {label} is {tuple(t.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
+        if not t.is_floating_point():
+            raise TypeError(f"{NAME}: {label} is {t.dtype}; it must be a floating-point tensor")
+    if len(size) != 2:
+        raise ValueError(f"{NAME}: size is {size}; give (height, width)")
+    if skip is not None and (skip.shape[0] != x.shape[0] or tuple(skip.shape[2:]) != tuple(size)):
+        raise ValueError(
+            f"{NAME}: skip is {tuple(skip.shape)}; it must have the batch of x, {x.shape[0]}, and the size "
+            f"{tuple(size)}"
+        )
+    channels = x.shape[1] + (0 if skip is None else skip.shape[1])
+    if weight.dim() != 4 or tuple(weight.shape[1:]) != (channels, 3, 3):
+        raise ValueError(f"{NAME}: weight is {tuple(weight.shape)}; it must be (COUT, {channels}, 3, 3)")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{NAME}: bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},)")

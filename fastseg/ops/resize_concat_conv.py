@@ -1,0 +1,256 @@
+"""Convolution of several maps that are resized to one size and concatenated: the fusion of a decoder's levels.
+
+A resize has weights that sum to one at every output pixel, and acts on each channel alone, so it commutes with a 1x1
+convolution, bias included. A 3x3 convolution of a bilinear resize is nine 1x1 taps of the small map, interpolated and
+shifted (``fastseg.ops.registered.upsample_taps``). Either way the small maps are multiplied at their own size, and
+neither the resized maps nor their concatenation is written.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, kernels_run, needs_grad
+from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
+from fastseg.ops.core.layout import channels_last, like
+from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
+from fastseg.ops.core.sizes import same_number
+from fastseg.ops.core.upsample import is_finite
+from fastseg.ops.cpu.packed import conv2d
+from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
+from fastseg.ops.upsample_bilinear import upsample_bilinear
+from fastseg.ops.upsample_concat_conv import plan_cpu
+from fastseg.ops.upsample_sum import upsample_sum
+
+if HAS_TRITON:
+    from fastseg.kernels.runtime.ceilings import chip_of
+    from fastseg.kernels.upsample.conv import plan, unsupported
+
+NAME = "resize_concat_conv2d"
+Mode = Literal["bilinear", "nearest"]
+Form = Literal["small", "resized"]
+
+
+def resize_concat_conv2d(
+    maps: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+    act: Activation | None = None,
+    form: Form | None = None,
+) -> Tensor:
+    """``act(conv2d(cat([interpolate(m, size) for m in maps], 1), weight, bias, padding="same"))``, 1x1 or 3x3.
+
+    Smaller maps are convolved at their own size, by a 1x1 filter directly, by a 3x3 filter as nine 1x1 taps. The result
+    is the same sum in another order, borders included, and differs by rounding. For 3x3 filters a cost model decides
+    for each map (``fastseg.explain()`` shows it): on a CPU in fp32 and fp64 with and without gradients, on a GPU
+    without.
+
+    Args:
+        maps: (N, C_i, h_i, w_i) each.
+        weight: (COUT, sum of C_i, K, K), K being 1 or 3.
+        bias: (COUT,).
+        size: (H, W) in pixels.
+        mode: "bilinear" or "nearest", as in ``torch.nn.functional.interpolate``.
+        align_corners: the same, for "bilinear".
+        act: None, "relu", "relu6" or "leaky_relu".
+        form: "small" multiplies every map at its own size, "resized" resizes first; None chooses.
+
+    Returns:
+        (N, COUT, H, W), in the memory format of the first map, in autocast's dtype under autocast.
+
+    Raises:
+        ValueError: there is no map, one is not 4-D or has no pixel, batches differ, weight or bias does not fit, the
+            mode, the form or the activation is unknown, or form="small" for a 3x3 filter and nearest neighbours.
+        TypeError: a map is not floating point.
+
+    Reference: the fusion of UPerNet, Xiao et al., arXiv:1807.10221, and of SegFormer, arXiv:2105.15203.
+    """
+    maps, size = list(maps), tuple(size)
+    _check(maps, weight, bias, size, mode, act, form)
+    dtype = autocast_dtype(maps[0])
+    for m in maps[1:]:
+        dtype = torch.promote_types(dtype, autocast_dtype(m))
+    maps, weight = [m.to(dtype) for m in maps], weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    resize = _Resize(size, mode, align_corners)
+    if in_reference() or form == "resized":
+        _record(maps[0], "reference", IN_REFERENCE if in_reference() else "asked for")
+        return _resized(maps, weight, bias, act, resize)
+    if weight.shape[2:] == (1, 1):
+        _record(maps[0], "torch", "1x1: each map is multiplied at its own size")
+        return like(maps[0], _pointwise(maps, weight, bias, act, resize))
+    small, why = _small(maps, weight, bias, resize, form == "small")
+    _record(maps[0], "torch" if any(small) else "reference", why)
+    if not any(small):
+        return _resized(maps, weight, bias, act, resize)
+    return like(maps[0], _taps(maps, weight, bias, act, resize, small))
+
+
+def resize_concat_conv2d_ref(
+    maps: Sequence[Tensor],
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    size: tuple[int, int],
+    mode: Mode = "bilinear",
+    align_corners: bool = False,
+    act: Activation | None = None,
+) -> Tensor:
+    """``resize_concat_conv2d`` in plain PyTorch."""
+    corners = {"align_corners": align_corners} if mode == "bilinear" else {}
+    x = torch.cat([F.interpolate(m, size, mode=mode, **corners) for m in maps], 1)
+    return ACTIVATIONS[act or "none"](F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2))
+
+
+class _Resize:
+    """To ``size``; maps that have it already are not touched, which is what the resize would return."""
+
+    def __init__(self, size: tuple[int, int], mode: str, align_corners: bool):
+        self.size, self.mode, self.align_corners = size, mode, align_corners
+
+    def keeps(self, x: Tensor) -> bool:
+        return all(same_number(n, m) for n, m in zip(x.shape[2:], self.size, strict=True))
+
+    def shrinks(self, x: Tensor) -> bool:
+        """True if the map is larger than the result; unknown of symbolic sizes, which are taken to be smaller."""
+        sizes = (*x.shape[2:], *self.size)
+        if any(isinstance(n, torch.SymInt) for n in sizes):
+            return False
+        return x.shape[2] * x.shape[3] > self.size[0] * self.size[1]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if self.keeps(x):
+            return x
+        if self.mode == "nearest":
+            return F.interpolate(x, self.size, mode="nearest")
+        return upsample_bilinear(x, self.size, align_corners=self.align_corners).to(x.dtype)
+
+
+def _resized(maps, weight, bias, act, resize: _Resize) -> Tensor:
+    x = torch.cat([resize(m) for m in maps], 1) if len(maps) > 1 else resize(maps[0])
+    return conv2d_act(x, weight, bias, act, (1, 1), (weight.shape[-1] // 2,) * 2, (1, 1), 1)
+
+
+def _pointwise(maps, weight, bias, act, resize: _Resize) -> Tensor:
+    parts = weight.split([m.shape[1] for m in maps], 1)
+    base, small = None, []
+    for m, w in zip(maps, parts, strict=True):
+        whole = resize.keeps(m) or resize.shrinks(m)
+        if not whole:
+            small.append(conv2d(m, w))
+        else:
+            y = conv2d(resize(m), w, bias if base is None else None)
+            base = y if base is None else base + y
+    if base is None:
+        base = resize(small.pop(0))
+        base = base if bias is None else base + bias[:, None, None]
+    if resize.mode == "nearest":
+        for m in small:
+            base = base + resize(m)
+        return activate(base, act)
+    return upsample_sum(base, small, act=act, align_corners=resize.align_corners).to(base.dtype)
+
+
+# --- 3x3: nine taps of each small map
+
+
+def _small(maps, weight, bias, resize: _Resize, forced: bool) -> tuple[list[bool], str]:
+    """Which maps are multiplied at their own size, and why."""
+    nothing = [False] * len(maps)
+    if resize.mode != "bilinear":
+        return nothing, "nearest neighbours: resized first"
+    if followed(*maps, weight, bias) and not forced:
+        return nothing, "a graph, a transform or forward-mode AD: resized first"
+    tensors = [t for t in (*maps, weight, bias) if t is not None]
+    kernels = kernels_run(maps[0]) and not needs_grad(*tensors)
+    if forced:
+        return [not resize.keeps(m) for m in maps], "asked for"
+    if not kernels:
+        if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
+            return nothing, "gradients on a GPU, or a tensor subclass: resized first"
+        if maps[0].dtype not in (torch.float32, torch.float64):
+            return nothing, f"CPU tensor of {str(maps[0].dtype).removeprefix('torch.')}: resized first"
+    if maps[0].shape[0] == 0 or weight.shape[0] == 0:
+        return nothing, "nothing to compute"
+    small, said = [], []
+    for m in maps:
+        take = not resize.keeps(m) and not resize.shrinks(m)
+        if take:
+            (N, C), sizes = m.shape[:2], (*m.shape[2:], *resize.size)
+            COUT = weight.shape[0]
+            if kernels:
+                take = not unsupported(N, C, 0, COUT, *sizes)
+                chosen = plan(N, C, 0, COUT, *sizes, m.dtype, chip_of(m.device)) if take else None
+            else:
+                chosen = plan_cpu(N, C, 0, COUT, *sizes)
+            take = take and chosen.low_resolution
+            said.append(f"{tuple(m.shape[2:])}: {chosen or 'a size that the kernel cannot take'}")
+        small.append(take)
+    if not kernels and any(small) and not all(is_finite(m) for m, take in zip(maps, small, strict=True) if take):
+        return nothing, "NaN or infinity, which a strip's GEMM would spread: resized first"
+    return small, "; ".join(said) or "no map is smaller"
+
+
+def _taps(maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
+    parts = weight.split([m.shape[1] for m in maps], 1)
+    whole = [(resize(m), w) for m, w, take in zip(maps, parts, small, strict=True) if not take]
+    taps = [low_resolution_taps(m, w) for m, w, take in zip(maps, parts, small, strict=True) if take]
+    kernels = kernels_run(maps[0]) and not needs_grad(*maps, weight, bias)
+    if whole:
+        x = whole[0][0] if len(whole) == 1 else torch.cat([m for m, _ in whole], 1)
+        w = whole[0][1] if len(whole) == 1 else torch.cat([w for _, w in whole], 1)
+        base = conv2d(channels_last(x), channels_last(w), None if kernels else bias, padding=(1, 1))
+    else:
+        base = maps[0].new_zeros(maps[0].shape[0], weight.shape[0], *resize.size)
+        base = base if bias is None or kernels else base + bias[:, None, None]
+    base, corners = channels_last(base), resize.align_corners
+    if kernels:
+        for t in taps[:-1]:
+            base = fused_taps(t, base, None, None, resize.size, corners)
+        return fused_taps(taps[-1], base, bias, act, resize.size, corners)
+    for t in taps:
+        recorded = followed(t, base) or needs_grad(t, base)
+        base = upsample_taps(t, base, resize.size, corners) if recorded else add_upsampled(base, t, corners)
+    return activate(base, act, inplace=True)
+
+
+def _record(x: Tensor, path: str, why: str) -> None:
+    if not torch.compiler.is_compiling():
+        record(NAME, x, path, why)
+
+
+def _check(maps, weight, bias, size, mode, act, form) -> None:
+    if act is not None and act not in ACTIVATIONS:
+        raise ValueError(f'{NAME}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
+    if mode not in ("bilinear", "nearest"):
+        raise ValueError(f'{NAME}: mode is {mode!r}; use "bilinear" or "nearest"')
+    if form not in (None, "small", "resized"):
+        raise ValueError(f'{NAME}: form is {form!r}; use None, "small" or "resized"')
+    if not maps:
+        raise ValueError(f"{NAME}: there is no map")
+    if len(size) != 2:
+        raise ValueError(f"{NAME}: size is {size}; give (height, width)")
+    for i, t in enumerate(maps):
+        if t.dim() != 4 or 0 in t.shape[1:]:
+            raise ValueError(f"{NAME}: maps[{i}] is {tuple(t.shape)}; it must be (N, C, H, W), none of C, H, W being 0")
+        if not t.is_floating_point():
+            raise TypeError(f"{NAME}: maps[{i}] is {t.dtype}; it must be a floating-point tensor")
+        if t.shape[0] != maps[0].shape[0]:
+            raise ValueError(f"{NAME}: maps[{i}] is {tuple(t.shape)}; it must have the batch {maps[0].shape[0]}")
+    channels = sum(m.shape[1] for m in maps)
+    if weight.dim() != 4 or tuple(weight.shape[1:]) not in ((channels, 1, 1), (channels, 3, 3)):
+        raise ValueError(
+            f"{NAME}: weight is {tuple(weight.shape)}; it must be (COUT, {channels}, 1, 1) or (COUT, {channels}, 3, 3)"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{NAME}: bias is {tuple(bias.shape)}; it must be ({weight.shape[0]},)")
+    if form == "small" and mode == "nearest" and weight.shape[-1] == 3:
+        raise ValueError(f'{NAME}: form is "small"; nearest neighbours and a 3x3 filter are resized first')
