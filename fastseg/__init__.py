@@ -14,6 +14,7 @@ _PACKAGES = (
     "inference",
     "io",
     "kernels",
+    "losses",
     "measure",
     "metrics",
     "models",

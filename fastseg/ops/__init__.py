@@ -16,6 +16,7 @@ from fastseg.ops.upsample_bilinear import upsample_bilinear
 from fastseg.ops.upsample_concat import upsample_concat
 from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
+from fastseg.ops.upsample_loss import upsample_loss
 
 __all__ = [
     "BatchNormArgs",
@@ -39,4 +40,5 @@ __all__ = [
     "upsample_concat",
     "upsample_concat_conv2d",
     "upsample_cross_entropy",
+    "upsample_loss",
 ]
