@@ -1,18 +1,19 @@
 """Sums over the pixels of bilinearly upsampled logits, which losses of regions are computed from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import followed, use_kernel
+from fastseg.ops.core.dispatch import followed, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES, check_targets
-from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums, sigmoid_term, softmax_term
+from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
+from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.upsample import interpolate, is_finite
+from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu import loss_rows
-from fastseg.ops.cpu.loss_rows import is_ignored
+from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
 
 _LEAST = 2**19  # upsampled logits; from here on strips are faster than torch's own steps
 _MANY = 5  # classes; from here on strips are faster, and with one; 2 to 4 are planes
@@ -56,10 +57,15 @@ def upsample_loss_sums(
     """
     sums = Sums(tuple(columns), activation, None if ignore_index is None else whole(ignore_index), align_corners)
     target = checked(logits, target, sums, pixel_weight)
-    why = "no kernel"
+    why = not_taken(logits, target, sums)
+    if pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled():
+        why = why or "pixel_weight requires a gradient"
     if not use_kernel("upsample_loss_sums", logits, target, pixel_weight, unsupported=why):
         return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
-    raise AssertionError
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(target, logits.shape[1], sums.ignore_index)
+    call = call_of(logits, target, pixel_weight, sums)
+    return (UpsampleLossSums.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
 
 
 def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None = None) -> Tensor:
@@ -74,57 +80,6 @@ def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_wei
             return _Rows.apply(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
-
-
-def at_full_size(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
-    """The sums by torch's own steps at full resolution."""
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    v = interpolate(logits.to(kind), *target.shape[-2:], (0.0, 0.0), sums.align_corners)
-    each_class = target.dim() == 4
-    target = target if each_class else target[:, None]
-    counts = None
-    if sums.ignore_index is not None:
-        counts = ~is_ignored(target, sums.ignore_index)
-        target = target.where(counts, 0)
-    weight = None if pixel_weight is None else pixel_weight[:, None].to(kind)
-
-    def total(f: Tensor) -> Tensor:
-        """(N, C, H, W) -> (N, C)."""
-        f = f if counts is None else torch.where(counts, f, 0.0)
-        f = f if weight is None else f * weight
-        return f.sum(3).sum(2, dtype=torch.float64)  # rows in the logits' precision
-
-    if sums.activation == SOFTMAX and not each_class:
-        return torch.stack(list(_of_classes(v, target.long(), counts, weight, sums, total)), 2)
-    labels = target.to(kind) if each_class else torch.zeros_like(v).scatter(1, target.long(), 1.0)
-    if sums.activation == SIGMOID:
-        p, other, term = v.sigmoid(), v, sigmoid_term
-    else:
-        other = v.log_softmax(1)
-        p, term = other.exp(), softmax_term
-    constant = counts is None and weight is None
-    count = v.new_full(v.shape[:2], v.shape[2] * v.shape[3], dtype=torch.float64) if constant else None
-    of = lambda column: count if constant and column.kind == "count" else total(term(column, p, other, labels))
-    return torch.stack([of(column) for column in sums.columns], 2)
-
-
-def _of_classes(
-    v: Tensor, classes: Tensor, counts: Tensor | None, weight: Tensor | None, sums: Sums, total: Callable
-) -> Iterator[Tensor]:
-    """The columns (N, C) of softmax and class indices; what a class has of its own pixels is gathered."""
-    log_p = v.log_softmax(1)
-    own, kinds = log_p.gather(1, classes), {column.kind for column in sums.columns}
-    p = log_p.exp() if kinds & {"prob", "square"} else own
-    for column in sums.columns:
-        if column.kind in ("prob", "square", "all"):
-            yield total(softmax_term(column, p, log_p, own))
-        elif column.kind == "count":
-            yield total(torch.ones_like(own)).expand(v.shape[:2])
-        else:
-            f = softmax_term(column, own.exp(), own, torch.ones_like(own))
-            f = f if counts is None else torch.where(counts, f, 0.0)
-            f = (f if weight is None else f * weight).flatten(1).double()
-            yield f.new_zeros(v.shape[:2]).scatter_add(1, classes.flatten(1), f)
 
 
 class _Rows(torch.autograd.Function):

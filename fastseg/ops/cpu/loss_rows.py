@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.labels import LABEL_DTYPES, equal
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.loss_columns import (
     LABELS,
@@ -21,6 +20,7 @@ from fastseg.ops.core.loss_columns import (
     softmax_slope,
     softmax_term,
 )
+from fastseg.ops.core.loss_full import is_ignored
 from fastseg.ops.core.upsample import along_x
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
@@ -233,11 +233,6 @@ class Walk:
         if block.counts is not None:
             h *= block.counts
         return h if self.sums.activation == SIGMOID else h.sub_(p * h.sum(1, keepdim=True))
-
-
-def is_ignored(target: Tensor, value: int) -> Tensor:
-    """True where labels of any dtype equal ``value``."""
-    return equal(target, value) if target.dtype in LABEL_DTYPES else target == value
 
 
 def like(x: Tensor, dx: Tensor) -> Tensor:
