@@ -1,12 +1,13 @@
 """Losses on low-resolution logits."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastseg.nn.leaf import leaf
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
-from fastseg.ops.upsample_loss import upsample_loss
+from fastseg.ops.upsample_loss import ignored_label, upsample_loss
 
 
 class UpsampleCrossEntropyLoss(nn.CrossEntropyLoss):
@@ -85,6 +86,8 @@ class UpsampleLoss(nn.Module):
         torch.Size([])
     """
 
+    reduction = "mean"
+
     def __init__(
         self,
         terms: Sequence[tuple[float, nn.Module]],
@@ -101,7 +104,8 @@ class UpsampleLoss(nn.Module):
             raise ValueError(f"UpsampleLoss: terms are {terms}; give (weight, loss) pairs, losses of fastseg.losses")
         self.weights = tuple(float(weight) for weight, _ in terms)
         self.losses = nn.ModuleList(loss for _, loss in terms)
-        self.ignore_index, self.align_corners, self.across_processes = ignore_index, align_corners, across_processes
+        self.ignore_index = ignored_label(list(zip(self.weights, self.losses, strict=True)), ignore_index)
+        self.align_corners, self.across_processes = align_corners, across_processes
         self.head_weights = None if head_weights is None else tuple(head_weights)
 
     @leaf
@@ -120,3 +124,10 @@ class UpsampleLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return f"weights={self.weights}, align_corners={self.align_corners}"
+
+
+def criterion(
+    terms: Sequence[tuple[float, nn.Module]] | None = None, **options: Any
+) -> UpsampleCrossEntropyLoss | UpsampleLoss:
+    """``UpsampleLoss(terms, **options)``, or without terms the cross entropy of these options."""
+    return UpsampleCrossEntropyLoss(**options) if terms is None else UpsampleLoss(terms, **options)

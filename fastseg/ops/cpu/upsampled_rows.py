@@ -26,10 +26,12 @@ class Strip(NamedTuple):
     matrix: Tensor  # (stop - start, last - first): the interpolation along y
 
 
-def strips_of(shape: tuple[int, ...], H: int, W: int, align_corners: bool, kind: torch.dtype) -> list[Strip]:
-    """The strips of logits of ``shape`` (N, C, h, w), upsampled to H x W."""
+def strips_of(
+    shape: tuple[int, ...], H: int, W: int, align_corners: bool, kind: torch.dtype, factor: float = 0.0
+) -> list[Strip]:
+    """The strips of logits of ``shape`` (N, C, h, w), upsampled to H x W; ``factor``: of the height, if given."""
     N, C, h, _ = shape
-    first, second, weight = neighbours(h, H, align_corners, kind)
+    first, second, weight = neighbours(h, H, align_corners, kind, factor)
     matrix = torch.zeros(H, h, dtype=kind, device="cpu").scatter_(1, first[:, None], (1 - weight)[:, None])
     matrix.scatter_add_(1, second[:, None], weight[:, None])
     rows, firsts, seconds = max(_LEAST_ROWS, _STRIP // (W * C)), first.tolist(), second.tolist()

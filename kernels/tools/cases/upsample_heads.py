@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.kernels.upsample.argmax import upsample_argmax_fwd
+from fastseg.kernels.upsample.confidence import MEASURES, upsample_confidence_fwd
 from fastseg.kernels.upsample.cross_entropy import upsample_cross_entropy_bwd, upsample_cross_entropy_fwd
 from fastseg.kernels.upsample.cross_entropy_bwd import OfSums
 from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
@@ -64,6 +65,12 @@ def _sums(
                                OfSums(spec, slopes, each))  # fmt: skip
 
 
+def _confidence(dtype: torch.dtype, C: int, N: int = 16, full: int = 512) -> None:
+    for measure in MEASURES:
+        x = _logits(dtype, N, C, 128, torch.contiguous_format)
+        upsample_confidence_fwd(x, _upsampling(128, full, False), torch.uint8, measure)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "argmax 21, 128 -> 512": lambda dtype: _argmax(dtype, 21),
     "argmax 19, 128 -> 512, corners": lambda dtype: _argmax(dtype, 19, align_corners=True, nchw=True),
@@ -86,6 +93,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "binary cross entropy and Dice 1, 128 -> 512": lambda dtype: _sums(
         dtype, 1, "bce", "count", "inter", "prob", "target", each=True, weighted=True
     ),
+    "confidence 21, 128 -> 512": lambda dtype: _confidence(dtype, 21),
+    "confidence 21, large": lambda dtype: _confidence(dtype, 21, N=8200),
     "focal 19, 128 -> 512": lambda dtype: _sums(dtype, 19, "focal_pos", "focal_neg", "count", each=True, gamma=1.5),
 }
 
@@ -95,6 +104,7 @@ SCALAR_LOADS: dict[str, str] = {
     "_upsample_argmax_fwd_kernel": _GATHER,
     "_upsample_cross_entropy_fwd_kernel": _GATHER,
     "_upsample_cross_entropy_bwd_kernel": _GATHER,
+    "_upsample_confidence_kernel": _GATHER,
     "_upsample_loss_sums_kernel": _GATHER,
     "_upsample_loss_inner_kernel": _GATHER,
 }
