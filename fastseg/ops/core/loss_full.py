@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.labels import LABEL_DTYPES, equal
-from fastseg.ops.core.loss_columns import SIGMOID, SOFTMAX, Sums, sigmoid_term, softmax_term
+from fastseg.ops.core.loss_columns import (
+    LABELS,
+    SIGMOID,
+    SOFTMAX,
+    Sums,
+    sigmoid_slope,
+    sigmoid_term,
+    softmax_slope,
+    softmax_term,
+)
 from fastseg.ops.core.upsample import interpolate
 
 
@@ -59,6 +68,33 @@ def _of_classes(
             f = f if counts is None else torch.where(counts, f, 0.0)
             f = (f if weight is None else f * weight).flatten(1).double()
             yield f.new_zeros(v.shape[:2]).scatter_add(1, classes.flatten(1), f)
+
+
+def slope_at_full_size(
+    slopes: Tensor, logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums
+) -> Tensor:
+    """The gradient at the logits of a loss whose derivatives by the sums are slopes (N, C, columns), without autograd."""
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    v = interpolate(logits.to(kind), *target.shape[-2:], (0.0, 0.0), sums.align_corners)
+    each_class = target.dim() == 4
+    target = target if each_class else target[:, None]
+    factor = torch.ones_like(v[:, :1]) if pixel_weight is None else pixel_weight[:, None].to(kind)
+    if sums.ignore_index is not None:
+        counts = ~is_ignored(target, sums.ignore_index)
+        target, factor = target.where(counts, 0), torch.where(counts, factor, 0.0)
+    labels = target.to(kind) if each_class else torch.zeros_like(v).scatter(1, target.long(), 1.0)
+    softmax = sums.activation == SOFTMAX
+    other = v.log_softmax(1) if softmax else v
+    p, slope = (other.exp(), softmax_slope) if softmax else (v.sigmoid(), sigmoid_slope)
+    h = torch.zeros_like(v)
+    for k, column in enumerate(sums.columns):
+        if column.kind not in LABELS:
+            h = h + slopes[:, :, k, None, None].to(kind) * slope(column, p, other, labels)
+    h = torch.where(factor == 0, 0.0, h * factor)
+    if softmax:
+        h = h - p * h.sum(1, keepdim=True)
+    back = torch.ops.aten.upsample_bilinear2d_backward
+    return back(h, h.shape[2:], logits.shape, sums.align_corners, None, None).to(logits.dtype)
 
 
 def is_ignored(target: Tensor, value: int) -> Tensor:

@@ -9,7 +9,7 @@ from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.layout import like, memory_format_of, new_map
 from fastseg.ops.core.loss_columns import SIGMOID, Column, Sums
-from fastseg.ops.core.loss_full import at_full_size
+from fastseg.ops.core.loss_full import at_full_size, slope_at_full_size
 from fastseg.ops.core.register import qualified, register
 from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.core.upsample import unsupported, upsampling
@@ -138,10 +138,7 @@ def _plain_fwd(*args) -> tuple[Tensor, Tensor]:
 
 def _plain_bwd(slopes: Tensor, lse: Tensor, *args) -> Tensor:
     a = Call(*args)
-    with torch.enable_grad():
-        logits = a.logits.detach().requires_grad_()
-        sums = at_full_size(logits, *a[1:TENSORS], a.sums)
-    return like(a.logits, torch.autograd.grad(sums, logits, slopes)[0])
+    return like(a.logits, slope_at_full_size(slopes, *a[:TENSORS], a.sums))
 
 
 def _fake_fwd(*args) -> tuple[Tensor, Tensor]:
