@@ -15,8 +15,8 @@ from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu import loss_rows
 from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
 
-_LEAST = 2**19  # upsampled logits; from here on strips are faster than torch's own steps
-_MANY = 5  # classes; from here on strips are faster, and with one; 2 to 4 are planes
+_LEAST, _PLANE = 2**18, 2**17  # upsampled logits, of one class; from here on strips beat torch's own steps
+_MANY = 5  # classes; from here on strips are faster, and with one; 3 and 4 are planes
 
 
 def upsample_loss_sums(
@@ -76,10 +76,48 @@ def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_wei
         if not check_labels(target, logits.shape[1], sums.ignore_index):
             sums = sums._replace(ignore_index=None)
         C, pixels = logits.shape[1], target.shape[0] * target.shape[-1] * target.shape[-2]
-        if (C == 1 or C >= _MANY) and C * pixels >= _LEAST and is_finite(logits):
+        if C == 2 and pixels >= _PLANE and sums.activation == SOFTMAX and target.dim() == 3 and is_finite(logits):
+            return _of_two(logits, target, sums, pixel_weight)
+        large = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
+        if large and is_finite(logits):
             return _Rows.apply(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
+
+
+def _of_two(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+    """Two finite classes, by the sigmoid of their difference: one plane, and the other class is what is left of 1."""
+    needed: dict[Column, None] = dict.fromkeys([Column("count"), Column("target")])
+    for kind, gamma, _ in sums.columns:
+        needed.update(dict.fromkeys(Column(name, gamma if name in _FOCAL else 0.0) for name in _OF_TWO.get(kind, ())))
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    difference = logits[:, 1:].to(kind) - logits[:, :1].to(kind)
+    one = Sums(tuple(needed), SIGMOID, sums.ignore_index, sums.align_corners)
+    at = dict(
+        zip(needed, upsample_loss_sums_ref(difference, target[:, None], one, pixel_weight).unbind(2), strict=True)
+    )
+    of = lambda name, gamma=0.0: at[Column(name, gamma)]
+    count, second = of("count"), of("target")
+    pairs = {
+        "count": lambda _: (count, count),
+        "target": lambda _: (count - second, second),
+        "target_square": lambda _: (count - second, second),
+        "inter": lambda _: (count - second - of("prob") + of("inter"), of("inter")),
+        "least": lambda _: (count - second - of("prob") + of("inter"), of("inter")),
+        "prob": lambda _: (count - of("prob"), of("prob")),
+        "square": lambda _: (count - 2 * of("prob") + of("square"), of("square")),
+        "nll": lambda _: (of("neg"), of("pos")),
+        "all": lambda _: (of("neg") + of("pos_flip"), of("pos") + of("neg_flip")),
+        "focal": lambda gamma: (of("focal_neg", gamma), of("focal_pos", gamma)),
+    }
+    return torch.stack([torch.cat(pairs[name](gamma), 1) for name, gamma, _ in sums.columns], 2)
+
+
+_FOCAL = ("focal_pos", "focal_neg")
+_OF_TWO = {  # columns of softmax -> those of sigmoid that they are made of, besides count and target
+    "inter": ("inter", "prob"), "least": ("inter", "prob"), "prob": ("prob",), "square": ("square", "prob"),
+    "nll": ("pos", "neg"), "all": ("pos", "neg", "pos_flip", "neg_flip"), "focal": _FOCAL,
+}  # fmt: skip
 
 
 class _Rows(torch.autograd.Function):

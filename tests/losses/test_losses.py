@@ -101,7 +101,8 @@ CASES = {
 @pytest.fixture(params=[False, True], ids=["full", "rows"])
 def by_rows(request, monkeypatch):
     """On a CPU: torch's own steps, or strips of rows, which large maps take."""
-    monkeypatch.setattr(upsample_loss_sums_module(), "_LEAST", 0 if request.param else 2**62)
+    for name in ("_LEAST", "_PLANE"):
+        monkeypatch.setattr(upsample_loss_sums_module(), name, 0 if request.param else 2**62)
     monkeypatch.setattr(upsample_loss_sums_module(), "_MANY", 0)
     return request.param
 

@@ -73,7 +73,7 @@ def _of_classes(
 def slope_at_full_size(
     slopes: Tensor, logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums
 ) -> Tensor:
-    """The gradient at the logits of a loss whose derivatives by the sums are slopes (N, C, columns), without autograd."""
+    """The gradient at the logits of a loss with derivatives slopes (N, C, columns) by its sums, without autograd."""
     kind = torch.promote_types(logits.dtype, torch.float32)
     v = interpolate(logits.to(kind), *target.shape[-2:], (0.0, 0.0), sums.align_corners)
     each_class = target.dim() == 4

@@ -14,16 +14,21 @@ from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.loss_columns import (
     LABELS,
     SIGMOID,
+    Column,
     Sums,
+    factor,
     sigmoid_slope,
     sigmoid_term,
     softmax_slope,
     softmax_term,
+    softplus,
 )
 from fastseg.ops.core.loss_full import is_ignored
 from fastseg.ops.core.upsample import along_x
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
+
+FOCAL = ("focal_pos", "focal_neg")
 
 
 class Block(NamedTuple):
@@ -48,6 +53,7 @@ class Walk:
         self.kind = torch.float64 if x.dtype == torch.float64 else torch.float32
         self.x, self.target, self.pixel_weight, self.sums = x.detach(), target, pixel_weight, sums
         self.size = target.shape[-2:]
+        self.hard = not target.is_floating_point() and sums.activation == SIGMOID  # labels are 0 and 1
         self.strips = strips_of(x.shape, *self.size, sums.align_corners, self.kind)
 
     def forward(self) -> Tensor:
@@ -197,9 +203,24 @@ class Walk:
         else:
             other = v.log_softmax(1)
             p, term = other.exp(), softmax_term
+        kinds = {column.kind for column in self.sums.columns}
+        own: dict[tuple, Tensor] = {}
+        rest = None  # log(1 + exp -|v|): accurate for sure pixels of both labels, where torch's own is not
+        if kinds & {"bce", "pos", "neg"} and self.sums.activation == SIGMOID:
+            rest = v.abs().neg_().exp_().log1p_()
         for k, column in enumerate(self.sums.columns):
-            if column.kind == "bce":  # accurate for sure pixels of both labels, where torch's own is not
-                f = v.clamp_min(0).addcmul_(v, y, value=-1).add_(v.abs().neg_().exp_().log1p_())
+            if column.kind == "bce":
+                f = v.clamp_min(0).addcmul_(v, y, value=-1).add_(rest)
+            elif column.kind == "pos":
+                f = v.clamp_max(0).neg_().add_(rest).mul_(y)
+            elif column.kind == "neg":
+                f = v.clamp_min(0).add_(rest).mul_(1 - y)
+            elif column.kind in FOCAL and self.hard:  # of the pixel's own label: one evaluation for both columns
+                key = column[1:]
+                if key not in own:
+                    z = v * (2 * y - 1)
+                    own[key] = factor((-z).sigmoid(), column).mul_(softplus(-z))
+                f = own[key] * (y if column.kind == "focal_pos" else 1 - y)
             elif column.kind == "count" and counts is None:
                 total[:, k] += v.numel() // v.shape[1]
                 continue
@@ -216,14 +237,24 @@ class Walk:
             p, slope_of = other.exp(), softmax_slope
         by_p = by_y = None  # what is to be multiplied by p's own slope: a line for each class, and one times y
         h = None
+        pairs: dict[tuple, dict[str, Tensor]] = {}
         for slope, column in zip(slopes[:, :, None].unbind(1), self.sums.columns, strict=True):
             if column.kind == "prob":
                 by_p = slope
             elif column.kind == "inter":
                 by_y = slope
+            elif column.kind in FOCAL and self.hard:
+                pairs.setdefault(column[1:], {})[column.kind] = slope
             elif column.kind not in LABELS:
                 f = slope_of(column, p, other, y).mul_(slope)
                 h = f if h is None else h.add_(f)
+        for key, pair in pairs.items():
+            pos, neg = (pair.get(kind, torch.zeros_like(v[:1, :, :1])[0]) for kind in FOCAL)
+            sign = 2 * y - 1
+            z = v * sign
+            f = sigmoid_slope(Column("focal_pos", *key), z.sigmoid(), z, torch.ones((), dtype=v.dtype, device="cpu"))
+            f = f.mul_(sign).mul_(torch.addcmul(neg, y, pos - neg))
+            h = f if h is None else h.add_(f)
         if by_p is not None or by_y is not None:
             f = by_p.expand_as(v) if by_y is None else y * by_y if by_p is None else torch.addcmul(by_p, y, by_y)
             f = f * p if self.sums.activation != SIGMOID else torch.addcmul(p, p, p, value=-1).mul_(f)
