@@ -27,6 +27,7 @@ _PACKAGES = (
     "inference",
     "io",
     "kernels",
+    "losses",
     "measure",
     "metrics",
     "models",

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastseg.ops.upsample_confusion import upsample_confusion
+
 ArrayLike = Tensor | np.ndarray | Sequence | int
 Absent = Literal["nan", "zero", "one"]
 ABSENT: dict[str, float] = {"nan": float("nan"), "zero": 0.0, "one": 1.0}
@@ -95,18 +97,32 @@ class ConfusionMatrix:
         # The C x C counts, then one each for ignored pixels, targets out of range and predictions out of range.
         self._counts = torch.zeros(self.num_classes**2 + 3, dtype=torch.int64, device="cpu")
 
-    def update(self, pred: ArrayLike, target: ArrayLike) -> None:
+    def update(
+        self,
+        pred: ArrayLike | None = None,
+        target: ArrayLike | None = None,
+        *,
+        logits: Tensor | None = None,
+        align_corners: bool = False,
+    ) -> None:
         """Count the pixels of a batch.
 
         Args:
             pred: predicted class indices, of any shape and integer dtype: a tensor, or an array, a list, a number.
-            target: true class indices or ``ignore_index``, same shape and device.
+            target: true class indices or ``ignore_index``, same shape and device; with ``logits`` (N, H, W).
+            logits: in place of ``pred``, (N, C, h, w) of any resolution; ``upsample_confusion`` counts their classes.
+            align_corners: of the logits' interpolation.
 
         Raises:
             TypeError: they are not integers, or rows differ in length.
             ValueError: shapes or devices differ, or an index is out of range. On the CPU no pixel of the batch is then
                 counted; on other devices, to avoid a synchronisation, ``compute`` and ``matrix`` raise instead.
         """
+        if logits is not None:
+            if pred is not None:
+                raise TypeError("ConfusionMatrix.update: pred and logits are given; give one of pred and logits")
+            self._add(logits, _indices("target", target), align_corners)
+            return
         pred, target = _indices("pred", pred), _indices("target", target)
         if pred.shape != target.shape:
             raise ValueError(
@@ -125,6 +141,24 @@ class ConfusionMatrix:
         else:  # bincount would wait for the device
             self._counts = self._counts.to(bins.device)
             self._counts.scatter_add_(0, bins, torch.ones_like(bins))
+
+    def _add(self, logits: Tensor, target: Tensor, align_corners: bool) -> None:
+        if logits.device != target.device:
+            raise ValueError(f"ConfusionMatrix.update: logits are on {logits.device}, target on {target.device}")
+        C = self.num_classes
+        try:
+            counts = upsample_confusion(
+                logits, target, C, ignore_index=self.ignore_index, align_corners=align_corners
+            ).flatten()
+        except IndexError as error:
+            raise ValueError(
+                f"ConfusionMatrix.update: {str(error).rstrip('.')}; classes are 0 to {C - 1}, ignore_index is "
+                f"{self.ignore_index}"
+            ) from None
+        ignored = 0 if self.ignore_index is None else (target == self.ignore_index).sum()
+        outside = target.numel() - ignored - counts.sum()  # of a GPU: the CPU has raised
+        more = [torch.as_tensor(n, device=counts.device).view(1) for n in (ignored, outside, 0)]
+        self._counts = self._counts.to(counts.device) + torch.cat([counts, *more])
 
     def _bins(self, pred: Tensor, target: Tensor) -> Tensor:
         """The entry of ``_counts`` that each pixel belongs to."""

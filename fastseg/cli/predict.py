@@ -7,7 +7,9 @@ from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from fastseg.cli.common import add_device, integer, positive_int, say
 from fastseg.cli.weights import add_weights, read_weights
@@ -38,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--overlay", action=argparse.BooleanOptionalAction, default=True, help="write overlays too (default: yes)"
     )
     parser.add_argument(
+        "--confidence", action="store_true", help="write the probability of each pixel's class too, 255 for 1"
+    )
+    parser.add_argument(
         "--tile", type=integer(1, SIDE), metavar="N", help="work in tiles of N x N pixels (default: whole)"
     )
     parser.add_argument(
@@ -61,6 +66,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
     if args.overlap is not None and args.tile is None:
         raise ValueError("--overlap is of tiles; give --tile too")
+    if args.confidence and args.tile is not None:
+        raise ValueError("--confidence is of whole pictures; leave --tile out")
+    kinds = ("classes", *(("overlay",) if args.overlay else ()), *(("confidence",) if args.confidence else ()))
     with processes(args.device, PATIENCE) as group:
         paths = _images_of_first(args.images, group)
         if paths is None:
@@ -76,8 +84,8 @@ def run(args: argparse.Namespace) -> int:
         failed = 0
         for path, stem in bar:
             try:
-                targets = [args.output / f"{stem}_{kind}.png" for kind in ("classes", "overlay")[: 1 + args.overlay]]
-                for target in targets:
+                targets = {kind: args.output / f"{stem}_{kind}.png" for kind in kinds}
+                for target in targets.values():
                     if os.path.realpath(target) in inputs:
                         raise ValueError(f"{path}: the result would overwrite the input {target}; use another -o")
                 image = read_image(path)
@@ -86,14 +94,23 @@ def run(args: argparse.Namespace) -> int:
                 if stem != path.stem and len(stem) < len(path.stem):
                     short = f"its name is too long for that of a result, which is {stem}"
                     bar.write(f"fastseg predict: {printable(path)}: {printable(short)}")
-                labels = segment(model, image[None], plan, batch_size=args.tile_batch, progress=group.first)[0]
+                found = segment(
+                    model, image[None], plan, batch_size=args.tile_batch, progress=group.first,
+                    confidence=args.confidence,
+                )  # fmt: skip
+                labels = found[0][0] if args.confidence else found[0]
                 if labels.shape != image.shape[:2]:
                     raise ValueError(
                         f"{path}: the model gives a map of {labels.shape}, the image is {image.shape[:2]}; use --tile"
                     )
-                write_png(targets[0], class_map(labels, len(classes)))
+                write_png(targets["classes"], class_map(labels, len(classes)))
                 if args.overlay:
-                    write_png(targets[1], overlay(image, labels, len(classes)))
+                    write_png(targets["overlay"], overlay(image, labels, len(classes)))
+                if args.confidence:
+                    write_png(
+                        targets["confidence"],
+                        Image.fromarray((255 * np.nan_to_num(found[1][0]) + 0.5).astype(np.uint8)),
+                    )
             except (ValueError, OSError) as error:
                 failed += 1
                 bar.write(f"fastseg predict: {printable(first_line(error))}")
@@ -173,6 +190,6 @@ def _output_stems(paths: list[Path]) -> list[str]:
 
 def _cut(stem: str, end: str) -> str:
     """``stem`` and ``end``, with the stem shortened if the name of a result would exceed ``NAME`` bytes."""
-    while len(os.fsencode(f"{stem}{end}_classes.png")) > NAME:
+    while len(os.fsencode(f"{stem}{end}_confidence.png")) > NAME:
         stem = stem[:-1]
     return stem + end

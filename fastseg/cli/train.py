@@ -27,6 +27,8 @@ from fastseg.cli.recipe import add_recipe, introduce, model_options, open_splits
 from fastseg.io.files import look_at_folder, make_folder, printable
 from fastseg.io.images import MAX_PIXELS
 from fastseg.io.processes import Processes, processes
+from fastseg.losses.names import NAMES as LOSSES
+from fastseg.losses.names import parse_loss
 from fastseg.models import load_encoder_weights, names
 from fastseg.training.census import Census
 from fastseg.training.dataset import FolderDataset
@@ -71,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--momentum", type=number(0, 1, below=True), default=0.9, help="of sgd, below 1 (default: %(default)s)")
     add("--weight-decay", type=number(0), default=5e-4, help="default: %(default)s")
     add("--schedule", choices=("poly", "onecycle", "constant"), default="poly", help="default: %(default)s")
+    add("--loss", type=loss, default="ce", metavar="NAMES",
+        help=f"of {', '.join(LOSSES)}; joined by +, with factors: ce+0.5*dice (default: %(default)s)")  # fmt: skip
     add("--class-weights", choices=("none", "median-frequency"), default="none", help="default: %(default)s")
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="bring every picture to this size first")
     add("--crop", type=positive_int, nargs=2, metavar=("H", "W"), help="random window of training pictures")
@@ -84,6 +88,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seconds", type=positive_float, metavar="S", help="then stop with a checkpoint, to be resumed")
     add_recipe(parser)
     add_device(parser)
+
+
+def loss(text: str) -> str:
+    """The text, if it names losses."""
+    try:
+        parse_loss(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def run(args: argparse.Namespace) -> int:
@@ -118,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
             args.model, options, spec.classes, args.epochs, args.batch, args.optimizer, args.lr, args.momentum,
             args.weight_decay, args.schedule, args.class_weights, size, crop, scale,
             args.flip, _amp(args.amp, group.device), args.seed, args.deep_supervision,
-            None if args.supervise is None else tuple(args.supervise),
+            None if args.supervise is None else tuple(args.supervise), args.loss,
         )  # fmt: skip
         if group.first and args.recipe:
             say(f"fastseg train: {introduce(args)}", sys.stderr)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastseg import ops
 
 
-def class_map(model: nn.Module, x: Tensor) -> Tensor:
+def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
     """Class indices of ``model`` at each pixel of x (N, C, H, W).
 
     fastseg's models have ``predict``. Of any other the logits' argmax is taken, whatever its own ``predict`` may be:
@@ -19,19 +19,20 @@ def class_map(model: nn.Module, x: Tensor) -> Tensor:
     give it, is class 1 where it is above 0, a probability of more than 0.5, and else class 0.
 
     Returns:
-        (N, H, W), uint8 for up to 256 classes, else int64.
+        (N, H, W), uint8 for up to 256 classes, else int64. With ``confidence`` a pair: it, and the probability of each
+        pixel's class, (N, H, W) float32.
 
     Raises:
         TypeError: the output holds no logits (N, classes, h, w).
     """
     if is_ours(model):
-        return model.predict(x)
+        return model.predict(x, confidence=True) if confidence else model.predict(x)
     logits = logits_of(model(x))
     if logits is None:
         raise TypeError(f"class_map: {type(model).__name__} returns no logits (N, classes, H, W); wrap it")
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    return ops.upsample_argmax(logits, tuple(x.shape[-2:]))
+    return ops.upsample_argmax(logits, tuple(x.shape[-2:]), confidence=confidence)
 
 
 def is_ours(model: nn.Module) -> bool:

@@ -11,8 +11,14 @@ from fastseg.io.images import normalised, to_tensor
 
 @torch.no_grad()
 def segment(
-    model: nn.Module, images: np.ndarray, plan: TilePlan | None = None, *, batch_size: int = 1, progress: bool = False
-) -> np.ndarray:
+    model: nn.Module,
+    images: np.ndarray,
+    plan: TilePlan | None = None,
+    *,
+    batch_size: int = 1,
+    progress: bool = False,
+    confidence: bool = False,
+) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Class maps of pictures, computed on the device of the model's parameters.
 
     Args:
@@ -21,15 +27,22 @@ def segment(
         plan: from ``plan_tiles(model, ...)``; None passes each picture as a whole.
         batch_size: tiles per call of the model.
         progress: show a bar of the tiles on stderr.
+        confidence: return the probabilities of the classes too; of whole pictures alone.
 
     Returns:
-        (N, H, W), class indices.
+        (N, H, W), class indices; with ``confidence`` a pair: these, and probabilities (N, H, W), float32.
+
+    Raises:
+        ValueError: ``confidence`` is asked for with a plan.
     """
+    if plan is not None and confidence:
+        raise ValueError("segment: confidence is of whole pictures; leave the plan out")
     if plan is not None:
         pixels = images.transpose(0, 3, 1, 2)
         return run_tiles(_OfPixels(model), pixels, plan, batch_size=batch_size, progress=progress, argmax=True)
     device = next(model.parameters()).device
-    return class_map(model, to_tensor(images).to(device)).cpu().numpy()
+    found = class_map(model, to_tensor(images).to(device), confidence=confidence)
+    return tuple(y.cpu().numpy() for y in found) if confidence else found.cpu().numpy()
 
 
 class _OfPixels(nn.Module):

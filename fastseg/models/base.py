@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn.leaf import leaf
-from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.loss import criterion
 from fastseg.nn.upsampling import UpsampleArgmax
 
 
@@ -43,28 +43,34 @@ class SegmentationNet(nn.Module):
         """(N, in_channels, H, W) -> logits (N, num_classes, h, w), of low resolution or of full size."""
         raise NotImplementedError
 
-    def predict(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> class map (N, H, W), ``forward(x).argmax(1)``; uint8 up to 256 classes."""
+    def predict(self, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """(N, in_channels, H, W) -> class map (N, H, W), ``forward(x).argmax(1)``; uint8 up to 256 classes.
+
+        With ``confidence`` a pair: it, and the probability of each pixel's class, (N, H, W) float32.
+        """
         logits = self.logits(x)
-        return self.upsample_argmax(logits, logits.shape[-2:] if self.align_corners is None else x.shape[-2:])
+        size = logits.shape[-2:] if self.align_corners is None else x.shape[-2:]
+        return self.upsample_argmax(logits, size, confidence=confidence)
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
 
         ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255`` or ``weight``.
+        With ``terms``, (weight, loss) pairs of ``fastseg.losses``, they are those of ``fastseg.nn.UpsampleLoss``.
 
         Raises:
             ValueError: ``target`` has another size than logits of full size.
         """
         return self._cross_entropy(self.logits(x), target, **options)
 
-    def _cross_entropy(self, logits: Tensor, target: Tensor, **options: Any) -> Tensor:
-        if self.align_corners is None and target.shape[-2:] != logits.shape[-2:]:
+    def _cross_entropy(self, logits: Tensor | list[Tensor], target: Tensor, **options: Any) -> Tensor:
+        shape = (logits if isinstance(logits, Tensor) else logits[0]).shape
+        if self.align_corners is None and target.shape[-2:] != shape[-2:]:
             raise ValueError(
-                f"{type(self).__name__}.loss: logits are {tuple(logits.shape)}, target is {tuple(target.shape)}; "
+                f"{type(self).__name__}.loss: logits are {tuple(shape)}, target is {tuple(target.shape)}; "
                 "give them equal sides"
             )
-        return UpsampleCrossEntropyLoss(**options, align_corners=self.align_corners is not False)(logits, target)
+        return criterion(**options, align_corners=self.align_corners is not False)(logits, target)
 
     def _resize(self, x: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn.fuse.watch import watched
-from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.loss import criterion as criterion_of
 from fastseg.nn.upsampling import BilinearConvTranspose2d, UpsampleArgmax
 
 
@@ -33,18 +33,24 @@ def upsampled(
     return y + skip[..., offset : offset + height, offset : offset + width]
 
 
-def class_map(upsample: nn.Module, scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return ``upsample(scores, size).argmax(1)``: (N, C, h, w) -> (N, *size), uint8 for up to 256 classes."""
+def class_map(
+    upsample: nn.Module, scores: Tensor, size: tuple[int, int], *, confidence: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return ``upsample(scores, size).argmax(1)``: (N, C, h, w) -> (N, *size), uint8 for up to 256 classes.
+
+    With ``confidence`` the probabilities of these classes too.
+    """
     if watched(upsample, BilinearConvTranspose2d) or upsample._kind() != "bilinear":
-        return UpsampleArgmax(scale_factor=1)(upsampled(upsample, scores, size))
+        return UpsampleArgmax(scale_factor=1)(upsampled(upsample, scores, size), confidence=confidence)
     framed, (top, left) = _framed(upsample, scores, size)
-    classes = UpsampleArgmax(scale_factor=upsample.stride[0])(framed)
-    return classes[:, top : top + size[0], left : left + size[1]].contiguous()
+    found = UpsampleArgmax(scale_factor=upsample.stride[0])(framed, confidence=confidence)
+    cut = lambda y: y[:, top : top + size[0], left : left + size[1]].contiguous()
+    return tuple(map(cut, found)) if confidence else cut(found)
 
 
 def cross_entropy(upsample: nn.Module, scores: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """``cross_entropy(upsample(scores, target.shape[1:]), target)``; options of ``UpsampleCrossEntropyLoss``."""
-    criterion = UpsampleCrossEntropyLoss(**options)
+    """``cross_entropy(upsample(scores, target.shape[1:]), target)``; options of ``SegmentationNet.loss``."""
+    criterion = criterion_of(**options)
     height, width = size = target.shape[-2:]
     if target.dim() != 3 or watched(upsample, BilinearConvTranspose2d) or upsample._kind() != "bilinear":
         return criterion(upsampled(upsample, scores, size), target)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.loss import criterion
 
 SIDE = 64  # pixels per side of the image that is traced through the net; enough to tell depths 0 to 5 apart
 
@@ -88,9 +88,9 @@ class DeepSupervision(nn.Module):
         """The model's logits."""
         return self.model.logits(x)
 
-    def predict(self, x: Tensor) -> Tensor:
-        """The model's class map."""
-        return self.model.predict(x)
+    def predict(self, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """The model's class map; with ``confidence`` its probabilities too."""
+        return self.model.predict(x, confidence=True) if confidence else self.model.predict(x)
 
     def loss(self, x: Tensor, target: Tensor, weights: Sequence[float] | None = None, **options: Any) -> Tensor:
         """The model's loss, in training with those of the heads.
@@ -100,7 +100,7 @@ class DeepSupervision(nn.Module):
             target: class indices (N, H, W).
             weights: factors of the losses, first the heads' in the order of ``at``, then the model's; None means those
                 of the constructor. ``fading_weights`` computes factors that fade out.
-            options: those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
+            options: those of ``SegmentationNet.loss``, such as ``ignore_index=255`` or ``terms``.
 
         Raises:
             ValueError: there is not one weight per loss.
@@ -114,9 +114,11 @@ class DeepSupervision(nn.Module):
             return self.model.loss(x, target, **options)
         with self._watched() as maps:
             total = weights[-1] * self.model.loss(x, target, **options)
-        criterion = UpsampleCrossEntropyLoss(**options)
+        if options.get("terms") is not None:
+            heads = criterion(**options, head_weights=weights[:-1])
+            return total + heads(list(self._scores(maps)), target)
         for weight, scores in zip(weights, self._scores(maps), strict=False):
-            total = total + weight * criterion(scores, target)
+            total = total + weight * criterion(**options)(scores, target)
         return total
 
     def extra_repr(self) -> str:

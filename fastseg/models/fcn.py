@@ -150,12 +150,12 @@ class FCN(nn.Module):
         """
         return self._scores(x)[0]
 
-    def predict(self, x: Tensor) -> Tensor:
+    def predict(self, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(N, in_channels, H, W) -> class map (N, H, W) of ``forward``; uint8 for up to 256 classes."""
         scores = self._scores(x)[0]
         if self._form == "torchvision":
-            return UpsampleArgmax()(scores, x.shape[2:])
-        return bilinear_score.class_map(getattr(self, self._last), scores, x.shape[2:])
+            return UpsampleArgmax()(scores, x.shape[2:], confidence=confidence)
+        return bilinear_score.class_map(getattr(self, self._last), scores, x.shape[2:], confidence=confidence)
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
         """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).

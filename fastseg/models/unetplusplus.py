@@ -131,7 +131,7 @@ class UNetPlusPlus(SegmentationNet):
             target: class indices (N, H, W).
             weights: a factor per head, the shallowest first, for training with deep supervision; the weighted sum is
                 the loss. None means the mean. ``fading_weights`` computes weights that fade out.
-            options: those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
+            options: those of ``SegmentationNet.loss``, such as ``ignore_index=255`` or ``terms``.
 
         Raises:
             ValueError: ``target`` has another size than ``x``, or there is not one weight for each of several heads.
@@ -146,6 +146,8 @@ class UNetPlusPlus(SegmentationNet):
             return super().loss(x, target, **options)
         if weights is None:
             weights = [1 / len(names)] * len(names)
+        if options.get("terms") is not None:
+            return self._cross_entropy(self._branches(x, names), target, **options, head_weights=weights)
         losses = [self._cross_entropy(logits, target, **options) for logits in self._branches(x, names)]
         return sum(weight * loss for weight, loss in zip(weights, losses, strict=True))
 

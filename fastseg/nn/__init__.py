@@ -3,7 +3,7 @@
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.conv import SeparableConv2d
 from fastseg.nn.conv_norm_act import ConvNormAct2d
-from fastseg.nn.loss import UpsampleCrossEntropyLoss
+from fastseg.nn.loss import UpsampleCrossEntropyLoss, UpsampleLoss
 from fastseg.nn.norm import BatchNormAct2d, SyncBatchNorm
 from fastseg.nn.pooling import MaxPool1d, MaxPool2d, MaxPool3d, MaxUnpool1d, MaxUnpool2d, MaxUnpool3d
 from fastseg.nn.upsampling import (
@@ -31,6 +31,7 @@ __all__ = [
     "Upsample",
     "UpsampleArgmax",
     "UpsampleCrossEntropyLoss",
+    "UpsampleLoss",
     "UpsamplingBilinear2d",
     "UpsamplingNearest2d",
     "bilinear_kernel",

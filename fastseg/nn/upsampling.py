@@ -240,18 +240,26 @@ class UpsampleArgmax(nn.Module):
 
     @leaf
     def forward(
-        self, logits: Tensor, size: int | tuple[int, int] | None = None, *, dtype: torch.dtype | None = None
-    ) -> Tensor:
-        """Logits (N, C, h, w) -> class indices (N, H, W).
+        self,
+        logits: Tensor,
+        size: int | tuple[int, int] | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        confidence: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Logits (N, C, h, w) -> class indices (N, H, W); with ``confidence`` their probabilities too.
 
         Args:
             logits: low-resolution logits.
             size: output size of this call, in pixels, instead of the module's own size or factor.
             dtype: uint8 or int64; None means uint8 for up to 256 classes, else int64.
+            confidence: return a pair: the class indices, and their probabilities (N, H, W), float32.
         """
         factor = self.scale_factor if size is None else None
         size = self.size if size is None else size
-        return upsample_argmax(logits, size, factor, align_corners=self.align_corners, dtype=dtype)
+        return upsample_argmax(
+            logits, size, factor, align_corners=self.align_corners, dtype=dtype, confidence=confidence
+        )
 
     def extra_repr(self) -> str:
         target = f"scale_factor={self.scale_factor}" if self.scale_factor is not None else f"size={self.size}"

@@ -19,7 +19,10 @@ from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.ops.upsample_bilinear import upsample_bilinear
 from fastseg.ops.upsample_concat import upsample_concat
 from fastseg.ops.upsample_concat_conv import upsample_concat_conv2d
+from fastseg.ops.upsample_confidence import upsample_confidence, upsample_threshold, upsample_topk
+from fastseg.ops.upsample_confusion import upsample_confusion
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
+from fastseg.ops.upsample_loss import upsample_loss
 from fastseg.ops.upsample_sum import upsample_sum
 
 two_forms(
@@ -51,7 +54,12 @@ __all__ = [
     "upsample_bilinear",
     "upsample_concat",
     "upsample_concat_conv2d",
+    "upsample_confidence",
+    "upsample_confusion",
     "upsample_cross_entropy",
+    "upsample_loss",
     "upsample_nearest_conv2d",
     "upsample_sum",
+    "upsample_threshold",
+    "upsample_topk",
 ]

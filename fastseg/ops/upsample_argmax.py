@@ -8,6 +8,7 @@ from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import output_size, unsupported, upsampling
 from fastseg.ops.cpu.argmax import CPU_FORMS, argmax, request_of
+from fastseg.ops.upsample_confidence import upsample_confidence
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.argmax import prunes, upsample_argmax_fwd
@@ -23,7 +24,8 @@ def upsample_argmax(
     *,
     align_corners: bool = False,
     dtype: torch.dtype | None = None,
-) -> Tensor:
+    confidence: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Upsample logits bilinearly and take the class of each pixel: ``interpolate(logits, ...).argmax(1)``.
 
     On a GPU the upsampled logits are never stored. fp16 and bf16 logits are interpolated in fp32, so that rounding
@@ -35,10 +37,12 @@ def upsample_argmax(
         scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
         align_corners: as in ``torch.nn.functional.interpolate``.
         dtype: uint8 or int64; None means uint8 for up to 256 classes, else int64.
+        confidence: return the probability of that class too; ``upsample_confidence`` has other measures.
 
     Returns:
         Class indices (N, H, W). The first NaN counts as the largest; among equal logits the first class wins. No
-        gradient flows through them.
+        gradient flows through them. With ``confidence`` a pair: these, and the largest of the softmax, (N, H, W)
+        float32.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``dtype`` is neither uint8 nor int64.
@@ -58,6 +62,8 @@ def upsample_argmax(
         raise TypeError(f"upsample_argmax: dtype is {dtype}; use torch.uint8 or torch.int64")
     if dtype == torch.uint8 and classes > UINT8_CLASSES:
         raise ValueError(f"upsample_argmax: {classes} classes do not fit uint8; use dtype=torch.int64")
+    if confidence:
+        return upsample_confidence(logits, size, scale_factor, align_corners=align_corners, dtype=dtype)
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     args = (H, W, factors, align_corners, dtype)
     if is_torchs(logits):

@@ -43,7 +43,7 @@ def read_checkpoint(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     training = payload.get("training") if isinstance(payload, dict) else None
     if not isinstance(training, dict) or not isinstance(training.get("settings"), dict):
         raise ValueError(f"{path}: is no checkpoint of fastseg train")
-    old = training["settings"]
+    old = {"loss": "ce"} | training["settings"]  # runs from before there was a choice
     for name, value in settings.items():
         if not _equal(old.get(name), value):
             raise ValueError(f"{path}: its run had {name} = {old.get(name)!r}, this one {value!r}; use the same")

@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import ConstantLR, OneCycleLR, PolynomialLR
 from fastseg.io.files import first_line
 from fastseg.io.processes import Processes
 from fastseg.io.progress import progress
+from fastseg.losses import parse_loss
 from fastseg.metrics import median_frequency_weights
 from fastseg.models import DeepSupervision, fading_weights
 from fastseg.nn import SyncBatchNorm
@@ -62,6 +63,7 @@ class Settings:
     seed: int = 0
     deep_supervision: Literal["constant", "fading"] | None = None
     supervise: tuple[str | int, ...] | None = None  # where the heads of a ``DeepSupervision`` are
+    loss: str = "ce"  # names and weights, as ``fastseg.losses.parse_loss`` takes them
 
 
 class ShareOfLoss(nn.Module):
@@ -69,17 +71,24 @@ class ShareOfLoss(nn.Module):
 
         sum of the losses of its pixels * processes / sum of the class weights of all processes' pixels
 
-    DDP averages gradients, so they equal those of one process with the whole batch, even if parts ignore pixels.
+    DDP averages gradients, so they equal those of one process with the whole batch, even if parts ignore pixels. Other
+    losses than cross entropy are means over images, or over the batch of all processes.
     """
 
-    def __init__(self, model: nn.Module, weight: Tensor | None, void: int):
+    def __init__(self, model: nn.Module, weight: Tensor | None, void: int, loss: str = "ce"):
         super().__init__()
         self.model, self.void = model, void
+        terms = parse_loss(loss, weight=weight)
+        self.factors = [factor for factor, _ in terms]
+        self.losses = nn.ModuleList(term for _, term in terms) if loss != "ce" else None
         self.register_buffer("weight", weight, persistent=False)
 
     def forward(self, x: Tensor, labels: Tensor, total: Tensor, heads: Sequence[float] | None = None) -> Tensor:
         """``heads``: factors of the losses of deep supervision."""
-        more = {} if heads is None else {"weights": heads}
+        more: dict[str, Any] = {} if heads is None else {"weights": heads}
+        if self.losses is not None:
+            terms = list(zip(self.factors, self.losses, strict=True))
+            return self.model.loss(x, labels, terms=terms, ignore_index=self.void, across_processes=True, **more)
         loss = self.model.loss(x, labels, weight=self.weight, ignore_index=self.void, reduction="sum", **more)
         return loss / total
 
@@ -161,7 +170,7 @@ def train(
     model = model.to(device, memory_format=torch.channels_last)
     if processes.count > 1:
         model = SyncBatchNorm.convert_sync_batchnorm(model)
-    share = ShareOfLoss(model.train(), weight, spec.void)
+    share = ShareOfLoss(model.train(), weight, spec.void, settings.loss)
     step_of = DistributedDataParallel(share, broadcast_buffers=False) if processes.count > 1 else share
     augment = Augment(settings.size, settings.scale, settings.crop, settings.flip, spec.void)
     loader, sampler = training_batches(train_set, augment, settings.batch, settings.seed, processes, workers, pin)

@@ -27,15 +27,18 @@ from fastseg.ops import (
     upsample_bilinear,
     upsample_concat,
     upsample_concat_conv2d,
+    upsample_confidence,
     upsample_cross_entropy,
     upsample_sum,
 )
 from fastseg.ops.atrous_conv2d import atrous_branches
+from fastseg.ops.core.loss_columns import Column
 from fastseg.ops.inverted_residual import inverted_residual
 from fastseg.ops.registered.fold_norm import fold_norm
 from fastseg.ops.registered.pointwise_conv import pointwise_conv2d
 from fastseg.ops.registered.stem_conv import stem_conv2d
 from fastseg.ops.registered.upsample_taps import upsample_taps
+from fastseg.ops.upsample_loss_sums import upsample_loss_sums
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -289,6 +292,16 @@ def _cross_entropy(reduction: str) -> Callable[[Draw], Drawn]:
     return lambda d: (run, [d.map(1, 5, 2, 3), d.classes(5, 1, 4, 6), d.vector(5, grad=False)])
 
 
+def _loss_sums(activation: str, *kinds: str, each: bool = False) -> Callable[[Draw], Drawn]:
+    columns = [Column(kind, 2.0) for kind in kinds]
+
+    def run(logits, target):
+        target = (target == 1)[:, None].expand(-1, 5, -1, -1).long() if each else target
+        return upsample_loss_sums(logits, target, columns, activation, ignore_index=3)
+
+    return lambda d: (run, [d.map(1, 5, 2, 3), d.classes(5, 1, 4, 6)])
+
+
 def _of(op: Callable[..., Tensor], *size: int, **options) -> Callable[[Draw], Drawn]:
     """An op of one map, (*size)."""
     return lambda d: (lambda x: op(x, **options), [d.map(*size)])
@@ -303,6 +316,7 @@ ATROUS = "atrous_branches atrous_branches_input atrous_branches_weight"
 BILINEAR = "upsample_bilinear upsample_bilinear_bwd"
 TRANSPOSE = "bilinear_conv_transpose2d bilinear_conv_transpose2d_bwd"
 TAPS = "upsample_taps upsample_taps_bwd"
+SUMS = "upsample_loss_sums upsample_loss_sums_bwd"
 ENTROPY = "upsample_cross_entropy upsample_cross_entropy_bwd"
 
 ROWS: dict[str, Row] = {
@@ -345,4 +359,9 @@ ROWS: dict[str, Row] = {
     ),
     "upsample_cross_entropy, mean": Row(ENTROPY, _cross_entropy("mean")),
     "upsample_cross_entropy, none": Row(ENTROPY, _cross_entropy("none"), layouts=DENSE),
+    "upsample_loss_sums, softmax": Row(SUMS, _loss_sums("softmax", "nll", "inter", "prob", "target")),
+    "upsample_loss_sums, sigmoid": Row(SUMS, _loss_sums("sigmoid", "bce", "focal_pos", each=True), layouts=DENSE),
+    "upsample_confidence": Row(
+        "upsample_confidence", _of(upsample_confidence, 1, 5, 2, 3, size=7, measure="entropy"), False, DENSE
+    ),
 }

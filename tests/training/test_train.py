@@ -53,6 +53,26 @@ def test_a_resumed_run_is_the_same_run(folder, tmp_path, capsys):
         assert (tmp_path / "whole" / name).stat().st_size > 0
 
 
+def test_a_loss_of_several(folder, tmp_path, capsys):
+    """Resumed with the same loss alone; a checkpoint from before there was a choice has cross entropy."""
+    assert _train(folder, tmp_path / "run", "--loss", "ce+0.5*dice", epochs=1) == 0
+    mixed = _curve(tmp_path / "run")[0]["loss"]
+    assert _train(folder, tmp_path / "plain", epochs=1) == 0
+    assert mixed > _curve(tmp_path / "plain")[0]["loss"]  # half a Dice loss more
+    capsys.readouterr()
+    assert _train(folder, tmp_path / "run", "--resume", epochs=1) == 1
+    assert "its run had loss = 'ce+0.5*dice', this one 'ce'" in _complaint(capsys)
+    last = tmp_path / "plain" / "last.pt"
+    payload = read_payload(last)
+    del payload["training"]["settings"]["loss"]
+    torch.save(payload, tmp_path / "old.pt")  # the payload is mapped from the file
+    os.replace(tmp_path / "old.pt", last)
+    assert _train(folder, tmp_path / "plain", "--resume", epochs=1) == 0
+    with pytest.raises(SystemExit):
+        _train(folder, tmp_path / "other", "--loss", "ce+mse")
+    assert "'mse' is no loss" in capsys.readouterr().err
+
+
 def test_evaluate_names_the_classes_and_draws_in_the_labels_colours(folder, tmp_path, capsys):
     assert _train(folder, tmp_path / "run", epochs=1) == 0
     colours = [[200, 10, 20], [30, 40, 220]]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core import dispatch
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, followed
 from fastseg.ops.core.norm import activate, add_residual
 
 if HAS_TRITON:
@@ -114,9 +114,7 @@ def _mixed(call: ConvCall, dtype: torch.dtype) -> str:
             return "tensors on different devices"
     if residual is not None and residual.dtype != dtype:
         return "dtypes that differ"
-    if device.type != "meta" and torch.is_autocast_enabled(
-        device.type
-    ):  # torch then casts the parameters; a kernel casts as it loads
+    if autocasts(x):  # torch then casts the parameters; a kernel casts as it loads
         return ""
     return "dtypes that differ" if weight.dtype != dtype or (bias is not None and bias.dtype != dtype) else ""
 

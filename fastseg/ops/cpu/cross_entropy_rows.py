@@ -14,20 +14,16 @@ from torch import Tensor
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.labels import check_targets
 from fastseg.ops.core.layout import memory_format_of
-from fastseg.ops.core.upsample import along_x, cross_entropy, is_finite, neighbours
+from fastseg.ops.core.upsample import along_x, cross_entropy, is_finite
 from fastseg.ops.cpu.threads import each
-
-_BLOCK = 2**17  # values in a block: 512 KiB of fp32
-_STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of rows
+from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
 
 # Upsampled logits from which strips are the fastest form (``benchmarks/cpu_threads.py --ops loss``). With 3 and 4
 # classes they take 1.0 to 1.4 of the time of torch's two steps, with others 0.2 to 0.9 from here on. On two threads,
 # 21 classes at 128^2 (0.7e6 values) took 1.4, 150 at 128^2 (5e6) and 21 at 512^2 (11e6) 0.5.
 _LEAST_OF_TWO, _LEAST_OF_FEW, _LEAST, _LEAST_OF_THREADS = 2**18, 2**19, 2**20, 2**22
-_MANY, _LANES = (
-    5,
-    12,
-)  # classes from which strips pay, and from which a softmax along memory does: 0.65 to 0.85 of the time
+_MANY = 5  # classes from which strips pay
+_LANES = 12  # classes from which a softmax along memory does: 0.65 to 0.85 of the time
 
 
 class Criterion(NamedTuple):
@@ -37,17 +33,6 @@ class Criterion(NamedTuple):
     reduction: str
     label_smoothing: float
     align_corners: bool
-
-
-class Strip(NamedTuple):
-    """Output rows [start, stop) of an image, which lie between its input rows [first, last)."""
-
-    image: int
-    start: int
-    stop: int
-    first: int
-    last: int
-    matrix: Tensor  # (stop - start, last - first): the interpolation along y
 
 
 class Labels(NamedTuple):
@@ -94,7 +79,7 @@ class _Walk:
         ``losses``, (N, H, W), is filled if given; ``total`` and ``weights`` are accumulated.
         """
         N, C, h, w = self.x.shape
-        strips = self._strips()
+        strips = strips_of(self.x.shape, *self.target.shape[1:], self.criterion.align_corners, self.kind)
         run = lambda strip: self._strip(strip, wants_grad, dy, losses)
         parts = each(run, strips)
         dx = torch.zeros(N, h, C, w, dtype=self.kind, device="cpu") if wants_grad else None
@@ -104,19 +89,6 @@ class _Walk:
             if wants_grad:
                 dx[strip.image, strip.first : strip.last] += part
         return dx
-
-    def _strips(self) -> list[Strip]:
-        (N, C, h, _), (_, H, W) = self.x.shape, self.target.shape
-        first, second, weight = neighbours(h, H, self.criterion.align_corners, self.kind)
-        matrix = torch.zeros(H, h, dtype=self.kind, device="cpu").scatter_(1, first[:, None], (1 - weight)[:, None])
-        matrix.scatter_add_(1, second[:, None], weight[:, None])
-        rows, firsts, seconds = max(_LEAST_ROWS, _STRIP // (W * C)), first.tolist(), second.tolist()
-        strips = []
-        for start in range(0, H, rows):
-            stop = min(start + rows, H)
-            low = (firsts[start], seconds[stop - 1] + 1)
-            strips.append((start, stop, *low, matrix[start:stop, low[0] : low[1]]))
-        return [Strip(n, *strip) for n in range(N) for strip in strips]
 
     def _strip(self, strip: Strip, wants_grad: bool, dy: Tensor | None, losses: Tensor | None):
         """Return the sum of losses, the sum of target weights, and the gradient at the logits (last - first, C, w)."""
@@ -132,7 +104,7 @@ class _Walk:
         wide = along_x(x, W, self.criterion.align_corners)
         dwide = torch.zeros_like(wide) if wants_grad else None
         total = weights = 0.0
-        rows = max(1, _BLOCK // wide.shape[1])
+        rows = max(1, BLOCK // wide.shape[1])
         for start in range(0, end - begin, rows):
             stop = min(start + rows, end - begin)
             labels = self._labels(target[start:stop, None], some_ignored)
@@ -150,15 +122,8 @@ class _Walk:
                 dwide.addmm_(matrix[start:stop].t(), v.view(stop - start, -1))
         if not wants_grad:
             return total, weights, None
-        part = self._along_x_backward(dwide, x.shape)
+        part = along_x_backward(dwide, x.shape, self.criterion.align_corners)
         return total, weights, torch.cat([-part, part], 1) if two else part
-
-    def _along_x_backward(self, dwide: Tensor, shape: tuple[int, ...]) -> Tensor:
-        C, rows, w = shape
-        lines = dwide.view(rows * C, -1).t().contiguous()[None, None].permute(0, 3, 1, 2)
-        back = torch.ops.aten.upsample_bilinear2d_backward
-        dx = back(lines, lines.shape[2:], [1, rows * C, 1, w], self.criterion.align_corners, None, None)
-        return dx.reshape(rows, C, w)
 
     def _labels(self, target: Tensor, some_ignored: bool) -> Labels:
         counts, target = None, target.long()

@@ -1,4 +1,4 @@
-"""Ahead-of-time cases of the fused heads: upsampling with argmax, upsampling with cross entropy."""
+"""Ahead-of-time cases of the fused heads: upsampling with argmax, with cross entropy, with sums for other losses."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from fastseg.kernels.upsample.argmax import upsample_argmax_fwd
+from fastseg.kernels.upsample.confidence import MEASURES, upsample_confidence_fwd
 from fastseg.kernels.upsample.cross_entropy import upsample_cross_entropy_bwd, upsample_cross_entropy_fwd
+from fastseg.kernels.upsample.cross_entropy_bwd import OfSums
+from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
+from fastseg.kernels.upsample.loss_terms import CODES
 from fastseg.kernels.upsample.sizes import Axis, Loss, Upsampling
 
 
@@ -45,6 +49,28 @@ def _cross_entropy(
     upsample_cross_entropy_bwd(dy, x, target, weight, lse, up, loss)
 
 
+def _sums(
+    dtype: torch.dtype, C: int, *kinds: str, N: int = 16, low: int = 128, full: int = 512, each: bool = False,
+    gamma: float = 2.0, weighted: bool = False,
+) -> None:  # fmt: skip
+    """Forward and backward; ``each``: sigmoid, and a label for each class."""
+    meta = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
+    up, spec = _upsampling(low, full, False), tuple((CODES[kind], gamma, 0.0) for kind in kinds)
+    target = meta(N, C, full, full, dtype=torch.uint8) if each else meta(N, full, full, dtype=torch.int64)
+    x, slopes = _logits(dtype, N, C, low, torch.contiguous_format), meta(N, C, len(kinds))
+    lse, weight = (None if each else meta(N, full, full)), (meta(N, full, full) if weighted else None)
+    upsample_loss_sums(x, target, weight, lse, up, spec, 255)
+    inner = slopes if lse is None else upsample_loss_inner(x, target, weight, lse, slopes, up, spec, 255)
+    upsample_cross_entropy_bwd(inner, x, target, weight, slopes if lse is None else lse, up, Loss(255, 0.0),
+                               OfSums(spec, slopes, each))  # fmt: skip
+
+
+def _confidence(dtype: torch.dtype, C: int, N: int = 16, full: int = 512) -> None:
+    for measure in MEASURES:
+        x = _logits(dtype, N, C, 128, torch.contiguous_format)
+        upsample_confidence_fwd(x, _upsampling(128, full, False), torch.uint8, measure)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "argmax 21, 128 -> 512": lambda dtype: _argmax(dtype, 21),
     "argmax 19, 128 -> 512, corners": lambda dtype: _argmax(dtype, 19, align_corners=True, nchw=True),
@@ -62,11 +88,23 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "cross entropy 150, 16 -> 512": lambda dtype: _cross_entropy(dtype, 150, low=16),
     "cross entropy 21, options": lambda dtype: _cross_entropy(dtype, 21, options=True),
     "cross entropy 21, large": lambda dtype: _cross_entropy(dtype, 21, N=8200),
+    "cross entropy and Dice 21, 128 -> 512": lambda dtype: _sums(dtype, 21, *_CE_DICE),
+    "cross entropy and Dice 150, large": lambda dtype: _sums(dtype, 150, *_CE_DICE, N=8200),
+    "binary cross entropy and Dice 1, 128 -> 512": lambda dtype: _sums(
+        dtype, 1, "bce", "count", "inter", "prob", "target", each=True, weighted=True
+    ),
+    "confidence 21, 128 -> 512": lambda dtype: _confidence(dtype, 21),
+    "confidence 21, large": lambda dtype: _confidence(dtype, 21, N=8200),
+    "focal 19, 128 -> 512": lambda dtype: _sums(dtype, 19, "focal_pos", "focal_neg", "count", each=True, gamma=1.5),
 }
 
+_CE_DICE = ("nll", "target", "count", "inter", "prob")
 _GATHER = "the corners of an output are gathered: neighbouring outputs share or skip low-resolution pixels"
 SCALAR_LOADS: dict[str, str] = {
     "_upsample_argmax_fwd_kernel": _GATHER,
     "_upsample_cross_entropy_fwd_kernel": _GATHER,
     "_upsample_cross_entropy_bwd_kernel": _GATHER,
+    "_upsample_confidence_kernel": _GATHER,
+    "_upsample_loss_sums_kernel": _GATHER,
+    "_upsample_loss_inner_kernel": _GATHER,
 }

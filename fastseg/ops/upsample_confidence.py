@@ -1,0 +1,256 @@
+"""Class map of low-resolution logits, and how sure each pixel is."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.register import register
+from fastseg.ops.core.upsample import Factors, along_x, interpolate, is_finite, output_size, unsupported, upsampling
+from fastseg.ops.cpu.threads import each
+from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, strips_of
+
+if HAS_TRITON:
+    from fastseg.kernels.upsample.confidence import upsample_confidence_fwd
+
+MEASURES = ("probability", "margin", "entropy")
+_LARGE = 2**19  # upsampled logits; from here on a CPU works in strips, smaller maps stay in its caches
+_UINT8_CLASSES = 256
+
+Size = int | tuple[int, int] | None
+Factor = float | tuple[float, float] | None
+
+
+def upsample_confidence(
+    logits: Tensor,
+    size: Size = None,
+    scale_factor: Factor = None,
+    *,
+    measure: str = "probability",
+    align_corners: bool = False,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Upsample logits bilinearly; the class of each pixel, and how sure it is, of ``p = interpolate(...).softmax(1)``.
+
+    The upsampled logits are never stored. All dtypes are computed in fp32.
+
+    Args:
+        logits: (N, C, h, w), floating point, any layout.
+        size: output height and width in pixels, or one number for both.
+        scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
+        measure: "probability" (the largest p), "margin" (the largest less the second) or "entropy" (of p, in nats).
+        align_corners: as in ``torch.nn.functional.interpolate``.
+        dtype: of the classes, uint8 or int64; None means uint8 for up to 256 classes, else int64.
+
+    Returns:
+        Classes (N, H, W), those of ``upsample_argmax``, and values (N, H, W), float32. No gradient flows.
+
+    Raises:
+        TypeError: ``logits`` is not floating point, or ``dtype`` is neither uint8 nor int64.
+        ValueError: ``logits`` is not 4-D, or has no class or no pixel; both or neither of ``size`` and ``scale_factor``
+            are given; the measure is unknown; ``dtype`` is uint8 for more than 256 classes.
+
+    Reference: ``torch.nn.functional.interpolate``, ``torch.softmax``.
+    """
+    name = "upsample_confidence"
+    if measure not in MEASURES:
+        raise ValueError(f"{name}: measure is {measure!r}; use one of {', '.join(MEASURES)}")
+    _check(name, logits)
+    if dtype is None:
+        dtype = torch.uint8 if logits.shape[1] <= _UINT8_CLASSES else torch.int64
+    if dtype not in (torch.uint8, torch.int64):
+        raise TypeError(f"{name}: dtype is {dtype}; use torch.uint8 or torch.int64")
+    if dtype == torch.uint8 and logits.shape[1] > _UINT8_CLASSES:
+        raise ValueError(f"{name}: {logits.shape[1]} classes do not fit uint8; use dtype=torch.int64")
+    H, W, factors = output_size(name, logits, size, scale_factor)
+    logits = logits.detach()
+    if use_kernel(name, logits, unsupported=unsupported(logits, H, W)):
+        classes, values = _op(logits, H, W, *factors, align_corners, measure, dtype == torch.int64)
+    else:
+        classes, values = upsample_confidence_ref(logits, H, W, factors, align_corners, measure)
+    return classes.to(dtype), values.float()
+
+
+def upsample_confidence_ref(
+    logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str
+) -> tuple[Tensor, Tensor]:
+    """``upsample_confidence`` in plain PyTorch; on a CPU large maps are walked in strips of rows."""
+    found = lambda v: _measured(v, measure)
+    if _walks(logits, H, W):
+        return _by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (1, 1), squeeze=True)
+    return found(_full(logits, H, W, factors, align_corners))
+
+
+def upsample_topk(
+    logits: Tensor, k: int, size: Size = None, scale_factor: Factor = None, *, align_corners: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Upsample logits bilinearly; the ``k`` most probable classes of each pixel, and their probabilities.
+
+    On a CPU in strips of rows; elsewhere by torch's own steps, one image at a time.
+
+    Args:
+        logits: (N, C, h, w), floating point.
+        k: how many, at most C.
+        size: output height and width in pixels, or one number for both.
+        scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        Classes (N, k, H, W), int64, the most probable first, and probabilities (N, k, H, W), float32.
+
+    Raises:
+        TypeError: ``logits`` is not floating point.
+        ValueError: as ``upsample_confidence``, or ``k`` is not within 1 and C.
+    """
+    _check("upsample_topk", logits)
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(f"upsample_topk: k is {k}; give 1 to {logits.shape[1]}, the number of classes")
+    H, W, factors = output_size("upsample_topk", logits, size, scale_factor)
+    logits = logits.detach()
+
+    def found(v: Tensor) -> tuple[Tensor, Tensor]:
+        values, classes = v.topk(k, 1)
+        return classes, (values - v.logsumexp(1, keepdim=True)).exp()
+
+    if _walks(logits, H, W):
+        return _by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
+    if logits.shape[0] == 0:
+        return (logits.new_empty((0, k, H, W), dtype=torch.int64), logits.new_empty((0, k, H, W), dtype=torch.float32))
+    parts = [found(_full(image, H, W, factors, align_corners)) for image in logits.split(1)]
+    classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return classes, values.float()
+
+
+def upsample_threshold(
+    logits: Tensor,
+    size: Size = None,
+    scale_factor: Factor = None,
+    *,
+    threshold: float = 0.5,
+    align_corners: bool = False,
+    confidence: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Upsample logits of one channel bilinearly and threshold them: ``interpolate(logits, ...).sigmoid() > threshold``.
+
+    Args:
+        logits: (N, 1, h, w), floating point.
+        size: output height and width in pixels, or one number for both.
+        scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
+        threshold: a probability, in (0, 1).
+        align_corners: as in ``torch.nn.functional.interpolate``.
+        confidence: return the probabilities too.
+
+    Returns:
+        (N, H, W), uint8, 1 where the probability is larger; with ``confidence`` a pair: it, and the probabilities,
+        float32.
+
+    Raises:
+        TypeError: ``logits`` is not floating point.
+        ValueError: there is not one channel, or ``threshold`` is outside (0, 1).
+    """
+    _check("upsample_threshold", logits)
+    if logits.shape[1] != 1 or not 0 < threshold < 1:
+        raise ValueError(
+            f"upsample_threshold: logits are {tuple(logits.shape)}, threshold is {threshold}; give one channel, and a "
+            "probability"
+        )
+    H, W, factors = output_size("upsample_threshold", logits, size, scale_factor)
+    v = _full(logits.detach(), H, W, factors, align_corners)[:, 0]  # one plane: no larger than its result
+    above = (v > math.log(threshold / (1 - threshold))).to(torch.uint8)
+    return (above, v.sigmoid().float()) if confidence else above
+
+
+def _check(name: str, logits: Tensor) -> None:
+    if logits.dim() != 4 or logits.shape[1] == 0:
+        raise ValueError(f"{name}: logits are {tuple(logits.shape)}; give (N, C, h, w) with C > 0")
+    if not logits.is_floating_point():
+        raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
+
+
+def _full(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
+    return interpolate(logits.to(torch.promote_types(logits.dtype, torch.float32)), H, W, factors, align_corners)
+
+
+def _walks(logits: Tensor, H: int, W: int) -> bool:
+    if logits.device.type != "cpu" or followed(logits):
+        return False
+    return logits.shape[0] * logits.shape[1] * H * W >= _LARGE and is_finite(logits)
+
+
+def _measured(v: Tensor, measure: str) -> tuple[Tensor, Tensor]:
+    """Logits (N, C, H, W) -> classes and values (N, H, W)."""
+    largest, classes = v.max(1, keepdim=True)
+    v = v - largest
+    e = v.exp()
+    s = e.sum(1, keepdim=True)
+    if measure == "entropy":
+        values = s.log() - torch.where(e == 0, 0.0, v * e).sum(1, keepdim=True) / s
+    elif measure == "margin":
+        second = e.scatter(1, classes, 0.0).amax(1, keepdim=True)
+        values = (1 - second) / s
+    else:
+        values = 1 / s
+    return classes[:, 0], values[:, 0]
+
+
+def _by_rows(
+    found, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtypes, channels, *, squeeze=False
+) -> tuple[Tensor, ...]:
+    """What ``found`` gives for blocks (rows, C, W), pixels innermost, laid out as (N, channels, H, W)."""
+    kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    N, C = logits.shape[:2]
+    results = [
+        torch.empty((N, H, W) if squeeze else (N, k, H, W), dtype=dtype, device="cpu")
+        for dtype, k in zip(dtypes, channels, strict=True)
+    ]
+
+    def strip(part: Strip) -> None:
+        x = logits[part.image, :, part.first : part.last].to(kind)
+        wide = along_x(x, W, align_corners, factors[1])
+        step = max(1, BLOCK // (C * W))
+        for start in range(0, part.stop - part.start, step):
+            rows = slice(start, min(start + step, part.stop - part.start))
+            v = torch.mm(part.matrix[rows], wide).view(-1, C, W)
+            there = slice(part.start + rows.start, part.start + rows.stop)
+            for result, block in zip(results, found(v), strict=True):
+                if squeeze:
+                    result[part.image, there] = block
+                else:
+                    result[part.image, :, there] = block.transpose(0, 1)
+
+    each(strip, strips_of(logits.shape, H, W, align_corners, kind, factors[0]))
+    return tuple(results)
+
+
+def _launch(
+    logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, measure: str, wide: bool
+):
+    if unsupported(logits, H, W):
+        return _plain(logits, H, W, factor_h, factor_w, align_corners, measure, wide)
+    up = upsampling(logits, H, W, (factor_h, factor_w), align_corners)
+    return upsample_confidence_fwd(logits.contiguous(), up, torch.int64 if wide else torch.uint8, measure)
+
+
+def _plain(
+    logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, measure: str, wide: bool
+):
+    classes, values = _measured(_full(logits, H, W, (factor_h, factor_w), align_corners), measure)
+    kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return classes.to(torch.int64 if wide else torch.uint8).contiguous(), values.to(kind).contiguous()
+
+
+def _fake(
+    logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, measure: str, wide: bool
+):
+    shape, kind = (logits.shape[0], H, W), torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(shape, dtype=torch.int64 if wide else torch.uint8), logits.new_empty(shape, dtype=kind)
+
+
+_op = register(
+    "upsample_confidence(Tensor logits, SymInt H, SymInt W, float factor_h, float factor_w, bool align_corners, "
+    "str measure, bool wide) -> (Tensor, Tensor)",
+    _launch,
+    _plain,
+    _fake,
+)

@@ -1,0 +1,65 @@
+"""Confusion matrix of low-resolution logits against labels of full size."""
+
+import torch
+from torch import Tensor
+
+from fastseg.ops.core.labels import LABEL_DTYPES
+from fastseg.ops.upsample_argmax import upsample_argmax
+
+
+def upsample_confusion(
+    logits: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """Upsample logits bilinearly, take the class of each pixel, and count (target, class) pairs.
+
+    The full-size logits are never stored, and the class map of one image at a time only.
+
+    Args:
+        logits: (N, C, h, w), floating point, C at most ``num_classes``.
+        target: class indices (N, H, W), of an integer dtype.
+        num_classes: classes, background included.
+        ignore_index: target value whose pixels are not counted.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        (num_classes, num_classes), int64, on the device of the logits: entry [t, p] counts pixels of class t predicted
+        as p.
+
+    Raises:
+        TypeError: ``target`` is not of integers.
+        ValueError: shapes do not match, or there are more classes than ``num_classes``.
+        IndexError: a target is neither a class nor ``ignore_index``; elsewhere than on a CPU it is not counted.
+    """
+    name = "upsample_confusion"
+    if logits.dim() != 4 or target.dim() != 3 or logits.shape[0] != target.shape[0]:
+        raise ValueError(
+            f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; "
+            "give (N, C, h, w) and (N, H, W)"
+        )
+    if target.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8 or int8 to int64")
+    if not 1 <= logits.shape[1] <= num_classes:
+        raise ValueError(f"{name}: {logits.shape[1]} classes of logits, num_classes is {num_classes}")
+    C = num_classes
+    counts = torch.zeros(C * C + 2, dtype=torch.int64, device=logits.device)  # and ignored, and out of range
+    for image, labels in zip(logits.split(1), target.split(1), strict=True):
+        classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners)
+        labels = labels.long()
+        bins = torch.where((labels < 0) | (labels >= C), C * C + 1, labels * C + classes)
+        if ignore_index is not None:
+            bins = torch.where(labels == ignore_index, C * C, bins)
+        bins = bins.flatten()
+        if bins.device.type == "cpu":
+            found = torch.bincount(bins, minlength=C * C + 2)
+            if found[-1] > 0:
+                bad = labels.flatten()[bins == C * C + 1][0]
+                raise IndexError(f"Target {int(bad)} is out of bounds.")
+            counts += found
+        else:  # bincount would wait for the device
+            counts.scatter_add_(0, bins, torch.ones_like(bins))
+    return counts[: C * C].view(C, C)

@@ -1,0 +1,202 @@
+"""Sums over the pixels of bilinearly upsampled logits, which losses of regions are computed from."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastseg.ops.core.autograd import derived, differentiable
+from fastseg.ops.core.dispatch import followed, needs_grad, use_kernel
+from fastseg.ops.core.labels import LABEL_DTYPES, check_targets
+from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
+from fastseg.ops.core.loss_full import at_full_size
+from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.upsample import is_finite
+from fastseg.ops.cpu import loss_rows
+from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
+
+_LEAST, _PLANE = 2**18, 2**17  # upsampled logits, of one class; from here on strips beat torch's own steps
+_MANY = 5  # classes; from here on strips are faster, and with one; 3 and 4 are planes
+
+
+def upsample_loss_sums(
+    logits: Tensor,
+    target: Tensor,
+    columns: Sequence[Column],
+    activation: str = SOFTMAX,
+    *,
+    ignore_index: int | None = -100,
+    pixel_weight: Tensor | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """Upsample logits bilinearly to the size of the target, and sum functions of them over the pixels of each image.
+
+    ``fastseg/ops/core/loss_columns.py`` lists the functions. Neither the full-size logits nor their gradient are
+    stored; the second walk over the pixels, for the gradient, reads nothing of the first but its sums.
+
+    Args:
+        logits: (N, C, h, w), floating point, any layout.
+        target: class indices (N, H, W) or (N, 1, H, W), uint8, int8, int16, int32 or int64; or labels for each class
+            (N, C, H, W), integers 0 and 1, booleans, or floating point (probabilities).
+        columns: what is summed.
+        activation: "softmax" or "sigmoid".
+        ignore_index: label of pixels that do not count; for labels of each class, of the class's pixel alone.
+        pixel_weight: (N, H, W), a factor for each pixel.
+        align_corners: as in ``torch.nn.functional.interpolate``.
+
+    Returns:
+        Sums (N, C, columns), float64. Gradients flow to the logits, and to ``pixel_weight`` where it asks for one.
+
+    Raises:
+        TypeError: ``logits`` is not floating point, or ``target`` has no dtype of labels.
+        ValueError: shapes do not match, activation or column is unknown, or tensors are on different devices.
+        IndexError: a label is neither a class nor ``ignore_index``; on a GPU the sums are NaN, and a device-side
+            assertion reports it.
+
+    Reference: ``torch.nn.functional.interpolate``, ``softmax``, ``sigmoid``, and sums.
+    """
+    sums = Sums(tuple(columns), activation, None if ignore_index is None else whole(ignore_index), align_corners)
+    target = checked(logits, target, sums, pixel_weight)
+    why = not_taken(logits, target, sums)
+    if pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled():
+        why = why or "pixel_weight requires a gradient"
+    if not use_kernel("upsample_loss_sums", logits, target, pixel_weight, unsupported=why):
+        return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
+    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+        check_labels(target, logits.shape[1], sums.ignore_index)
+    call = call_of(logits, target, pixel_weight, sums)
+    return (UpsampleLossSums.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
+
+
+def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None = None) -> Tensor:
+    """``upsample_loss_sums`` in plain PyTorch; on a CPU it takes a few rows at a time where that is faster."""
+    by_rows = logits.device.type == "cpu" and not followed(logits, pixel_weight)
+    by_rows = by_rows and not (pixel_weight is not None and pixel_weight.requires_grad)
+    if by_rows:
+        if not check_labels(target, logits.shape[1], sums.ignore_index):
+            sums = sums._replace(ignore_index=None)
+        C, pixels = logits.shape[1], target.shape[0] * target.shape[-1] * target.shape[-2]
+        if C == 2 and pixels >= _PLANE and sums.activation == SOFTMAX and target.dim() == 3 and is_finite(logits):
+            return _of_two(logits, target, sums, pixel_weight)
+        large = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
+        if large and is_finite(logits):
+            return _Rows.apply(logits, target, pixel_weight, sums)
+    with torch.autocast(logits.device.type, enabled=False):
+        return at_full_size(logits, target, pixel_weight, sums)
+
+
+def _of_two(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+    """Two finite classes, by the sigmoid of their difference: one plane, and the other class is what is left of 1."""
+    needed: dict[Column, None] = dict.fromkeys([Column("count"), Column("target")])
+    for kind, gamma, _ in sums.columns:
+        needed.update(dict.fromkeys(Column(name, gamma if name in _FOCAL else 0.0) for name in _OF_TWO.get(kind, ())))
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    difference = logits[:, 1:].to(kind) - logits[:, :1].to(kind)
+    one = Sums(tuple(needed), SIGMOID, sums.ignore_index, sums.align_corners)
+    at = dict(
+        zip(needed, upsample_loss_sums_ref(difference, target[:, None], one, pixel_weight).unbind(2), strict=True)
+    )
+    of = lambda name, gamma=0.0: at[Column(name, gamma)]
+    count, second = of("count"), of("target")
+    pairs = {
+        "count": lambda _: (count, count),
+        "target": lambda _: (count - second, second),
+        "target_square": lambda _: (count - second, second),
+        "inter": lambda _: (count - second - of("prob") + of("inter"), of("inter")),
+        "least": lambda _: (count - second - of("prob") + of("inter"), of("inter")),
+        "prob": lambda _: (count - of("prob"), of("prob")),
+        "square": lambda _: (count - 2 * of("prob") + of("square"), of("square")),
+        "nll": lambda _: (of("neg"), of("pos")),
+        "all": lambda _: (of("neg") + of("pos_flip"), of("pos") + of("neg_flip")),
+        "focal": lambda gamma: (of("focal_neg", gamma), of("focal_pos", gamma)),
+    }
+    return torch.stack([torch.cat(pairs[name](gamma), 1) for name, gamma, _ in sums.columns], 2)
+
+
+_FOCAL = ("focal_pos", "focal_neg")
+_OF_TWO = {  # columns of softmax -> those of sigmoid that they are made of, besides count and target
+    "inter": ("inter", "prob"), "least": ("inter", "prob"), "prob": ("prob",), "square": ("square", "prob"),
+    "nll": ("pos", "neg"), "all": ("pos", "neg", "pos_flip", "neg_flip"), "focal": _FOCAL,
+}  # fmt: skip
+
+
+class _Rows(torch.autograd.Function):
+    """The sums by strips of rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
+        ctx.sums = sums
+        ctx.save_for_backward(x, target, pixel_weight)
+        with torch.autocast("cpu", enabled=False):
+            return loss_rows.Walk(x, target, pixel_weight, sums).forward()
+
+    @staticmethod
+    def gradients(ctx, saved, slopes: Tensor):
+        x, target, pixel_weight = saved
+        with torch.autocast("cpu", enabled=False):
+            dx = loss_rows.Walk(x, target, pixel_weight, ctx.sums).backward(slopes)
+        return loss_rows.like(x, dx), None, None, None
+
+    @staticmethod
+    def again(ctx, saved, slopes: Tensor):
+        x, *others = saved
+        with torch.autocast("cpu", enabled=False):
+            forward = lambda x: at_full_size(x, *others, ctx.sums)
+            return *derived(forward, (x,), ctx.needs_input_grad[:1], slopes), None, None, None
+
+    backward = staticmethod(differentiable(gradients, again))
+
+
+# --- arguments
+
+
+def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> bool:
+    """Raise torch's error for a label that is no class; labels of each class are 0 or 1. Reads the values.
+
+    Returns:
+        False if no label is ignored.
+    """
+    if target.numel() == 0:
+        return False
+    if target.dtype == torch.bool:
+        return ignore_index in (0, 1)
+    least, most = (value.item() for value in target.aminmax())
+    if target.dtype in LABEL_DTYPES and (least < 0 or most >= (2 if target.dim() == 4 else classes)):
+        check_targets(target, 2 if target.dim() == 4 else classes, -1 if ignore_index is None else ignore_index)
+    return ignore_index is not None and least <= ignore_index <= most
+
+
+def checked(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+    """Check the arguments; return class indices as (N, H, W), labels of each class as (N, C, H, W)."""
+    name = "upsample_loss"
+    if sums.activation not in KINDS:
+        raise ValueError(f'{name}: activation is {sums.activation!r}; use "softmax" or "sigmoid"')
+    for column in sums.columns:
+        if column.kind not in KINDS[sums.activation]:
+            raise ValueError(f"{name}: {column.kind!r} is no sum of {sums.activation}; it has {KINDS[sums.activation]}")
+    given = f"logits are {tuple(logits.shape)} and target is {tuple(target.shape)}"
+    if logits.dim() != 4 or target.dim() not in (3, 4) or logits.shape[0] != target.shape[0] or logits.shape[1] == 0:
+        raise ValueError(f"{name}: {given}; give (N, C, h, w), and (N, H, W) or (N, C, H, W)")
+    if 0 in (*logits.shape[2:], *target.shape[-2:]):
+        raise ValueError(f"{name}: {given}; there is no pixel in them")
+    if not logits.is_floating_point():
+        raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
+    C = logits.shape[1]
+    if target.dim() == 4 and target.shape[1] not in (1, C):
+        raise ValueError(f"{name}: {given}; give class indices (N, H, W), or labels for each of {C} classes")
+    one = C == 1 and sums.activation == SIGMOID
+    if target.dim() == 4 and target.shape[1] == 1 and not one and not (C == 1 and target.is_floating_point()):
+        target = target[:, 0]
+    elif target.dim() == 3 and one:
+        target = target[:, None]
+    if target.dim() == 3 and target.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8 or int8 to int64")
+    if target.is_complex():
+        raise TypeError(f"{name}: target is {target.dtype}; give labels 0 and 1, or probabilities")
+    size = (target.shape[0], *target.shape[-2:])
+    if pixel_weight is not None and (pixel_weight.shape != size or not pixel_weight.is_floating_point()):
+        raise ValueError(
+            f"{name}: pixel_weight is {tuple(pixel_weight.shape)}, {pixel_weight.dtype}; give a floating-point factor "
+            f"for each pixel, {size}"
+        )
+    return target
