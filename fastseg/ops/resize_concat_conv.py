@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed, kernels_run, needs_grad
+from fastseg.ops.core.dispatch import autocast_dtype, followed, kernels_run, needs_grad
 from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
@@ -23,12 +23,9 @@ from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
 from fastseg.ops.upsample_bilinear import upsample_bilinear
-from fastseg.ops.upsample_concat_conv import plan_cpu
+from fastseg.ops.upsample_concat_conv import FORMS as UPSAMPLED
+from fastseg.ops.upsample_concat_conv import request_of
 from fastseg.ops.upsample_sum import upsample_sum
-
-if HAS_TRITON:
-    from fastseg.kernels.runtime.ceilings import chip_of
-    from fastseg.kernels.upsample.conv import plan, unsupported
 
 NAME = "resize_concat_conv2d"
 Mode = Literal["bilinear", "nearest"]
@@ -167,36 +164,24 @@ def _small(maps, weight, bias, resize: _Resize, forced: bool) -> tuple[list[bool
     nothing = [False] * len(maps)
     if resize.mode != "bilinear":
         return nothing, "nearest neighbours: resized first"
-    if followed(*maps, weight, bias) and not forced:
-        return nothing, "a graph, a transform or forward-mode AD: resized first"
-    tensors = [t for t in (*maps, weight, bias) if t is not None]
-    kernels = kernels_run(maps[0]) and not needs_grad(*tensors)
     if forced:
         return [not resize.keeps(m) for m in maps], "asked for"
-    if not kernels:
-        if any(t.device.type != "cpu" or type(t) not in (Tensor, torch.nn.Parameter) for t in tensors):
-            return nothing, "gradients on a GPU, or a tensor subclass: resized first"
-        if maps[0].dtype not in (torch.float32, torch.float64):
-            return nothing, f"CPU tensor of {str(maps[0].dtype).removeprefix('torch.')}: resized first"
-    if maps[0].shape[0] == 0 or weight.shape[0] == 0:
-        return nothing, "nothing to compute"
-    small, said = [], []
+    tensors = [t for t in (*maps, weight, bias) if t is not None]
+    if followed(*tensors):
+        return nothing, "a graph, a transform or forward-mode AD: resized first"
+    small, reasons = [], []
     for m in maps:
         take = not resize.keeps(m) and not resize.shrinks(m)
-        if take:
-            (N, C), sizes = m.shape[:2], (*m.shape[2:], *resize.size)
-            COUT = weight.shape[0]
-            if kernels:
-                take = not unsupported(N, C, 0, COUT, *sizes)
-                chosen = plan(N, C, 0, COUT, *sizes, m.dtype, chip_of(m.device)) if take else None
-            else:
-                chosen = plan_cpu(N, C, 0, COUT, *sizes)
-            take = take and chosen.low_resolution
-            said.append(f"{tuple(m.shape[2:])}: {chosen or 'a size that the kernel cannot take'}")
+        if take:  # the same choice as for one upsampled map
+            request = request_of(m, 0, weight.shape[0], resize.size, tensors)
+            choice = UPSAMPLED.choose(request)
+            take = choice.form.path != "reference"
+            reasons.append(f"{tuple(m.shape[2:])}: {choice.form.why(request, choice.refused)}")
         small.append(take)
-    if not kernels and any(small) and not all(is_finite(m) for m, take in zip(maps, small, strict=True) if take):
+    strips = any(small) and not kernels_run(maps[0])
+    if strips and not all(is_finite(m) for m, take in zip(maps, small, strict=True) if take):
         return nothing, "NaN or infinity, which a strip's GEMM would spread: resized first"
-    return small, "; ".join(said) or "no map is smaller"
+    return small, "; ".join(reasons) or "no map is smaller"
 
 
 def _taps(maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:

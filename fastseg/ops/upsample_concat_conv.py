@@ -191,11 +191,16 @@ def _request(deep: Tensor, low: Tensor, weight: Tensor, bias: Tensor | None) -> 
     for t in tensors:
         if t.device != deep.device:
             raise ValueError(f"{NAME}: tensors on {deep.device} and {t.device}; move them to one device")
-    (N, C, h, w), (_, CL, H, W) = deep.shape, low.shape
+    return request_of(deep, low.shape[1], weight.shape[0], (low.shape[2], low.shape[3]), tensors)
+
+
+def request_of(deep: Tensor, CL: int, COUT: int, size: tuple[int, int], tensors: Sequence[Tensor]) -> Request:
+    """For the upsampling of ``deep`` to ``size``, beside CL other channels; ``tensors`` are all of the call."""
+    N, C, h, w = deep.shape
     why = no_kernel(deep)
     plain = deep.is_cpu and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     chip = None if why else chip_of(deep.device)
-    sizes = (N, C, CL, weight.shape[0], h, w, H, W)
+    sizes = (N, C, CL, COUT, h, w, *size)
     return Request(sizes, deep.dtype, why, _wanted(*tensors), followed(*tensors), plain, True, chip)
 
 

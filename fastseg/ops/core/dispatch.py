@@ -139,8 +139,9 @@ def followed_eagerly(*tensors: Tensor | None) -> bool:
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a convolution computes in: autocast's if autocast is on, else that of ``x`` (float64 stays)."""
-    if x.dtype in KERNEL_DTYPES and autocasts(x):
-        return torch.get_autocast_dtype(x.device.type)
+    kind = x.device.type
+    if x.dtype in KERNEL_DTYPES and kind != "meta" and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
     return x.dtype
 
 

@@ -25,8 +25,6 @@ def unsupported(base: Tensor, maps: Sequence[Tensor]) -> str:
 
 
 def _launch(base: Tensor, maps: list[Tensor], scale, bias, act: str, align_corners: bool) -> Tensor:
-    if unsupported(base, maps):
-        return _plain(base, maps, scale, bias, act, align_corners)
     y, channels_last = settle(base)
     layout = memory_format_of(base)
     maps = [m.contiguous(memory_format=layout) for m in maps]
@@ -55,6 +53,7 @@ def _fake(base: Tensor, maps: list[Tensor], scale, bias, act: str, align_corners
 _fwd = register(
     "upsample_sum(Tensor base, Tensor[] maps, Tensor? scale, Tensor? bias, str act, bool align_corners) -> Tensor",
     _launch, _plain, _fake,
+    refuses=lambda base, maps, *_: unsupported(base, maps),
 )  # fmt: skip
 
 
