@@ -208,9 +208,8 @@ def _max_unpool_fwd_foreign_kernel(
                 at = v_base + window.to(tl.int64) * step
                 index = tl.load(index_ptr + at, mask=mask, other=-1)
                 inside = (index >= 0) & (index < cells)
-                last = tl.load(
-                    last_ptr + index * BLOCK_L, mask=inside, other=-1, cache_modifier=".cg"
-                )  # maxima are in L2
+                # from the L2, where the maxima are made
+                last = tl.load(own_ptr + index * BLOCK_L, mask=inside, other=-1, cache_modifier=".cg")
                 wins = inside & (last == window)
                 tl.store(y_ptr + y_base + index * step, tl.load(v_ptr + at, mask=wins, other=0.0), mask=wins)
             tl.debug_barrier()  # before the next planes' maxima take the place of these
