@@ -108,6 +108,16 @@ def test_loops_of_the_code_nest_and_a_trap_is_none():
     assert "NOP" not in {one.opcode for one in found.instructions}
 
 
+def test_a_way_back_from_behind_the_end_is_no_loop():
+    """A wait whose slow path stands behind the program: it comes back into the loop, and begins none."""
+    body = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R4], R5", "@!P0 BRA `(.slow)", ".back:", "FADD R2, R2, R2",
+            "@P1 BRA `(.loop)", "EXIT", ".slow:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R4], R5",
+            "@!P0 BRA `(.slow)", "BRA `(.back)"]  # fmt: skip
+    lines = ["MOV R1, R1", ".loop:", *body]
+    text = "\n".join(line if line.endswith(":") else f"/*0000*/ {line} ;" for line in lines)
+    assert [(loop.first, loop.last) for loop in listing(text).loops] == [(1, 4), (6, 7)]
+
+
 def test_a_program_counts_trips_bytes_and_branches():
     """Program 1 of 4, 100 rows: its 64 lanes hold 36 of them, at four places 512 bytes apart."""
     work = Kernel(TTIR).work({"rows": 100}, (4,), 1)
