@@ -27,13 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.pooling.windows import INT64, UNROLLED, Pooling, grid_rows, load_index, new_map
+from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.kernels.runtime.config import heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype
 
 LOCAL, FOREIGN, INVALID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a program reports of its indices
-PROGRAMS = 132  # of the kernel for foreign indices, each with its own maxima: at most 4 bytes for each cell
 
 
 @triton.jit
@@ -278,7 +278,8 @@ def max_unpool_fwd(
     valid = v.new_empty(1, dtype=torch.int32)
     planes, cells = pool.N * pool.C, math.prod(pool.size)
     cfg = select("max_unpool_fwd_foreign", size=planes, device=v.device, last=pool.channels_last)
-    programs = min(cdiv(planes, cfg.BLOCK_L), PROGRAMS)
+    # each with maxima of its own: at most 4 bytes for each cell
+    programs = min(cdiv(planes, cfg.BLOCK_L), chip_of(v.device).multiprocessors)
     launch(
         _max_unpool_fwd_foreign_kernel, (programs,),
         v, index, report, y, valid, v.new_empty(programs * cells * cfg.BLOCK_L, dtype=torch.int32),
