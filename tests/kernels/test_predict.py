@@ -284,3 +284,16 @@ def test_the_fastest_candidate_is_chosen_of_those_that_compile_and_do_not_spill(
     choose.write(found[0], H200, tmp_path)
     written = json.loads((tmp_path / "NVIDIA_H200.json").read_text())
     assert written["configs"] == {} and written["predicted"] == {"toy": {"C=3": {"100": {"BLOCK": 32}}}}
+
+
+def test_shipped_predictions_answer_what_the_kernels_ask():
+    from fastseg.kernels.batch_norm import stats  # noqa: F401, registers its heuristics
+    from fastseg.kernels.runtime import config
+
+    config.forget_tables()
+    for path in config.SHIPPED.glob("*.json"):
+        for kernel, rows in config._read_table(path)[config.PREDICTED].items():
+            for row, sizes in rows.items():
+                key = {name: int(value) for name, value in (part.split("=") for part in row.split(","))}
+                for size, values in sizes.items():
+                    assert values in config.candidates_of(kernel, int(size), **key)[1:], (kernel, row, size)
