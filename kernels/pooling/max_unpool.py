@@ -27,13 +27,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.pooling.windows import INT64, UNROLLED, Pooling, grid_rows, load_index, new_map
+from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.kernels.runtime.config import heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype
 
 LOCAL, FOREIGN, INVALID = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # what a program reports of its indices
-PROGRAMS = 132  # of the kernel for foreign indices, each with its own maxima: at most 4 bytes for each cell
 
 
 @triton.jit
@@ -208,9 +208,8 @@ def _max_unpool_fwd_foreign_kernel(
                 at = v_base + window.to(tl.int64) * step
                 index = tl.load(index_ptr + at, mask=mask, other=-1)
                 inside = (index >= 0) & (index < cells)
-                last = tl.load(
-                    last_ptr + index * BLOCK_L, mask=inside, other=-1, cache_modifier=".cg"
-                )  # maxima are in L2
+                # from the L2, where the maxima are made
+                last = tl.load(own_ptr + index * BLOCK_L, mask=inside, other=-1, cache_modifier=".cg")
                 wins = inside & (last == window)
                 tl.store(y_ptr + y_base + index * step, tl.load(v_ptr + at, mask=wins, other=0.0), mask=wins)
             tl.debug_barrier()  # before the next planes' maxima take the place of these
@@ -279,7 +278,8 @@ def max_unpool_fwd(
     valid = v.new_empty(1, dtype=torch.int32)
     planes, cells = pool.N * pool.C, math.prod(pool.size)
     cfg = select("max_unpool_fwd_foreign", size=planes, device=v.device, last=pool.channels_last)
-    programs = min(cdiv(planes, cfg.BLOCK_L), PROGRAMS)
+    # each with maxima of its own: at most 4 bytes for each cell
+    programs = min(cdiv(planes, cfg.BLOCK_L), chip_of(v.device).multiprocessors)
     launch(
         _max_unpool_fwd_foreign_kernel, (programs,),
         v, index, report, y, valid, v.new_empty(programs * cells * cfg.BLOCK_L, dtype=torch.int32),

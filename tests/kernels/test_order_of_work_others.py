@@ -109,7 +109,7 @@ CASES = {
     pooling: (("max_pool_fwd", "max_unpool_fwd", "max_unpool_bwd"), 16 << 10),
     planes: (("max_pool_fwd", "max_unpool_fwd"), 64 << 10),
     bilinear: (("bilinear_fwd", "bilinear_bwd"), 32 << 10),
-    heads: (("upsample_argmax_fwd", "upsample_cross_entropy_fwd", "upsample_cross_entropy_bwd"), 64 << 10),
+    heads: (("upsample_argmax_fwd", "upsample_cross_entropy_fwd", "upsample_cross_entropy_bwd"), 96 << 10),
     pointwise: (("separable_conv_fwd_pw",), 32 << 10),
     stem: (("stem_conv_fwd",), 24 << 10),
     atrous: (("atrous_conv_fwd", "atrous_conv_bwd_weight"), 24 << 10),

@@ -108,6 +108,16 @@ def test_loops_of_the_code_nest_and_a_trap_is_none():
     assert "NOP" not in {one.opcode for one in found.instructions}
 
 
+def test_a_way_back_from_behind_the_end_is_no_loop():
+    """A wait whose slow path stands behind the program: it comes back into the loop, and begins none."""
+    body = ["SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R4], R5", "@!P0 BRA `(.slow)", ".back:", "FADD R2, R2, R2",
+            "@P1 BRA `(.loop)", "EXIT", ".slow:", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [R4], R5",
+            "@!P0 BRA `(.slow)", "BRA `(.back)"]  # fmt: skip
+    lines = ["MOV R1, R1", ".loop:", *body]
+    text = "\n".join(line if line.endswith(":") else f"/*0000*/ {line} ;" for line in lines)
+    assert [(loop.first, loop.last) for loop in listing(text).loops] == [(1, 4), (6, 7)]
+
+
 def test_a_program_counts_trips_bytes_and_branches():
     """Program 1 of 4, 100 rows: its 64 lanes hold 36 of them, at four places 512 bytes apart."""
     work = Kernel(TTIR).work({"rows": 100}, (4,), 1)
@@ -274,3 +284,16 @@ def test_the_fastest_candidate_is_chosen_of_those_that_compile_and_do_not_spill(
     choose.write(found[0], H200, tmp_path)
     written = json.loads((tmp_path / "NVIDIA_H200.json").read_text())
     assert written["configs"] == {} and written["predicted"] == {"toy": {"C=3": {"100": {"BLOCK": 32}}}}
+
+
+def test_shipped_predictions_answer_what_the_kernels_ask():
+    from fastseg.kernels.batch_norm import stats  # noqa: F401, registers its heuristics
+    from fastseg.kernels.runtime import config
+
+    config.forget_tables()
+    for path in config.SHIPPED.glob("*.json"):
+        for kernel, rows in config._read_table(path)[config.PREDICTED].items():
+            for row, sizes in rows.items():
+                key = {name: int(value) for name, value in (part.split("=") for part in row.split(","))}
+                for size, values in sizes.items():
+                    assert values in config.candidates_of(kernel, int(size), **key)[1:], (kernel, row, size)

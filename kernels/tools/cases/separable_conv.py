@@ -11,7 +11,7 @@ from fastseg.kernels.separable_conv.fwd import Acts, Weights, tap_weights
 from fastseg.kernels.separable_conv.launch import Needs, separable_conv_bwd, separable_conv_fwd
 
 
-def _separable(
+def separable(
     dtype: torch.dtype, *, N: int, C: int, H: int, W: int, COUT: int, stride: int = 1, dilation: int = 1,
     batch_stats: bool = False, backward: bool = False, residual: bool = False, tf32: bool = True, K: int = 3,
 ) -> None:  # fmt: skip
@@ -42,20 +42,20 @@ _DECODER = {"N": 448, "C": 304, "H": 128, "W": 128, "COUT": 256}  # DeepLabV3+'s
 _MIDDLE = {"N": 2896, "C": 728, "H": 32, "W": 32, "COUT": 728}  # Xception's middle flow at 512^2, output stride 16
 
 CASES: dict[str, Callable[[torch.dtype], None]] = {
-    "decoder 304->256": lambda dtype: _separable(dtype, **_DECODER),
-    "decoder 304->256, batch statistics": lambda dtype: _separable(dtype, **_DECODER, batch_stats=True),
-    "decoder 304->256, backward": lambda dtype: _separable(dtype, **_DECODER, batch_stats=True, backward=True),
-    "middle flow 728->728": lambda dtype: _separable(dtype, **_MIDDLE),
-    "middle flow 728->728, batch statistics": lambda dtype: _separable(dtype, **_MIDDLE, batch_stats=True),
-    "entry flow 128->128": lambda dtype: _separable(dtype, N=16, C=128, H=256, W=256, COUT=128),
-    "5x5 304->256": lambda dtype: _separable(dtype, N=16, C=304, H=128, W=128, COUT=256, K=5),
+    "decoder 304->256": lambda dtype: separable(dtype, **_DECODER),
+    "decoder 304->256, batch statistics": lambda dtype: separable(dtype, **_DECODER, batch_stats=True),
+    "decoder 304->256, backward": lambda dtype: separable(dtype, **_DECODER, batch_stats=True, backward=True),
+    "middle flow 728->728": lambda dtype: separable(dtype, **_MIDDLE),
+    "middle flow 728->728, batch statistics": lambda dtype: separable(dtype, **_MIDDLE, batch_stats=True),
+    "entry flow 128->128": lambda dtype: separable(dtype, N=16, C=128, H=256, W=256, COUT=128),
+    "5x5 304->256": lambda dtype: separable(dtype, N=16, C=304, H=128, W=128, COUT=256, K=5),
     # 16 bits whatever is asked for: in fp32 it spills on gfx942 with Triton 3.6, and with no other
-    "7x7 144->96": lambda dtype: _separable(torch.bfloat16, N=16, C=144, H=64, W=64, COUT=96, K=7),
-    "MobileNetV2 960->160, no tf32": lambda dtype: _separable(dtype, N=1, C=960, H=32, W=32, COUT=160, tf32=False),
-    "MobileNetV2 144->24, residual": lambda dtype: _separable(dtype, N=1, C=144, H=128, W=128, COUT=24, residual=True),
-    "MobileNetV2 960->160, dilated": lambda dtype: _separable(dtype, N=1, C=960, H=33, W=33, COUT=160, dilation=2),
-    "ASPP 2048->256, rate 6": lambda dtype: _separable(dtype, N=16, C=2048, H=32, W=32, COUT=256, dilation=6),
-    "odd channels 33->21, stride 2": lambda dtype: _separable(dtype, N=2, C=33, H=65, W=47, COUT=21, stride=2),
+    "7x7 144->96": lambda dtype: separable(torch.bfloat16, N=16, C=144, H=64, W=64, COUT=96, K=7),
+    "MobileNetV2 960->160, no tf32": lambda dtype: separable(dtype, N=1, C=960, H=32, W=32, COUT=160, tf32=False),
+    "MobileNetV2 144->24, residual": lambda dtype: separable(dtype, N=1, C=144, H=128, W=128, COUT=24, residual=True),
+    "MobileNetV2 960->160, dilated": lambda dtype: separable(dtype, N=1, C=960, H=33, W=33, COUT=160, dilation=2),
+    "ASPP 2048->256, rate 6": lambda dtype: separable(dtype, N=16, C=2048, H=32, W=32, COUT=256, dilation=6),
+    "odd channels 33->21, stride 2": lambda dtype: separable(dtype, N=2, C=33, H=65, W=47, COUT=21, stride=2),
 }
 
 MATRIX_KERNELS = {

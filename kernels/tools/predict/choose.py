@@ -15,7 +15,7 @@ import torch
 from fastseg.kernels.runtime import config
 from fastseg.kernels.runtime.ceilings import Chip
 from fastseg.kernels.runtime.launch import intercept
-from fastseg.kernels.tools.cases.separable_conv import _separable
+from fastseg.kernels.tools.cases.separable_conv import separable
 from fastseg.kernels.tools.predict.model import Prediction, predict_launches
 from fastseg.kernels.tools.tune import Trial, entry, write_table
 from fastseg.kernels.tools.watch import Row
@@ -28,8 +28,8 @@ _decoder = {"N": 16, "C": 304, "H": 128, "W": 128, "COUT": 256}
 _middle = {"N": 16, "C": 728, "H": 32, "W": 32, "COUT": 728}
 _entry = {"N": 16, "C": 256, "H": 128, "W": 128, "COUT": 256}
 WORK: dict[str, list[Callable[[], None]]] = {
-    "batch_stats": [partial(_separable, _bf16, **shape, batch_stats=True) for shape in (_decoder, _middle, _entry)],
-    "separable_conv_fwd_fused": [partial(_separable, _bf16, N=1, C=960, H=32, W=32, COUT=160, dilation=2)],
+    "batch_stats": [partial(separable, _bf16, **shape, batch_stats=True) for shape in (_decoder, _middle, _entry)],
+    "separable_conv_fwd_fused": [partial(separable, _bf16, N=1, C=960, H=32, W=32, COUT=160, dilation=2)],
 }
 
 

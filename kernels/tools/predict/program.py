@@ -75,7 +75,7 @@ def _average(each: list[dict[str, float]], missing: float) -> dict[str, float]:
 
 @dataclass
 class Loop:
-    """A loop of the IR: the places of its own operations, and of those of the loops inside it."""
+    """A loop of the IR; ``own``: the places of its operations outside the loops inside it."""
 
     op: Op
     parent: "Loop | None"
@@ -92,12 +92,12 @@ class Kernel:
         self.parameters = re.findall(r"%([\w$.-]+): ([^\s,){]+)", header)
         self.ops = parse(lines)
         self.loops: list[Loop] = []
-        self.outside: set[str] = set()
         self._find(self.ops, None)
 
     def _find(self, ops: Iterable[Op], loop: Loop | None) -> None:
         for op in ops:
-            (self.outside if loop is None else loop.own).add(place(self.aliases, op.loc))
+            if loop is not None:
+                loop.own.add(place(self.aliases, op.loc))
             inner = loop
             if opcode(op.text) in ("scf.for", "scf.while"):
                 inner = Loop(op, loop)

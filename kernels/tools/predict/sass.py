@@ -3,8 +3,9 @@
 import re
 import subprocess
 import tempfile
+from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -66,13 +67,43 @@ def read(text: str) -> Listing:
             guard, opcode, suffixes, operands = found.groups()
             parts = tuple(suffixes.split(".")[1:])
             instructions.append(Instruction(opcode, parts, operands.strip(), (guard or "").strip(), place))
+    jumps = {
+        i: labels[target[1]]
+        for i, one in enumerate(instructions)
+        if one.opcode == "BRA" and (target := _TARGET.search(one.operands)) and target[1] in labels
+    }
+    before = _dominators(instructions, jumps)
     ends: dict[int, int] = {}  # first instruction of a loop -> last
-    for i, one in enumerate(instructions):
-        if one.opcode == "BRA" and (target := _TARGET.search(one.operands)):
-            first = labels.get(target[1], i)
-            if first < i:
-                ends[first] = i
+    for i, first in jumps.items():
+        if first < i and first in before(i):  # else a way back from code that stands behind the end, a slow path
+            ends[first] = i
     return Listing(instructions, _nested([Loop(first, last) for first, last in sorted(ends.items())]))
+
+
+def _dominators(instructions: Sequence[Instruction], jumps: Mapping[int, int]) -> Callable[[int], set[int]]:
+    """-> a function: instruction -> the beginnings of blocks that every way to it goes through."""
+    starts = sorted({0, *jumps.values(), *(i + 1 for i in jumps)} & set(range(len(instructions))))
+    ends = dict(zip(starts, [*(start - 1 for start in starts[1:]), len(instructions) - 1], strict=True))
+    came: dict[int, set[int]] = {start: set() for start in starts}
+    for start, end in ends.items():
+        last = instructions[end]
+        if end in jumps:
+            came[jumps[end]].add(start)
+        leaves = last.opcode in ("EXIT", "RET") or (last.opcode == "BRA" and last.operands.startswith("`"))
+        if end + 1 in came and (last.guard or not leaves):  # `BRA P0, ...` goes on as well
+            came[end + 1].add(start)
+    through = {start: set(starts) for start in starts}
+    through[0] = {0}
+    changed = True
+    while changed:
+        changed = False
+        for start in starts[1:]:
+            ways = [through[other] for other in came[start]]
+            new = {start} | (set.intersection(*ways) if ways else set())
+            changed |= new != through[start]
+            through[start] = new
+    block = lambda i: starts[bisect_right(starts, i) - 1]
+    return lambda i: through[block(i)]
 
 
 def _nested(loops: list[Loop]) -> list[Loop]:
