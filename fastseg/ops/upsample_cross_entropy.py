@@ -2,14 +2,13 @@
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import followed, needs_grad, use_kernel
-from fastseg.ops.core.labels import LABEL_DTYPES, equal, outside
-from fastseg.ops.core.layout import memory_format_of
+from fastseg.ops.core.dispatch import needs_grad, use_kernel
+from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.upsample import cross_entropy, interpolate, unsupported
-from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, pays, walk
+from fastseg.ops.core.upsample import cross_entropy, unsupported
+from fastseg.ops.cpu.cross_entropy import CPU_FORMS, composed, request_of
+from fastseg.ops.cpu.cross_entropy_rows import Criterion
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
 
@@ -58,9 +57,11 @@ def upsample_cross_entropy(
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         why = why or "the class weights require a gradient"
     if not use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why):
-        return upsample_cross_entropy_ref(
-            logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
-        )
+        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
+        if not logits.is_cpu:
+            return composed(logits, target, weight, criterion)
+        out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
+        return CPU_FORMS(request_of(logits, target, weight, criterion), logits, target, weight, criterion, out)
     save_lse = torch.is_grad_enabled() and logits.requires_grad
     call = Call(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners,
                 _autocast(logits), save_lse)  # fmt: skip
@@ -77,40 +78,8 @@ def upsample_cross_entropy_ref(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """``upsample_cross_entropy`` in plain PyTorch; on a CPU it takes a few rows at a time where that is faster."""
-    by_rows = logits.device.type == "cpu" and not (weight is not None and weight.requires_grad)
-    by_rows = by_rows and target.numel() > 0 and not followed(logits, weight)
-    if by_rows and not _weightless(target, weight, ignore_index, reduction):
-        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
-        out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
-        if not pays(logits, target):
-            return _in_planes(logits, target, weight, criterion).to(out)
-        if can_walk(logits, target):
-            return walk(logits, target, weight, criterion, out)
+    """``upsample_cross_entropy`` in torch's own lines."""
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
-
-
-def _weightless(target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> bool:
-    """True if the weights of a mean may sum to 0; its gradient is then NaN where a pixel counts, and 0 elsewhere."""
-    if reduction != "mean" or weight is None or bool((weight > 0).all()):
-        return False
-    target = target[~equal(target, ignore_index)].long()
-    inside = target[~outside(target, len(weight))]
-    return bool(weight[inside].sum() == 0)
-
-
-def _in_planes(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
-    """Torch's two steps with each class a plane, for few classes or small maps."""
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    with torch.autocast("cpu", enabled=False):
-        planes, layout = logits.to(kind).contiguous(), memory_format_of(logits)
-        if planes.requires_grad and layout != torch.contiguous_format:
-            planes.register_hook(lambda grad: grad.contiguous(memory_format=layout))
-        full = interpolate(planes, *target.shape[1:], (0.0, 0.0), criterion.align_corners)
-        return F.cross_entropy(
-            full, target.long(), None if weight is None else weight.to(kind), ignore_index=criterion.ignore_index,
-            reduction=criterion.reduction, label_smoothing=criterion.label_smoothing,
-        )  # fmt: skip
 
 
 def _autocast(logits: Tensor) -> bool:
