@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import needs_grad, use_kernel
+from fastseg.ops.core.dispatch import followed, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.upsample import cross_entropy, unsupported
@@ -58,7 +58,7 @@ def upsample_cross_entropy(
         why = why or "the class weights require a gradient"
     if not use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
-        if not logits.is_cpu:
+        if not logits.is_cpu or followed(logits, weight):  # a graph holds torch's own ops; its values cannot be read
             return composed(logits, target, weight, criterion)
         out = torch.promote_types(logits.dtype, torch.float32) if _autocast(logits) else logits.dtype
         return CPU_FORMS(request_of(logits, target, weight, criterion), logits, target, weight, criterion, out)

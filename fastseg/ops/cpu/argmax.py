@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.upsample import Factors, along_x, interpolate, is_finite, neighbours
@@ -25,16 +24,13 @@ class Request(NamedTuple):
     C: int
     large: bool
     finite: bool  # looked at where it decides
-    followed: bool  # by a graph, a trace or a transform: values cannot be read
 
 
 def request_of(logits: Tensor, H: int, W: int) -> Request:
-    """Of logits on a CPU."""
-    (N, C), traced = logits.shape[:2], followed()
-    if traced:
-        return Request(0, 0, False, False, True)
+    """Of logits on a CPU that nothing follows: their values are read where they decide."""
+    N, C = logits.shape[:2]
     large = N * C * H * W >= _LARGE
-    return Request(N, C, large, (large or C == 2) and is_finite(logits), False)
+    return Request(N, C, large, (large or C == 2) and is_finite(logits))
 
 
 class CpuForm(Form):
@@ -51,7 +47,7 @@ class CpuForm(Form):
 
 
 def _values(r: Request) -> str:
-    return "values cannot be read, or there are none" if r.followed or r.N == 0 else ""
+    return "no image" if r.N == 0 else ""
 
 
 def one_class(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:

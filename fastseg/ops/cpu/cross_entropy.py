@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.labels import equal, outside
 from fastseg.ops.core.layout import memory_format_of
@@ -23,9 +22,7 @@ class Request(NamedTuple):
 
 
 def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
-    """Of logits on a CPU."""
-    if followed(logits, weight):
-        return Request("a graph, a trace or a transform", False, False)
+    """Of logits on a CPU that nothing follows: their values are read where they decide."""
     if weight is not None and weight.requires_grad:
         return Request("the class weights require a gradient", False, False)
     if target.numel() == 0:
