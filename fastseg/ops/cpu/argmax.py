@@ -43,7 +43,7 @@ class CpuForm(Form):
 
     def cost(self, r: Request) -> Cost | None:
         strips = self.name in ("rows", "images")
-        return Cost(r.large, float("nan"), f"fewer than {_LARGE} upsampled logits") if strips else None
+        return Cost(r.large, None, f"fewer than {_LARGE} upsampled logits") if strips else None
 
 
 def _values(r: Request) -> str:

@@ -42,7 +42,7 @@ class PlanesForm(Form):
         return r.torchs
 
     def cost(self, r: Request) -> Cost:
-        return Cost(not r.large, float("nan"), "many classes on a large map")
+        return Cost(not r.large, None, "many classes on a large map")
 
     def run(self, *args) -> Tensor:
         return in_planes(*args)
