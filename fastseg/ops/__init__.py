@@ -28,7 +28,6 @@ from fastseg.ops.upsample_sum import upsample_sum
 two_forms(
     "batch_norm_act", "batch_norm_act_max_pool2d", "bilinear_conv_transpose2d", "max_pool1d", "max_pool2d",
     "max_pool3d", "max_unpool1d", "max_unpool2d", "max_unpool3d", "upsample_bilinear", "upsample_concat",
-    "upsample_cross_entropy",
 )  # fmt: skip
 
 __all__ = [

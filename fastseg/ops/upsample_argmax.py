@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, use_kernel
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import output_size, unsupported, upsampling
@@ -71,7 +71,9 @@ def upsample_argmax(
     form = lambda: "pruned" if prunes(logits, upsampling(logits, H, W, factors, align_corners)) else "all classes"
     if not use_kernel("upsample_argmax", logits, unsupported=unsupported(logits, H, W), form=form):
         logits = logits.detach()
-        return CPU_FORMS(request_of(logits, H, W), logits, *args) if logits.is_cpu else argmax(logits, *args)
+        if not logits.is_cpu or followed(logits):  # a graph holds torch's own ops; its values cannot be read
+            return argmax(logits, *args)
+        return CPU_FORMS(request_of(logits, H, W), logits, *args)
     return _op(logits.detach(), H, W, *factors, align_corners, dtype == torch.int64)
 
 

@@ -1,6 +1,5 @@
 """3x3 convolution of an upsampled map concatenated with another: the start of DeepLabV3+'s decoder."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -246,7 +245,7 @@ class LowResolutionForm(Form):
 
     def cost(self, r: Request) -> Cost:
         chosen = plan_cpu(*r.sizes)
-        return Cost(chosen.low_resolution, math.nan, chosen)
+        return Cost(chosen.low_resolution, None, chosen)
 
     def run(self, *args) -> Tensor:
         return at_low_resolution(*args)

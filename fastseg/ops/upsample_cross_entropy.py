@@ -1,18 +1,15 @@
 """Cross entropy of bilinearly upsampled logits."""
 
-from contextlib import nullcontext
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
-from fastseg.ops.core.labels import LABEL_DTYPES, equal, outside
-from fastseg.ops.core.layout import memory_format_of
+from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.upsample import cross_entropy, unsupported
-from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, form, walk
+from fastseg.ops.cpu.cross_entropy import CPU_FORMS, composed, request_of
+from fastseg.ops.cpu.cross_entropy_rows import Criterion
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 
 
@@ -59,9 +56,11 @@ def upsample_cross_entropy(
     ignore_index, label_smoothing = whole(ignore_index), float(label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     if not _takes_kernel(logits, target, weight):
-        return upsample_cross_entropy_ref(
-            logits, target, weight, ignore_index, reduction, label_smoothing, align_corners=align_corners
-        )
+        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
+        if not logits.is_cpu or followed(logits, weight):  # a graph holds torch's own ops; its values cannot be read
+            return composed(logits, target, weight, criterion)
+        out = torch.promote_types(logits.dtype, torch.float32) if torch.is_autocast_enabled("cpu") else logits.dtype
+        return CPU_FORMS(request_of(logits, target, weight, criterion), logits, target, weight, criterion, out)
     save_lse = torch.is_grad_enabled() and logits.requires_grad
     call = Call(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners,
                 _autocast(logits), save_lse)  # fmt: skip
@@ -87,51 +86,8 @@ def upsample_cross_entropy_ref(
     *,
     align_corners: bool = False,
 ) -> Tensor:
-    """``upsample_cross_entropy`` in plain PyTorch; on a CPU it takes a few rows at a time where that is faster."""
-    by_rows = logits.is_cpu and (weight is None or not weight.requires_grad)
-    by_rows = by_rows and target.numel() > 0 and not followed(logits, weight)
-    if by_rows and (weight is None or not _weightless(target, weight, ignore_index, reduction)):
-        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
-        out = torch.promote_types(logits.dtype, torch.float32) if torch.is_autocast_enabled("cpu") else logits.dtype
-        name = form(logits.shape[1], target.numel())
-        if name != "strips":
-            loss = _in_two_steps(logits, target, weight, criterion, name == "rows")
-            return loss if loss.dtype == out else loss.to(out)
-        if can_walk(logits, target):
-            return walk(logits, target, weight, criterion, out)
+    """``upsample_cross_entropy`` in torch's own lines."""
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
-
-
-def _weightless(target: Tensor, weight: Tensor, ignore_index: int, reduction: str) -> bool:
-    """True if the weights of a mean may sum to 0; its gradient is then NaN where a pixel counts, and 0 elsewhere."""
-    if reduction != "mean" or bool((weight > 0).all()):
-        return False
-    target = target[~equal(target, ignore_index)].long()
-    inside = target[~outside(target, len(weight))]
-    return bool(weight[inside].sum() == 0)
-
-
-def _in_two_steps(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, in_rows: bool) -> Tensor:
-    """Torch's two steps for few classes or small maps, with the classes of a pixel in a row, or each a plane."""
-    ignore_index, reduction, label_smoothing, align_corners = criterion
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
-    with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        wide, pixels = logits if logits.dtype == kind else logits.to(kind), target.long()
-        wide = wide.contiguous(memory_format=torch.channels_last if in_rows else torch.contiguous_format)
-        if wide is not logits and wide.requires_grad:
-            layout = memory_format_of(logits)
-            wide.register_hook(lambda grad: grad.contiguous(memory_format=layout))
-        full = F.interpolate(wide, target.shape[1:], None, "bilinear", align_corners)
-        weight = None if weight is None else weight.to(kind)
-        if full.shape[1] == 1:  # its logarithm of the softmax is 0, or NaN: 0.9 of the time
-            return F.nll_loss(full - full, pixels, weight, None, ignore_index, reduction=reduction)
-        if in_rows:
-            full, pixels = full.permute(0, 2, 3, 1).flatten(0, 2), pixels.flatten()
-        loss = F.cross_entropy(
-            full, pixels, weight, None, ignore_index, reduction=reduction, label_smoothing=label_smoothing
-        )
-        return loss.view(target.shape) if in_rows and reduction == "none" else loss
 
 
 def _autocast(logits: Tensor) -> bool:

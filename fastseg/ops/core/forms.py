@@ -23,7 +23,7 @@ class Cost(NamedTuple):
     """What a cost model says of one form."""
 
     pays: bool  # False if another form is faster
-    microseconds: float
+    microseconds: float | None  # None: the model counts in other units
     model: object = ""  # ``str()`` of it is a sentence for ``explain``
 
 

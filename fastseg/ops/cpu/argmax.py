@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.upsample import Factors, along_x, interpolate, is_finite, neighbours
@@ -31,17 +30,14 @@ class Request(NamedTuple):
     C: int
     large: bool
     finite: bool  # looked at where it decides
-    followed: bool  # by a graph, a trace or a transform: values cannot be read
 
 
 def request_of(logits: Tensor, H: int, W: int) -> Request:
-    """Of logits on a CPU."""
-    (N, C), traced = logits.shape[:2], followed()
-    if traced:
-        return Request(0, 0, False, False, True)
+    """Of logits on a CPU that nothing follows: their values are read where they decide."""
+    N, C = logits.shape[:2]
     least = _LARGE if C < _MANY and torch.get_num_threads() == 1 else _HUGE
     large = least <= N * C * H * W
-    return Request(N, C, large, (large or C == 2) and is_finite(logits), False)
+    return Request(N, C, large, (large or C == 2) and is_finite(logits))
 
 
 class CpuForm(Form):
@@ -54,11 +50,11 @@ class CpuForm(Form):
 
     def cost(self, r: Request) -> Cost | None:
         strips = self.name in ("rows", "images")
-        return Cost(r.large, float("nan"), "few upsampled logits: they stay in the caches") if strips else None
+        return Cost(r.large, None, "few upsampled logits: they stay in the caches") if strips else None
 
 
 def _values(r: Request) -> str:
-    return "values cannot be read, or there are none" if r.followed or r.N == 0 else ""
+    return "no image" if r.N == 0 else ""
 
 
 def one_class(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:

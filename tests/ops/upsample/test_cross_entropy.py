@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from unittest import mock
 
 import pytest
 import torch
@@ -11,11 +12,17 @@ from head_inputs import AC, LAYOUTS, SIZES, allocations, interpolate
 import fastseg
 from fastseg.kernels.runtime.launch import intercept
 from fastseg.ops import upsample_cross_entropy
+from fastseg.ops.core import dispatch
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.registered.upsample_cross_entropy import Call, launch_bwd, launch_fwd
 from fastseg.testing import check_op, guard, guarded
 
 NAN, INF = float("nan"), float("inf")
+
+
+def without_kernels():
+    """As on a machine without Triton's interpreter: the forms of a CPU."""
+    return mock.patch.object(dispatch, "INTERPRETED", False)
 
 
 def two_steps(logits, target, weight=None, ignore_index=-100, reduction="mean", label_smoothing=0.0, *, align_corners):
@@ -124,7 +131,7 @@ def test_what_is_not_finite(values, reference, device):
         logits[:, 1, 1, 2] = values[0]
     want = two_steps(logits.cpu(), target.cpu(), reduction="none", align_corners=False)
     want_grad = torch.autograd.grad(want.sum(), logits)[0] if device == "cpu" else None
-    with fastseg.reference() if reference else fastseg.explain():
+    with without_kernels() if reference else fastseg.explain():
         loss, grad = step(logits, target, reduction="none")
     torch.testing.assert_close(loss.cpu(), want.detach(), equal_nan=True, atol=2e-6, rtol=2e-6)
     if want_grad is not None:
@@ -148,7 +155,7 @@ def test_target_out_of_range(reference):
     logits, target = inputs((1, 3, 4, 4), (8, 8))
     if not INTERPRETED and not reference:
         pytest.skip("on a GPU the error is asynchronous: test_upsample_heads_gpu.py")
-    with fastseg.reference() if reference else fastseg.explain():
+    with without_kernels() if reference else fastseg.explain():
         for bad in (3, -1, -100, 2**31, 2**32 + 1, -(2**63)):
             target[:, 2, 5] = bad
             with pytest.raises(IndexError, match=f"Target {bad} is out of bounds."):
@@ -164,7 +171,7 @@ def test_nothing_of_full_size_exists(reference, device):
     logits = torch.randn(1, 40, side // 4, side // 4, device=device).to(memory_format=torch.channels_last)
     logits.requires_grad_()
     target = torch.randint(40, (1, side, side), device=device)
-    with fastseg.reference() if reference else fastseg.explain(), allocations() as seen:
+    with without_kernels() if reference else fastseg.explain(), allocations() as seen:
         upsample_cross_entropy(logits, target).backward()
     assert seen.largest <= target.numel() * 40 / (2 if reference else 16)
 
@@ -223,7 +230,7 @@ def test_gradcheck():
 @pytest.mark.parametrize(("reference", "strips"), [(False, False), (True, False), (True, True)])
 def test_second_derivative(reference, strips, device):
     logits, target = inputs((1, 6, 30, 30), (300, 300), device) if strips else inputs(device=device)
-    with fastseg.reference() if reference else fastseg.explain():
+    with without_kernels() if reference else fastseg.explain():
         (grad,) = torch.autograd.grad(upsample_cross_entropy(logits, target), logits, create_graph=True)
         (same,) = torch.autograd.grad(two_steps(logits, target, align_corners=False), logits, create_graph=True)
         want, got = (torch.autograd.grad(g.square().sum(), logits)[0] for g in (same, grad))
@@ -244,7 +251,7 @@ def test_autocast_gives_an_fp32_loss(device):
     kind = torch.device(device).type
     for reference in (False, True):
         logits, target = inputs(device=device, dtype=torch.bfloat16)
-        with torch.autocast(kind, torch.bfloat16), fastseg.reference() if reference else fastseg.explain():
+        with torch.autocast(kind, torch.bfloat16), without_kernels() if reference else fastseg.explain():
             loss = upsample_cross_entropy(logits, target)
         assert loss.dtype == torch.float32
         loss.backward()
@@ -297,7 +304,7 @@ PATHS = pytest.mark.parametrize("plain", [False, True], ids=["kernel", "plain"])
 def both_steps(plain, logits, target, *args, ignore_index=-100, **options):
     """-> ours, torch's: loss and gradient. ``args``: weight, reduction, smoothing."""
     weight, reduction, smoothing = args
-    with fastseg.reference() if plain else contextlib.nullcontext():
+    with without_kernels() if plain else contextlib.nullcontext():
         ours = step(logits, target, weight, ignore_index, reduction, smoothing)
     return ours, double_steps(logits, target, *args, ignore_index)
 
@@ -348,7 +355,7 @@ def test_nothing_of_an_ignored_pixel_comes_back(plain, device):
     target[0, 1, 1] = 255
     upstream = torch.ones(target.shape, device=device)
     upstream[0, 1, 1] = NAN
-    with fastseg.reference() if plain else contextlib.nullcontext():
+    with without_kernels() if plain else contextlib.nullcontext():
         loss = upsample_cross_entropy(logits, target, None, 255, "none", 0.1)
         assert torch.autograd.grad(loss, logits, upstream)[0].isfinite().all()
     with torch.no_grad():
@@ -387,5 +394,5 @@ def test_labels_against_numbers_their_dtype_cannot_hold(ignore_index, dtype, pla
 def test_labels_that_are_no_class_are_found_in_every_dtype(dtype, label, classes, plain):
     logits = torch.randn(1, classes, 1, 1)
     ignored = 7 if label == -100 else -100
-    with fastseg.reference() if plain else contextlib.nullcontext(), pytest.raises(IndexError, match=f"{label} is"):
+    with without_kernels() if plain else contextlib.nullcontext(), pytest.raises(IndexError, match=f"{label} is"):
         upsample_cross_entropy(logits, torch.full((1, 1, 1), label, dtype=dtype), ignore_index=ignored)
