@@ -165,7 +165,7 @@ def plan(elements: int, small: Sequence[int], dtype: torch.dtype, chip: Chip = H
 
 @heuristic("upsample_sum_fwd")
 def _config(size: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
-    """32 bytes a thread for vectors of channels: one 16-byte vector on AMD, whose warps are twice as wide, two elsewhere.
+    """32 bytes a thread for vectors of channels: one 16-byte vector on AMD, whose warps are twice as wide, else two.
     Three maps hold six rows of sums; three or four blocks of 128 threads fit on an H200's multiprocessor all the same.
     2048 programs fill an H200 twice."""
     per_thread = 8 if C == 0 or is_flat(C, dtype) else 32 // dtype.itemsize
