@@ -115,7 +115,7 @@ def _checked(module: nn.Module, args: tuple, kwargs: dict) -> Checked:
         p1, b1 = products_and_bytes(run)
         _same_kind(got[0], want[0])
         _compare("the output", _floats(got), _floats(want), lambda t: OWN.get(t.dtype, 0.0))
-        error = _in_float64(module, old, forward, inputs)
+        worst = _in_float64(module, old, forward, inputs)
     except _Wrong as wrong:
         return Checked(str(wrong))
     except Exception as error:
@@ -123,8 +123,8 @@ def _checked(module: nn.Module, args: tuple, kwargs: dict) -> Checked:
     counts = (p0, p1), (b0, b1)
     if p1 > p0 or (b1 > MOST_BYTES * b0 and p1 > 0.98 * p0):
         moved = f"{p0 * 1e-6:.4g} -> {p1 * 1e-6:.4g} Mproducts, {b0 * 1e-6:.4g} -> {b1 * 1e-6:.4g} MB"
-        return Checked(f"it does not pay on the example: {moved}", *counts, error)
-    return Checked("", *counts, error)
+        return Checked(f"it does not pay on the example: {moved}", *counts, worst)
+    return Checked("", *counts, worst)
 
 
 def _in_float64(module: nn.Module, old: Callable, new: Callable, inputs: tuple) -> float:

@@ -43,10 +43,10 @@ MOST_MAPS = 3
 
 @triton.jit
 def _row(
-    above, below, held, o, x0_ptr, x1_ptr, w0, w1, mask, IH, step, scale_h, scale_h_rest,
+    above, below, held, o, m_ptr, x0, x1, w0, w1, mask, IH, step, scale_h, scale_h_rest,
     CORNERS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """Row ``o`` of an upsampled map: -> what is held for the next row, and the values.
+    """Row ``o`` of an upsampled map: -> what is held for the next row, and the values. ``x0``, ``x1``: places in a row.
 
     ``held``: the input row in ``above``; ``below`` is the next one. ``step``: elements from an input row to the next.
     """
@@ -55,11 +55,11 @@ def _row(
         if r0 == held + to_second(scale_h, scale_h_rest):
             above = below
         else:
-            a = tl.load(x0_ptr + r0 * step, mask=mask, other=0.0).to(ACC)
-            b = tl.load(x1_ptr + r0 * step, mask=mask, other=0.0).to(ACC)
+            a = tl.load(m_ptr + (r0 * step + x0), mask=mask, other=0.0).to(ACC)
+            b = tl.load(m_ptr + (r0 * step + x1), mask=mask, other=0.0).to(ACC)
             above = w0 * a + w1 * b
-        a = tl.load(x0_ptr + r1 * step, mask=mask, other=0.0).to(ACC)
-        b = tl.load(x1_ptr + r1 * step, mask=mask, other=0.0).to(ACC)
+        a = tl.load(m_ptr + (r1 * step + x0), mask=mask, other=0.0).to(ACC)
+        b = tl.load(m_ptr + (r1 * step + x1), mask=mask, other=0.0).to(ACC)
         below = w0 * a + w1 * b
         held = r0
     return above, below, held, v0 * above + v1 * below
@@ -78,20 +78,20 @@ def _upsample_sum_fwd_kernel(
     PIXEL: tl.constexpr = C if CHANNELS_LAST else 1  # elements from one pixel to the next
     n, row0, x, c, place, mask = owned_tile(planes, OH, OW, C, CHANNELS_LAST, FLAT, ROWS, BLOCK_W, BLOCK_C)
     a0, a1, aw0, aw1 = source_taps(x, W1, w1, w1_rest, CORNERS, ACC)
-    a0_ptr = m1_ptr + n * (H1 * W1 * PIXEL) + (a0 * PIXEL + c)
-    a1_ptr = m1_ptr + n * (H1 * W1 * PIXEL) + (a1 * PIXEL + c)
+    m1_ptr += n * (H1 * W1 * PIXEL)
+    a0, a1 = a0 * PIXEL + c, a1 * PIXEL + c
     above1 = tl.zeros(mask.shape, ACC)
     below1, above2, below2, above3, below3 = above1, above1, above1, above1, above1
     held1 = row0 * 0 - 9  # nothing is held
     held2, held3 = held1, held1
     if MAPS > 1:
         b0, b1, bw0, bw1 = source_taps(x, W2, w2, w2_rest, CORNERS, ACC)
-        b0_ptr = m2_ptr + n * (H2 * W2 * PIXEL) + (b0 * PIXEL + c)
-        b1_ptr = m2_ptr + n * (H2 * W2 * PIXEL) + (b1 * PIXEL + c)
+        m2_ptr += n * (H2 * W2 * PIXEL)
+        b0, b1 = b0 * PIXEL + c, b1 * PIXEL + c
     if MAPS > 2:
         c0, c1, cw0, cw1 = source_taps(x, W3, w3, w3_rest, CORNERS, ACC)
-        c0_ptr = m3_ptr + n * (H3 * W3 * PIXEL) + (c0 * PIXEL + c)
-        c1_ptr = m3_ptr + n * (H3 * W3 * PIXEL) + (c1 * PIXEL + c)
+        m3_ptr += n * (H3 * W3 * PIXEL)
+        c0, c1 = c0 * PIXEL + c, c1 * PIXEL + c
     base_ptr += n * (OH * OW * PIXEL) + place
     y_ptr += n * (OH * OW * PIXEL) + place
     channel = c if CHANNELS_LAST else (n % C).to(tl.int32)
@@ -104,17 +104,17 @@ def _upsample_sum_fwd_kernel(
         o = row0 + r
         y = tl.load(base_ptr + o * OW * PIXEL, mask=mask, other=0.0).to(ACC)
         above1, below1, held1, more = _row(
-            above1, below1, held1, o, a0_ptr, a1_ptr, aw0, aw1, mask, H1, W1 * PIXEL, h1, h1_rest, CORNERS, ACC
+            above1, below1, held1, o, m1_ptr, a0, a1, aw0, aw1, mask, H1, W1 * PIXEL, h1, h1_rest, CORNERS, ACC
         )
         y += more
         if MAPS > 1:
             above2, below2, held2, more = _row(
-                above2, below2, held2, o, b0_ptr, b1_ptr, bw0, bw1, mask, H2, W2 * PIXEL, h2, h2_rest, CORNERS, ACC
+                above2, below2, held2, o, m2_ptr, b0, b1, bw0, bw1, mask, H2, W2 * PIXEL, h2, h2_rest, CORNERS, ACC
             )
             y += more
         if MAPS > 2:
             above3, below3, held3, more = _row(
-                above3, below3, held3, o, c0_ptr, c1_ptr, cw0, cw1, mask, H3, W3 * PIXEL, h3, h3_rest, CORNERS, ACC
+                above3, below3, held3, o, m3_ptr, c0, c1, cw0, cw1, mask, H3, W3 * PIXEL, h3, h3_rest, CORNERS, ACC
             )
             y += more
         if HAS_SCALE:
@@ -165,9 +165,10 @@ def plan(elements: int, small: Sequence[int], dtype: torch.dtype, chip: Chip = H
 
 @heuristic("upsample_sum_fwd")
 def _config(size: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:
-    """16 bytes a thread for vectors of channels: each of three maps holds two rows of sums, which the upsampling alone
-    does for twice as many elements. 2048 programs fill an H200 twice."""
-    per_thread = 8 if C == 0 or is_flat(C, dtype) else 16 // dtype.itemsize
+    """32 bytes a thread for vectors of channels: one 16-byte vector on AMD, whose warps are twice as wide, else two.
+    Three maps hold six rows of sums; three or four blocks of 128 threads fit on an H200's multiprocessor all the same.
+    2048 programs fill an H200 twice."""
+    per_thread = 8 if C == 0 or is_flat(C, dtype) else 32 // dtype.itemsize
     return tile_config(1024, per_thread, rows_of(size, 1024, 2048), C, W, dtype)
 
 
