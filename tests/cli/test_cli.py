@@ -20,7 +20,7 @@ from fastseg.demo import training
 from fastseg.inference.segment import segment
 from fastseg.io import progress
 from fastseg.io.checkpoint import load_checkpoint, save_checkpoint
-from fastseg.io.images import palette, read_image, to_tensor
+from fastseg.io.images import palette, read_image
 from fastseg.measure import comparison
 from fastseg.models import create
 
@@ -81,21 +81,6 @@ def test_predict_writes_class_map_and_overlay(tmp_path, weights, capsys):
 def test_predict_without_overlay(tmp_path, weights):
     assert _predict(_photo(tmp_path / "a.png"), "--weights", weights, "--no-overlay", "-o", tmp_path / "out") == 0
     assert os.listdir(tmp_path / "out") == ["a_classes.png"]
-
-
-def test_predict_writes_how_sure_each_pixel_is(tmp_path, weights, capsys):
-    photo = _photo(tmp_path / "photo.png")
-    options = ("--weights", weights, "--no-overlay", "--confidence", "-o", tmp_path / "out")
-    assert _predict(photo, *options) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["photo_classes.png", "photo_confidence.png"]
-    model, pixels = load_checkpoint(weights)[0], to_tensor(read_image(photo)[None])
-    with torch.no_grad():
-        sure = model(pixels).softmax(1).amax(1)[0].numpy()
-    with Image.open(tmp_path / "out" / "photo_confidence.png") as grey:
-        assert grey.mode == "L"
-        np.testing.assert_allclose(np.asarray(grey) / 255, sure, atol=0.003)
-    assert _predict(photo, *options, "--tile", 64) == 1
-    assert _complaints(capsys) == ["fastseg predict: --confidence is of whole pictures; leave --tile out"]
 
 
 def test_predict_does_the_good_images_of_a_bad_batch(tmp_path, weights, capsys):

@@ -17,11 +17,11 @@ from fastseg.ops.core.loss_columns import (
     Column,
     Sums,
     factor,
+    factor_slope,
     sigmoid_slope,
     sigmoid_term,
     softmax_slope,
     softmax_term,
-    softplus,
 )
 from fastseg.ops.core.loss_full import is_ignored
 from fastseg.ops.core.upsample import along_x
@@ -218,8 +218,8 @@ class Walk:
             elif column.kind in FOCAL and self.hard:  # of the pixel's own label: one evaluation for both columns
                 key = column[1:]
                 if key not in own:
-                    z = v * (2 * y - 1)
-                    own[key] = factor((-z).sigmoid(), column).mul_(softplus(-z))
+                    z = v * (1 - 2 * y)  # the logit of the other label
+                    own[key] = factor(z.sigmoid(), column).mul_(_softplus(z))
                 f = own[key] * (y if column.kind == "focal_pos" else 1 - y)
             elif column.kind == "count" and counts is None:
                 total[:, k] += v.numel() // v.shape[1]
@@ -250,10 +250,11 @@ class Walk:
                 h = f if h is None else h.add_(f)
         for key, pair in pairs.items():
             pos, neg = (pair.get(kind, torch.zeros_like(v[:1, :, :1])[0]) for kind in FOCAL)
-            sign = 2 * y - 1
-            z = v * sign
-            f = sigmoid_slope(Column("focal_pos", *key), z.sigmoid(), z, torch.ones((), dtype=v.dtype, device="cpu"))
-            f = f.mul_(sign).mul_(torch.addcmul(neg, y, pos - neg))
+            column, sign = Column("focal_pos", *key), 1 - 2 * y
+            z = v * sign  # the logit of the other label, and q its probability
+            q = z.sigmoid()
+            f = _softplus(z).mul_(factor_slope(q, column)).mul_(1 - q)
+            f = f.addcmul_(factor(q, column), q).mul_(sign).mul_(torch.addcmul(neg, y, pos - neg))
             h = f if h is None else h.add_(f)
         if by_p is not None or by_y is not None:
             f = by_p.expand_as(v) if by_y is None else y * by_y if by_p is None else torch.addcmul(by_p, y, by_y)
@@ -264,6 +265,11 @@ class Walk:
         if block.counts is not None:
             h *= block.counts
         return h if self.sums.activation == SIGMOID else h.sub_(p * h.sum(1, keepdim=True))
+
+
+def _softplus(v: Tensor) -> Tensor:
+    """log(1 + exp v), in half the time of torch's logsigmoid; without a gradient."""
+    return v.abs().neg_().exp_().log1p_().add_(v.clamp_min(0))
 
 
 def like(x: Tensor, dx: Tensor) -> Tensor:
