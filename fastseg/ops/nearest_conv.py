@@ -20,6 +20,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed
 from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
 from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import same_number
 from fastseg.ops.cpu.packed import conv2d
 
@@ -31,6 +32,7 @@ Form = Literal["transposed", "phases", "upsampled"]
 FORMS = ("transposed", "phases", "upsampled")
 
 
+@overridable
 def upsample_nearest_conv2d(
     x: Tensor,
     skip: Tensor | None,

@@ -18,6 +18,7 @@ from fastseg.ops.core.dispatch import autocast_dtype, followed, kernels_run, nee
 from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import same_number
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
@@ -32,6 +33,7 @@ Mode = Literal["bilinear", "nearest"]
 Form = Literal["small", "resized"]
 
 
+@overridable
 def resize_concat_conv2d(
     maps: Sequence[Tensor],
     weight: Tensor,

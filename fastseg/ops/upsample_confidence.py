@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import Factors, along_x, interpolate, is_finite, output_size, unsupported, upsampling
 from fastseg.ops.cpu.threads import each
@@ -22,6 +23,7 @@ Size = int | tuple[int, int] | None
 Factor = float | tuple[float, float] | None
 
 
+@overridable
 def upsample_confidence(
     logits: Tensor,
     size: Size = None,
@@ -82,6 +84,7 @@ def upsample_confidence_ref(
     return found(_full(logits, H, W, factors, align_corners))
 
 
+@overridable
 def upsample_topk(
     logits: Tensor, k: int, size: Size = None, scale_factor: Factor = None, *, align_corners: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -122,6 +125,7 @@ def upsample_topk(
     return classes, values.float()
 
 
+@overridable
 def upsample_threshold(
     logits: Tensor,
     size: Size = None,

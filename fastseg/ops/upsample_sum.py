@@ -11,6 +11,7 @@ from fastseg.ops.batch_norm_act import batch_norm_act
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, needs_grad, use_kernel
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, BatchNormArgs, activate, check_norm, torch_norm
+from fastseg.ops.core.override import overridable
 from fastseg.ops.registered.upsample_sum import unsupported, upsample_sum_op
 
 if HAS_TRITON:
@@ -20,6 +21,7 @@ if HAS_TRITON:
 NAME = "upsample_sum"
 
 
+@overridable
 def upsample_sum(
     base: Tensor,
     maps: Sequence[Tensor],

@@ -10,13 +10,18 @@ from op_calls import LAYOUTS, ROWS, Draw, Drawn, Row
 from torch import Tensor
 
 import fastseg.ops
+from fastseg.losses import CrossEntropy, Dice
 from fastseg.ops import (
     aspp,
     atrous_conv2d,
     bilinear_kernel,
     compose_pointwise,
     resize_concat_conv2d,
+    upsample_confusion,
+    upsample_loss,
     upsample_nearest_conv2d,
+    upsample_threshold,
+    upsample_topk,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")
@@ -60,6 +65,15 @@ def _composed(d: Draw) -> Drawn:
     return run, [d.map(2, 3, 2, 3), d.weight(4, 5, 1, 1), d.weight(5, 3, 1, 1), d.vector(5)]
 
 
+def _loss(d: Draw) -> Drawn:
+    terms = [(1.0, CrossEntropy()), (0.5, Dice())]
+    return lambda x, target: upsample_loss(x, target, terms), [d.map(1, 5, 2, 3), d.classes(5, 1, 4, 6)]
+
+
+def _confusion(d: Draw) -> Drawn:
+    return lambda x, target: upsample_confusion(x, target, 5), [d.map(1, 5, 2, 3), d.classes(5, 1, 4, 6)]
+
+
 PUBLIC = {
     name: ROWS[name]
     for name in (
@@ -67,7 +81,7 @@ PUBLIC = {
         "max_unpool2d, compact", "max_unpool_conv2d", "batch_norm_act, batch", "batch_norm_act, running",
         "batch_norm_act_max_pool2d, batch", "separable_conv2d", "separable_conv2d, batch", "upsample_bilinear",
         "bilinear_conv_transpose2d", "upsample_concat", "upsample_concat_conv2d", "upsample_sum", "upsample_argmax",
-        "upsample_cross_entropy, mean",
+        "upsample_cross_entropy, mean", "upsample_confidence",
     )
 } | {
     "aspp": Row("", _aspp),
@@ -75,6 +89,10 @@ PUBLIC = {
     "resize_concat_conv2d": Row("", _resized),
     "upsample_nearest_conv2d": Row("", _doubled),
     "compose_pointwise": Row("", _composed),
+    "upsample_loss": Row("", _loss),
+    "upsample_confusion": Row("", _confusion, False),
+    "upsample_topk": Row("", lambda d: (lambda x: upsample_topk(x, 2, 7), [d.map(1, 5, 2, 3)]), False),
+    "upsample_threshold": Row("", lambda d: (lambda x: upsample_threshold(x, 7), [d.map(1, 1, 2, 3)]), False),
     "bilinear_kernel": Row("", lambda d: (lambda x: x * bilinear_kernel(3, 3, 4).sum(), [d.map(2, 3, 2, 2)]), False),
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fastseg import nn as fnn
 from fastseg import ops
+from fastseg.losses import CrossEntropy, Dice
 from fastseg.models import create, names
 
 MAP = (2, 4, 6, 8)
@@ -74,6 +75,8 @@ def test_leaves(name):
 def test_second_maps():
     loss = fnn.UpsampleCrossEntropyLoss()
     check(Net(loss, target="target"), 1, torch.randn(MAP), torch.randint(4, (2, 12, 16)))
+    terms = [(1.0, CrossEntropy()), (0.5, Dice())]  # objects, which no node of a graph holds: the module is the node
+    check(Net(fnn.UpsampleLoss(terms), target="target"), 1, torch.randn(MAP), torch.randint(4, (2, 12, 16)))
     up = fnn.BilinearConvTranspose2d(4, 2)
     check(Net(up, skip="skip"), 1, torch.randn(MAP), torch.randn(2, 4, 12, 16))
     check(Net(fnn.BatchNormAct2d(4), residual="residual").eval(), 1, torch.randn(MAP), torch.randn(MAP))
@@ -85,7 +88,14 @@ def test_indices_pass_from_leaf_to_leaf(index_format):
 
 
 def test_every_module_is_looked_at():
-    elsewhere = {"MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d", "UpsampleCrossEntropyLoss", "bilinear_kernel"}
+    elsewhere = {
+        "UpsampleLoss",
+        "MaxUnpool1d",
+        "MaxUnpool2d",
+        "MaxUnpool3d",
+        "UpsampleCrossEntropyLoss",
+        "bilinear_kernel",
+    }
     assert set(MODULES) | elsewhere == set(fnn.__all__)
     unpools = {fnn.MaxUnpool1d.forward, fnn.MaxUnpool3d.forward}
     assert unpools == {fnn.MaxUnpool2d.forward}
@@ -156,9 +166,16 @@ FUNCTIONS = {
         x, net.depthwise, net.pointwise, mid_norm=net.norm, mid_act="relu", residual=x
     ),
     "upsample_argmax": lambda net, x: ops.upsample_argmax(x, scale_factor=2),
+    "resize_concat_conv2d": lambda net, x: ops.resize_concat_conv2d([x, x[:, :, ::2, ::2]], net.wide, size=x.shape[2:]),
     "upsample_bilinear": lambda net, x: ops.upsample_bilinear(x.relu(), (x.shape[2] + 3, x.shape[3] * 2)),
     "upsample_concat": lambda net, x: ops.upsample_concat(x[:, :, ::2, ::2], [x, x.neg()]),
     "upsample_concat_conv2d": lambda net, x: ops.upsample_concat_conv2d(x[:, :, ::2, ::2], x, net.wide, act="relu"),
+    "upsample_confidence": lambda net, x: ops.upsample_confidence(x, scale_factor=2)[1],
+    "upsample_confusion": lambda net, x: ops.upsample_confusion(x, x[:, 0].abs().long() % 4, 4),
+    "upsample_nearest_conv2d": lambda net, x: ops.upsample_nearest_conv2d(x, None, net.full, net.bias),
+    "upsample_sum": lambda net, x: ops.upsample_sum(x, [x[:, :, ::2, ::2]], net.bias, act="relu"),
+    "upsample_threshold": lambda net, x: ops.upsample_threshold(x[:, :1], scale_factor=2),
+    "upsample_topk": lambda net, x: ops.upsample_topk(x, 2, scale_factor=2)[0],
     "upsample_cross_entropy": lambda net, x: ops.upsample_cross_entropy(x, x[:, 0].abs().long() % 4, net.bias.detach()),
 }  # fmt: skip
 
@@ -187,4 +204,5 @@ def test_a_list_of_maps_is_looked_into():
 
 
 def test_every_function_is_looked_at():
-    assert set(FUNCTIONS) | {"BatchNormArgs", "PoolIndices", "bilinear_kernel"} == set(ops.__all__)
+    of_torchs_own = {"bilinear_kernel", "compose_pointwise"}
+    assert set(FUNCTIONS) | of_torchs_own | {"BatchNormArgs", "PoolIndices", "upsample_loss"} == set(ops.__all__)

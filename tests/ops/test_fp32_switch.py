@@ -73,6 +73,7 @@ def test_models_run_whatever_the_switch_is(device, switched, dtype):
 def test_amd_rounds_to_tf32_on_mi300_alone(monkeypatch, arch, rounded):
     """Triton's AMD backend compiles no tf32 product for another chip."""
     monkeypatch.setattr(backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.version, "hip", "7.0" if arch else None)
     monkeypatch.setattr(tensors, "amd_arch", lambda device: arch)
     assert tensors.tf32(torch.float32) is rounded
     assert tensors.precision(torch.zeros(1)) == ("tf32" if rounded else "ieee")
