@@ -25,13 +25,13 @@ PREDICTABLE = [name for name, chip in CHIPS.items() if chip.arch in TARGETS and 
 FIRST = "H200"  # the chip that gets every case; the others get the first case of each kernel
 HEAD = f"""# Predicted times
 
-Nothing on this page is measured: these are times by a static model of the compiled code, not calibrated on any device,
-and a device may take {BAND} of them. `make predict` writes the page; `kernels/tools/predict/` says how.
+Nothing on this page is measured: these are times by a static model of the compiled code, with a band of {BAND} until
+a device has calibrated it. `make predict` writes the page; `kernels/tools/predict/` says how.
 
-Cases are those of `make kernel-report`, in bf16, with Triton's code for the chip. Some hold thousands of images, so
-that a map has more than 2^31 elements: take the share of yours. A row is one launch. What binds is the longest of the
-model's terms, whose shares of the time stand behind it, the next longest too. `~`: how often a loop runs is decided by
-what memory holds, and is assumed.
+Cases are those of `make kernel-report`, all of them on an H200 and some on other chips, in bf16, with Triton's code for
+the chip. Some hold thousands of images, so that a map has more than 2^31 elements: take the share of yours. A row is
+one launch. What binds is the longest of the model's terms, whose share of the time stands behind it; then the next
+longest. `~`: how often a loop runs is decided by what memory holds, and is assumed.
 
 """
 
