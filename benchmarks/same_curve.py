@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg.cli.common import add_device, describe, positive_float, positive_int
-from fastseg.measure.comparison import eager_form
 from fastseg.models import create, names
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.training.batches import collate
@@ -105,7 +104,8 @@ def runs(
     paths = {path: count // len(batches) for path, count in Counter(f"{d.op}: {d.path}" for d in report).items()}
     with fastseg.reference():
         curves["reference"] = losses(fresh(), batches, lr, void)
-        curves["plain"] = losses(eager_form(fresh()), batches, lr, void)
+        with fastseg.unfused():
+            curves["plain"] = losses(fresh(), batches, lr, void)
         for seed in range(NUDGED):
             curves[f"rounding {seed}"] = losses(nudged(fresh(), seed), batches, lr, void)
         curves["lr + 1 %"] = losses(fresh(), batches, 1.01 * lr, void)
