@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastseg.converting.classes import fused_everywhere
 from fastseg.measure.counting import products_and_bytes
 from fastseg.ops.core.torch_private import tree_leaves, tree_map_only
 
@@ -63,7 +64,7 @@ def check(model: nn.Module, example: Any, placed: Sequence[nn.Module]) -> dict[i
     try:
         for module in placed:
             module.__class__ = classes[type(module)]
-        with evaluating(model), torch.no_grad(), seeded():
+        with evaluating(model), torch.no_grad(), seeded(), fused_everywhere():
             run_example(model, example)
     finally:
         back = {check: made for made, check in classes.items()}

@@ -12,16 +12,22 @@ Pickles name the original class and the rule; the subclass is made again where t
 
 import copyreg
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from fastseg.converting.rule import Rule
+from fastseg.ops.core.dispatch import kernels_run
 from fastseg.ops.core.explain import in_reference
+from fastseg.ops.core.kept import keepers
 
 RULES: dict[str, Rule] = {}  # by name, filled by ``fastseg.converting.rules``
+_fused_everywhere: ContextVar[bool] = ContextVar("fastseg_fused_everywhere", default=False)
 _made: dict[tuple[type, Rule], type] = {}
 
 
@@ -52,7 +58,7 @@ def converted_class(original: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
         @functools.wraps(own)
         def forward(self, *args, **kwargs):
-            if in_reference() or rule.refuses(self) or _traced(args, kwargs):
+            if in_reference() or rule.refuses(self) or _traced(args, kwargs) or _costs_more(rule, args):
                 return own(self, *args, **kwargs)
             return rule.run(self, functools.partial(own, self), *args, **kwargs)
 
@@ -66,6 +72,26 @@ def converted_class(original: type[nn.Module], rule: Rule) -> type[nn.Module]:
         }
         _made[key] = type(original)(original.__name__, (Converted, original), members)
     return _made[key]
+
+
+@contextmanager
+def fused_everywhere() -> Iterator[None]:
+    """Inside the block, rules that only fuse run on a CPU too: to check them."""
+    token = _fused_everywhere.set(True)
+    try:
+        yield
+    finally:
+        _fused_everywhere.reset(token)
+
+
+def _costs_more(rule: Rule, args: tuple) -> bool:
+    """True if the rule only fuses, and folding at each call would cost more than it saves."""
+    if not rule.fuses_only or not args:
+        return False
+    x = args[0][-1] if isinstance(args[0], (list, tuple)) else args[0]
+    if not isinstance(x, Tensor) or not x.is_cpu or kernels_run(x):
+        return False
+    return torch.compiler.is_compiling() or not (keepers.get() or _fused_everywhere.get())
 
 
 def _traced(args: tuple, kwargs: dict) -> bool:

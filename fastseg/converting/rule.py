@@ -27,6 +27,9 @@ class Rule:
         run: ``run(module, original, *inputs)`` computes ``original(*inputs)``.
         takes: the submodules that ``run`` reads in place of calling them, which therefore stay as they are.
         what: one line for the report and the documentation.
+        fuses_only: True if ``run`` has the products of the original. On a CPU that brings passes over small maps, and
+            folding a norm at each call costs more: there the original runs, except inside ``fastseg.frozen`` and in a
+            ``Runner``, which fold once.
     """
 
     name: str
@@ -36,6 +39,7 @@ class Rule:
     run: Callable[..., Any]
     takes: Callable[[nn.Module], Iterable[nn.Module]]
     what: str = ""
+    fuses_only: bool = False
 
     def knows(self, owner: type) -> bool:
         """True if ``owner``, a class that defines a ``forward``, is one of its classes."""

@@ -13,7 +13,7 @@ from fastseg.models.files import read_payload
 from fastseg.models.keys import Form, encoder_forms, model_forms
 from fastseg.models.locate import Found, first, locate
 
-__all__ = ["checked", "fill", "load_encoder_weights", "load_weights", "read_payload"]
+__all__ = ["checked", "fill", "load_encoder_weights", "load_weights", "read_payload", "weight_file"]
 
 ENCODER_TYPES = (VGG16, ResNet, MobileNetV2, Xception65)
 
@@ -36,14 +36,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike, *, key: str | None =
 
     Args:
         model: filled in place; its devices and dtypes stay.
-        path: the file. Nothing is downloaded.
+        path: the file, or a folder of ``save_pretrained`` with one. Nothing is downloaded.
         key: name on the way to one set of weights, such as "model_ema"; needed if several in the file fit.
 
     Raises:
         FileNotFoundError: the file does not exist.
         ValueError: the file cannot be read, does not fit the model, or holds several sets of weights that fit.
     """
-    path = _file(path, "load_weights")
+    path = weight_file(path, "load_weights")
     found = checked(read_payload(path), path, type(model).__name__, model.state_dict(), model_forms(model), key=key)
     fill(model, found)
 
@@ -68,7 +68,7 @@ def load_encoder_weights(model: nn.Module, path: str | os.PathLike, *, key: str 
         ValueError: the file cannot be read, or does not fit the encoder.
     """
     encoder, expected = _encoder_state(model)
-    path = _file(path, "load_encoder_weights")
+    path = weight_file(path, "load_encoder_weights")
     name = f"the encoder of {type(model).__name__}"
     forms = encoder_forms(encoder, expected)
     found = checked(read_payload(path), path, name, expected, forms, key=key, function="load_encoder_weights")
@@ -131,8 +131,18 @@ def _encoder_state(model: nn.Module) -> tuple[nn.Module | None, dict[str, Tensor
     return encoders[0], encoders[0].state_dict()
 
 
-def _file(path: str | os.PathLike, function: str) -> Path:
+IN_FOLDERS = ("model.safetensors", "pytorch_model.bin")  # of SMP's and Hugging Face's save_pretrained
+
+
+def weight_file(path: str | os.PathLike, function: str) -> Path:
+    """The file itself, or the one in a folder of ``save_pretrained``."""
     path = Path(path)
+    if path.is_dir():
+        inside = [path / name for name in IN_FOLDERS if (path / name).is_file()]
+        if not inside:
+            held = "weights in several parts" if list(path.glob("*.index.json")) else f"no {' or '.join(IN_FOLDERS)}"
+            raise FileNotFoundError(f"{function}: no file at {path}, a folder with {held}; name a file, or save one")
+        path = inside[0]
     if not path.is_file():
         raise FileNotFoundError(f"{function}: no file at {path}; weights are read from local files only")
     return path

@@ -108,9 +108,11 @@ def upsample_nearest_conv2d_ref(
     return ACTIVATIONS[act or "none"](F.conv2d(y, weight, bias, padding=1))
 
 
-# Elements that summing the filters reads and writes, for each pair of channels; its pixels on a CPU that repay it: a
-# core moves some 5 GB/s and multiplies 15e9 times a second.
-BUILD, LEAST_CPU = 60, 40
+# Elements that summing the filters reads and writes, for each pair of channels.
+BUILD = 60
+# Pixels from which one CPU thread gains. In processor time, plain over transposed: 0.39 at 8^2 (320 + 96 -> 256
+# channels), 0.92 at 16^2, 1.35 at 32^2, 1.65 at 64^2, 1.84 at 128^2; with filters kept 0.55, 1.07, 1.43, 1.71, 1.95.
+LEAST_CPU, LEAST_CPU_KEPT = 400, 200
 
 
 def choose(x: Tensor, weight: Tensor) -> Form:
@@ -118,19 +120,20 @@ def choose(x: Tensor, weight: Tensor) -> Form:
 
     The four phases are written by one convolution, read, and written again in order: three passes over the result where
     the transposed convolution makes one. That decides until a GPU has shown that its library needs more than that for
-    a transposed convolution. On one CPU thread the transposed form took 1 / 2.6 to 1 / 3.5 of the plain form's time.
+    a transposed convolution.
 
     Of a few pixels the sum of the filters, made at each call, costs more than it saves. A graph's compiler makes it in
     one pass, and inside ``fastseg.frozen`` it is made once.
     """
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if isinstance(pixels, torch.SymInt) or followed(x, weight) or keeper((weight,)) is not None:
+    if isinstance(pixels, torch.SymInt) or followed(x, weight):
         return "transposed"
+    kept = keeper((weight,)) is not None
     if x.is_cuda and HAS_TRITON:
         chip = chip_of(x.device)
-        pays = BUILD * weight.element_size() / chip.bandwidth < 2 * 20 * pixels / chip.dot(x.dtype)
+        pays = kept or BUILD * weight.element_size() / chip.bandwidth < 2 * 20 * pixels / chip.dot(x.dtype)
     else:
-        pays = pixels >= LEAST_CPU or not x.is_cpu
+        pays = pixels >= (LEAST_CPU_KEPT if kept else LEAST_CPU) or not x.is_cpu
     return "transposed" if pays else "upsampled"
 
 

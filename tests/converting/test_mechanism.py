@@ -12,6 +12,7 @@ from torch.nn import functional as F
 import fastseg
 from fastseg.converting import classes, in_place, known
 from fastseg.converting.rule import Rule
+from fastseg.ops.core.dispatch import INTERPRETED
 
 
 class Up(nn.Module):
@@ -160,6 +161,21 @@ def test_a_shallow_copy_computes_with_its_own_weights():
     replica._modules = {name: copy.copy(m) for name, m in model.stem._modules.items()}
     replica[0]._parameters = {"weight": torch.zeros_like(model.stem[0].weight), "bias": None}
     assert (replica(X) - model.stem(X)).abs().max() > 1e-3
+
+
+def test_what_only_fuses_runs_as_written_on_a_cpu_unless_it_folds_once(monkeypatch):
+    calls = []
+    run = classes.RULES["sequential"].run
+    rule = dataclasses.replace(classes.RULES["sequential"], run=lambda *a: calls.append(1) or run(*a))
+    monkeypatch.setattr(in_place, "RULES", {"sequential": rule})
+    model = fastseg.convert(net(), only="stem")
+    with torch.no_grad():
+        want = model(X)
+        assert len(calls) == INTERPRETED
+        calls.clear()
+        with fastseg.frozen(model):
+            close([model(X)], [want])
+        assert calls == [1]
 
 
 def test_reference_and_fx_see_the_original():

@@ -121,7 +121,16 @@ def nothing_taken(module: nn.Module) -> tuple[nn.Module, ...]:
 
 
 RULES = (
-    Rule("sequential", "torch", ("Sequential",), _refuses, _run, _takes, "convolution, norm and activation as one"),
+    Rule(
+        "sequential",
+        "torch",
+        ("Sequential",),
+        _refuses,
+        _run,
+        _takes,
+        "convolution, norm and activation as one",
+        fuses_only=True,
+    ),
     Rule("max_pool", "torch", ("MaxPool2d",), _pool_refuses, _pool, nothing_taken, "pooling with indices"),
     Rule("max_unpool", "torch", ("MaxUnpool2d",), lambda m: "", _unpool, nothing_taken, "unpooling, deterministic"),
 )

@@ -181,16 +181,22 @@ def _residual(last: int) -> Callable:
 
 CONV = "convolution, norm and activation as one"
 RULES = (
-    Rule("timm_conv", LIBRARY, ("ConvNormAct",), _conv_refuses, in_a_graph(_conv), taking("conv", "bn"), CONV),
+    Rule("timm_conv", LIBRARY, ("ConvNormAct",), _conv_refuses, in_a_graph(_conv), taking("conv", "bn"), CONV,
+         fuses_only=True),
     Rule("timm_separable", LIBRARY, ("DepthwiseSeparableConv",), _mobile_refuses("conv_dw", "bn1", "conv_pw", "bn2"),
-         in_a_graph(_separable), taking("conv_dw", "bn1", "conv_pw", "bn2"), "separable convolution"),
+         in_a_graph(_separable), taking("conv_dw", "bn1", "conv_pw", "bn2"), "separable convolution",
+         fuses_only=True),
     Rule("timm_inverted_residual", LIBRARY, ("InvertedResidual",),
          _mobile_refuses("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"), in_a_graph(_inverted),
-         taking("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"), "inverted residual"),
+         taking("conv_pw", "bn1", "conv_dw", "bn2", "conv_pwl", "bn3"), "inverted residual",
+         fuses_only=True),
     Rule("timm_basic_block", LIBRARY, ("BasicBlock",), _residual_refuses(1, 2), _residual(2),
-         taking("conv1", "bn1", "act1", "conv2", "bn2", "act2"), CONV),
+         taking("conv1", "bn1", "act1", "conv2", "bn2", "act2"), CONV,
+         fuses_only=True),
     Rule("timm_bottleneck", LIBRARY, ("Bottleneck",), _residual_refuses(1, 2, 3), _residual(3),
-         taking("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3"), CONV),
+         taking("conv1", "bn1", "act1", "conv2", "bn2", "act2", "conv3", "bn3", "act3"), CONV,
+         fuses_only=True),
     Rule("timm_norm", LIBRARY, ("BatchNormAct2d",), _norm_refuses, in_a_graph(_norm), lambda module: [module.act],
-         "norm and activation as one"),
+         "norm and activation as one",
+         fuses_only=True),
 )  # fmt: skip

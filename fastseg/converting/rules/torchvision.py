@@ -83,9 +83,12 @@ CONV = "convolution, norm, activation and skip as one"
 RULES = (
     Rule("tv_aspp", LIBRARY, ("ASPP",), aspp_refuses, aspp, aspp_takes, "ASPP without concatenation"),
     Rule("tv_basic_block", LIBRARY, ("BasicBlock",), _refuses("conv1", "conv2"), _basic,
-         taking("conv1", "bn1", "conv2", "bn2", "relu"), CONV),
+         taking("conv1", "bn1", "conv2", "bn2", "relu"), CONV,
+         fuses_only=True),
     Rule("tv_bottleneck", LIBRARY, ("Bottleneck",), _refuses("conv1", "conv2", "conv3"), _bottleneck,
-         taking("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu"), CONV),
+         taking("conv1", "bn1", "conv2", "bn2", "conv3", "bn3", "relu"), CONV,
+         fuses_only=True),
     Rule("tv_inverted_residual", LIBRARY, ("InvertedResidual",), _inverted_refuses, _inverted, taking("conv"),
-         "inverted residual in two ops"),
+         "inverted residual in two ops",
+         fuses_only=True),
 )  # fmt: skip

@@ -105,5 +105,6 @@ RULES = (
     Rule("hf_upernet_head", LIBRARY, ("UperNetHead",), _upernet_refuses, _upernet,
          taking("bottleneck", "fpn_bottleneck"), "3x3 of the resized levels from nine taps of each small one"),
     Rule("hf_conv_module", LIBRARY, ("UperNetConvModule",), _module_refuses, _module,
-         taking("conv", "batch_norm", "activation"), "convolution, norm and activation as one"),
+         taking("conv", "batch_norm", "activation"), "convolution, norm and activation as one",
+         fuses_only=True),
 )  # fmt: skip

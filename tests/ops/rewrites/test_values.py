@@ -130,14 +130,14 @@ def test_doubling_takes_4_products_in_place_of_9():
 def test_of_a_few_pixels_the_filters_are_not_summed():
     weight = torch.randn(4, 4, 3, 3)
     forms = []
-    for size in (4, 8):
+    for size in (8, 24):
         with fastseg.explain() as report:
             ops.upsample_nearest_conv2d(torch.randn(1, 4, size, size), None, weight)
         forms.append(report.decisions[0].why)
     assert forms == ["upsampled", "transposed"]
     conv = torch.nn.Conv2d(4, 4, 3)
     with torch.no_grad(), fastseg.frozen(conv), fastseg.explain() as report:
-        ops.upsample_nearest_conv2d(torch.randn(1, 4, 4, 4), None, conv.weight)
+        ops.upsample_nearest_conv2d(torch.randn(1, 4, 16, 16), None, conv.weight)
     assert report.decisions[0].why == "transposed"
 
 
