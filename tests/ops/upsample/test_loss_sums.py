@@ -5,6 +5,8 @@ import torch
 from head_inputs import AC
 
 import fastseg
+from fastseg.losses import CrossEntropy, Dice
+from fastseg.nn import UpsampleLoss
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
@@ -84,6 +86,17 @@ DICE = (Column("nll"), Column("inter"), Column("prob"), Column("target"))
 def test_shapes(classes, size, low, align_corners, device):
     """One class and two, more classes and cells than a program takes, an axis that keeps its size."""
     check(*inputs(classes, "classes", device, size, low=low), DICE, SOFTMAX, align_corners=align_corners)
+
+
+def test_a_whole_loss(device):
+    """Cross entropy plus Dice, by kernels and by reference."""
+    logits, target = inputs(3, "classes", device)
+    loss = UpsampleLoss([(1.0, CrossEntropy(label_smoothing=0.1)), (0.5, Dice(batch=True))], ignore_index=255)
+    value = loss(logits, target)
+    with fastseg.reference():
+        want = loss(logits, target)
+    torch.testing.assert_close(value, want)
+    torch.testing.assert_close(*(torch.autograd.grad(v, logits)[0] for v in (value, want)), rtol=1e-4, atol=1e-6)
 
 
 def test_pixel_weights(device):
