@@ -36,7 +36,7 @@ def upsample_confusion(
     Raises:
         TypeError: ``target`` is not of integers.
         ValueError: shapes do not match, or there are more classes than ``num_classes``.
-        IndexError: a target is neither a class nor ``ignore_index``; elsewhere than on a CPU, and in graphs, it is not counted.
+        IndexError: a target is neither a class nor ``ignore_index``. On a GPU and in graphs it is not counted instead.
     """
     name = "upsample_confusion"
     if logits.dim() != 4 or target.dim() != 3 or logits.shape[0] != target.shape[0]:
