@@ -179,12 +179,11 @@ def _check(
         raise ValueError(f"{name}: pointwise_weight is {tuple(pw.shape)}; it must be (COUT, {C}, 1, 1)")
     if stride < 1 or dilation < 1 or padding < 0:
         raise ValueError(f"{name}: stride {stride} and dilation {dilation} must be >= 1, padding {padding} >= 0")
-    if not autocasts(x):
-        for label, t in (("depthwise_weight", dw), ("pointwise_weight", pw), ("residual", residual)):
-            if t is not None and t.dtype != x.dtype:
-                raise TypeError(
-                    f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
-                )
+    for label, t in (("depthwise_weight", dw), ("pointwise_weight", pw), ("residual", residual)):
+        if t is not None and t.dtype != x.dtype and not autocasts(x):
+            raise TypeError(
+                f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
+            )
     (N, _, H, W), space = x.shape, 2 * padding - dilation * (K - 1) - 1
     OH, OW = (H + space) // stride + 1, (W + space) // stride + 1
     if OH < 1 or OW < 1:

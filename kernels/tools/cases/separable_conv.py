@@ -14,8 +14,9 @@ from fastseg.kernels.separable_conv.launch import Needs, separable_conv_bwd, sep
 def separable(
     dtype: torch.dtype, *, N: int, C: int, H: int, W: int, COUT: int, stride: int = 1, dilation: int = 1,
     batch_stats: bool = False, backward: bool = False, residual: bool = False, tf32: bool = True, K: int = 3,
+    form: str | None = None,
 ) -> None:  # fmt: skip
-    """A pair with both norms and ReLUs."""
+    """A pair with both norms and ReLUs; ``form`` is "fused" or "split", None the cost model's."""
     OH, OW = (H - 1) // stride + 1, (W - 1) // stride + 1
     g = Geometry(N, C, H, W, COUT, OH, OW, K, stride, dilation * (K // 2), dilation)
     meta = lambda *shape, dtype=dtype: torch.empty(*shape, dtype=dtype, device="meta")
@@ -30,7 +31,7 @@ def separable(
             needs = Needs(x=True, dw=True, pw=True, dw_bias=False, pw_bias=False, mid=True, post=True)
             separable_conv_bwd(y, x, y, weights, g, acts, norm(C), norm(COUT), needs)
         else:
-            fused = plan(g, dtype, mid_batch_stats=batch_stats).form == "fused"
+            fused = (form or plan(g, dtype, mid_batch_stats=batch_stats).form) == "fused"
             skip = y if residual else None
             separable_conv_fwd(x, weights, g, acts, norm(C), norm(COUT), skip, fused=fused, save_z=False)
     finally:
