@@ -18,7 +18,7 @@ ROOMS = {
     "ops": ({"ops", "kernels"}, {"torch"}),
     "nn": ({"nn", "ops"}, {"torch"}),
     "models": ({"models", "nn", "metrics"}, {"torch", "safetensors"}),
-    "io": ({"io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "tqdm", "skimage"}),
+    "io": ({"io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "safetensors", "tqdm", "skimage"}),
     "inference": ({"inference", "io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "tqdm"}),
     "measure": (
         {"measure", "inference", "io", "models", "nn", "ops"},
