@@ -65,7 +65,7 @@ class Reference(Form):
     path = "reference"
 
     def __init__(self, run: Callable, name: str = "reference"):
-        self.run, self.name = run, name  # type: ignore[method-assign]
+        self.run, self.name = run, name
 
     def why(self, request: Any, refused: Sequence[Refusal]) -> str:
         return refused[-1].why if refused else ""

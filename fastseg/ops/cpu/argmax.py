@@ -46,7 +46,7 @@ class CpuForm(Form):
     path = "torch"
 
     def __init__(self, name: str, run: Callable[..., Tensor], takes: Callable[[Request], str]):
-        self.name, self.run, self.refuses = name, run, takes  # type: ignore[method-assign]
+        self.name, self.run, self.refuses = name, run, takes
 
     def cost(self, r: Request) -> Cost | None:
         strips = self.name in ("rows", "images")

@@ -79,7 +79,7 @@ class KernelForm(Form):
     name = "kernel"
 
     def __init__(self, run: Callable):
-        self.run = run  # type: ignore[method-assign]
+        self.run = run
 
     def refuses(self, r: Request) -> str:
         if why := not_taken(r.kernels):
