@@ -3,7 +3,7 @@
 {rule: {class: {method: fingerprints}}}; classes other than the rule's own are parts that it reads. From
 segmentation_models_pytorch 0.6.0, transformers 5.24.0, torchvision 0.29.1, timm 1.0.31, and the repositories
 milesial/Pytorch-UNet and bubbliiiing/unet-pytorch, pspnet-pytorch, deeplabv3-plus-pytorch.
-tests/convert/test_known.py computes them again from the libraries that are installed.
+``tests/converting/test_known.py`` computes them again from the libraries that are installed.
 """
 
 KNOWN: dict[str, dict[str, dict[str, tuple[str, ...]]]] = {
