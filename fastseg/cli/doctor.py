@@ -13,6 +13,7 @@ import fastseg
 from fastseg import ops
 from fastseg.cli.common import say
 from fastseg.io.files import first_line, printable
+from fastseg.losses import CrossEntropy
 from fastseg.measure.comparison import op_cases
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.core.explain import Report
@@ -150,6 +151,7 @@ def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Cal
     plain = {"kernel_size": 2, "return_indices": True}
     line, volume = torch.randn(1, 8, 8, **where), torch.randn(1, 8, 4, 4, 4, **where)
     pooled = lambda: ops.max_pool2d(x, **plain, index_format="compact")
+    labels = torch.zeros(1, 16, 16, dtype=torch.int64, device=device)
     return [
         ("atrous_conv2d", lambda: ops.atrous_conv2d(x, three, dilation=2)),
         ("aspp", lambda: ops.aspp(x, [one, three], [1, 2], fusion="sum")),
@@ -163,6 +165,11 @@ def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Cal
         ("bilinear_conv_transpose2d", lambda: ops.bilinear_conv_transpose2d(low, 2)),
         ("upsample_concat", lambda: ops.upsample_concat(low, [x])),
         ("upsample_concat_conv2d", lambda: ops.upsample_concat_conv2d(low, wide, both)),
+        ("resize_concat_conv2d", lambda: ops.resize_concat_conv2d([x, low], both, size=(8, 8))),
+        ("upsample_nearest_conv2d", lambda: ops.upsample_nearest_conv2d(low, None, three)),
+        ("upsample_sum", lambda: ops.upsample_sum(x, [low])),
+        ("upsample_confidence", lambda: ops.upsample_confidence(low, 16)),
+        ("upsample_loss", lambda: ops.upsample_loss(low, labels, [(1.0, CrossEntropy())])),
     ]
 
 

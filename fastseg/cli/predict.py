@@ -79,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
             say(f"fastseg predict: {printable(line)}", sys.stderr)
         make_folder(args.output)
         inputs = {os.path.realpath(path) for path in paths}
-        named = list(zip(paths, _output_stems(paths), strict=True))
+        named = list(zip(paths, _output_stems(paths, max(map(len, kinds))), strict=True))
         bar = progress(named[group.rank :: group.count], "predict", unit="image", shown=group.first)
         failed = 0
         for path, stem in bar:
@@ -172,24 +172,24 @@ def _left_out(paths: Sequence[Path]) -> Iterator[str]:
                 yield f"{path}: left out: {len(others)} of {len(there)} entries, which are no images, as {others[0]}"
 
 
-def _output_stems(paths: list[Path]) -> list[str]:
-    """The stem of each path, shortened if the result's name would be too long.
+def _output_stems(paths: list[Path], kind: int) -> list[str]:
+    """The stem of each path, shortened if a result's name would be too long: ``kind`` is the most letters of its kind.
     Of several equal stems the later ones get ``-2``, ``-3``, ...
     """
     originals, used = {path.stem for path in paths}, set()
     stems = []
     for path in paths:
-        stem, number = _cut(path.stem, ""), 1
+        stem, number = _cut(path.stem, "", kind), 1
         while stem in used or (number > 1 and stem in originals):
             number += 1
-            stem = _cut(path.stem, f"-{number}")
+            stem = _cut(path.stem, f"-{number}", kind)
         used.add(stem)
         stems.append(stem)
     return stems
 
 
-def _cut(stem: str, end: str) -> str:
+def _cut(stem: str, end: str, kind: int) -> str:
     """``stem`` and ``end``, with the stem shortened if the name of a result would exceed ``NAME`` bytes."""
-    while len(os.fsencode(f"{stem}{end}_confidence.png")) > NAME:
+    while len(os.fsencode(f"{stem}{end}_.png")) + kind > NAME:
         stem = stem[:-1]
     return stem + end

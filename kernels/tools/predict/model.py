@@ -98,7 +98,7 @@ def refused(report: KernelReport) -> str:
 
 def work_of(launched: Launched, trips: Mapping[str, float] | None = None) -> Work:
     """The mean of some of its programs."""
-    kernel, programs = _kernel(launched.ttir), _product(launched.grid)
+    kernel, programs = _parsed(launched.ttir), _product(launched.grid)
     chosen = sorted({min(int(share * programs), programs - 1) for share in PROGRAMS})
     return mean([kernel.work(launched.arguments, launched.grid, program, trips) for program in chosen])
 
@@ -107,7 +107,7 @@ def count(launched: Launched, work: Work, chip: Chip) -> Counts:
     """Of a launch whose programs do ``work``."""
     report, programs, core = launched.report, _product(launched.grid), chip.core
     listing = _listing(launched.cubin)
-    sass.set_runs(listing, _kernel(launched.ttir), work.bodies)
+    sass.set_runs(listing, _parsed(launched.ttir), work.bodies)
     slots = warp.slots(listing, work.shares)
     sizes = {name: a.numel() * a.element_size() for name, a in launched.arguments.items() if isinstance(a, Tensor)}
     once = lambda touched: sum(min(sizes.get(name, float("inf")), programs * n) for name, n in touched.items())
@@ -155,7 +155,7 @@ def predict_launches(
 
 
 @functools.lru_cache(maxsize=256)
-def _kernel(ttir: str) -> Kernel:
+def _parsed(ttir: str) -> Kernel:
     return Kernel(ttir)
 
 
