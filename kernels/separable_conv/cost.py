@@ -77,7 +77,7 @@ def fused_tile(pixels: int, C: int, COUT: int, K: int, dtype: torch.dtype, chip:
     finer choice would save half of some launches of few microseconds, by this model.
     """
     widest = fused_block_n(COUT, dtype)
-    tiles = [Tile(8, 8, widest), Tile(4, 4, min(64, widest)), Tile(4, 4, min(32, widest))]
+    tiles = [Tile(8, 8, widest), Tile(4, 4, min(128, widest)), Tile(4, 4, min(32, widest))]
     return min(tiles, key=lambda tile: _arithmetic(tile, pixels, C, COUT, K, dtype, chip))
 
 
