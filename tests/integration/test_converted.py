@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import fastseg
 from fastseg import ops
+from fastseg.ops.core.dispatch import INTERPRETED
 
 
 class Block(nn.Module):
@@ -58,7 +59,8 @@ def test_export_at_any_batch_and_size():
             3: 4 * torch.export.Dim("w", min=2, max=64)}  # fmt: skip
     with torch.no_grad():
         program = torch.export.export(model, (x,), dynamic_shapes=(dims,), strict=False).run_decompositions()
-        assert not any(str(node.target).startswith("fastseg") for node in program.graph.nodes)
+        ours = any(str(node.target).startswith("fastseg") for node in program.graph.nodes)
+        assert ours <= INTERPRETED, "without kernels the program is of torch's own ops"
         for shape in ((2, 3, 16, 24), (5, 3, 32, 12)):
             x = torch.randn(shape)
             torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-5)
