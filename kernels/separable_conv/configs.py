@@ -41,7 +41,8 @@ def _fused_config(size: int, C: int, COUT: int, K: int, dtype: torch.dtype, stat
     it two, at 0 to 26 spills by shape and Triton version; tuning tries it. 255 is no limit.
     """
     tile = fused_tile(size, C, COUT, K, dtype)
-    return {"BLOCK_H": tile.H, "BLOCK_W": tile.W, "BLOCK_N": tile.N, "BLOCK_K": 32,
+    block_k = 64 if tile.N == 32 and C > 32 and dtype.itemsize == 2 else 32  # loads of 128 bits, taps and weights alike
+    return {"BLOCK_H": tile.H, "BLOCK_W": tile.W, "BLOCK_N": tile.N, "BLOCK_K": block_k,
             "num_warps": 8 if tile.N * dtype.itemsize >= 512 else 4, "num_stages": 1, "maxnreg": 255}  # fmt: skip
 
 
