@@ -12,9 +12,11 @@ from fastseg.models.deeplabv3 import DeepLabV3
 from fastseg.models.deeplabv3plus import DeepLabV3Plus
 from fastseg.models.fcn import FCN
 from fastseg.models.pruning import Level, Pruned, auto_prune
+from fastseg.models.segformer import SegFormer
 from fastseg.models.segnet import SegNet, SegNetBasic
 from fastseg.models.unet import UNet
 from fastseg.models.unetplusplus import UNetPlusPlus, fading_weights
+from fastseg.models.upernet import UPerNet
 from fastseg.models.weights import load_encoder_weights, load_weights
 
 MODELS: dict[str, type[nn.Module]] = {
@@ -23,10 +25,12 @@ MODELS: dict[str, type[nn.Module]] = {
     "deeplabv3": DeepLabV3,
     "deeplabv3plus": DeepLabV3Plus,
     "fcn": FCN,
+    "segformer": SegFormer,
     "segnet": SegNet,
     "segnet_basic": SegNetBasic,
     "unet": UNet,
     "unetplusplus": UNetPlusPlus,
+    "upernet": UPerNet,
 }
 
 __all__ = [
@@ -39,10 +43,12 @@ __all__ = [
     "DeepSupervision",
     "Level",
     "Pruned",
+    "SegFormer",
     "SegNet",
     "SegNetBasic",
     "UNet",
     "UNetPlusPlus",
+    "UPerNet",
     "auto_prune",
     "create",
     "fading_weights",

@@ -16,10 +16,12 @@ FUSED = {
     "deeplabv3": {"batch_norm_act"},
     "deeplabv3plus": {"separable_conv2d"},
     "fcn": {"bilinear_conv_transpose2d"},
+    "segformer": {"batch_norm_act"},
     "segnet": {"max_pool2d", "max_unpool2d"},
     "segnet_basic": {"max_pool2d", "max_unpool2d"},
     "unet": {"max_pool2d"},
     "unetplusplus": {"max_pool2d", "upsample_concat", "batch_norm_act"},
+    "upernet": {"batch_norm_act"},
 }  # the ops of each that have kernels
 
 

@@ -23,8 +23,14 @@ NARROW = {
     "deeplabv3": {"backbone": "resnet18", "aux": True, "width": 0.05, "channels": 16},
     "deeplabv3plus": {"width": 0.1, "decoder_channels": 16},
     "fcn": {"backbone": "resnet18", "stride": 4, "aux": True, "width": 0.05},
+    "segformer": {
+        "width": 0.05,
+        "decoder_channels": 8,
+        "encoder_options": {"heads": (1, 2, 1, 2), "reductions": (2, 2, 1, 1)},
+    },
     "segnet": {"width": 0.02},
     "segnet_basic": {"channels": 8},
     "unet": {"padding": "same", "norm": True, "widths": (4, 8, 8)},
     "unetplusplus": {"norm": True, "up": "bilinear", "widths": (4, 8, 8)},
+    "upernet": {"backbone": "resnet18", "aux": True, "width": 0.05, "channels": 8},
 }

@@ -1,10 +1,14 @@
-"""Encoders: an image in, a list of features out; entry i has stride 2^i (capped at the output stride)."""
+"""Encoders: an image in, a list of features out; entry i has stride 2^i (capped at the output stride).
+
+``MixTransformer`` is not among ``ENCODERS``: its maps begin at stride 4.
+"""
 
 from collections.abc import Callable
 from functools import partial
 
 from torch import nn
 
+from fastseg.models.encoders.mit import MixTransformer
 from fastseg.models.encoders.mobilenet_v2 import MobileNetV2
 from fastseg.models.encoders.resnet import ResNet
 from fastseg.models.encoders.vgg import VGG16
@@ -19,4 +23,4 @@ ENCODERS: dict[str, Callable[..., nn.Module]] = {
     "xception": Xception65,
 }
 
-__all__ = ["ENCODERS", "VGG16", "MobileNetV2", "ResNet", "Xception65"]
+__all__ = ["ENCODERS", "VGG16", "MixTransformer", "MobileNetV2", "ResNet", "Xception65"]

@@ -110,6 +110,21 @@ def run_linear_fuse(
     return _folded_or_after(maps, conv, norm, act, run)
 
 
+def run_conv_of_linears(
+    maps: Sequence[Tensor],
+    linears: Sequence[nn.Module],
+    size: tuple[int, int],
+    conv: nn.Module,
+    norm: nn.Module | None,
+    act: Act,
+    *,
+    align_corners: bool = False,
+) -> Tensor:
+    """``run_linear_fuse`` where a linear layer or the convolution must be called: each module runs as it is written."""
+    maps = [linear(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for m, linear in zip(maps, linears, strict=True)]
+    return run_resize_concat_conv(maps, size, conv, norm, act, align_corners=align_corners)
+
+
 def _composing_pays(m: Tensor, linear: nn.Linear, outer: Tensor) -> bool:
     """True if the product of the matrices and one product of the map cost less than two products of the map."""
     pixels = m.shape[0] * m.shape[2] * m.shape[3]
