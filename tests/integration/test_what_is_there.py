@@ -40,10 +40,12 @@ REPEATED = {
     "deeplabv3": r"backbone\.layer[134]\.|backbone\.layer2\.[1-9]|.*convs\.[23]",
     "deeplabv3plus": r"backbone\.features\.([24-9]|1[0-6])\b|backbone\.features\.17\.conv\.\d|aspp\.branch[34]",
     "fcn": r"backbone\.layer[134]\.|backbone\.layer2\.[1-9]|score(8|16)\b",
+    "segformer": r"segformer.encoder.(block.([13]|[02].1)\b|(patch_embeddings|layer_norm).[12])|decode_head.linear_c.[12]",
     "segnet": r"encoder\.features\.([3-9]|[123]\d|4[01])\b|decoder\.[1-3]\b",
     "segnet_basic": r"(en|de)coder\.[12]\b",
     "unet": r"down2",
     "unetplusplus": r"conv2_0|conv1|up1",
+    "upernet": r"backbone|decode_head\.(psp_modules\.[12]|(lateral|fpn)_convs\.[12])",
     "google": r"backbone\.(block(1|2|3|5|20)|conv[45])\b|backbone\.block4\.sepconv[23]|aspp\.convs\.[23]",
     "xception": r"backbone\.(block[1345]|conv[45])\b|backbone\.block(2\.sepconv[13]|20\.sepconv[12])|aspp|cat_",
     "fcn_vgg16": r"conv[2345]_|.*score_?pool4",
@@ -59,7 +61,8 @@ UNCALLED = {
     "segnet_transpose": ("pool", "unpool"),
     "deep_supervision": ("model", "model.upsample_argmax"),
 }
-IN_TRAINING = "aux_classifier|up_score32|heads"  # called there alone
+IN_TRAINING = "aux_classifier|auxiliary_head|up_score32|heads"  # called there alone
+HOLDERS = (nn.ModuleList, nn.ModuleDict)  # never called
 FUSED_ACTS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU)
 
 
@@ -99,7 +102,7 @@ def places(label: str, model: nn.Module) -> list[str]:
     return [
         path
         for path, module in model.named_modules()
-        if path not in uncalled and not isinstance(module, nn.ModuleList) and not re.match(REPEATED[label], path)
+        if path not in uncalled and not isinstance(module, HOLDERS) and not re.match(REPEATED[label], path)
     ]
 
 
@@ -166,7 +169,7 @@ def test_a_hook_on_all_modules(label):
         finally:
             hook.remove()
         uncalled = [path for path, module in model.named_modules() if module not in seen]
-        lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+        lists = [path for path, module in model.named_modules() if isinstance(module, HOLDERS)]
         heads = ["upsample_argmax"] if hasattr(model, "upsample_argmax") else []
         lists = [path for path in lists if not re.match(IN_TRAINING, path)]
         known = {*lists, *heads, *UNCALLED.get(label, ())} - {"model"}

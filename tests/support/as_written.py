@@ -245,6 +245,61 @@ def unetplusplus(net: nn.Module, x: Tensor) -> list[Tensor]:
     return [net.final(maps[0, net.levels])]
 
 
+def mix_transformer(net: nn.Module, x: Tensor) -> list[Tensor]:
+    """Tokens as a sequence, attention as a softmax of products."""
+    features = []
+    for embed, blocks, norm in zip(net.patch_embeddings, net.block, net.layer_norm, strict=True):
+        x = embed.proj(x)
+        height, width = x.shape[2:]
+        as_map = lambda t, height=height, width=width: t.transpose(1, 2).unflatten(2, (height, width))
+        t = embed.layer_norm(x.flatten(2).transpose(1, 2))
+        for block in blocks:
+            own, y = block.attention["self"], block.layer_norm_1(t)
+            source = y
+            if own.sr is not None:
+                source = own.layer_norm(own.sr(as_map(y)).flatten(2).transpose(1, 2))
+            q, k, v = (
+                layer(z).unflatten(2, (own.heads, -1)).transpose(1, 2)
+                for layer, z in ((own.query, y), (own.key, source), (own.value, source))
+            )
+            weights = (q @ k.transpose(2, 3) / q.shape[-1] ** 0.5).softmax(-1)
+            t = t + block.attention["output"]["dense"]((weights @ v).transpose(1, 2).flatten(2))
+            y = block.mlp.dense1(block.layer_norm_2(t))
+            y = block.mlp.dwconv["dwconv"](as_map(y)).flatten(2).transpose(1, 2)
+            t = t + block.mlp.dense2(block.mlp.intermediate_act_fn(y))
+        x = as_map(norm(t))
+        features.append(x)
+    return features
+
+
+def segformer(net: nn.Module, x: Tensor) -> list[Tensor]:
+    features, head = mix_transformer(net.segformer["encoder"], x), net.decode_head
+    maps = []
+    for feature, projection in zip(features, head.linear_c, strict=True):
+        y = projection["proj"](feature.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        maps.append(resize(y, features[0].shape[2:], False))
+    y = head.activation(head.batch_norm(head.linear_fuse(torch.cat(maps[::-1], 1))))
+    return [resize(head.classifier(head.dropout(y)), x.shape[2:], False)]
+
+
+def upernet(net: nn.Module, x: Tensor) -> list[Tensor]:
+    block = lambda part, y: part.activation(part.batch_norm(part.conv(y)))
+    _, *features = resnet(net.backbone, x)
+    head, deep = net.decode_head, features[-1]
+    pooled = [resize(block(conv, pool(deep)), deep.shape[2:], False) for pool, conv in head.psp_modules]
+    levels = [block(conv, y) for conv, y in zip(head.lateral_convs, features[:3], strict=True)]
+    levels.append(block(head.bottleneck, torch.cat([deep, *pooled], 1)))
+    for i in (2, 1, 0):
+        levels[i] = levels[i] + resize(levels[i + 1], levels[i].shape[2:], False)
+    maps = [block(conv, y) for conv, y in zip(head.fpn_convs, levels[:3], strict=True)] + [levels[3]]
+    y = block(head.fpn_bottleneck, torch.cat([resize(y, maps[0].shape[2:], False) for y in maps], 1))
+    out = [head.classifier(y)]
+    if net.training:
+        aux = net.auxiliary_head
+        out.append(aux.classifier(block(aux.convs[0], features[2])))
+    return [resize(y, x.shape[2:], False) for y in out]
+
+
 def deep_supervision(net: nn.Module, x: Tensor) -> list[Tensor]:
     """Of a padded U-Net, supervised where no container is called."""
     if not net.training:

@@ -26,7 +26,7 @@ NARROW = {
     "segformer": {
         "width": 0.05,
         "decoder_channels": 8,
-        "encoder_options": {"heads": (1, 2, 1, 2), "reductions": (2, 2, 1, 1)},
+        "encoder_options": {"heads": (1, 2, 1, 2), "reductions": (2, 2, 1, 1), "drop_path": 0.0},
     },
     "segnet": {"width": 0.02},
     "segnet_basic": {"channels": 8},
