@@ -40,7 +40,7 @@ REPEATED = {
     "deeplabv3": r"backbone\.layer[134]\.|backbone\.layer2\.[1-9]|.*convs\.[23]",
     "deeplabv3plus": r"backbone\.features\.([24-9]|1[0-6])\b|backbone\.features\.17\.conv\.\d|aspp\.branch[34]",
     "fcn": r"backbone\.layer[134]\.|backbone\.layer2\.[1-9]|score(8|16)\b",
-    "segformer": r"segformer.encoder.(block.([13]|[02].1)\b|(patch_embeddings|layer_norm).[12])|decode_head.linear_c.[12]",
+    "segformer": r".*(block.([13]|[02].1)\b|(patch_embeddings|encoder.layer_norm).[12])|decode_head.linear_c.[12]",
     "segnet": r"encoder\.features\.([3-9]|[123]\d|4[01])\b|decoder\.[1-3]\b",
     "segnet_basic": r"(en|de)coder\.[12]\b",
     "unet": r"down2",
