@@ -9,12 +9,13 @@ from typing import NoReturn
 import torch
 
 from fastseg import __version__
-from fastseg.cli import demo, doctor, evaluate, latency, predict, train, tune, warmup
+from fastseg.cli import checkpoint, demo, doctor, evaluate, latency, predict, train, tune, warmup
 from fastseg.cli.common import say
 from fastseg.io.files import first_line
 
 # Each has add_arguments(parser) and run(args) -> exit status; the first line of its docstring is its help text.
 COMMANDS = {
+    "checkpoint": checkpoint,
     "demo": demo,
     "doctor": doctor,
     "evaluate": evaluate,

@@ -6,7 +6,7 @@ and tensors, which ``torch.load(weights_only=True)`` reads. A bare ``state_dict`
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from fastseg.models import create
 from fastseg.models.files import read_payload
 from fastseg.models.keys import model_forms
 from fastseg.models.locate import locate
-from fastseg.models.weights import checked, fill
+from fastseg.models.weights import checked, fill, weight_file
 
 MANY = 9_973  # classes; no layer has a width of that
 
@@ -30,6 +30,15 @@ def save_checkpoint(
         torch.save({"model": name, "options": dict(options), "classes": list(classes), "state_dict": state}, file)
 
 
+class Checkpoint(NamedTuple):
+    """A model with its weights, in eval mode on the CPU, and what ``save_checkpoint`` takes to write it again."""
+
+    model: nn.Module
+    name: str
+    options: dict[str, Any]
+    classes: list[str]
+
+
 def load_checkpoint(
     path: str | Path,
     name: str | None = None,
@@ -38,12 +47,25 @@ def load_checkpoint(
     options: Mapping[str, Any] | None = None,
     key: str | None = None,
 ) -> tuple[nn.Module, list[str]]:
-    """Build the model that a file of weights belongs to, in eval mode on the CPU; return it and its class names.
+    """Build the model that a file of weights belongs to; return it and its class names, as ``read_checkpoint``."""
+    found = read_checkpoint(path, name, num_classes, options=options, key=key)
+    return found.model, found.classes
+
+
+def read_checkpoint(
+    path: str | Path,
+    name: str | None = None,
+    num_classes: int | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    key: str | None = None,
+) -> Checkpoint:
+    """Build the model that a file of weights belongs to.
 
     The file is read once. Memory for the model is allocated only after names and shapes were found to fit.
 
     Args:
-        path: a checkpoint, or any file that ``fastseg.models.load_weights`` reads.
+        path: a checkpoint, or any file or folder of ``save_pretrained`` that ``fastseg.models.load_weights`` reads.
         name: of the model; None means the checkpoint's.
         num_classes: None means the number in the shapes of the classifier.
         options: of the model's constructor; they override the checkpoint's own.
@@ -51,12 +73,15 @@ def load_checkpoint(
 
     Raises:
         FileNotFoundError: the file does not exist.
-        IsADirectoryError: the path is a directory.
+        IsADirectoryError: the path is a directory without weights.
         ValueError: the file cannot be read, or does not belong to this model.
     """
     path = Path(path)
     if path.is_dir():
-        raise IsADirectoryError(f"{path}: is a directory; name a file with weights")
+        try:
+            path = weight_file(path, "load_checkpoint")
+        except FileNotFoundError as error:
+            raise IsADirectoryError(f"{path}: is a directory; name a file with weights") from error
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no file with weights is there")
     payload = read_payload(path)
@@ -80,7 +105,7 @@ def load_checkpoint(
     classes = described.get("classes")
     if not isinstance(classes, list) or len(classes) != num_classes:
         classes = [str(index) for index in range(num_classes)]
-    return model.eval(), [str(label) for label in classes]
+    return Checkpoint(model.eval(), name, options, [str(label) for label in classes])
 
 
 def _skeleton(name: str, num_classes: int, options: Mapping[str, Any], path: Path) -> nn.Module:
