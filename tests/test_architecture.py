@@ -25,6 +25,7 @@ ROOMS = {
         {"measure", "inference", "io", "models", "nn", "ops"},
         {"torch", "numpy", "matplotlib", "onnxruntime", "openvino"},
     ),
+    "integrations": ({"integrations", "ops"}, {"torch", "numpy", "nnunetv2"}),
     "converting": ({"converting", "measure", "nn", "ops"}, {"torch"}),
     "training": (
         {"training", "inference", "io", "losses", "metrics", "models", "nn", "ops"},

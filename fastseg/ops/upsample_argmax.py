@@ -1,5 +1,7 @@
 """Class map from low-resolution logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,11 @@ from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, use_kerne
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import output_size, unsupported, upsampling
+from fastseg.ops.core.volume import argmax as volume_in_torch
+from fastseg.ops.core.volume import resize_of
 from fastseg.ops.cpu.argmax import CPU_FORMS, argmax, request_of
 from fastseg.ops.upsample_confidence import upsample_confidence
+from fastseg.ops.volume_argmax import volume_argmax
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.argmax import prunes, upsample_argmax_fwd
@@ -19,42 +24,53 @@ UINT8_CLASSES = 256
 @overridable
 def upsample_argmax(
     logits: Tensor,
-    size: int | tuple[int, int] | None = None,
-    scale_factor: float | tuple[float, float] | None = None,
+    size: int | tuple[int, ...] | None = None,
+    scale_factor: float | tuple[float, ...] | None = None,
     *,
     align_corners: bool = False,
     dtype: torch.dtype | None = None,
     confidence: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """Upsample logits bilinearly and take the class of each pixel: ``interpolate(logits, ...).argmax(1)``.
+    out: Any = None,
+) -> Any:
+    """Upsample logits and take the class of each pixel: ``interpolate(logits, ...).argmax(1)``.
 
-    On a GPU the upsampled logits are never stored. fp16 and bf16 logits are interpolated in fp32, so that rounding
-    makes no ties between classes.
+    Maps are interpolated bilinearly. On a GPU their upsampled logits are never stored. Volumes are interpolated
+    trilinearly, a few output slices at a time. fp16 and bf16 logits are interpolated in fp32, so that rounding makes
+    no ties between classes.
 
     Args:
-        logits: (N, C, h, w), floating point, any layout.
-        size: output height and width in pixels, or one number for both.
+        logits: (N, C, h, w) or (N, C, d, h, w), floating point, any layout.
+        size: output height and width in pixels (of a volume: depth, height and width), or one number for all.
         scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
         align_corners: as in ``torch.nn.functional.interpolate``.
-        dtype: uint8 or int64; None means uint8 for up to 256 classes, else int64.
-        confidence: return the probability of that class too; ``upsample_confidence`` has other measures.
+        dtype: uint8, int64, or of a volume uint16; None means that of ``out``, else uint8 for up to 256 classes, and
+            for more of them int64, or of a volume uint16.
+        confidence: return the probability of that class too, of a map; ``upsample_confidence`` has other measures.
+        out: where the classes go: a tensor on the logits' device, or a numpy array, memory-mapped or not, of the
+            result's shape and dtype. It is returned.
 
     Returns:
-        Class indices (N, H, W). The first NaN counts as the largest; among equal logits the first class wins. No
-        gradient flows through them. With ``confidence`` a pair: these, and the largest of the softmax, (N, H, W)
-        float32.
+        Class indices (N, H, W) or (N, D, H, W). The first NaN counts as the largest; among equal logits the first
+        class wins. No gradient flows through them. With ``confidence`` a pair: these, and the largest of the softmax,
+        (N, H, W) float32.
 
     Raises:
-        TypeError: ``logits`` is not floating point, or ``dtype`` is neither uint8 nor int64.
-        ValueError: ``logits`` is not 4-D, or has no class or no pixel; both or neither of ``size`` and ``scale_factor``
-            are given, or one is not positive; ``dtype`` is uint8 for more than 256 classes.
+        TypeError: ``logits`` is not floating point, ``dtype`` is none of the above, or ``out`` has another one.
+        ValueError: ``logits`` is neither 4-D nor 5-D, or has no class or no pixel; both or neither of ``size`` and
+            ``scale_factor`` are given, or one is not positive; ``dtype`` cannot hold the classes; ``out`` has another
+            shape or device; ``confidence`` is asked of a volume, or together with ``out``.
 
-    Reference: ``torch.nn.functional.interpolate`` (mode "bilinear") and ``torch.argmax``.
+    Reference: ``torch.nn.functional.interpolate`` (mode "bilinear" or "trilinear") and ``torch.argmax``.
     """
-    if logits.dim() != 4 or logits.shape[1] == 0:
-        raise ValueError(f"upsample_argmax: logits are {tuple(logits.shape)}; give (N, C, h, w) with C > 0")
+    if logits.dim() not in (4, 5) or logits.shape[1] == 0:
+        shape = "(N, C, h, w) or (N, C, d, h, w)"
+        raise ValueError(f"upsample_argmax: logits are {tuple(logits.shape)}; give {shape} with C > 0")
     if not logits.is_floating_point():
         raise TypeError(f"upsample_argmax: logits are {logits.dtype}; give floating-point logits")
+    if logits.dim() == 5 or out is not None:
+        if confidence:
+            raise ValueError("upsample_argmax: confidence is of maps, and without out; see upsample_confidence")
+        return _into(out, logits, size, scale_factor, align_corners, dtype)
     classes = logits.shape[1]
     if dtype is None:
         dtype = torch.uint8 if classes <= UINT8_CLASSES else torch.int64
@@ -77,15 +93,51 @@ def upsample_argmax(
     return _op(logits.detach(), H, W, *factors, align_corners, dtype == torch.int64)
 
 
+def _into(
+    out: Any, logits: Tensor, size: Any, scale_factor: Any, align_corners: bool, dtype: torch.dtype | None
+) -> Any:
+    """A volume, or a map that has a place."""
+    name, classes, volume = "upsample_argmax", logits.shape[1], logits.dim() == 5
+    place: Any = torch.from_numpy(out) if hasattr(out, "__array_interface__") else out
+    allowed = (torch.uint8, torch.uint16, torch.int64) if volume else (torch.uint8, torch.int64)
+    wide = torch.uint16 if volume else torch.int64
+    if dtype is None:
+        dtype = place.dtype if place is not None else torch.uint8 if classes <= UINT8_CLASSES else wide
+    if dtype not in allowed:
+        raise TypeError(f"{name}: dtype is {dtype}; use one of {', '.join(map(str, allowed))}")
+    if classes - 1 > torch.iinfo(dtype).max:
+        raise ValueError(f"{name}: {classes} classes do not fit {dtype}; use dtype={wide}")
+    shape: tuple[int, ...]
+    if volume:
+        to = resize_of(name, logits, size, scale_factor, align_corners)
+        shape = (logits.shape[0], *to.size)
+    else:
+        H, W, _ = output_size(name, logits, size, scale_factor)
+        shape = (logits.shape[0], H, W)
+    if place is not None and (place.shape != shape or place.device != logits.device):
+        raise ValueError(f"{name}: out is {tuple(place.shape)} on {place.device}; give {shape} on {logits.device}")
+    if place is not None and place.dtype != dtype:
+        raise TypeError(f"{name}: out is {place.dtype}, dtype is {dtype}; give out of that dtype")
+    if volume:
+        filled = volume_argmax(logits, to, dtype, place)
+        return filled if out is None else out
+    place.copy_(upsample_argmax(logits, size, scale_factor, align_corners=align_corners, dtype=dtype))
+    return out
+
+
 def upsample_argmax_ref(
     logits: Tensor,
-    size: int | tuple[int, int] | None = None,
-    scale_factor: float | tuple[float, float] | None = None,
+    size: int | tuple[int, ...] | None = None,
+    scale_factor: float | tuple[float, ...] | None = None,
     *,
     align_corners: bool = False,
     dtype: torch.dtype = torch.int64,
 ) -> Tensor:
     """``upsample_argmax`` in torch's own lines."""
+    if logits.dim() == 5:
+        return volume_in_torch(
+            logits.detach(), resize_of("upsample_argmax", logits, size, scale_factor, align_corners), dtype
+        )
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     return argmax(logits.detach(), H, W, factors, align_corners, dtype)
 

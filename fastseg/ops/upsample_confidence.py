@@ -19,8 +19,8 @@ MEASURES = ("probability", "margin", "entropy")
 _LARGE = 2**19  # upsampled logits; from here on a CPU works in strips, smaller maps stay in its caches
 _UINT8_CLASSES = 256
 
-Size = int | tuple[int, int] | None
-Factor = float | tuple[float, float] | None
+Size = int | tuple[int, ...] | None
+Factor = float | tuple[float, ...] | None
 
 
 @overridable

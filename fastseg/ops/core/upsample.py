@@ -18,7 +18,7 @@ Factors = tuple[float, float]  # of height and width; 0 if the output's size was
 
 
 def output_size(
-    name: str, x: Tensor, size: int | tuple[int, int] | None, scale_factor: float | tuple[float, float] | None
+    name: str, x: Tensor, size: int | tuple[int, ...] | None, scale_factor: float | tuple[float, ...] | None
 ) -> tuple[int, int, Factors]:
     """Return the output's height and width, as ``torch.nn.functional.interpolate``, and the given factors."""
     if (size is None) == (scale_factor is None):

@@ -1,0 +1,1 @@
+"""Other projects' own functions, computed with fastseg's. Each module imports its project only when it is called."""
