@@ -169,6 +169,7 @@ def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Cal
         ("upsample_nearest_conv2d", lambda: ops.upsample_nearest_conv2d(low, None, three)),
         ("upsample_sum", lambda: ops.upsample_sum(x, [low])),
         ("upsample_confidence", lambda: ops.upsample_confidence(low, 16)),
+        ("masks_to_classes", lambda: ops.masks_to_classes(low.flatten(2), low, 16)),
         ("upsample_loss", lambda: ops.upsample_loss(low, labels, [(1.0, CrossEntropy())])),
     ]
 

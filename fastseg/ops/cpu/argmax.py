@@ -77,14 +77,34 @@ def argmax_of_two(logits: Tensor, H: int, W: int, factors: Factors, align_corner
 
 
 def argmax_by_rows(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
-    """As ``argmax``, with strips of rows on threads, in blocks that stay in the cache.
+    """As ``argmax``, with strips of rows on threads, in blocks that stay in the cache."""
+    rows_of = lambda n, low, stop: logits[n, :, low:stop]
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    return rows_argmax(rows_of, logits.shape[:3], H, W, factors, align_corners, dtype, kind)
+
+
+def rows_argmax(
+    rows_of: Callable[[int, int, int], Tensor],
+    shape: tuple[int, ...],
+    H: int,
+    W: int,
+    factors: Factors,
+    align_corners: bool,
+    dtype: torch.dtype,
+    kind: torch.dtype,
+) -> Tensor:
+    """The class map of logits that are given a few rows at a time.
 
     Each class is a line of memory, so the maximum over classes and the search for the first class that has it are
     vector operations. Differences, products and sums are rounded one by one and alike for all classes, so equal logits
     stay equal.
+
+    Args:
+        rows_of: (image, first row, end) -> logits (C, rows, w).
+        shape: (N, C, h) of the logits.
+        kind: the dtype to compute in.
     """
-    N, C, h = logits.shape[:3]
-    kind = torch.promote_types(logits.dtype, torch.float32)
+    N, C, h = shape
     first, second, weight = neighbours(h, H, align_corners, kind, factors[0])
     firsts, seconds, weight = first.tolist(), second.tolist(), weight[:, None, None]
     most, length = max(1, _BLOCK // (W * C)), max(_LEAST_ROWS, _STRIP // (W * C))
@@ -95,7 +115,8 @@ def argmax_by_rows(logits: Tensor, H: int, W: int, factors: Factors, align_corne
         n, begin = part
         end = min(H, begin + length)
         low = firsts[begin]
-        wide = along_x(logits[n, :, low : seconds[end - 1] + 1].to(kind), W, align_corners, factors[1]).view(-1, C, W)
+        x = rows_of(n, low, seconds[end - 1] + 1).to(kind)
+        wide = along_x(x, W, align_corners, factors[1]).view(-1, C, W)
         step = torch.zeros_like(wide)  # to the row below; the last row has none, or itself
         torch.sub(wide[1:], wide[:-1], out=step[:-1])
         upper = first[begin:end] - low

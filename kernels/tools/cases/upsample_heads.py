@@ -11,6 +11,7 @@ from fastseg.kernels.upsample.cross_entropy import upsample_cross_entropy_bwd, u
 from fastseg.kernels.upsample.cross_entropy_bwd import OfSums
 from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
 from fastseg.kernels.upsample.loss_terms import CODES
+from fastseg.kernels.upsample.masks_to_classes import masks_to_classes_fwd
 from fastseg.kernels.upsample.sizes import Axis, Loss, Upsampling
 
 
@@ -71,6 +72,19 @@ def _confidence(dtype: torch.dtype, C: int, N: int = 16, full: int = 512) -> Non
         upsample_confidence_fwd(x, _upsampling(128, full, False), torch.uint8, measure)
 
 
+def _masks(
+    dtype: torch.dtype, Q: int, K: int, *, N: int = 1, low: int = 128, full: int = 512, tf32: bool = True
+) -> None:
+    masks = torch.empty(N, Q, low, low, dtype=dtype, device="meta")
+    p = torch.empty(N, Q, K, dtype=torch.float16 if dtype.itemsize == 2 else dtype, device="meta")
+    up = _upsampling(low, full, False)
+    saved, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, tf32
+    try:
+        masks_to_classes_fwd(masks, p, up, torch.uint8 if K <= 256 else torch.int64)
+    finally:
+        torch.backends.cudnn.allow_tf32 = saved
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "argmax 21, 128 -> 512": lambda dtype: _argmax(dtype, 21),
     "argmax 19, 128 -> 512, corners": lambda dtype: _argmax(dtype, 19, align_corners=True, nchw=True),
@@ -95,11 +109,16 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     ),
     "confidence 21, 128 -> 512": lambda dtype: _confidence(dtype, 21),
     "confidence 21, large": lambda dtype: _confidence(dtype, 21, N=8200),
+    "masks of 100 queries, 150 classes": lambda dtype: _masks(dtype, 100, 150),
+    "masks of 100 queries, 150 classes, no tf32": lambda dtype: _masks(dtype, 100, 150, tf32=False),
+    "masks of 200 queries, 847 classes, large": lambda dtype: _masks(dtype, 200, 847, N=8200),
     "focal 19, 128 -> 512": lambda dtype: _sums(dtype, 19, "focal_pos", "focal_neg", "count", each=True, gamma=1.5),
 }
 
 _CE_DICE = ("nll", "target", "count", "inter", "prob")
 _GATHER = "the corners of an output are gathered: neighbouring outputs share or skip low-resolution pixels"
+MATRIX_KERNELS = {"_masks_to_classes_fwd_kernel"}
+TF32_CASES = {case for case in CASES if case.startswith("masks") and "no tf32" not in case}
 SCALAR_LOADS: dict[str, str] = {
     "_upsample_argmax_fwd_kernel": _GATHER,
     "_upsample_cross_entropy_fwd_kernel": _GATHER,
@@ -107,4 +126,5 @@ SCALAR_LOADS: dict[str, str] = {
     "_upsample_confidence_kernel": _GATHER,
     "_upsample_loss_sums_kernel": _GATHER,
     "_upsample_loss_inner_kernel": _GATHER,
+    "_masks_to_classes_fwd_kernel": _GATHER,
 }

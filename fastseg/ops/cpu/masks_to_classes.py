@@ -1,0 +1,64 @@
+"""The class map of a mask classifier on a CPU, in blocks of rows: no map of queries or classes at full size."""
+
+import torch
+from torch import Tensor
+
+from fastseg.ops.core.upsample import Factors, along_x, neighbours
+from fastseg.ops.cpu.argmax import rows_argmax
+from fastseg.ops.cpu.threads import each
+from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, strips_of
+
+
+def classes_by_rows(
+    p: Tensor, masks: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """The largest of ``sum_q p[q, k] sigmoid(m_q)`` with masks of the output's size.
+
+    Args:
+        p: (N, Q, K), in the dtype to compute in.
+        masks: logits (N, Q, h, w).
+
+    Returns:
+        (N, H, W) of ``dtype``.
+    """
+    N, Q, K = p.shape
+    weights = p.transpose(1, 2).contiguous()
+    classes = torch.empty(N, H, W, dtype=dtype, device="cpu")
+
+    def strip(part: Strip) -> None:
+        n = part.image
+        wide = along_x(masks[n, :, part.first : part.last].to(p.dtype), W, align_corners, factors[1])
+        step = max(1, BLOCK // (max(Q, K) * W))
+        for start in range(0, part.stop - part.start, step):
+            rows = slice(start, min(start + step, part.stop - part.start))
+            shares = torch.mm(part.matrix[rows], wide).sigmoid_().view(-1, Q, W)
+            there = slice(part.start + rows.start, part.start + rows.stop)
+            classes[n, there] = torch.matmul(weights[n], shares).max(1).indices
+
+    each(strip, strips_of(masks.shape, H, W, align_corners, p.dtype, factors[0]))
+    return classes
+
+
+def classes_of_scores_by_rows(
+    p: Tensor, masks: Tensor, at: tuple[int, int], H: int, W: int, align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """The largest of scores that are summed at the size ``at`` and then interpolated to (H, W); else as above."""
+    N, Q, K = p.shape
+    high, wide = at
+    weights = p.transpose(1, 2).contiguous()
+    first, second, weight = neighbours(masks.shape[2], high, align_corners, p.dtype)
+    resized = tuple(masks.shape[2:]) != at
+
+    def scores(n: int, low: int, stop: int) -> Tensor:
+        """Rows [low, stop) of image n's class scores: (K, rows, at[1])."""
+        if not resized:
+            m = masks[n, :, low:stop].to(p.dtype)
+            return torch.mm(weights[n], m.sigmoid().flatten(1)).view(K, stop - low, wide)
+        begin = int(first[low])
+        m = along_x(masks[n, :, begin : int(second[stop - 1]) + 1].to(p.dtype), wide, align_corners)
+        upper = m.index_select(0, first[low:stop] - begin)
+        lower = m.index_select(0, second[low:stop] - begin)
+        m = upper.lerp_(lower, weight[low:stop, None]).sigmoid_().view(-1, Q, wide)
+        return torch.matmul(weights[n], m).transpose(0, 1)
+
+    return rows_argmax(scores, (N, K, high), H, W, (0.0, 0.0), align_corners, dtype, p.dtype)
