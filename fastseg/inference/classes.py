@@ -1,12 +1,10 @@
 """Class maps of any model: its own ``predict`` for ours, else the argmax of its logits."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from fastseg import ops
+from fastseg.ops.core.logits import logits_of
 
 
 def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -39,16 +37,3 @@ def is_ours(model: nn.Module) -> bool:
     """True if the model's ``predict`` is fastseg's."""
     predict = getattr(type(model), "predict", None)
     return "predict" not in vars(model) and getattr(predict, "__module__", "").split(".")[0] == "fastseg"
-
-
-def logits_of(output: Any) -> Tensor | None:
-    """The map of logits in a model's output."""
-    if isinstance(output, Tensor):
-        return output if output.dim() == 4 and output.is_floating_point() else None
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return logits_of(output.logits)
-    if isinstance(output, Mapping):
-        return next((logits_of(output[name]) for name in ("out", "logits") if name in output), None)
-    if isinstance(output, tuple | list) and output:
-        return logits_of(output[0])
-    return None

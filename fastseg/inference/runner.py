@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fastseg.inference.classes import class_map
 from fastseg.inference.graphs import captured
-from fastseg.inference.marks import CHECKS, Check, Marks
 from fastseg.io.images import first_line
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
+from fastseg.ops.core.marks import CHECKS, Check, Marks
 from fastseg.ops.core.torch_private import NORMS, tree_map_only
 from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 

@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseg
 from fastseg.inference import Predictor, Runner, class_map
-from fastseg.inference.marks import Marks
 from fastseg.io.images import MEAN, STD, normalised
 from fastseg.nn import ConvNormAct2d
 from fastseg.nn.fuse.conv_norm_act import folded, run_conv_norm_act
@@ -27,6 +26,7 @@ from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d
 from fastseg.ops.core import kept as _kept
 from fastseg.ops.core.constants import constant
 from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.marks import Marks
 from fastseg.ops.cpu.winograd import blocks as winograd_blocks
 from fastseg.ops.registered.upsample_taps import strips
 
