@@ -23,7 +23,7 @@ import fastseg
 from fastseg.measure.counting import products_and_bytes
 from fastseg.measure.machine import machine
 from fastseg.measure.timing import interleaved, medians
-from fastseg.ops.core.logits import logits_of
+from fastseg.ops.logits import logits_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from foreign import declare_operators

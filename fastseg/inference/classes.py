@@ -1,10 +1,8 @@
 """Class maps of any model: its own ``predict`` for ours, else the argmax of its logits."""
 
-import torch
 from torch import Tensor, nn
 
-from fastseg import ops
-from fastseg.ops.core.logits import logits_of
+from fastseg.ops.logits import classes_of
 
 
 def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -25,12 +23,7 @@ def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tenso
     """
     if is_ours(model):
         return model.predict(x, confidence=True) if confidence else model.predict(x)
-    logits = logits_of(model(x))
-    if logits is None:
-        raise TypeError(f"class_map: {type(model).__name__} returns no logits (N, classes, H, W); wrap it")
-    if logits.shape[1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    return ops.upsample_argmax(logits, tuple(x.shape[-2:]), confidence=confidence)
+    return classes_of(model(x), tuple(x.shape[-2:]), type(model).__name__, confidence=confidence)
 
 
 def is_ours(model: nn.Module) -> bool:

@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 from fastseg import ops
 from fastseg.inference.classes import class_map, is_ours
-from fastseg.ops.core.logits import logits_of
 from fastseg.ops.core.torch_private import tree_map_only
+from fastseg.ops.logits import logits_of
 
 
 class Logits(NamedTuple):

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 import fastseg
 from fastseg import ops
 from fastseg.inference.final_resize import final_logits, post_process_semantic_segmentation
-from fastseg.ops.core.logits import logits_of
+from fastseg.ops.logits import logits_of
 
 
 class Net(nn.Module):

@@ -331,9 +331,9 @@ def test_options_are_noticed(change):
 
 def test_pickles_and_copies():
     model, x = block(), torch.randn(1, 3, 8, 8)
-    runner = Runner(model, x, winograd=False, check="values")
+    runner = Runner(model, x, exact=True, check="values")
     for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
-        assert torch.equal(other(x), runner(x)) and other.check == "values" and not other.winograd
+        assert torch.equal(other(x), runner(x)) and other.check == "values" and other.exact
         other.model.conv.weight.data.mul_(2)
         close(other(x), children(other.model, x))
         close(runner(x), children(model, x))
