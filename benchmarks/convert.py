@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 import fastseg
-from fastseg.inference.classes import logits_of
 from fastseg.measure.counting import products_and_bytes
 from fastseg.measure.machine import machine
 from fastseg.measure.timing import interleaved, medians
+from fastseg.ops.logits import logits_of
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "support"))
 from foreign import declare_operators

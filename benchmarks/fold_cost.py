@@ -15,8 +15,8 @@ from functools import partial
 import torch
 
 import fastseg
-from fastseg.inference.marks import CHECKS, Marks
 from fastseg.models import create
+from fastseg.ops.core.marks import CHECKS, Marks
 
 MODELS = {
     "deeplabv3plus, mobilenet_v2": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),

@@ -13,6 +13,7 @@ __all__ = [
     "explain",
     "force",
     "frozen",
+    "optimize",
     "predict",
     "reference",
     "revert",
@@ -33,12 +34,14 @@ _PACKAGES = (
     "models",
     "nn",
     "ops",
+    "optimizing",
     "testing",
     "training",
 )
 _FUNCTIONS = {
     "conversion": "converting",
     "convert": "converting",
+    "optimize": "optimizing",
     "predict": "inference.final_resize",
     "revert": "converting",
     "warmup": "inference.warmup",

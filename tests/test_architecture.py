@@ -20,7 +20,8 @@ ROOMS = {
     "losses": ({"losses", "ops"}, {"torch"}),
     "models": ({"models", "nn", "metrics"}, {"torch", "safetensors"}),
     "io": ({"io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "safetensors", "tqdm", "skimage"}),
-    "inference": ({"inference", "io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "tqdm"}),
+    "optimizing": ({"optimizing", "io", "measure", "nn", "ops"}, {"torch"}),
+    "inference": ({"inference", "io", "models", "nn", "ops", "optimizing"}, {"torch", "numpy", "PIL", "tqdm"}),
     "measure": (
         {"measure", "inference", "io", "models", "nn", "ops"},
         {"torch", "numpy", "matplotlib", "onnxruntime", "openvino"},
@@ -44,7 +45,7 @@ ROOMS = {
     "testing": ({"testing"}, {"torch"}),
     "__main__": ({"cli"}, set()),
     "": (  # __init__.py
-        {"", "converting", "demo", "inference", "io", "measure", "metrics", "models", "nn", "ops"},
+        {"", "converting", "demo", "inference", "io", "measure", "metrics", "models", "nn", "ops", "optimizing"},
         {"torch"},
     ),
 }  # fmt: skip

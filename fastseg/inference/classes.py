@@ -1,12 +1,8 @@
 """Class maps of any model: its own ``predict`` for ours, else the argmax of its logits."""
 
-from collections.abc import Mapping
-from typing import Any
-
-import torch
 from torch import Tensor, nn
 
-from fastseg import ops
+from fastseg.ops.logits import classes_of
 
 
 def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
@@ -27,28 +23,10 @@ def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tenso
     """
     if is_ours(model):
         return model.predict(x, confidence=True) if confidence else model.predict(x)
-    logits = logits_of(model(x))
-    if logits is None:
-        raise TypeError(f"class_map: {type(model).__name__} returns no logits (N, classes, H, W); wrap it")
-    if logits.shape[1] == 1:
-        logits = torch.cat([torch.zeros_like(logits), logits], 1)
-    return ops.upsample_argmax(logits, tuple(x.shape[-2:]), confidence=confidence)
+    return classes_of(model(x), tuple(x.shape[-2:]), type(model).__name__, confidence=confidence)
 
 
 def is_ours(model: nn.Module) -> bool:
     """True if the model's ``predict`` is fastseg's."""
     predict = getattr(type(model), "predict", None)
     return "predict" not in vars(model) and getattr(predict, "__module__", "").split(".")[0] == "fastseg"
-
-
-def logits_of(output: Any) -> Tensor | None:
-    """The map of logits in a model's output."""
-    if isinstance(output, Tensor):
-        return output if output.dim() == 4 and output.is_floating_point() else None
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return logits_of(output.logits)
-    if isinstance(output, Mapping):
-        return next((logits_of(output[name]) for name in ("out", "logits") if name in output), None)
-    if isinstance(output, tuple | list) and output:
-        return logits_of(output[0])
-    return None

@@ -14,8 +14,9 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fastseg import ops
-from fastseg.inference.classes import class_map, is_ours, logits_of
+from fastseg.inference.classes import class_map, is_ours
 from fastseg.ops.core.torch_private import tree_map_only
+from fastseg.ops.logits import logits_of
 
 
 class Logits(NamedTuple):

@@ -11,25 +11,30 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastseg.inference.classes import class_map
+from fastseg.inference.classes import class_map, is_ours
+from fastseg.inference.gate import Gate
 from fastseg.inference.graphs import captured
-from fastseg.inference.marks import CHECKS, Check, Marks
 from fastseg.io.images import first_line
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
+from fastseg.ops.core.marks import CHECKS, Check, Marks
 from fastseg.ops.core.torch_private import NORMS, tree_map_only
 from fastseg.ops.cpu.packed import PackedWeights, packed_weights
+from fastseg.optimizing import Optimized
+from fastseg.optimizing.graph import Constants
 
 FORWARD, PREDICT = "forward", "predict"
+_OF_A_PROCESS = ("_lock", "_state", "_gate", "_done")
 
 
 class Runner:
     """Run ``model.eval()(x)`` and its class maps as fast as the device allows, without gradients.
 
-    The runner works on a channels_last copy of the model and keeps its folded norms. On CUDA the launches of a call
-    become one graph per shape. On a CPU, convolutions use weights packed once, and 3x3 convolutions of 32 to 64
-    channels or more use Winograd's form; results differ from the model's by about 1e-5 of the largest output, and by
-    more at pixels where a SegNet's pooling nearly ties. Both are prepared for the shape of ``example``, and for another
-    shape at its second use.
+    The runner works on a channels_last copy of the model and keeps its folded norms. A model that is not fastseg's runs
+    as its optimised graph (``fastseg.optimize``), or as it is where it cannot be traced (``explain`` says why). On CUDA
+    the launches of a call become one graph per shape. On a CPU, convolutions use weights packed once, and 3x3
+    convolutions of 32 to 64 channels or more use Winograd's form; results differ from the model's by about 1e-5 of the
+    largest output, and by more at pixels where a SegNet's pooling nearly ties. All is prepared for the shape of
+    ``example``, and for another shape at its second use.
 
     The model stays the caller's and may be trained and changed. Each call compares it with the copy and copies it again
     if they differ in parameters and buffers, their memory, version counters, options of modules, submodules, or hooks.
@@ -44,7 +49,9 @@ class Runner:
         example: an input, on the model's device; run once.
         dtype: dtype of the copy: None keeps the model's; ``torch.bfloat16`` and ``torch.float16`` convert all but
             norms.
-        winograd: True if a CPU may use Winograd's form.
+        exact: True if a CPU must not use Winograd's form: results then differ from the model's by the rounding of
+            another order of summation.
+        winograd: ``exact`` is ``not winograd``; deprecated.
         winograd_bytes: limit on transformed filters over all shapes, in bytes; for one shape they are 4 times the
             weights.
         max_shapes: shapes whose graphs or packed weights are kept; the least recently used are dropped.
@@ -67,7 +74,8 @@ class Runner:
         example: Tensor,
         *,
         dtype: torch.dtype | None = None,
-        winograd: bool = True,
+        exact: bool = False,
+        winograd: bool | None = None,
         winograd_bytes: int = 512 * 2**20,
         max_shapes: int = 4,
         check: Check | None = None,
@@ -77,7 +85,10 @@ class Runner:
         if check is not None and check not in CHECKS:
             raise ValueError(f"Runner: check is {check!r}; use one of {', '.join(CHECKS)}, or None")
         self.model, self.dtype, self.max_shapes, self.check = model, dtype, max_shapes, check
-        self.winograd, self.winograd_bytes = winograd, winograd_bytes
+        if winograd is not None:
+            warnings.warn("Runner: winograd= is deprecated; give exact=True for winograd=False", DeprecationWarning, 2)
+            exact = not winograd
+        self.exact, self.winograd_bytes = exact, winograd_bytes
         self._seen: OrderedDict[tuple, None] = OrderedDict()  # shapes, the last used last
         self._start()
         self._check(example)
@@ -87,10 +98,11 @@ class Runner:
     def _start(self) -> None:
         self._lock = threading.RLock()
         self._state: _State | None = None
+        self._gate = Gate()
         self._done: torch.cuda.Event | None = None  # of the last replay, on whatever stream
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_state", "_done")}
+        return {name: value for name, value in vars(self).items() if name not in _OF_A_PROCESS}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
@@ -108,6 +120,11 @@ class Runner:
         at the size of ``x``."""
         return self._run(PREDICT, x, out)
 
+    def explain(self) -> str:
+        """What the graph of the last shape that was prepared is made of; see ``fastseg.optimize``."""
+        found = [] if self._state is None else [made for made, _ in self._state.shapes.values()]
+        return found[-1].explain() if found else "no graph: a model of fastseg, or one that was just changed"
+
     def refresh(self) -> None:
         """Copy the model again at the next call."""
         with self._lock:
@@ -117,7 +134,12 @@ class Runner:
         self._check(x)
         with torch.inference_mode(False), torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             if not captures(x):  # nothing is shared except what is prepared once: calls may overlap
-                result = self._current().call(method, x, packed=self._returns(x))
+                returns, state = self._returns(x), self._current()
+                if returns and state.wants(x):
+                    with self._gate.alone():  # a tracer changes what every thread's modules do
+                        state.prepare(x)
+                with self._gate:
+                    result = state.call(method, x, packed=returns)
                 return result if out is None else _into(out, result)
             with self._lock, torch.cuda.device_of(x):
                 stream = torch.cuda.current_stream()
@@ -138,6 +160,8 @@ class Runner:
                 return _owned(result, out)
             torch.cuda.current_stream().synchronize()  # it reads what goes now
         state = self._current()
+        if returns and state.wants(x):
+            state.prepare(x)
         graph = state.captured(method, x) if returns else None
         if graph is not None:
             return _owned(graph(x), out)
@@ -156,8 +180,9 @@ class Runner:
         """The copy of the model in its present state."""
         with self._lock:
             if self._state is None or not self._state.marks.are_current():
+                again = self._state is not None
                 self._drop()  # its memory goes before the new copy comes
-                self._state = _State(self)
+                self._state = _State(self, changing=again)
             return self._state
 
     def _drop(self) -> None:
@@ -202,33 +227,57 @@ def _into(out: Tensor, result: Any) -> Tensor:
 class _State:
     """A copy of a model, and everything that was prepared for it."""
 
-    def __init__(self, runner: Runner):
+    def __init__(self, runner: Runner, *, changing: bool = False):
         model = runner.model
         on_cpu = all(t.device.type == "cpu" for t in tensors_of(model))
         self.marks = Marks(model, runner.check or ("samples" if on_cpu else "counts"))
         self.copy = _converted(model, runner.dtype)
         self.kept = Kept(tensors_of(self.copy))
         self.dtype = next((p.dtype for p in self.copy.parameters() if p.is_floating_point()), None)
-        self.max_shapes, self.winograd, self.winograd_bytes = runner.max_shapes, runner.winograd, runner.winograd_bytes
-        self.lock = threading.Lock()  # of the packed weights
+        self.max_shapes, self.exact, self.winograd_bytes = runner.max_shapes, runner.exact, runner.winograd_bytes
+        self.lock = threading.RLock()  # of the packed weights and the optimised graphs
+        self.shapes: OrderedDict[tuple, tuple[Optimized, Kept]] = OrderedDict()
+        self.constants = Constants()
+        self.ours = is_ours(model)
+        self.changing = changing  # the model was written to: a graph is made once it stays the same for a call
         self.packs: OrderedDict[tuple, PackedWeights] = OrderedDict()
         self.graphs: OrderedDict[tuple, dict[str, _Graph | None]] = OrderedDict()  # None: it could not be captured
         self.pool: tuple[int, int] | None = None  # of all graphs: one is replayed at a time, and its results copied
 
     def call(self, method: str, x: Tensor, *, packed: bool) -> Any:
         """The method's result, its convolutions with ``packed`` weights on a CPU."""
-        packs = self._packs(tuple(x.shape)) if packed and x.device.type == "cpu" else None
-        x = x.to(dtype=self.dtype or x.dtype, memory_format=torch.channels_last)
-        with keeping(self.kept) if packs is None else packed_weights(packs):
-            return self.copy(x) if method == FORWARD else class_map(self.copy, x)
+        shape, self.changing = tuple(x.shape), False
+        with self.lock:
+            model, kept = self.shapes.get(shape, (self.copy, self.kept))
+        packs = self._packs(shape, kept) if packed and x.device.type == "cpu" else None
+        x = self.like_copy(x)
+        with keeping(kept) if packs is None else packed_weights(packs):
+            return model(x) if method == FORWARD else class_map(model, x)
 
-    def _packs(self, shape: tuple) -> PackedWeights:
+    def like_copy(self, x: Tensor) -> Tensor:
+        """``x`` in the dtype and the layout of the copy."""
+        return x.to(dtype=self.dtype or x.dtype, memory_format=torch.channels_last)
+
+    def wants(self, x: Tensor) -> bool:
+        """True if a graph is to be traced for inputs like ``x``."""
+        return not (self.ours or self.changing or tuple(x.shape) in self.shapes)
+
+    def prepare(self, x: Tensor) -> None:
+        """Trace and optimise the copy for inputs like ``x``; no other thread may run modules meanwhile."""
+        with self.lock:
+            if self.wants(x):
+                inputs = (self.like_copy(x),)
+                made = Optimized(self.copy, inputs, sizes="given", constants=self.constants)
+                _use(self.shapes, tuple(x.shape), (made, Kept(tensors_of(made))), self.max_shapes)
+                self.packs.pop(tuple(x.shape), None)
+
+    def _packs(self, shape: tuple, kept: Kept) -> PackedWeights:
         """The packed weights for a shape."""
         with self.lock:
             packs = self.packs.get(shape)
             if packs is None:
                 left = self.winograd_bytes - sum(other.transformed for other in self.packs.values())
-                packs = PackedWeights(self.kept, winograd=self.winograd, most_bytes=left)
+                packs = PackedWeights(kept, winograd=not self.exact, most_bytes=left)
             _use(self.packs, shape, packs, self.max_shapes)
             return packs
 
@@ -250,7 +299,7 @@ class _State:
     def capture(self, method: str, x: Tensor) -> "_Graph | None":
         """A graph for inputs like ``x``, or None, with a warning: calls then launch one by one."""
         function = lambda static: self.call(method, static, packed=False)
-        x = x.to(dtype=self.dtype or x.dtype, memory_format=torch.channels_last)
+        x = self.like_copy(x)
         self.pool = torch.cuda.graph_pool_handle() if self.pool is None else self.pool
         try:
             return _Graph(function, x, self.pool)

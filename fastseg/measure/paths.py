@@ -63,8 +63,8 @@ def frozen_call(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
     return Built(_autocast(call, x.device, dtype), counts=True)
 
 
-def _runner(model: nn.Module, x: Tensor, dtype: torch.dtype, winograd: bool = True) -> Built:
-    runner = Runner(model, x, dtype=None if dtype == torch.float32 else dtype, winograd=winograd)
+def _runner(model: nn.Module, x: Tensor, dtype: torch.dtype, exact: bool = False) -> Built:
+    runner = Runner(model, x, dtype=None if dtype == torch.float32 else dtype, exact=exact)
     return Built(lambda: runner(x), counts=x.device.type != "cuda")
 
 
@@ -155,7 +155,7 @@ PATHS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Built]] = {
     "eager-cl": lambda *args: _eager(*args, memory_format=CL),
     "fastseg": _fastseg,
     "runner": _runner,
-    "runner-exact": lambda *args: _runner(*args, winograd=False),
+    "runner-exact": lambda *args: _runner(*args, exact=True),
     "eager-cl-graph": _graph(lambda *args: _eager(*args, memory_format=CL)),
     "fastseg-graph": _graph(frozen_call),
     "compile": _compiled(None),

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg import ops
-from fastseg.inference.classes import logits_of
 from fastseg.inference.final_resize import final_logits, post_process_semantic_segmentation
+from fastseg.ops.logits import logits_of
 
 
 class Net(nn.Module):

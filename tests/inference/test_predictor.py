@@ -63,7 +63,7 @@ def test_one_channel_of_logits_is_cut_at_0(scale):
     want = torch.nn.functional.interpolate(net(x).detach(), (16, 24), mode="bilinear")[:, 0].sigmoid() > 0.5
     got = class_map(net, x)
     assert 0 < got.float().mean() < 1 and torch.equal(got, want.to(torch.uint8))
-    assert torch.equal(Runner(net, x, winograd=False).predict(x), got)
+    assert torch.equal(Runner(net, x, exact=True).predict(x), got)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs ray")

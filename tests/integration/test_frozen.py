@@ -17,7 +17,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastseg
 from fastseg.inference import Predictor, Runner, class_map
-from fastseg.inference.marks import Marks
 from fastseg.io.images import MEAN, STD, normalised
 from fastseg.nn import ConvNormAct2d
 from fastseg.nn.fuse.conv_norm_act import folded, run_conv_norm_act
@@ -27,6 +26,7 @@ from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d
 from fastseg.ops.core import kept as _kept
 from fastseg.ops.core.constants import constant
 from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.marks import Marks
 from fastseg.ops.cpu.winograd import blocks as winograd_blocks
 from fastseg.ops.registered.upsample_taps import strips
 
@@ -331,9 +331,9 @@ def test_options_are_noticed(change):
 
 def test_pickles_and_copies():
     model, x = block(), torch.randn(1, 3, 8, 8)
-    runner = Runner(model, x, winograd=False, check="values")
+    runner = Runner(model, x, exact=True, check="values")
     for other in (copy.deepcopy(runner), pickle.loads(pickle.dumps(runner))):
-        assert torch.equal(other(x), runner(x)) and other.check == "values" and not other.winograd
+        assert torch.equal(other(x), runner(x)) and other.check == "values" and other.exact
         other.model.conv.weight.data.mul_(2)
         close(other(x), children(other.model, x))
         close(runner(x), children(model, x))
