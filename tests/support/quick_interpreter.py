@@ -6,37 +6,131 @@
   assertion that the interpreter drops, for its option ``debug`` is off. Offsets past 32 bits are found in the compiled
   code (``tests/kernels/aot``).
 - Operands of equal shape are broadcast in a dozen steps that return them as they were.
+- The language's functions are replaced by the interpreter's for each launch, and once more by each device function,
+  after a search through all of their names.
+- Operators, loads and stores decide anew what follows from the types alone: ``quick_operators``, ``quick_memory``.
 - The table of numpy's dtypes is built anew at each look-up, and the shape of each tensor is checked and wrapped anew,
   though there are few shapes.
 
 A Triton whose classes hold other fields runs them as they are.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 
+import quick_memory
+import quick_operators
 import triton.language as tl
 import triton.runtime.interpreter as I
 
 core = tl.core
 
 
+_replaced: list[tuple[object, str, object, object]] = []  # object, name, what it was, what it is
+
+
 def install() -> None:
     """For this process. Does nothing the second time."""
-    if hasattr(I._get_np_dtype, "__wrapped__"):
+    if _replaced:
         return
-    I._get_np_dtype = _remembered(I._get_np_dtype)
-    options = I.interpreter_builder.options
+    options, semantic = I.interpreter_builder.options, I.interpreter_semantic
+    _replace(I, "_get_np_dtype", _remembered(I._get_np_dtype))
     if not options.debug:
-        I.interpreter_builder.options = dataclasses.replace(options, sanitize_overflow=False)
-    semantic = I.interpreter_semantic
-    semantic.broadcast_impl_value = _unless_equal(semantic.broadcast_impl_value)
+        _replace(I.interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=False))
+    _replace(semantic, "broadcast_impl_value", _unless_equal(semantic.broadcast_impl_value))
     block = core.block_type(tl.int32, [2])
     if set(vars(block)) == {"element_ty", "shape", "numel", "name"}:
-        core.block_type.__init__ = _block_type(core.block_type.__init__)
-    if set(vars(core.tensor(None, block))) == {"handle", "shape", "numel", "type", "dtype"}:
-        core.tensor.__init__ = _tensor(core.tensor.__init__)
+        _replace(core.block_type, "__init__", _block_type(core.block_type.__init__))
+    if set(vars(core.tensor(None, block))) != {"handle", "shape", "numel", "type", "dtype"}:
+        return
+    _replace(core.tensor, "__init__", _tensor(core.tensor.__init__))
+    if not hasattr(I, "_LangPatchScope") or vars(I._LangPatchScope()) != {"_changes": []}:
+        return
+    _replace(I, "_patch_lang", _patched_once(I._patch_lang))
+    handle = [field.name for field in dataclasses.fields(I.TensorHandle)]
+    members = len(inspect.signature(I._patch_attr).parameters)
+    if handle == ["data", "dtype", "attr"] and members == 5 and not options.debug:
+        _replace(semantic, "to_tensor", quick_memory.to_tensor(semantic.to_tensor))
+        _replace(I, "_patch_attr", _quick_members(I._patch_attr))
+
+
+@contextlib.contextmanager
+def plain() -> Iterator[None]:
+    """Triton's own steps, between launches."""
+    for obj, name, was, _ in reversed(_replaced):
+        setattr(obj, name, was)
+    try:
+        yield
+    finally:
+        for obj, name, _, becomes in _replaced:
+            setattr(obj, name, becomes)
+
+
+def _replace(obj: object, name: str, becomes: object) -> None:
+    _replaced.append((obj, name, getattr(obj, name), becomes))
+    setattr(obj, name, becomes)
+
+
+class _Recorded(list):
+    """Stands for a scope while Triton's ``_patch_attr`` says what a member becomes."""
+
+    def set_attr(self, obj: object, name: str, value: object) -> None:
+        self.append(value)
+
+
+def _quick_members(original: Callable) -> Callable:
+    known = {}  # Triton's own member -> the quick one
+    makers = {core.tensor: quick_operators.members()}
+    for module in (tl, core):
+        makers[module] = {**quick_operators.functions(), **quick_memory.functions()}
+
+    def patch_attr(obj, name, member, builder, scope):
+        maker = makers.get(obj, {}).get(name) if inspect.ismodule(obj) or obj is core.tensor else None
+        if maker is None:
+            original(obj, name, member, builder, scope)
+            return
+        if member not in known:
+            recorded = _Recorded()
+            original(obj, name, member, builder, recorded)
+            known[member] = maker(recorded[0])
+        scope.set_attr(obj, name, known[member])
+
+    return patch_attr
+
+
+def _patched_once(original: Callable) -> Callable:
+    """What Triton replaces in the language depends on the modules of it that a function's file has imported."""
+    known = {}  # those modules -> (object, name, what it was, what it becomes) of each
+    done = []  # in the launch that runs: its scope, and the modules that have been replaced in it
+
+    @functools.wraps(original)
+    def patch_lang(fn):
+        modules = tuple({id(value): None for value in fn.__globals__.values() if value is tl or value is core})
+        if core.is_builtin(tl.load):  # nothing is replaced: a launch begins
+            done[:] = [I._LangPatchScope()]
+            if id(tl) not in modules:
+                done.clear()
+                return original(fn)
+        elif not done:
+            return original(fn)
+        scope = done[0]
+        if modules in done[1:]:
+            return scope
+        done.append(modules)
+        if modules not in known:
+            changes = original(fn)._changes
+            known[modules] = [(obj, name, was, getattr(obj, name)) for obj, name, was in changes]
+            scope._changes += changes
+            return scope
+        for obj, name, was, becomes in known[modules]:
+            scope._changes.append((obj, name, was))
+            setattr(obj, name, becomes)
+        return scope
+
+    return patch_lang
 
 
 def _remembered(original: Callable) -> Callable:
