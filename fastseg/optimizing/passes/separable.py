@@ -40,4 +40,5 @@ def _deep(conv: fx.Node) -> bool:
 
 def _flat(conv: fx.Node) -> bool:
     _, _, _, _, stride, padding, _, groups = conv.args
-    return shape(conv.args[1])[2:] == (1, 1) and stride == (1, 1) and padding == (0, 0) and groups == 1
+    plain = stride == (1, 1) and padding == (0, 0) and groups == 1
+    return bool(plain and shape(conv.args[1])[2:] == (1, 1))
