@@ -195,7 +195,12 @@ def _upsampled(x, skip, weight, bias, size, act, up_first: bool, dtype: torch.dt
 def _parts(weight: Tensor, channels: int, up_first: bool) -> tuple[Tensor, Tensor]:
     """The filters of the upsampled channels, and those of the others."""
     rest = weight.shape[1] - channels
-    return (weight[:, :channels], weight[:, channels:]) if up_first else (weight[:, rest:], weight[:, :rest])
+    cut = channels if up_first else rest
+    halves = weight[:, :cut], weight[:, cut:]
+    if keeper((weight,)) is not None:  # in memory of their own they can be packed
+        first, last = halves
+        halves = made_once((weight,), (NAME, cut), lambda: (first.clone(), last.clone()))
+    return halves if up_first else halves[::-1]
 
 
 def _size(x: Tensor, skip: Tensor | None, size) -> tuple[int, int]:

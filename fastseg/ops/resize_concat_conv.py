@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.dispatch import autocast_dtype, followed, kernels_run, needs_grad
 from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
+from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
@@ -138,8 +139,15 @@ def _resized(maps, weight, bias, act, resize: _Resize) -> Tensor:
     return conv2d_act(x, weight, bias, act, (1, 1), (weight.shape[-1] // 2,) * 2, (1, 1), 1)
 
 
+def _parts(weight: Tensor, widths: list[int]) -> Sequence[Tensor]:
+    """The filters of each map; of a frozen weight in memory of their own, so that they can be packed."""
+    if keeper((weight,)) is None:
+        return weight.split(widths, 1)
+    return made_once((weight,), (NAME, *widths), lambda: [part.clone() for part in weight.split(widths, 1)])
+
+
 def _pointwise(maps, weight, bias, act, resize: _Resize) -> Tensor:
-    parts = weight.split([m.shape[1] for m in maps], 1)
+    parts = _parts(weight, [m.shape[1] for m in maps])
     base, small = None, []
     for m, w in zip(maps, parts, strict=True):
         whole = resize.keeps(m) or resize.shrinks(m)
@@ -187,7 +195,7 @@ def _small(maps, weight, bias, resize: _Resize, forced: bool) -> tuple[list[bool
 
 
 def _taps(maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
-    parts = weight.split([m.shape[1] for m in maps], 1)
+    parts = _parts(weight, [m.shape[1] for m in maps])
     whole = [(resize(m), w) for m, w, take in zip(maps, parts, small, strict=True) if not take]
     taps = [low_resolution_taps(m, w) for m, w, take in zip(maps, parts, small, strict=True) if take]
     kernels = kernels_run(maps[0]) and not needs_grad(*maps, weight, bias)

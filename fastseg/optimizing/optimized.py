@@ -199,6 +199,9 @@ def improved(
 
 
 def _after(each: ModuleType, work: Work, inputs: tuple[Tensor, ...], want: list, before: Counts) -> tuple[Work, Row]:
+    devices = getattr(each, "DEVICES", None)
+    if devices is not None and inputs[0].device.type not in devices:
+        return work, Row(each.NAME, (), note=f"pays on {', '.join(devices)} only")
     new, after, matches = work.clone(), None, ()
     try:
         matches = tuple(each.run(new))

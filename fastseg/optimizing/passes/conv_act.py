@@ -43,6 +43,13 @@ def _summand(node: fx.Node, conv: fx.Node) -> fx.Node | None:
     return other if isinstance(other, fx.Node) and same_shape(other, conv) else None
 
 
+def with_activation(node: fx.Node) -> tuple[fx.Node, str | None]:
+    """The activation that alone reads ``node``, and its name; else ``node`` and None."""
+    user = only_user(node)
+    name = "" if user is None else activation(user)
+    return (user, name) if user is not None and name else (node, None)
+
+
 def activation(node: fx.Node) -> str:
     """The activation that a call is, by its name in ``fastseg.ops``, or ""."""
     if node.target is aten.relu.default:

@@ -2,6 +2,23 @@
 
 from types import ModuleType
 
-from fastseg.optimizing.passes import conv_act, fold_norm, upsample_argmax
+from fastseg.optimizing.passes import (
+    aspp,
+    conv_act,
+    fold_constants,
+    fold_norm,
+    layout,
+    nearest_conv,
+    pointwise,
+    pool_codes,
+    resize_concat,
+    separable,
+    tokens,
+    upsample_argmax,
+    upsample_sum,
+)
 
-PASSES: tuple[ModuleType, ...] = (fold_norm, conv_act, upsample_argmax)
+PASSES: tuple[ModuleType, ...] = (
+    fold_constants, tokens, fold_norm, aspp, resize_concat, nearest_conv, pointwise, upsample_sum, conv_act, separable,
+    pool_codes, upsample_argmax, layout,
+)  # fmt: skip
