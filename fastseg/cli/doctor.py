@@ -162,6 +162,8 @@ def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Cal
         ("max_pool3d, max_unpool3d", lambda: ops.max_unpool3d(*ops.max_pool3d(volume, **plain), 2)),
         ("max_unpool_conv2d", lambda: ops.max_unpool_conv2d(*pooled(), three)),
         ("upsample_bilinear", lambda: ops.upsample_bilinear(low, scale_factor=2)),
+        ("upsample_trilinear", lambda: ops.upsample_trilinear(volume, scale_factor=2)),
+        ("upsample_argmax of volumes", lambda: ops.upsample_argmax(volume, 8)),
         ("bilinear_conv_transpose2d", lambda: ops.bilinear_conv_transpose2d(low, 2)),
         ("upsample_concat", lambda: ops.upsample_concat(low, [x])),
         ("upsample_concat_conv2d", lambda: ops.upsample_concat_conv2d(low, wide, both)),

@@ -20,10 +20,12 @@ from fastseg.ops.core.kept import made_once
 from fastseg.ops.core.torch_private import constant_while_compiling
 from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.ops.upsample_bilinear import upsample_bilinear
+from fastseg.ops.upsample_trilinear import upsample_trilinear
 
 
 class Upsample(nn.Upsample):
-    """As ``torch.nn.Upsample``; difference: ``mode="bilinear"`` runs ``fastseg.ops.upsample_bilinear``.
+    """As ``torch.nn.Upsample``; difference: modes "bilinear" and "trilinear" run ``fastseg.ops.upsample_bilinear`` and
+    ``upsample_trilinear``.
 
     Example:
         >>> Upsample(scale_factor=2, mode="bilinear")(torch.randn(1, 8, 4, 4)).shape
@@ -32,9 +34,11 @@ class Upsample(nn.Upsample):
 
     @leaf
     def forward(self, input: Tensor) -> Tensor:
-        if self.mode != "bilinear":
+        if self.mode not in ("bilinear", "trilinear"):
             return super().forward(input)
         options = (bool(self.align_corners), self.recompute_scale_factor)
+        if self.mode == "trilinear":
+            return upsample_trilinear(input, self.size, self.scale_factor, *options)
         return upsample_bilinear(input, self.size, self.scale_factor, *options)
 
 

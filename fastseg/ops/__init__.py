@@ -25,10 +25,12 @@ from fastseg.ops.upsample_confusion import upsample_confusion
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastseg.ops.upsample_loss import upsample_loss
 from fastseg.ops.upsample_sum import upsample_sum
+from fastseg.ops.upsample_trilinear import upsample_trilinear
 
 two_forms(
     "batch_norm_act", "batch_norm_act_max_pool2d", "bilinear_conv_transpose2d", "max_pool1d", "max_pool2d",
     "max_pool3d", "max_unpool1d", "max_unpool2d", "max_unpool3d", "upsample_bilinear", "upsample_concat",
+    "upsample_trilinear",
 )  # fmt: skip
 
 __all__ = [
@@ -63,4 +65,5 @@ __all__ = [
     "upsample_sum",
     "upsample_threshold",
     "upsample_topk",
+    "upsample_trilinear",
 ]

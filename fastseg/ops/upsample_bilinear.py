@@ -59,8 +59,7 @@ def upsample_bilinear(
     if not use_kernel("upsample_bilinear", x, unsupported=why):
         size = out if size is not None else None
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
-    args = (x, out, bool(align_corners), *factors)
-    return run(_UpsampleBilinear, fwd_op, *args)
+    return interpolated(x, out, bool(align_corners), *factors)
 
 
 def _is_exact(size) -> bool:
@@ -153,6 +152,12 @@ fwd_op = register(
 _bwd = register(
     f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake, refuses=_refuses_bwd
 )
+
+
+def interpolated(x: Tensor, size: tuple[int, int], align_corners: bool, *factors: float | None) -> Tensor:
+    """The registered op: x interpolated to ``size``, placed by the factors where they are given; differentiable."""
+    args = (x, size, align_corners, *factors)
+    return run(_UpsampleBilinear, fwd_op, *args)
 
 
 def transposed(dy: Tensor, size: tuple[int, int], align_corners: bool, *factors: float | None) -> Tensor:

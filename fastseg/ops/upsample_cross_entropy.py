@@ -11,6 +11,7 @@ from fastseg.ops.core.upsample import cross_entropy, unsupported
 from fastseg.ops.cpu.cross_entropy import CPU_FORMS, composed, request_of
 from fastseg.ops.cpu.cross_entropy_rows import Criterion
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
+from fastseg.ops.volume_loss import volume_cross_entropy
 
 
 @overridable
@@ -30,9 +31,12 @@ def upsample_cross_entropy(
     neither the full-size logits nor their gradient: the forward saves one number per pixel. All dtypes are computed in
     fp32. Gradients are deterministic. Second derivatives run as torch's two steps.
 
+    Volumes are interpolated trilinearly, in slabs of slices; with "none", or a weight that requires a gradient, as
+    torch's two steps.
+
     Args:
-        logits: (N, C, h, w), floating point, any layout.
-        target: class indices (N, H, W), uint8, int8, int16, int32 or int64.
+        logits: (N, C, h, w) or (N, C, d, h, w), floating point, any layout.
+        target: class indices (N, H, W) or (N, D, H, W), uint8, int8, int16, int32 or int64.
         weight: (C,), a factor per class, of either sign.
         ignore_index: target value of pixels that do not count.
         reduction: "mean" (over the weights of the pixels that count), "sum" or "none".
@@ -40,8 +44,8 @@ def upsample_cross_entropy(
         align_corners: as in ``torch.nn.functional.interpolate``.
 
     Returns:
-        A scalar, or (N, H, W) for "none", in the dtype of ``logits``; in fp32 under autocast. A mean over no pixels is
-        NaN, with gradient 0. A mean over weights that sum to 0 is NaN too; its gradient is NaN at pixels that count.
+        A scalar, or for "none" the shape of the target, in the dtype of ``logits``; in fp32 under autocast. A mean over
+        no pixels is NaN, with gradient 0. A mean over weights that sum to 0 is NaN too; its gradient is NaN at pixels that count.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``target`` has none of the five dtypes.
@@ -55,6 +59,15 @@ def upsample_cross_entropy(
     """
     ignore_index, label_smoothing = whole(ignore_index), float(label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
+    if logits.dim() == 5:
+        if not is_torchs(logits):
+            use_kernel(
+                "upsample_cross_entropy", logits, target, weight,
+                unsupported="a volume: its slices are the op's own calls",
+            )  # fmt: skip
+        return volume_cross_entropy(
+            upsample_cross_entropy, logits, target, weight, ignore_index, reduction, label_smoothing, align_corners
+        )
     if not _takes_kernel(logits, target, weight):
         criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
         if not logits.is_cpu or followed(logits, weight):  # a graph holds torch's own ops; its values cannot be read
@@ -97,9 +110,10 @@ def _autocast(logits: Tensor) -> bool:
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
     name, shape, pixels = "upsample_cross_entropy", logits.shape, target.shape
-    if len(shape) != 4 or len(pixels) != 3 or shape[0] != pixels[0] or shape[1] == 0:
+    if len(shape) not in (4, 5) or len(pixels) != len(shape) - 1 or shape[0] != pixels[0] or shape[1] == 0:
         raise ValueError(
-            f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; give (N, C, h, w) and (N, H, W)"
+            f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; give (N, C, h, w) and (N, H, W), or "
+            "(N, C, d, h, w) and (N, D, H, W)"
         )
     if 0 in shape[2:] or 0 in pixels[1:]:
         raise ValueError(f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; there is no pixel in them")

@@ -1,5 +1,6 @@
 """A weighted sum of losses on bilinearly upsampled logits, of one head or several."""
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -56,6 +57,7 @@ def upsample_loss(
 
     Args:
         logits: (N, C, h, w), floating point, any layout; or a list of them, one per head, each of its own resolution.
+            Volumes (N, C, d, h, w) are interpolated trilinearly, in slabs; targets and factors have a depth too.
         target: class indices (N, H, W) or (N, 1, H, W), or labels for each class (N, C, H, W).
         terms: (weight, loss) pairs, of ``fastseg.losses``.
         ignore_index: label of pixels that do not count; None means that of the terms, else -100.
@@ -110,6 +112,8 @@ def _of_head(
     for weight, term in _parts(terms, logits):
         own = ignored if term.ignore_index is None else term.ignore_index
         if hasattr(term, "direct"):
+            if logits.dim() == 5:
+                raise ValueError(f"upsample_loss: {type(term).__name__} is of maps (N, C, h, w); logits are a volume")
             total = total + weight * term.direct(logits, target, own, pixel_weight, align_corners)
             continue
         x = term.inputs(logits)
@@ -128,7 +132,8 @@ def _of_head(
         sums = upsample_loss_sums(
             x, labels, columns, key[0], ignore_index=key[1], pixel_weight=factor, align_corners=align_corners
         )
-        table = Table(columns, sums, labels.shape[-2] * labels.shape[-1], labels.is_floating_point())
+        pixels = math.prod(labels.shape[2 - logits.dim() :])
+        table = Table(columns, sums, pixels, labels.is_floating_point())
         whole: dict[bool, Table] = {}  # over the batch, of this process or of all
         for weight, term in members:
             across = across_processes or term.across_processes

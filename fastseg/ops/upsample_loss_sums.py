@@ -14,6 +14,7 @@ from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu import loss_rows
 from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
+from fastseg.ops.volume_loss import sums_of_volume
 
 _LEAST, _PLANE = 2**18, 2**17  # upsampled logits, of one class; from here on strips beat torch's own steps
 _MANY = 5  # classes; from here on strips are faster, and with one; 3 and 4 are planes
@@ -35,7 +36,8 @@ def upsample_loss_sums(
     stored; the second walk over the pixels, for the gradient, reads nothing of the first but its sums.
 
     Args:
-        logits: (N, C, h, w), floating point, any layout.
+        logits: (N, C, h, w), floating point, any layout; or (N, C, d, h, w), interpolated trilinearly, and then targets
+            and factors have a depth too.
         target: class indices (N, H, W) or (N, 1, H, W), uint8, int8, int16, int32 or int64; or labels for each class
             (N, C, H, W), integers 0 and 1, booleans, or floating point (probabilities).
         columns: what is summed.
@@ -56,6 +58,8 @@ def upsample_loss_sums(
     Reference: ``torch.nn.functional.interpolate``, ``softmax``, ``sigmoid``, and sums.
     """
     sums = Sums(tuple(columns), activation, None if ignore_index is None else whole(ignore_index), align_corners)
+    if logits.dim() == 5:
+        return _of_volume(logits, target, sums, pixel_weight)
     target = checked(logits, target, sums, pixel_weight)
     why = not_taken(logits, target, sums)
     if pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled():
@@ -83,6 +87,36 @@ def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_wei
             return _Rows.apply(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
+
+
+def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+    """The sums over the voxels of volumes, in slabs of output slices."""
+    if 0 in logits.shape[2:] or target.dim() not in (4, 5) or 0 in target.shape[-3:]:
+        raise ValueError(
+            f"upsample_loss: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; give "
+            "(N, C, d, h, w), and (N, D, H, W) or (N, C, D, H, W), with voxels in them"
+        )
+    size = (target.shape[0], *target.shape[-3:])
+    if pixel_weight is not None and pixel_weight.shape != size:
+        raise ValueError(f"upsample_loss: pixel_weight is {tuple(pixel_weight.shape)}; give {size}, one each voxel")
+    first = checked(
+        logits[:, :, 0], target.select(-3, 0), sums, None if pixel_weight is None else pixel_weight.select(-3, 0)
+    )
+    if first.dim() == 3 and target.dim() == 5:
+        target = target[:, 0]
+    elif first.dim() == 4 and target.dim() == 4:
+        target = target[:, None]
+
+    def of_maps(maps: Tensor, labels: Tensor, factor: Tensor | None) -> Tensor:
+        return upsample_loss_sums(
+            maps, labels, sums.columns, sums.activation, ignore_index=sums.ignore_index, pixel_weight=factor,
+            align_corners=sums.align_corners,
+        )  # fmt: skip
+
+    trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
+    whole = trained or followed(logits, pixel_weight)
+    with torch.autocast(logits.device.type, enabled=False):
+        return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
 
 
 def _of_two(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:

@@ -77,7 +77,7 @@ def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | 
 def volume_on_cpu(logits: Tensor, to: Resize, out: Tensor, slices: Slices | None = None) -> Tensor:
     """``by_slabs`` with the form of the map's op that suits a slice; ``slices`` replace the trilinear ones."""
     kind = torch.promote_types(logits.dtype, torch.float32)
-    finite = is_finite(logits)
+    finite = all(is_finite(plane) for volume in logits for plane in volume.unbind(1))  # 16 bits are widened to sum
     form = CPU_FORMS.choose(MapRequest(1, logits.shape[1], True, finite)).form
     whole = finite and logits.shape[3:] == to.size[1:]  # an interpolation to the same size is a copy
 

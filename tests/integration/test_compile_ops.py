@@ -81,7 +81,7 @@ PUBLIC = {
         "max_unpool2d, compact", "max_unpool_conv2d", "batch_norm_act, batch", "batch_norm_act, running",
         "batch_norm_act_max_pool2d, batch", "separable_conv2d", "separable_conv2d, batch", "upsample_bilinear",
         "bilinear_conv_transpose2d", "upsample_concat", "upsample_concat_conv2d", "upsample_sum", "upsample_argmax",
-        "upsample_cross_entropy, mean", "upsample_confidence", "masks_to_classes",
+        "upsample_cross_entropy, mean", "upsample_confidence", "masks_to_classes", "upsample_trilinear",
     )
 } | {
     "aspp": Row("", _aspp),

@@ -168,6 +168,7 @@ FUNCTIONS = {
     ),
     "upsample_argmax": lambda net, x: ops.upsample_argmax(x, scale_factor=2),
     "resize_concat_conv2d": lambda net, x: ops.resize_concat_conv2d([x, x[:, :, ::2, ::2]], net.wide, size=x.shape[2:]),
+    "upsample_trilinear": lambda net, x: ops.upsample_trilinear(x[:, :, None], (3, x.shape[2] + 3, x.shape[3] * 2)),
     "upsample_bilinear": lambda net, x: ops.upsample_bilinear(x.relu(), (x.shape[2] + 3, x.shape[3] * 2)),
     "upsample_concat": lambda net, x: ops.upsample_concat(x[:, :, ::2, ::2], [x, x.neg()]),
     "upsample_concat_conv2d": lambda net, x: ops.upsample_concat_conv2d(x[:, :, ::2, ::2], x, net.wide, act="relu"),

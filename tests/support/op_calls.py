@@ -31,6 +31,7 @@ from fastseg.ops import (
     upsample_confidence,
     upsample_cross_entropy,
     upsample_sum,
+    upsample_trilinear,
 )
 from fastseg.ops.atrous_conv2d import atrous_branches
 from fastseg.ops.core.loss_columns import Column
@@ -351,6 +352,7 @@ ROWS: dict[str, Row] = {
     "fold_norm, slice of a 1x1 without affine": Row("fold_norm", _fold_slice, False, DENSE),
     "stem_conv2d": Row("stem_conv2d", _stem, False),
     "upsample_bilinear": Row(BILINEAR, _of(upsample_bilinear, 2, 3, 2, 3, scale_factor=1.7), layouts=SINGLE),
+    "upsample_trilinear": Row(BILINEAR, _of(upsample_trilinear, 1, 2, 2, 3, 2, scale_factor=1.7), layouts=DENSE),
     "bilinear_conv_transpose2d": Row(TRANSPOSE, _conv_transpose),
     "upsample_concat": Row("upsample_concat upsample_bilinear_bwd", _concat, layouts=SINGLE),
     "upsample_sum": Row("upsample_sum upsample_bilinear_bwd", _sum(None), layouts=SINGLE),
