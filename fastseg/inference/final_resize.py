@@ -5,7 +5,7 @@ Many models end in a bilinear resize to the size of the image. While such a mode
 and the small logits in front of it are all that the class map, or a loss, needs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from fastseg import ops
 from fastseg.inference.classes import class_map, is_ours
+from fastseg.inference.mask_queries import queries_of, semantic_maps
 from fastseg.ops.core.torch_private import tree_map_only
 from fastseg.ops.logits import logits_of
 
@@ -160,21 +161,30 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def post_process_semantic_segmentation(
-    outputs: Any, target_sizes: Sequence[tuple[int, int]] | Tensor | None = None
+    outputs: Any,
+    target_sizes: Sequence[tuple[int, int]] | Tensor | None = None,
+    *,
+    size: Mapping[str, int | None] | None = None,
+    family: str | None = None,
 ) -> list[Tensor]:
     """As the method of Hugging Face's image processors, with the same maps; full-size logits are never made.
 
     Args:
-        outputs: has ``logits``, (N, classes, h, w), as a model for semantic segmentation returns.
+        outputs: has ``logits``, (N, classes, h, w), as a model for semantic segmentation returns; or
+            ``class_queries_logits`` and ``masks_queries_logits``, as Mask2Former, MaskFormer, OneFormer and EoMT do.
         target_sizes: (height, width) of each image, in pixels; None keeps the size of the logits.
+        size: of EoMT's processor, {"shortest_edge": s, "longest_edge": l}; None: 640 and 640.
+        family: of outputs with queries, "mask2former", "maskformer", "oneformer" or "eomt"; None: by their type.
 
     Returns:
         A map (height, width) of int64 for each image.
 
     Raises:
-        ValueError: there are not as many sizes as images.
-        TypeError: there are no logits (N, classes, h, w).
+        ValueError: there are not as many sizes as images; the family is unknown.
+        TypeError: there are no logits (N, classes, h, w), or the family cannot be told from the type.
     """
+    if queries_of(outputs) is not None:
+        return semantic_maps(outputs, target_sizes, family, size)
     logits = logits_of(outputs)
     if logits is None:
         raise TypeError(

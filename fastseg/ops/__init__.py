@@ -8,6 +8,7 @@ from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilin
 from fastseg.ops.core.forms import two_forms
 from fastseg.ops.core.norm import BatchNormArgs
 from fastseg.ops.masks_to_classes import masks_to_classes
+from fastseg.ops.masks_to_queries import masks_to_queries
 from fastseg.ops.max_pool import max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from fastseg.ops.max_unpool_conv import max_unpool_conv2d
@@ -44,6 +45,7 @@ __all__ = [
     "bilinear_kernel",
     "compose_pointwise",
     "masks_to_classes",
+    "masks_to_queries",
     "max_pool1d",
     "max_pool2d",
     "max_pool3d",

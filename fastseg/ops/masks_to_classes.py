@@ -1,6 +1,6 @@
 """Class map of a mask classifier: of class scores and mask logits of queries."""
 
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -82,9 +82,8 @@ def masks_to_classes(
     if eager and not INTERPRETED:
         return FORMS(_request(*args[:5]), *args, recorded=masks)
     if at is not None:
-        return upsample_argmax(
-            _sums(p, masks, *at, (0.0, 0.0), align_corners), (H, W), align_corners=align_corners, dtype=dtype
-        )
+        sums = _sums(p, masks, *at, (0.0, 0.0), align_corners)
+        return cast(Tensor, upsample_argmax(sums, (H, W), align_corners=align_corners, dtype=dtype))
     if use_kernel(NAME, masks, p, unsupported=unsupported(masks, H, W), form=None):
         return _op(p, masks, H, W, *factors, align_corners, dtype == torch.int64)
     return FORMS(_request(*args[:5]), *args) if eager else _lines(*args)

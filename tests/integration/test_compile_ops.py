@@ -16,6 +16,7 @@ from fastseg.ops import (
     atrous_conv2d,
     bilinear_kernel,
     compose_pointwise,
+    masks_to_queries,
     resize_concat_conv2d,
     upsample_confusion,
     upsample_loss,
@@ -74,6 +75,10 @@ def _confusion(d: Draw) -> Drawn:
     return lambda x, target: upsample_confusion(x, target, 5), [d.map(1, 5, 2, 3), d.classes(5, 1, 4, 6)]
 
 
+def _owners(scores, masks):
+    return masks_to_queries(scores, masks, 5, scores_size=4)
+
+
 PUBLIC = {
     name: ROWS[name]
     for name in (
@@ -91,6 +96,7 @@ PUBLIC = {
     "compose_pointwise": Row("", _composed),
     "upsample_loss": Row("", _loss),
     "upsample_confusion": Row("", _confusion, False),
+    "masks_to_queries": Row("", lambda d: (_owners, [d.rows(1, 3), d.map(1, 3, 2, 3)]), False),
     "upsample_topk": Row("", lambda d: (lambda x: upsample_topk(x, 2, 7), [d.map(1, 5, 2, 3)]), False),
     "upsample_threshold": Row("", lambda d: (lambda x: upsample_threshold(x, 7), [d.map(1, 1, 2, 3)]), False),
     "bilinear_kernel": Row("", lambda d: (lambda x: x * bilinear_kernel(3, 3, 4).sum(), [d.map(2, 3, 2, 2)]), False),

@@ -1,5 +1,7 @@
 """The class map of a mask classifier on a CPU, in blocks of rows: no map of queries or classes at full size."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -43,22 +45,26 @@ def classes_of_scores_by_rows(
     p: Tensor, masks: Tensor, at: tuple[int, int], H: int, W: int, align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
     """The largest of scores that are summed at the size ``at`` and then interpolated to (H, W); else as above."""
-    N, Q, K = p.shape
-    high, wide = at
+    N, _, K = p.shape
     weights = p.transpose(1, 2).contiguous()
-    first, second, weight = neighbours(masks.shape[2], high, align_corners, p.dtype)
-    resized = tuple(masks.shape[2:]) != at
+    shares = shares_at(masks, at, align_corners, p.dtype)
+    scores = lambda n, low, stop: torch.matmul(weights[n], shares(n, low, stop)).transpose(0, 1)
+    return rows_argmax(scores, (N, K, at[0]), H, W, (0.0, 0.0), align_corners, dtype, p.dtype)
 
-    def scores(n: int, low: int, stop: int) -> Tensor:
-        """Rows [low, stop) of image n's class scores: (K, rows, at[1])."""
-        if not resized:
-            m = masks[n, :, low:stop].to(p.dtype)
-            return torch.mm(weights[n], m.sigmoid().flatten(1)).view(K, stop - low, wide)
+
+def shares_at(
+    masks: Tensor, at: tuple[int, int], align_corners: bool, kind: torch.dtype
+) -> Callable[[int, int, int], Tensor]:
+    """A function (image, first row, end) -> ``sigmoid`` of these rows of masks resized to ``at``: (rows, Q, at[1])."""
+    if tuple(masks.shape[2:]) == at:
+        return lambda n, low, stop: masks[n, :, low:stop].to(kind).transpose(0, 1).sigmoid()
+    first, second, weight = neighbours(masks.shape[2], at[0], align_corners, kind)
+
+    def shares(n: int, low: int, stop: int) -> Tensor:
         begin = int(first[low])
-        m = along_x(masks[n, :, begin : int(second[stop - 1]) + 1].to(p.dtype), wide, align_corners)
+        m = along_x(masks[n, :, begin : int(second[stop - 1]) + 1].to(kind), at[1], align_corners)
         upper = m.index_select(0, first[low:stop] - begin)
         lower = m.index_select(0, second[low:stop] - begin)
-        m = upper.lerp_(lower, weight[low:stop, None]).sigmoid_().view(-1, Q, wide)
-        return torch.matmul(weights[n], m).transpose(0, 1)
+        return upper.lerp_(lower, weight[low:stop, None]).sigmoid_().view(stop - low, -1, at[1])
 
-    return rows_argmax(scores, (N, K, high), H, W, (0.0, 0.0), align_corners, dtype, p.dtype)
+    return shares
