@@ -14,6 +14,8 @@ from torch import nn
 from fastseg.cli.options import fault_of
 from fastseg.io.files import first_line, printable
 from fastseg.io.images import MAX_PIXELS
+from fastseg.losses.names import NAMES as LOSSES
+from fastseg.losses.names import parse_loss
 from fastseg.models import create
 
 LARGEST = 2**31 - 1
@@ -55,6 +57,20 @@ def number(low: float, high: float = math.inf, *, above: bool = False, below: bo
 
 def _too_long(text: str) -> int:
     raise argparse.ArgumentTypeError(f"a number of {len(text)} characters")
+
+
+def add_loss(parser: argparse.ArgumentParser) -> None:
+    """Add ``--loss``, of a training."""
+    known = f"of {', '.join(LOSSES)}; joined by +, with factors: ce+0.5*dice (default: %(default)s)"
+    parser.add_argument("--loss", type=_loss, default="ce", metavar="NAMES", help=known)
+
+
+def _loss(text: str) -> str:
+    try:
+        parse_loss(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 positive_int = integer(1)

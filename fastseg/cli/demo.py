@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from fastseg.cli.common import add_device, describe, positive_int, say, seed
+from fastseg.cli.common import add_device, add_loss, describe, positive_int, say, seed
 from fastseg.demo import training
 from fastseg.demo.latency import latency
 from fastseg.demo.mosaic import CLASSES, halves, load_photographs
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive_int, default=training.STEPS, help="training steps (default: %(default)s)"
     )
+    add_loss(parser)
     parser.add_argument("-o", "--output", type=Path, default=Path("demo"), metavar="DIR", help="default: %(default)s")
     add_device(parser)
 
@@ -37,13 +38,15 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     make_folder(args.output, FILES)
     train_textures, test_textures = halves(load_photographs())
-    print(f"{args.model} on {describe(args.device)}; CC0 photographs from scikit-image: {', '.join(CLASSES)}")
+    print(f"{args.model}, loss {args.loss}, on {describe(args.device)}")
+    print(f"CC0 photographs from scikit-image: {', '.join(CLASSES)}")
 
     torch.manual_seed(args.seed)
     options = training.OPTIONS.get(args.model, {})
     model = create(args.model, len(CLASSES), **options).to(args.device, memory_format=torch.channels_last)
     test = Mosaics(test_textures, TEST_MOSAICS, training.SIDE, (args.seed, 1), "test")
-    training.train(args.model, model, train_textures, test, args.steps, args.seed, training.BATCH, training.SIDE)
+    sizes = (args.steps, args.seed, training.BATCH, training.SIDE)
+    training.train(args.model, model, train_textures, test, *sizes, loss=args.loss)
 
     pictures, labels = test.arrays()
     predicted = training.predictions(model, pictures)

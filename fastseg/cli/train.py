@@ -11,6 +11,7 @@ from torch import nn
 
 from fastseg.cli.common import (
     add_device,
+    add_loss,
     built,
     integer,
     model_option,
@@ -27,8 +28,6 @@ from fastseg.cli.recipe import add_recipe, introduce, model_options, open_splits
 from fastseg.io.files import look_at_folder, make_folder, printable
 from fastseg.io.images import MAX_PIXELS
 from fastseg.io.processes import Processes, processes
-from fastseg.losses.names import NAMES as LOSSES
-from fastseg.losses.names import parse_loss
 from fastseg.models import load_encoder_weights, names
 from fastseg.training.census import Census
 from fastseg.training.dataset import FolderDataset
@@ -73,8 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--momentum", type=number(0, 1, below=True), default=0.9, help="of sgd, below 1 (default: %(default)s)")
     add("--weight-decay", type=number(0), default=5e-4, help="default: %(default)s")
     add("--schedule", choices=("poly", "onecycle", "constant"), default="poly", help="default: %(default)s")
-    add("--loss", type=loss, default="ce", metavar="NAMES",
-        help=f"of {', '.join(LOSSES)}; joined by +, with factors: ce+0.5*dice (default: %(default)s)")  # fmt: skip
+    add_loss(parser)
     add("--class-weights", choices=("none", "median-frequency"), default="none", help="default: %(default)s")
     add("--size", type=positive_int, nargs=2, metavar=("H", "W"), help="bring every picture to this size first")
     add("--crop", type=positive_int, nargs=2, metavar=("H", "W"), help="random window of training pictures")
@@ -88,15 +86,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-seconds", type=positive_float, metavar="S", help="then stop with a checkpoint, to be resumed")
     add_recipe(parser)
     add_device(parser)
-
-
-def loss(text: str) -> str:
-    """The text, if it names losses."""
-    try:
-        parse_loss(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    return text
 
 
 def run(args: argparse.Namespace) -> int:

@@ -27,10 +27,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "deeplabv3": {"backbone": "resnet18", "output_stride": 16, "width": 0.25, "channels": 32},
     "deeplabv3plus": {"width": 0.25, "decoder_channels": 32},
     "fcn": {"backbone": "resnet18", "stride": 4, "width": 0.25},
+    "segformer": {"width": 0.5, "decoder_channels": 32},
     "segnet": {"width": 0.125},
     "segnet_basic": {"channels": 16},
     "unet": {"padding": "same", "norm": True, "widths": (8, 16, 32, 64)},
     "unetplusplus": {"norm": True, "up": "bilinear", "widths": (8, 16, 32), "deep_supervision": True},
+    "upernet": {"backbone": "resnet18", "width": 0.25, "channels": 32},
 }
 STEPS, BATCH, SIDE = 400, 6, 160
 LEARNING_RATE = 0.02
@@ -83,6 +85,8 @@ def train(
     seed: int,
     batch: int,
     side: int,
+    *,
+    loss: str = "ce",
 ) -> None:
     """Train in place with ``fastseg.training``, no mosaic twice; the model is in eval mode afterwards.
 
@@ -95,6 +99,7 @@ def train(
         seed: of mosaics, their order and dropout.
         batch: mosaics a step.
         side: of a mosaic, in pixels.
+        loss: names and factors, as ``fastseg.losses.parse_loss`` takes them.
 
     Raises:
         ValueError: the loss is not finite.
@@ -104,7 +109,7 @@ def train(
             module.p = 0.0  # no mosaic comes twice: in so short a training dropout only costs
     settings = Settings(
         name, {}, CLASSES, 1, batch, "adamw", LEARNING_RATE, weight_decay=0.01, schedule="onecycle", flip=False,
-        seed=seed,
+        seed=seed, loss=loss,
     )  # fmt: skip
     data = Mosaics(textures, steps * batch, side, (seed, 0))
     processes = Processes(next(model.parameters()).device)
