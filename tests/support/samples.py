@@ -1,5 +1,6 @@
 """torch's own sample inputs, as installed: the outside judge. Private API: how many there are is the version's."""
 
+import contextlib
 from collections.abc import Iterator
 from unittest import mock
 
@@ -20,7 +21,11 @@ def op_info(name: str, variant: str = ""):
 
 def samples(name: str, variant: str = "", *, dtype=torch.float64, requires_grad: bool = False, device="cpu") -> list:
     """Its sample inputs."""
-    return list(op_info(name, variant).sample_inputs(device, dtype, requires_grad=requires_grad))
+    with contextlib.ExitStack() as stack:
+        # torch seeds anew for each of them, and keeps a formatted stack for every kind of device that it does not have
+        for module in (torch.cuda, torch.xpu, torch.mtia) if device == "cpu" else ():
+            stack.enter_context(mock.patch.object(module, "manual_seed_all"))
+        return list(op_info(name, variant).sample_inputs(device, dtype, requires_grad=requires_grad))
 
 
 def error_inputs(name: str) -> list:
