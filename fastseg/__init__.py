@@ -11,6 +11,7 @@ __all__ = [
     "conversion",
     "convert",
     "explain",
+    "export",
     "force",
     "frozen",
     "predict",
@@ -24,6 +25,7 @@ _PACKAGES = (
     "cli",
     "converting",
     "demo",
+    "exporting",
     "inference",
     "io",
     "kernels",
@@ -39,6 +41,7 @@ _PACKAGES = (
 _FUNCTIONS = {
     "conversion": "converting",
     "convert": "converting",
+    "export": "exporting.export",
     "predict": "inference.final_resize",
     "revert": "converting",
     "warmup": "inference.warmup",

@@ -22,9 +22,10 @@ ROOMS = {
     "io": ({"io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "safetensors", "tqdm", "skimage"}),
     "inference": ({"inference", "io", "models", "nn", "ops"}, {"torch", "numpy", "PIL", "tqdm"}),
     "measure": (
-        {"measure", "inference", "io", "models", "nn", "ops"},
+        {"measure", "exporting", "inference", "io", "models", "nn", "ops"},
         {"torch", "numpy", "matplotlib", "onnxruntime", "openvino"},
     ),
+    "exporting": ({"exporting", "inference", "io", "models", "ops"}, {"torch", "numpy", "onnxruntime"}),
     "converting": ({"converting", "measure", "nn", "ops"}, {"torch"}),
     "training": (
         {"training", "inference", "io", "losses", "metrics", "models", "nn", "ops"},
@@ -36,14 +37,14 @@ ROOMS = {
     ),
     "metrics": ({"metrics", "ops"}, {"torch", "numpy"}),
     "cli": (
-        {"cli", "", "demo", "inference", "io", "losses", "measure", "training", "metrics", "models", "nn", "ops",
-         "kernels", "testing"},
+        {"cli", "", "demo", "exporting", "inference", "io", "losses", "measure", "training", "metrics", "models", "nn",
+         "ops", "kernels", "testing"},
         None,
     ),
     "testing": ({"testing"}, {"torch"}),
     "__main__": ({"cli"}, set()),
     "": (  # __init__.py
-        {"", "converting", "demo", "inference", "io", "measure", "metrics", "models", "nn", "ops"},
+        {"", "converting", "demo", "exporting", "inference", "io", "measure", "metrics", "models", "nn", "ops"},
         {"torch"},
     ),
 }  # fmt: skip

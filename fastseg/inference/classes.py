@@ -1,6 +1,7 @@
 """Class maps of any model: its own ``predict`` for ours, else the argmax of its logits."""
 
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -33,6 +34,11 @@ def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tenso
     if logits.shape[1] == 1:
         logits = torch.cat([torch.zeros_like(logits), logits], 1)
     return ops.upsample_argmax(logits, tuple(x.shape[-2:]), confidence=confidence)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer is; the CPU if there is none."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def is_ours(model: nn.Module) -> bool:
