@@ -11,6 +11,7 @@ __all__ = [
     "conversion",
     "convert",
     "explain",
+    "export",
     "force",
     "frozen",
     "optimize",
@@ -25,6 +26,7 @@ _PACKAGES = (
     "cli",
     "converting",
     "demo",
+    "exporting",
     "inference",
     "io",
     "kernels",
@@ -41,6 +43,7 @@ _PACKAGES = (
 _FUNCTIONS = {
     "conversion": "converting",
     "convert": "converting",
+    "export": "exporting.export",
     "optimize": "optimizing",
     "predict": "inference.final_resize",
     "revert": "converting",

@@ -178,6 +178,16 @@ class ConfusionMatrix:
             f"classes are 0 to {self.num_classes - 1}, ignore_index is {self.ignore_index}"
         )
 
+    def merge(self, other: "ConfusionMatrix") -> None:
+        """Add the counts of ``other``.
+
+        Raises:
+            ValueError: it has other classes, or ignores another value.
+        """
+        if (other.num_classes, other.ignore_index) != (self.num_classes, self.ignore_index):
+            raise ValueError(f"ConfusionMatrix.merge: {other} does not count what {self} counts")
+        self._counts = self._counts.to(other._counts.device) + other._counts
+
     def reduce(self, group: dist.ProcessGroup | None = None) -> None:
         """Sum the counts over the processes of ``torch.distributed``, in place, on every one of them.
 

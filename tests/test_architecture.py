@@ -23,10 +23,11 @@ ROOMS = {
     "optimizing": ({"optimizing", "io", "measure", "nn", "ops"}, {"torch"}),
     "inference": ({"inference", "io", "models", "nn", "ops", "optimizing"}, {"torch", "numpy", "PIL", "tqdm"}),
     "measure": (
-        {"measure", "inference", "io", "models", "nn", "ops"},
+        {"measure", "exporting", "inference", "io", "models", "nn", "ops"},
         {"torch", "numpy", "matplotlib", "onnxruntime", "openvino"},
     ),
     "integrations": ({"integrations", "ops"}, {"torch", "numpy", "nnunetv2"}),
+    "exporting": ({"exporting", "inference", "io", "models", "ops"}, {"torch", "numpy", "onnxruntime"}),
     "converting": ({"converting", "measure", "nn", "ops"}, {"torch"}),
     "training": (
         {"training", "inference", "io", "losses", "metrics", "models", "nn", "ops"},
@@ -38,14 +39,15 @@ ROOMS = {
     ),
     "metrics": ({"metrics", "ops"}, {"torch", "numpy"}),
     "cli": (
-        {"cli", "", "demo", "inference", "io", "losses", "measure", "training", "metrics", "models", "nn", "ops",
-         "kernels", "testing"},
+        {"cli", "", "demo", "exporting", "inference", "io", "losses", "measure", "training", "metrics", "models", "nn",
+         "ops", "kernels", "testing"},
         None,
     ),
     "testing": ({"testing"}, {"torch"}),
     "__main__": ({"cli"}, set()),
     "": (  # __init__.py
-        {"", "converting", "demo", "inference", "io", "measure", "metrics", "models", "nn", "ops", "optimizing"},
+        {"", "converting", "demo", "exporting", "inference", "io", "measure", "metrics", "models", "nn", "ops",
+         "optimizing"},
         {"torch"},
     ),
 }  # fmt: skip

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 
 from fastseg import __version__
-from fastseg.cli import checkpoint, demo, doctor, evaluate, latency, predict, train, tune, warmup
+from fastseg.cli import checkpoint, demo, doctor, evaluate, export, latency, predict, train, tune, warmup
 from fastseg.cli.common import say
 from fastseg.io.files import first_line
 
@@ -19,6 +19,7 @@ COMMANDS = {
     "demo": demo,
     "doctor": doctor,
     "evaluate": evaluate,
+    "export": export,
     "latency": latency,
     "predict": predict,
     "train": train,

@@ -13,6 +13,8 @@ from fastseg.cli.common import add_device, integer, positive_int, say, workers
 from fastseg.cli.common import pixels as checked_pixels
 from fastseg.cli.recipe import add_layout
 from fastseg.cli.weights import add_weights, read_weights
+from fastseg.inference.classes import device_of
+from fastseg.inference.final_resize import predict
 from fastseg.io.files import atomic_write, look_at_folder, make_folder, printable
 from fastseg.io.images import class_map, figure, write_png
 from fastseg.io.processes import processes
@@ -48,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
     dataset = open_dataset(args.layout, args.data, args.split, args.dataset)
     spec = dataset.spec
     model, names_of_weights = read_weights(args)
-    mapping = _mapping(names_of_weights, spec, args.weights)
+    source = str(args.weights or args.model)
+    mapping = _mapping(names_of_weights, spec, source)
     with processes(args.device) as group:
         for line in dataset.left_out if group.first else ():
             say(f"fastseg evaluate: {printable(line)}", sys.stderr)
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         if missing:
             say(f"fastseg evaluate: no label of {args.split} holds {', '.join(map(printable, missing))}", sys.stderr)
         make_folder(args.output, FILES)
-        about = {"weights": str(args.weights), "split": args.split, "images": len(dataset)}
+        about = {"weights": source, "split": args.split, "images": len(dataset)}
         with atomic_write(args.output / "scores.json") as file:
             file.write(json.dumps(about | report(result, spec, dataset.names), indent=1).encode())
         say(result.scores.table([printable(name) for name in spec.classes]))
@@ -79,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _mapping(names_of_weights: list[str], spec: DatasetSpec, path: Path) -> torch.Tensor | None:
+def _mapping(names_of_weights: list[str], spec: DatasetSpec, path: str) -> torch.Tensor | None:
     """As ``class_mapping``; weights without class names get the data set's order, with a note."""
     count = len(spec.classes)
     if names_of_weights == [str(index) for index in range(count)] and sorted(spec.classes) != sorted(names_of_weights):
@@ -99,9 +102,7 @@ def _panels(
 ) -> list[Image.Image]:
     shard.indices = range(index, index + 1)
     images, labels, _ = collate([shard[0]])
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        predicted = model.predict(pixels(images, device)).cpu().long()
+    predicted = predict(model, pixels(images, device_of(model))).cpu().long()
     predicted = (predicted if mapping is None else mapping[predicted]).numpy()[0]
     truth = window(labels, model).numpy()[0]
     classes = len(colours)

@@ -3,12 +3,16 @@
 import argparse
 import re
 import sys
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fastseg.cli.common import add_device, describe, integer, positive_int, say, threads
+from fastseg.cli.weights import model_source
+from fastseg.exporting.sources import FORMS, has_weights, load_model
 from fastseg.io.files import first_line, look_at_folder, make_folder, printable
 from fastseg.io.images import MAX_PIXELS
 from fastseg.io.progress import progress
@@ -26,7 +30,10 @@ OPTIONS: dict[str, dict[str, object]] = {  # what a study uses by default if the
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--models", nargs="+", choices=names(), default=["deeplabv3plus"], metavar="NAME")
+    parser.add_argument(
+        "--models", "--model", type=model_source, nargs="+", default=["deeplabv3plus"], metavar="MODEL",
+        help=f"{', '.join(names())}, or {FORMS}",
+    )  # fmt: skip
     parser.add_argument(
         "--sizes", nargs="+", type=height_and_width, default=[(512, 512)], metavar="HxW", help="pixels: 512, 360x480"
     )
@@ -75,6 +82,8 @@ def run(args: argparse.Namespace) -> int:
     for case in bar:
         bar.set_postfix_str(str(case))
         options = {"classes": args.classes, "options": OPTIONS.get(case.model), "repetitions": args.repetitions}
+        if case.model not in names():
+            options["load"] = partial(_loaded, case.model, args.classes)
         results["rows"] += measure(case, args.paths, args.device, **options)
         if args.output is not None:  # after each case: an interrupted study keeps what it has
             write_results(args.output, results)
@@ -85,6 +94,10 @@ def run(args: argparse.Namespace) -> int:
     if not any("median_ms" in row for row in results["rows"]):
         raise ValueError("nothing could be measured; the rows say why")
     return 0
+
+
+def _loaded(source: str, classes: int) -> nn.Module:
+    return load_model(source, classes=None if has_weights(source) else classes)[0]
 
 
 def _roofs(args: argparse.Namespace) -> dict[str, dict[str, float]]:

@@ -63,7 +63,9 @@ def run(args: argparse.Namespace) -> int:
     look_at_folder(args.output)
     model, classes = read_weights(args, args.classes)
     if len(classes) > MAX_CLASSES:
-        raise ValueError(f"{args.weights}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}")
+        raise ValueError(
+            f"{args.weights or args.model}: {len(classes)} classes; a class map holds at most {MAX_CLASSES}"
+        )
     if args.overlap is not None and args.tile is None:
         raise ValueError("--overlap is of tiles; give --tile too")
     if args.confidence and args.tile is not None:

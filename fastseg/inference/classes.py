@@ -1,5 +1,8 @@
 """Class maps of any model: its own ``predict`` for ours, else the argmax of its logits."""
 
+from itertools import chain
+
+import torch
 from torch import Tensor, nn
 
 from fastseg.ops.logits import classes_of
@@ -24,6 +27,11 @@ def class_map(model: nn.Module, x: Tensor, *, confidence: bool = False) -> Tenso
     if is_ours(model):
         return model.predict(x, confidence=True) if confidence else model.predict(x)
     return classes_of(model(x), tuple(x.shape[-2:]), type(model).__name__, confidence=confidence)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the first parameter or buffer is; the CPU if there is none."""
+    return next((t.device for t in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def is_ours(model: nn.Module) -> bool:

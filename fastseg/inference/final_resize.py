@@ -128,6 +128,21 @@ def _align_corners(size=None, scale_factor=None, mode="nearest", align_corners=N
     return align_corners
 
 
+def picture_logits(model: nn.Module, x: Tensor) -> Logits:
+    """As ``final_logits``, of the size of ``x`` in any case, and of at least two channels: one gets a 0 for class 0.
+
+    Logits of another size than ``x`` are to be interpolated to it, as Hugging Face's SegFormer leaves to its users.
+    """
+    small, size, corners = final_logits(model, x)
+    if size != tuple(x.shape[-2:]):
+        if size != tuple(small.shape[2:]):  # resized, but not to the image: the two resizes are not one
+            small = F.interpolate(small, size, mode="bilinear", align_corners=corners)
+        size, corners = tuple(x.shape[-2:]), False
+    if small.shape[1] == 1:
+        small = torch.cat([torch.zeros_like(small), small], 1)
+    return Logits(small, size, corners)
+
+
 def predict(model: nn.Module, x: Tensor) -> Tensor:
     """Class of each pixel of ``x``: the argmax of the model's logits, whose full size is never made.
 
@@ -150,13 +165,7 @@ def predict(model: nn.Module, x: Tensor) -> Tensor:
     with torch.no_grad():
         if is_ours(model):
             return class_map(model, x)
-        small, size, corners = final_logits(model, x)
-        if size != tuple(x.shape[-2:]):
-            if size != tuple(small.shape[2:]):  # resized, but not to the image: the two resizes are not one
-                small = F.interpolate(small, size, mode="bilinear", align_corners=corners)
-            size, corners = tuple(x.shape[-2:]), False
-        if small.shape[1] == 1:
-            small = torch.cat([torch.zeros_like(small), small], 1)
+        small, size, corners = picture_logits(model, x)
         return ops.upsample_argmax(small, size, align_corners=corners)
 
 

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastseg.inference.classes import class_map
+from fastseg.inference.classes import class_map, device_of
 from fastseg.inference.tiling import TilePlan, run_tiles
 from fastseg.io.images import normalised, to_tensor
 
@@ -19,7 +19,7 @@ def segment(
     progress: bool = False,
     confidence: bool = False,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
-    """Class maps of pictures, computed on the device of the model's parameters.
+    """Class maps of pictures, computed on the model's device.
 
     Args:
         model: in eval mode; its class maps are those of ``class_map``.
@@ -40,7 +40,7 @@ def segment(
     if plan is not None:
         pixels = images.transpose(0, 3, 1, 2)
         return run_tiles(_OfPixels(model), pixels, plan, batch_size=batch_size, progress=progress, argmax=True)
-    device = next(model.parameters()).device
+    device = device_of(model)
     found = class_map(model, to_tensor(images).to(device), confidence=confidence)
     return tuple(y.cpu().numpy() for y in found) if confidence else found.cpu().numpy()
 

@@ -4,17 +4,17 @@ import contextlib
 import copy
 import importlib.util
 import io
-import logging
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastseg.exporting.file_model import FileModel
 from fastseg.inference.graphs import captured
 from fastseg.inference.runner import Runner
 from fastseg.io.files import first_line
+from fastseg.io.quiet import quiet
 from fastseg.measure.comparison import eager_form
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
 from fastseg.ops.core.torch_private import inductor_patch
@@ -86,7 +86,7 @@ def _compiled(mode: str | None, freezing: bool = False) -> Callable[..., Built]:
         compiled = torch.compile(plain, mode=mode, dynamic=False)
         call = _autocast(lambda: compiled(x), x.device, dtype)
         try:
-            with _quiet(), inductor_patch(freezing=True) if freezing else contextlib.nullcontext():
+            with quiet(), inductor_patch(freezing=True) if freezing else contextlib.nullcontext():
                 call()
         except Exception as error:  # no compiler, or an op that it cannot take: the study goes on
             raise Unavailable(f"torch.compile: {first_line(error)}") from error
@@ -104,7 +104,7 @@ def _onnx(model: nn.Module, x: Tensor, dtype: torch.dtype) -> bytes:
             raise Unavailable(f"{package} is not installed")
     buffer = io.BytesIO()
     try:
-        with _quiet():
+        with quiet():
             torch.onnx.export(eager_form(model), (x,), dynamo=True, verbose=False).save(buffer)
     except Exception as error:
         raise Unavailable(f"ONNX export: {first_line(error)}") from error
@@ -137,19 +137,15 @@ def _openvino(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
     return Built(lambda: request.infer([feed]), counts=False)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress what exporters print."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
+def _file(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Built:
+    if not isinstance(model, FileModel):
+        raise Unavailable("it is of exported files, FILE.onnx and FILE.pt2")
+    if dtype != torch.float32:
+        raise Unavailable(f"a file runs in its own dtype, not in {str(dtype)[6:]}")
+    return Built(lambda: model.run(x), counts=False)
 
 
+FILE = "file"
 PATHS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Built]] = {
     "eager": _eager,
     "eager-cl": lambda *args: _eager(*args, memory_format=CL),
@@ -163,4 +159,5 @@ PATHS: dict[str, Callable[[nn.Module, Tensor, torch.dtype], Built]] = {
     "compile-freeze": _compiled(None, freezing=True),
     "onnxruntime": _onnxruntime,
     "openvino": _openvino,
+    FILE: _file,
 }

@@ -194,8 +194,9 @@ def _plots(folder: Path, results: Mapping) -> list[Path]:
 def _roofline(figure, rows: Sequence[Mapping], roofs: Mapping, colours: Mapping):
     """GFLOP/s against FLOP per byte; the roofs are what a convolution and a copy reached on this device."""
     axes = figure.subplots()
+    rows = [row for row in rows if row["mbytes"]]  # of an exported file nobody sees what it does
     intensity = [row["gflop"] / row["mbytes"] * 1e3 for row in rows]
-    left, right = min(*intensity, 1) / 2, max(*intensity, 1) * 4
+    left, right = min([*intensity, 1]) / 2, max([*intensity, 1]) * 4
     for dtype, roof in roofs.items():
         ridge = roof["gflops"] / roof["gbytes"]
         xs = [left, min(max(ridge, left), right), right]

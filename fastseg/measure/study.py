@@ -1,16 +1,17 @@
 """Latency studies: models x sizes x batches x dtypes, each along several paths, timed side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
+from fastseg.exporting.file_model import FileModel
 from fastseg.io.files import first_line
 from fastseg.measure.comparison import eager_form
 from fastseg.measure.counting import launches, peak_mib, work
-from fastseg.measure.paths import CL, PATHS, Built, Unavailable
+from fastseg.measure.paths import CL, FILE, PATHS, Built, Unavailable
 from fastseg.measure.timing import interleaved
 from fastseg.models import create
 
@@ -38,6 +39,7 @@ def measure(
     *,
     classes: int = 21,
     options: Mapping[str, object] | None = None,
+    load: Callable[[], nn.Module] | None = None,
     repetitions: int = 20,
     warmup: int = 3,
 ) -> list[dict]:
@@ -49,6 +51,7 @@ def measure(
         device: where to run.
         classes: of the model.
         options: of ``fastseg.models.create``.
+        load: makes the model where it is none of ours; an exported file runs along the path "file" alone.
         repetitions: timed calls per path.
         warmup: calls per path before them.
 
@@ -69,9 +72,13 @@ def measure(
 
     torch.manual_seed(0)
     try:
-        model = create(case.model, classes, **(options or {})).eval().to(device)
+        model = create(case.model, classes, **(options or {})) if load is None else load()
+        model = model.eval().to(device)
         x = torch.randn(case.batch, 3, case.height, case.width, device=device)
-        plain = eager_form(model)
+        if isinstance(model, FileModel):
+            paths, plain = [FILE], model.run
+        else:
+            plain = eager_form(model)
         needed = work(lambda: plain(x))
     except Exception as error:  # too large for the memory, a size that the model does not take
         for path in paths:
@@ -83,7 +90,13 @@ def measure(
             built[path].call()  # what fails must fail here, not among the timed calls
         except Exception as error:
             failed(path, error)
-    samples = interleaved({path: b.call for path, b in built.items()}, repetitions=repetitions, warmup=warmup)
+    samples = None
+    while samples is None:  # again without a path that fails among its timed calls
+        try:
+            calls = {path: _named(path, b.call) for path, b in built.items()}
+            samples = interleaved(calls, repetitions=repetitions, warmup=warmup)
+        except _Failed as error:
+            failed(error.args[0], error.__cause__)
     for path, seconds in samples.items():
         try:
             counted = _counted(built[path], device)
@@ -92,6 +105,20 @@ def measure(
             continue
         rows[path] = asdict(case) | {"path": path} | statistics_of(seconds, case.batch) | counted | needed
     return [rows[path] for path in paths]
+
+
+class _Failed(Exception):
+    """The path that failed."""
+
+
+def _named(path: str, call: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        try:
+            return call()
+        except Exception as error:
+            raise _Failed(path) from error
+
+    return run
 
 
 def _counted(built: Built, device: torch.device) -> dict[str, float | None]:

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from fastseg.inference.classes import is_ours
+from fastseg.inference.final_resize import picture_logits
 from fastseg.io.images import normalised
 from fastseg.io.processes import Processes
 from fastseg.io.progress import progress
 from fastseg.metrics import ConfusionMatrix, Scores
+from fastseg.models.base import SegmentationNet
 from fastseg.training.batches import plain_errors
 from fastseg.training.dataset import DatasetSpec
 
@@ -70,6 +73,27 @@ def _few(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "") or "none"
 
 
+def answer(model: nn.Module, x: Tensor, mapping: Tensor | None = None) -> tuple[Tensor, bool]:
+    """What ``ConfusionMatrix.update`` takes: logits (N, C, h, w) before their final resize to the size of the answer,
+    or classes (N, H, W); and ``align_corners`` of the resize.
+
+    Args:
+        model: any, as for ``fastseg.predict``.
+        x: (N, 3, H, W).
+        mapping: as for ``evaluate``; logits get the data set's order.
+    """
+    if isinstance(model, SegmentationNet) and type(model).predict is SegmentationNet.predict:
+        found, corners = model.logits(x), model.align_corners is not False
+    elif is_ours(model):
+        found, corners = model.predict(x), False
+    else:
+        found, _, corners = picture_logits(model, x)
+    if mapping is None:
+        return found, corners
+    mapping = mapping.to(found.device)
+    return (found[:, mapping.argsort()] if found.is_floating_point() else mapping[found.long()]), corners
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
@@ -83,10 +107,13 @@ def evaluate(
     title: str = "evaluate",
     stop: Callable[[], object] = lambda: False,
 ) -> Evaluation:
-    """Score ``model.predict`` on the batches of ``scoring_batches``; the model keeps its mode.
+    """Score a model on the batches of ``scoring_batches``; the model keeps its mode.
+
+    Where the model's last step is a bilinear resize, classes are counted from the logits in front of it, by
+    ``ConfusionMatrix.update(logits=...)``: neither logits of full size nor a class map of the batch is made.
 
     Args:
-        model: on the device of ``processes``.
+        model: any, as for ``fastseg.predict``, on the device of ``processes``.
         loader: this process's share.
         spec: of the labels.
         processes: their counts are summed; all of them get the result.
@@ -104,13 +131,15 @@ def evaluate(
             break
         labels = window(labels, model).to(processes.device)
         with torch.autocast(processes.device.type, amp or torch.bfloat16, enabled=amp is not None):
-            predicted = model.predict(pixels(images, processes.device))
-        predicted = predicted if mapping is None else mapping.to(predicted.device)[predicted.long()]
-        total.update(predicted, labels)
-        for one, label, index in zip(predicted, labels, indices.tolist(), strict=True) if worst else ():
+            found, corners = answer(model, pixels(images, processes.device), mapping)
+        kind = "logits" if found.is_floating_point() else "pred"
+        for one, label, index in zip(found.split(1), labels.split(1), indices.tolist(), strict=True) if worst else ():
             alone = counts()
-            alone.update(one, label)
+            alone.update(target=label, align_corners=corners, **{kind: one})
             each.append((alone.compute().mean_iou, index))
+            total.merge(alone)
+        if not worst:
+            total.update(target=labels, align_corners=corners, **{kind: found})
     model.train(training)
     total.reduce()
     ranked = sorted(pair for pair in processes.gather(each) if not np.isnan(pair[0]))

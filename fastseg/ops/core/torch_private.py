@@ -27,6 +27,8 @@ __all__ = [
     "VALUES_ASKED_FOR",
     "FakeTensorMode",
     "TorchDispatchMode",
+    "aoti_compiler",
+    "aoti_loader",
     "assert_async",
     "constant_while_compiling",
     "dispatch_modes",
@@ -228,6 +230,16 @@ NORMS: tuple[type[nn.Module], ...] = (
     nn.InstanceNorm3d,
 )  # fmt: skip
 """Batch and instance norms."""
+
+
+def aoti_compiler() -> Callable[..., str] | None:
+    """AOTInductor's ``(program, *, package_path, inductor_configs) -> path``; None where this torch has none."""
+    return find("torch._inductor.aoti_compile_and_package", None)
+
+
+def aoti_loader() -> Callable[[str], Any] | None:
+    """``(path) -> a package of AOTInductor as a callable``; None where this torch has none."""
+    return find("torch._inductor.aoti_load_package", None)
 
 
 def inductor_patch(**options: object) -> AbstractContextManager:
