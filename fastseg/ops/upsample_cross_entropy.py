@@ -45,7 +45,8 @@ def upsample_cross_entropy(
 
     Returns:
         A scalar, or for "none" the shape of the target, in the dtype of ``logits``; in fp32 under autocast. A mean over
-        no pixels is NaN, with gradient 0. A mean over weights that sum to 0 is NaN too; its gradient is NaN at pixels that count.
+        no pixels is NaN, with gradient 0. A mean over weights that sum to 0 is NaN too; its gradient is NaN at pixels
+        that count.
 
     Raises:
         TypeError: ``logits`` is not floating point, or ``target`` has none of the five dtypes.
