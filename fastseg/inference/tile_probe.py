@@ -37,7 +37,7 @@ class TileGeometry:
     probe: "SizeProbe" = field(repr=False, compare=False)
 
 
-def tile_geometry(model: nn.Module, tile: int, channels: int) -> TileGeometry:
+def tile_geometry(model: nn.Module, tile: int, channels: int, dims: int = 2) -> TileGeometry:
     """Find margin and phase of a model from the sizes of its maps.
 
     A size is valid if the model runs and removes no more than it must, which is the least difference of input and
@@ -47,22 +47,23 @@ def tile_geometry(model: nn.Module, tile: int, channels: int) -> TileGeometry:
         model: (1, channels, H, W) -> (1, K, H - 2 margin, W - 2 margin), in eval mode.
         tile: side of the square that the model is given, in pixels.
         channels: of the image.
+        dims: 2 for images, 3 for volumes, whose tiles are cubes.
 
     Raises:
         ValueError: the model cannot take tiles of this size (the nearest valid sizes are named), or is of another kind.
         TypeError: it does not return one tensor of logits.
     """
-    probe = SizeProbe(model, channels)
-    anchor = next((side for side in range(tile, tile + SEARCH) if probe.output(side, side)), None)
+    probe = SizeProbe(model, channels, dims)
+    anchor = next((side for side in range(tile, tile + SEARCH) if probe.output(*[side] * dims)), None)
     if anchor is None:
         raise ValueError(
             f"overlap_tile: the model takes no tile of {tile} to {tile + SEARCH - 1} pixels with {channels} channels: "
-            f"{probe.why[tile, tile]}"
+            f"{probe.why[(tile,) * dims]}"
         )
     phase = probe.phase(anchor)
     lost = _lost(probe, anchor)
     if lost > 0:
-        lost = min(_lost(probe, side) for side in range(anchor, anchor + phase) if probe.output(side, side))
+        lost = min(_lost(probe, side) for side in range(anchor, anchor + phase) if probe.output(*[side] * dims))
     if lost < 0 or lost % 2:
         raise ValueError(
             f"overlap_tile: the model makes {anchor - lost} pixels of {anchor}; tiles need an output that is smaller "
@@ -70,7 +71,7 @@ def tile_geometry(model: nn.Module, tile: int, channels: int) -> TileGeometry:
         )
 
     def valid(side: int) -> bool:
-        return side - lost >= phase and probe.output(side, side) == (side - lost, side - lost)
+        return side - lost >= phase and probe.output(*[side] * dims) == (side - lost,) * dims
 
     if not valid(tile):
         least = max(tile + 1, lost + phase)
@@ -84,10 +85,11 @@ def tile_geometry(model: nn.Module, tile: int, channels: int) -> TileGeometry:
 
 
 def _lost(probe: "SizeProbe", side: int) -> int:
-    height, width = probe.output(side, side)
-    if height != width:
-        raise ValueError(f"overlap_tile: the model makes {height} x {width} pixels of {side} x {side}; it must be even")
-    return side - height
+    sides = probe.output(*[side] * probe.dims)
+    if len(set(sides)) > 1:
+        made, given = (" x ".join(map(str, s)) for s in (sides, [side] * probe.dims))
+        raise ValueError(f"overlap_tile: the model makes {made} pixels of {given}; it must be even")
+    return side - sides[0]
 
 
 class SizeProbe:
@@ -96,15 +98,16 @@ class SizeProbe:
     Args:
         model: as in ``tile_geometry``.
         channels: of the image.
+        dims: 2 for images, 3 for volumes.
     """
 
-    def __init__(self, model: nn.Module, channels: int):
-        self.channels, self.num_classes = channels, 0
-        self.why: dict[tuple[int, int], str] = {}
+    def __init__(self, model: nn.Module, channels: int, dims: int = 2):
+        self.channels, self.dims, self.num_classes = channels, dims, 0
+        self.why: dict[tuple[int, ...], str] = {}
         self.device, self.dtype = placement(model)
         self._original = self._model = model
         self._mode: FakeTensorMode | None = None
-        self._known: dict[tuple[int, int], tuple[int, int] | None] = {}
+        self._known: dict[tuple[int, ...], tuple[int, ...] | None] = {}
         try:  # a copy that has fake tensors where the model has its own
             mode = FakeTensorMode(allow_non_fake_inputs=True)
             tensors = {id(t): mode.from_tensor(t) for t in chain(model.parameters(), model.buffers())}
@@ -112,12 +115,11 @@ class SizeProbe:
         except Exception:  # whatever a model may hold that cannot be copied
             return
 
-    def output(self, height: int, width: int) -> tuple[int, int] | None:
-        """Height and width of the logits; None if the model fails at this size, and ``why`` says so."""
-        size = height, width
+    def output(self, *size: int) -> tuple[int, ...] | None:
+        """The sides of the logits for a map of these sides; None if the model fails at them, and ``why`` says so."""
         if size not in self._known:
             try:
-                self._known[size] = self._run(height, width)
+                self._known[size] = self._run(size)
             except TypeError:
                 raise
             except Exception as error:  # models may raise anything for a size
@@ -132,12 +134,13 @@ class SizeProbe:
         span = SPAN if self._mode else SPAN_ON_ZEROS
         pair = []
         for size in (side + span, side + 2 * span):
-            if self.output(size, size) is None:
+            sides = (size,) * self.dims
+            if self.output(*sides) is None:
                 raise ValueError(
-                    f"overlap_tile: the model takes {side} pixels, not {size}: {self.why[size, size]}; no phase found"
+                    f"overlap_tile: the model takes {side} pixels, not {size}: {self.why[sides]}; no phase found"
                 )
-            recorder = _Recorder()
-            self._run(size, size, recorder)
+            recorder = _Recorder(self.dims)
+            self._run(sides, recorder)
             pair.append([size for k, size in enumerate(recorder.sizes) if k == 0 or size != recorder.sizes[k - 1]])
         if len(pair[0]) != len(pair[1]):
             raise ValueError(
@@ -146,8 +149,8 @@ class SizeProbe:
         strides = [Fraction(span, large - small) for small, large in zip(*pair, strict=True) if large > small]
         return math.lcm(*(stride.numerator for stride in strides if stride >= 1))
 
-    def _run(self, height: int, width: int, recorder: "_Recorder | None" = None) -> tuple[int, int]:
-        options = {"size": (1, self.channels, height, width), "device": self.device, "dtype": self.dtype}
+    def _run(self, sides: tuple[int, ...], recorder: "_Recorder | None" = None) -> tuple[int, ...]:
+        options = {"size": (1, self.channels, *sides), "device": self.device, "dtype": self.dtype}
         watch = recorder or nullcontext()
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -160,12 +163,13 @@ class SizeProbe:
             with watch:
                 return self._size(self._model(torch.zeros(**options)))
 
-    def _size(self, logits: Tensor) -> tuple[int, int]:
-        if not isinstance(logits, Tensor) or logits.dim() != 4:
+    def _size(self, logits: Tensor) -> tuple[int, ...]:
+        if not isinstance(logits, Tensor) or logits.dim() != self.dims + 2:
             got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"overlap_tile: the model returns {got}; it must return logits (N, K, H, W)")
+            wanted = "(N, K, H, W)" if self.dims == 2 else "(N, K, D, H, W)"
+            raise TypeError(f"overlap_tile: the model returns {got}; it must return logits {wanted}")
         self.num_classes = logits.shape[1]
-        return logits.shape[2], logits.shape[3]
+        return tuple(logits.shape[2:])
 
 
 def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
@@ -177,15 +181,16 @@ def placement(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 class _Recorder(TorchDispatchMode):
-    """Record the side of every square map that any op returns, in order."""
+    """Record the side of every square map, or cube, that any op returns, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, dims: int) -> None:
         super().__init__()
+        self.dims = dims
         self.sizes: list[int] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, Tensor) and tensor.dim() == 4 and tensor.shape[2] == tensor.shape[3]:
+            if isinstance(tensor, Tensor) and tensor.dim() == self.dims + 2 and len(set(tensor.shape[2:])) == 1:
                 self.sizes.append(tensor.shape[2])
         return out

@@ -36,14 +36,19 @@ class TilePlan:
         return (geometry.tile - 2 * geometry.margin - self.overlap) // geometry.phase * geometry.phase
 
 
-def plan_tiles(model: nn.Module, tile: int, overlap: int | None = None, channels: int = 3) -> TilePlan:
-    """Check model, tile and overlap without an image, once for several images. Arguments as ``overlap_tile``."""
+def plan_tiles(
+    model: nn.Module, tile: int, overlap: int | None = None, channels: int = 3, *, dims: int = 2
+) -> TilePlan:
+    """Check model, tile and overlap without an image, once for several images. Arguments as ``overlap_tile``.
+
+    ``dims`` is 3 for volumes.
+    """
     if model.training:
         raise ValueError("overlap_tile: the model is in training mode, where tiles differ at random; call model.eval()")
     for name, value, least in (("tile", tile, 1), ("overlap", overlap or 0, 0)):
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ValueError(f"overlap_tile: {name} is {value!r}; give pixels, an integer of at least {least}")
-    geometry = tile_geometry(model, tile, channels)
+    geometry = tile_geometry(model, tile, channels, dims)
     room = tile - 2 * geometry.margin - geometry.phase
     if overlap is None:
         overlap = 0 if geometry.margin else min(tile // 4, room)
@@ -77,10 +82,14 @@ def overlap_tile(
     Memory depends on the tile, not on the image, which is read tile by tile: pass a memory-mapped array, and another as
     ``out``. ``out`` is written as tiles finish; if the model fails, part of it is written.
 
+    Volumes (N, C, D, H, W) are cut into cubes. Where they are blended, the logits of one slab of tiles, ``tile`` slices
+    of the volume, are held in fp32; without an overlap none are.
+
     Args:
         model: (B, C, h, w) -> logits (B, K, h - 2 margin, w - 2 margin), in eval mode. Tiles are moved to the device
             and dtype of its parameters; uint8 pixels keep their values, and the model must normalise them.
-        image: (N, C, H, W), of any dtype; an array (H, W, C) is ``array.transpose(2, 0, 1)[None]``, without a copy.
+        image: (N, C, H, W) or (N, C, D, H, W), of any dtype; an array (H, W, C) is ``array.transpose(2, 0, 1)[None]``,
+            without a copy.
         tile: side of the model's square input, margin included, in pixels. Small images get smaller tiles.
         batch_size: tiles per call of the model.
         pad_mode: padding beyond the image, as in ``torch.nn.functional.pad``: "reflect" (mirrored as often as needed),
@@ -111,7 +120,7 @@ def overlap_tile(
         torch.Size([1, 12, 300, 500])
     """
     channels = check_image(image)
-    plan = plan_tiles(model, tile, overlap, channels)
+    plan = plan_tiles(model, tile, overlap, channels, dims=image.ndim - 2)
     return run_tiles(
         model,
         image,
@@ -129,8 +138,10 @@ def check_image(image: Tensor | np.ndarray) -> int:
     """Return the channels of an image, after a check that ``overlap_tile`` can take it."""
     if not isinstance(image, (Tensor, np.ndarray)):
         raise TypeError(f"overlap_tile: image is a {type(image).__name__}; give a tensor or an array")
-    if image.ndim != 4 or 0 in image.shape[1:]:
-        raise ValueError(f"overlap_tile: image is {tuple(image.shape)}; give (N, C, H, W), none of C, H, W zero")
+    if image.ndim not in (4, 5) or 0 in image.shape[1:]:
+        raise ValueError(
+            f"overlap_tile: image is {tuple(image.shape)}; give (N, C, H, W), none of C, H, W zero, or (N, C, D, H, W)"
+        )
     return image.shape[1]
 
 
@@ -154,8 +165,15 @@ def run_tiles(
             raise ValueError(f"overlap_tile: {name} is {value!r}; use one of {', '.join(known)}")
     if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"overlap_tile: batch_size is {batch_size!r}; give an integer of at least 1")
+    if image.ndim == 5:
+        from fastseg.inference.volume_tiling import run_volume_tiles  # it takes the checks and cuts of this file
+
+        return run_volume_tiles(
+            model, image, plan, batch_size=batch_size, pad_mode=pad_mode, progress=progress, blend=blend,
+            argmax=argmax, out=out,
+        )  # fmt: skip
     device, dtype = placement(model)
-    out = _output(image, plan.geometry.num_classes, dtype, argmax, out)
+    out = output_for(image, plan.geometry.num_classes, dtype, argmax, out)
     rows, columns = _axes(plan, *image.shape[2:])
     blended = plan.overlap > 0
     stitcher = Stitcher(rows, columns, blend if blended else None, argmax, out)
@@ -187,12 +205,12 @@ def _axes(plan: TilePlan, height: int, width: int) -> tuple[Axis, Axis]:
     return Axis(height, sides[0], margin, phase, plan.step), Axis(width, sides[1], margin, phase, plan.step)
 
 
-def _output(
+def output_for(
     image: Tensor | np.ndarray, classes: int, dtype: torch.dtype, argmax: bool, out: Tensor | np.ndarray | None
 ) -> Tensor | np.ndarray:
     """``out``, checked, or a new one."""
-    n, _, height, width = image.shape
-    shape = (n, height, width) if argmax else (n, classes, height, width)
+    n, _, *sides = image.shape
+    shape = (n, *sides) if argmax else (n, classes, *sides)
     if out is None:
         dtype = (torch.uint8 if classes <= 256 else torch.int64) if argmax else dtype
         if isinstance(image, Tensor):
@@ -215,7 +233,7 @@ def _cut(
 ) -> Tensor:
     """Copy (C, h, w) from image ``n``; pixels beyond it as ``pad_mode`` says."""
     (top, bottom, down), (left, right, across) = (
-        _mirrored(*span, extent, pad_mode) for span, extent in ((rows, image.shape[2]), (columns, image.shape[3]))
+        mirrored(*span, extent, pad_mode) for span, extent in ((rows, image.shape[2]), (columns, image.shape[3]))
     )
     tile = image[n, :, top:bottom, left:right]
     if isinstance(tile, np.ndarray):
@@ -231,7 +249,7 @@ def _cut(
     return tile
 
 
-def _mirrored(begin: int, end: int, extent: int, pad_mode: PadMode) -> tuple[int, int, Tensor]:
+def mirrored(begin: int, end: int, extent: int, pad_mode: PadMode) -> tuple[int, int, Tensor]:
     """The pixels, of ``extent``, that stand at ``begin`` to ``end``: their range, and indices into that range."""
     index = torch.arange(begin, end, device="cpu")
     if pad_mode == "reflect":  # ... 2 1 0 1 2 ... n-2 n-1 n-2 ...: repeats after 2 (n - 1)

@@ -14,7 +14,9 @@ from fastseg.models.fcn import FCN
 from fastseg.models.pruning import Level, Pruned, auto_prune
 from fastseg.models.segformer import SegFormer
 from fastseg.models.segnet import SegNet, SegNetBasic
+from fastseg.models.segnet3d import SegNetBlock3d
 from fastseg.models.unet import UNet
+from fastseg.models.unet3d import UNet3d
 from fastseg.models.unetplusplus import UNetPlusPlus, fading_weights
 from fastseg.models.upernet import UPerNet
 from fastseg.models.weights import load_encoder_weights, load_weights
@@ -32,10 +34,12 @@ MODELS: dict[str, type[nn.Module]] = {
     "unetplusplus": UNetPlusPlus,
     "upernet": UPerNet,
 }
+VOLUME_MODELS: dict[str, type[nn.Module]] = {"unet3d": UNet3d}  # of volumes (N, C, D, H, W)
 
 __all__ = [
     "FCN",
     "MODELS",
+    "VOLUME_MODELS",
     "DeconvNet",
     "DeepLabV2",
     "DeepLabV3",
@@ -46,7 +50,9 @@ __all__ = [
     "SegFormer",
     "SegNet",
     "SegNetBasic",
+    "SegNetBlock3d",
     "UNet",
+    "UNet3d",
     "UNetPlusPlus",
     "UPerNet",
     "auto_prune",
@@ -58,16 +64,16 @@ __all__ = [
 ]
 
 
-def names() -> list[str]:
-    """The names that ``create`` accepts, sorted."""
-    return sorted(MODELS)
+def names(*, volumes: bool = False) -> list[str]:
+    """The names that ``create`` accepts, sorted: of nets of images, or with ``volumes`` of nets of volumes."""
+    return sorted(VOLUME_MODELS if volumes else MODELS)
 
 
 def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     """Build a model: ``MODELS[name](num_classes, **options)``, with random weights.
 
     Args:
-        name: one of ``names()``.
+        name: one of ``names()`` or of ``names(volumes=True)``.
         num_classes: classes, background included.
         options: keywords of the model's constructor.
 
@@ -77,10 +83,11 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
     Example:
         >>> model = create("deeplabv3plus", num_classes=21, output_stride=8)
     """
-    if name not in MODELS:
-        raise ValueError(f"create: no model {name!r}; use one of {', '.join(names())}")
-    known = [option for option in inspect.signature(MODELS[name]).parameters if option != "num_classes"]
+    kinds = MODELS | VOLUME_MODELS
+    if name not in kinds:
+        raise ValueError(f"create: no model {name!r}; use one of {', '.join(sorted(kinds))}")
+    known = [option for option in inspect.signature(kinds[name]).parameters if option != "num_classes"]
     unknown = [option for option in options if option not in known]
     if unknown:
         raise ValueError(f"create: {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    return MODELS[name](num_classes, **options)
+    return kinds[name](num_classes, **options)

@@ -59,7 +59,8 @@ def upsample_bilinear(
     if not use_kernel("upsample_bilinear", x, unsupported=why):
         size = out if size is not None else None
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
-    return interpolated(x, out, bool(align_corners), *factors)
+    args = (x, out, bool(align_corners), *factors)
+    return run(_UpsampleBilinear, fwd_op, *args)
 
 
 def _is_exact(size) -> bool:

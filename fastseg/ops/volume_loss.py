@@ -101,7 +101,7 @@ def _slab(
 ) -> tuple[Tensor, Tensor, Tensor | None, Slices]:
     """Blended maps, labels and factors of a slab of volume ``n``, and how the maps were blended."""
     slices, begin, end = part
-    own = Slices(*(values[begin:end] for values in slices))
+    own = Slices(slices.first[begin:end], slices.second[begin:end], slices.weight[begin:end])
     kind = torch.promote_types(logits.dtype, torch.float32)
     maps = blended(logits[n].detach(), own, kind, False)
     labels = target[n, ..., begin:end, :, :]
