@@ -2,6 +2,8 @@
 
 import inspect
 import operator
+import re
+import types
 import warnings
 
 import numpy as np
@@ -200,6 +202,25 @@ def test_a_launch_leaves_the_language_as_it_was():
     assert not left
 
 
+def test_device_functions_of_files_that_import_other_parts_of_the_language():
+    """In any order, and each of them as the one that is launched too."""
+    whole, both, part = (
+        types.FunctionType((lambda: None).__code__, names) for names in ({"a": tl}, {"a": tl, "b": core}, {"a": core})
+    )
+    for order in [(both, whole, part), (both, part, whole), (whole, part, both), (whole, both, part), (whole, whole)]:
+        for _ in range(2):
+            scope = I._patch_lang(order[0])
+            try:
+                for inner in order[1:]:
+                    I._patch_lang(inner)
+                places = [tl, tl.math, core.tensor, *([] if part not in order else [core])]
+                left = [name for place in places for name, x in vars(place).items() if core.is_builtin(x)]
+            finally:
+                scope.restore()
+            assert not left
+            assert core.is_builtin(tl.load) and core.is_builtin(core.load)
+
+
 def test_the_quick_steps_are_taken(monkeypatch):
     """Operators, loads and stores of the usual types never reach Triton's own."""
     taken = []
@@ -216,3 +237,25 @@ def test_the_quick_steps_are_taken(monkeypatch):
     launched(kernel)
     assert not taken
     assert memory.tolist() == [1, 1, 1, 1, 5, 5, 5, 0]
+
+
+def test_the_arguments_of_a_launch():
+    def kernel(x, y, BLOCK, FLAG=True):
+        pass
+
+    def other(x, *more, flag):
+        pass
+
+    seen = 0
+    for function in (kernel, other):
+        for args in [(), (1,), (1, 2, 3), (1, 2, 3, 4), (1, 2, 3, 4, 5)]:
+            for kwargs in [{}, {"BLOCK": 4}, {"y": 5, "BLOCK": 4}, {"FLAG": 0}, {"flag": 1}, {"x": 1}]:
+                try:
+                    want = inspect.getcallargs(function, *args, **kwargs)
+                except TypeError as error:
+                    with pytest.raises(TypeError, match=re.escape(str(error))):
+                        I.inspect.getcallargs(function, *args, **kwargs)
+                else:
+                    assert I.inspect.getcallargs(function, *args, **kwargs) == want
+                    seen += 1
+    assert seen > 5

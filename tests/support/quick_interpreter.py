@@ -9,6 +9,7 @@
 - The language's functions are replaced by the interpreter's for each launch, and once more by each device function,
   after a search through all of their names.
 - Operators, loads and stores decide anew what follows from the types alone: ``quick_operators``, ``quick_memory``.
+- The names of a kernel's parameters are read from its signature twice for each launch.
 - The table of numpy's dtypes is built anew at each look-up, and the shape of each tensor is checked and wrapped anew,
   though there are few shapes.
 
@@ -41,6 +42,8 @@ def install() -> None:
     if not options.debug:
         _replace(I.interpreter_builder, "options", dataclasses.replace(options, sanitize_overflow=False))
     _replace(semantic, "broadcast_impl_value", _unless_equal(semantic.broadcast_impl_value))
+    if getattr(I, "inspect", None) is inspect:
+        _replace(I, "inspect", _Inspect())
     block = core.block_type(tl.int32, [2])
     if set(vars(block)) == {"element_ty", "shape", "numel", "name"}:
         _replace(core.block_type, "__init__", _block_type(core.block_type.__init__))
@@ -74,6 +77,25 @@ def _replace(obj: object, name: str, becomes: object) -> None:
     setattr(obj, name, becomes)
 
 
+class _Inspect:
+    """Python's ``inspect``, which remembers the parameters of the functions that it was asked for."""
+
+    getfullargspec = staticmethod(functools.cache(inspect.getfullargspec))
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(inspect, name)
+
+    def getcallargs(self, function: Callable, /, *args, **kwargs) -> dict[str, object]:
+        spec = self.getfullargspec(function)
+        names, defaults = spec.args, spec.defaults or ()
+        given = dict(zip(names[len(names) - len(defaults) :], defaults, strict=True))
+        given |= dict(zip(names, args, strict=False)) | kwargs
+        usual = not (spec.varargs or spec.varkw or spec.kwonlyargs) and len(args) <= len(names)
+        if not usual or kwargs.keys() & set(names[: len(args)]) or given.keys() != set(names):
+            return inspect.getcallargs(function, *args, **kwargs)
+        return given
+
+
 class _Recorded(list):
     """Stands for a scope while Triton's ``_patch_attr`` says what a member becomes."""
 
@@ -103,7 +125,7 @@ def _quick_members(original: Callable) -> Callable:
 
 def _patched_once(original: Callable) -> Callable:
     """What Triton replaces in the language depends on the modules of it that a function's file has imported."""
-    known = {}  # those modules -> (object, name, what it was, what it becomes) of each
+    known = {}  # those modules, after which others -> (object, name, what it was, what it becomes) of each
     done = []  # in the launch that runs: its scope, and the modules that have been replaced in it
 
     @functools.wraps(original)
@@ -120,12 +142,13 @@ def _patched_once(original: Callable) -> Callable:
         if modules in done[1:]:
             return scope
         done.append(modules)
-        if modules not in known:
+        before = tuple(done[1:])
+        if before not in known:
             changes = original(fn)._changes
-            known[modules] = [(obj, name, was, getattr(obj, name)) for obj, name, was in changes]
+            known[before] = [(obj, name, was, getattr(obj, name)) for obj, name, was in changes]
             scope._changes += changes
             return scope
-        for obj, name, was, becomes in known[modules]:
+        for obj, name, was, becomes in known[before]:
             scope._changes.append((obj, name, was))
             setattr(obj, name, becomes)
         return scope
