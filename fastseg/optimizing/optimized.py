@@ -19,6 +19,8 @@ from fastseg.optimizing.proof import counted, difference, failure
 from fastseg.optimizing.report import Counts, Row, table
 from fastseg.optimizing.trace import Holds, Sizes, Untraceable, trace
 
+TRACED_HOOKS = ("transformers",)  # libraries whose own hooks only hand on what forward gives: a trace holds them
+
 
 def optimize(model: nn.Module, example: Tensor | tuple[Tensor, ...], *, sizes: Sizes = "free") -> "Optimized":
     """A module that gives what ``model.eval()`` gives, from a graph with fused calls.
@@ -220,7 +222,8 @@ def _after(each: ModuleType, work: Work, inputs: tuple[Tensor, ...], want: list,
 def _hooked(model: nn.Module) -> str:
     """The name of a module with forward hooks, or ""."""
     for name, each in model.named_modules():
-        if each._forward_hooks or each._forward_pre_hooks:
+        hooks = (*each._forward_hooks.values(), *each._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", "").split(".")[0] not in TRACED_HOOKS for hook in hooks):
             return name or type(each).__name__
     return ""
 
