@@ -89,7 +89,7 @@ class Optimized(nn.Module):
         self.rows: list[Row] = []
         self.notes: tuple[str, ...] = ()
         self.holds: Holds | None = None
-        self.graph: Any = None
+        self.fused: Any = None
         self.classes: Any = None  # of the class map, if the graph ends in a bilinear resize
         self._marks = marks
         self._made_of = (model, inputs, sizes)
@@ -107,7 +107,7 @@ class Optimized(nn.Module):
         if why:
             self.notes = (*traced.notes, f"runs as it is: {why}")
             return
-        self.notes, self.holds, self.unflatten, self.graph = traced.notes, traced.holds, traced.unflatten, work.module
+        self.notes, self.holds, self.unflatten, self.fused = traced.notes, traced.holds, traced.unflatten, work.module
         ending = class_graph(work, self._logits(inputs))
         self.classes = None if ending is None else ending.module
         for module in (work.module, self.classes):
@@ -116,7 +116,7 @@ class Optimized(nn.Module):
 
     def _logits(self, inputs: tuple[Tensor, ...]) -> int | None:
         """Which of the graph's results is the map of logits."""
-        found = list(self.graph(*inputs))
+        found = list(self.fused(*inputs))
         logits = logits_of(self.unflatten(found))
         return next((i for i, each in enumerate(found) if each is logits), None)
 
@@ -126,7 +126,7 @@ class Optimized(nn.Module):
         if inputs is None:
             return self.model(*args, **kwargs)
         with torch.no_grad():
-            return self.unflatten(self.graph(*inputs))
+            return self.unflatten(self.fused(*inputs))
 
     def predict(self, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Class of each pixel of x (N, C, H, W), as ``fastseg.predict(model, x)``.
@@ -145,7 +145,7 @@ class Optimized(nn.Module):
 
     def why_not(self, *args: Any, **kwargs: Any) -> str:
         """Why a call with these arguments runs the model as it was, or ""."""
-        if self.graph is None or self.holds is None:
+        if self.fused is None or self.holds is None:
             return self.notes[-1]
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())

@@ -85,6 +85,15 @@ def test_other_calls_run_the_model(free):
     assert wanted.grad is not None
 
 
+def test_it_exports(free):
+    """An exporter starts from the fused graph; a call inside it is torch's own."""
+    model, fast = free
+    x = image(2, 3, 24, 32)
+    program = torch.export.export(fast, (x,), strict=False)
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    close(program.module()(x)["out"], plain(model, x)["out"])
+
+
 def test_explain_counts(free):
     _, fast = free
     rows = {row.name: row for row in fast.rows}
@@ -125,7 +134,7 @@ class Watched(Branching):
 def test_what_cannot_be_traced_runs_as_it_is():
     model, x = Branching(), torch.rand(1, 3, 4, 5)
     fast = fastseg.optimize(model, x)
-    assert "runs as it is" in fast.explain() and "free sizes" in fast.explain() and fast.graph is None
+    assert "runs as it is" in fast.explain() and "free sizes" in fast.explain() and fast.fused is None
     for y in (x, -x):
         assert torch.equal(fast(y), plain(model, y))
         assert torch.equal(fast.predict(y), plain(model, y).argmax(1).byte())
@@ -183,7 +192,7 @@ def test_winograd_is_exact_no_more():
 def test_models_of_the_library(name, options):
     model, x = unsettle(create(name, 5, **options)).double().eval(), image(1, 3, 32, 64)
     fast = fastseg.optimize(model, x, **GIVEN)
-    assert fast.graph is not None and any(row.matches for row in fast.rows)
+    assert fast.fused is not None and any(row.matches for row in fast.rows)
     close(fast(x), plain(model, x))
     assert torch.equal(fast.predict(x), model.predict(x))
 
