@@ -9,7 +9,7 @@ import pytest
 
 ROOMS = ("fastseg", "fastseg.ops", "fastseg.nn", "fastseg.models", "fastseg.inference", "fastseg.metrics",
          "fastseg.training", "fastseg.testing", "fastseg.measure.counting", "fastseg.measure.machine",
-         "fastseg.demo.training", "fastseg.demo.latency")  # fmt: skip
+         "fastseg.demo.training", "fastseg.demo.latency", "fastseg.optimizing")  # fmt: skip
 
 
 def public(room: str) -> Iterator[tuple[str, Callable]]:

@@ -19,6 +19,8 @@ from fastseg.optimizing.proof import counted, difference, failure
 from fastseg.optimizing.report import Counts, Row, table
 from fastseg.optimizing.trace import Holds, Sizes, Untraceable, trace
 
+TRACED_HOOKS = ("transformers",)  # libraries whose own hooks only hand on what forward gives: a trace holds them
+
 
 def optimize(model: nn.Module, example: Tensor | tuple[Tensor, ...], *, sizes: Sizes = "free") -> "Optimized":
     """A module that gives what ``model.eval()`` gives, from a graph with fused calls.
@@ -87,7 +89,7 @@ class Optimized(nn.Module):
         self.rows: list[Row] = []
         self.notes: tuple[str, ...] = ()
         self.holds: Holds | None = None
-        self.graph: Any = None
+        self.fused: Any = None
         self.classes: Any = None  # of the class map, if the graph ends in a bilinear resize
         self._marks = marks
         self._made_of = (model, inputs, sizes)
@@ -105,7 +107,7 @@ class Optimized(nn.Module):
         if why:
             self.notes = (*traced.notes, f"runs as it is: {why}")
             return
-        self.notes, self.holds, self.unflatten, self.graph = traced.notes, traced.holds, traced.unflatten, work.module
+        self.notes, self.holds, self.unflatten, self.fused = traced.notes, traced.holds, traced.unflatten, work.module
         ending = class_graph(work, self._logits(inputs))
         self.classes = None if ending is None else ending.module
         for module in (work.module, self.classes):
@@ -114,7 +116,7 @@ class Optimized(nn.Module):
 
     def _logits(self, inputs: tuple[Tensor, ...]) -> int | None:
         """Which of the graph's results is the map of logits."""
-        found = list(self.graph(*inputs))
+        found = list(self.fused(*inputs))
         logits = logits_of(self.unflatten(found))
         return next((i for i, each in enumerate(found) if each is logits), None)
 
@@ -124,7 +126,7 @@ class Optimized(nn.Module):
         if inputs is None:
             return self.model(*args, **kwargs)
         with torch.no_grad():
-            return self.unflatten(self.graph(*inputs))
+            return self.unflatten(self.fused(*inputs))
 
     def predict(self, x: Tensor, *, confidence: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """Class of each pixel of x (N, C, H, W), as ``fastseg.predict(model, x)``.
@@ -143,7 +145,7 @@ class Optimized(nn.Module):
 
     def why_not(self, *args: Any, **kwargs: Any) -> str:
         """Why a call with these arguments runs the model as it was, or ""."""
-        if self.graph is None or self.holds is None:
+        if self.fused is None or self.holds is None:
             return self.notes[-1]
         if torch.is_grad_enabled() and any(
             isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())
@@ -220,7 +222,8 @@ def _after(each: ModuleType, work: Work, inputs: tuple[Tensor, ...], want: list,
 def _hooked(model: nn.Module) -> str:
     """The name of a module with forward hooks, or ""."""
     for name, each in model.named_modules():
-        if each._forward_hooks or each._forward_pre_hooks:
+        hooks = (*each._forward_hooks.values(), *each._forward_pre_hooks.values())
+        if any(getattr(hook, "__module__", "").split(".")[0] not in TRACED_HOOKS for hook in hooks):
             return name or type(each).__name__
     return ""
 

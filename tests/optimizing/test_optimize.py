@@ -2,15 +2,18 @@
 
 import copy
 import pickle
+import threading
 
 import pytest
 import torch
 from nets import unsettle
+from nets_of_libraries import hf_segformer, outputs, smp_net
 from torch import nn
 from torch.nn import functional as F
 
 import fastseg
 from fastseg.inference import Runner
+from fastseg.inference.gate import Gate
 from fastseg.models import create
 
 GIVEN = {"sizes": "given"}
@@ -82,6 +85,15 @@ def test_other_calls_run_the_model(free):
     assert wanted.grad is not None
 
 
+def test_it_exports(free):
+    """An exporter starts from the fused graph; a call inside it is torch's own."""
+    model, fast = free
+    x = image(2, 3, 24, 32)
+    program = torch.export.export(fast, (x,), strict=False)
+    assert not any("batch_norm" in str(node.target) for node in program.graph.nodes)
+    close(program.module()(x)["out"], plain(model, x)["out"])
+
+
 def test_explain_counts(free):
     _, fast = free
     rows = {row.name: row for row in fast.rows}
@@ -122,7 +134,7 @@ class Watched(Branching):
 def test_what_cannot_be_traced_runs_as_it_is():
     model, x = Branching(), torch.rand(1, 3, 4, 5)
     fast = fastseg.optimize(model, x)
-    assert "runs as it is" in fast.explain() and "free sizes" in fast.explain() and fast.graph is None
+    assert "runs as it is" in fast.explain() and "free sizes" in fast.explain() and fast.fused is None
     for y in (x, -x):
         assert torch.equal(fast(y), plain(model, y))
         assert torch.equal(fast.predict(y), plain(model, y).argmax(1).byte())
@@ -180,6 +192,46 @@ def test_winograd_is_exact_no_more():
 def test_models_of_the_library(name, options):
     model, x = unsettle(create(name, 5, **options)).double().eval(), image(1, 3, 32, 64)
     fast = fastseg.optimize(model, x, **GIVEN)
-    assert fast.graph is not None and any(row.matches for row in fast.rows)
+    assert fast.fused is not None and any(row.matches for row in fast.rows)
     close(fast(x), plain(model, x))
     assert torch.equal(fast.predict(x), model.predict(x))
+
+
+@pytest.mark.parametrize("name", ["fpn", "segformer", "deeplabv3plus"])
+def test_smp(name):
+    keeps_values(smp_net(name), {"fold norms", "resize + concat + convolution", "convolution + residual + activation"})
+
+
+def test_hugging_face():
+    keeps_values(hf_segformer(), {"linear over tokens", "compose pointwise", "resize + concat + convolution"})
+
+
+def keeps_values(model, passes) -> None:
+    """Every output, in the model's own structure, with these passes among others."""
+    x = image(1, 3, 64, 64)
+    fast = fastseg.optimize(model, x, **GIVEN)
+    assert passes <= {row.name for row in fast.rows if row.matches} and fast.why_not(x) == ""
+    want = plain(model, x)
+    assert type(fast(x)) is type(want)
+    for a, b in zip(outputs(fast(x)), outputs(want), strict=True):
+        close(a, b)
+
+
+def test_the_gate():
+    gate, inside, seen = Gate(), [], []
+
+    def call() -> None:
+        with gate:
+            inside.append(1)
+            seen.append(len(inside))
+            inside.pop()
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    with gate.alone():
+        for thread in threads:
+            thread.start()
+        threads[0].join(0.05)
+        assert not seen  # they wait
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 4
