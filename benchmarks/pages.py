@@ -38,7 +38,13 @@ KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
     "upsample_concat_conv2d": (("upsample/conv",), "upsample"),
     "bilinear_conv_transpose": (("upsample/bilinear", "upsample/bilinear_bwd"), "upsample"),
     "upsample_heads": (
-        ("upsample/argmax", "upsample/cross_entropy_fwd", "upsample/cross_entropy_bwd", "upsample/masks_to_classes"),
+        (
+            "upsample/argmax",
+            "upsample/volume_argmax",
+            "upsample/cross_entropy_fwd",
+            "upsample/cross_entropy_bwd",
+            "upsample/masks_to_classes",
+        ),
         "upsample_heads",
     ),
 }

@@ -34,9 +34,9 @@ def upsample_argmax(
 ) -> Any:
     """Upsample logits and take the class of each pixel: ``interpolate(logits, ...).argmax(1)``.
 
-    Maps are interpolated bilinearly. On a GPU their upsampled logits are never stored. Volumes are interpolated
-    trilinearly, a few output slices at a time. fp16 and bf16 logits are interpolated in fp32, so that rounding makes
-    no ties between classes.
+    Maps are interpolated bilinearly, volumes trilinearly. On a GPU the upsampled logits are never stored; a CPU takes
+    a few output slices of a volume at a time. fp16 and bf16 logits are interpolated in fp32, so that rounding makes no
+    ties between classes.
 
     Args:
         logits: (N, C, h, w) or (N, C, d, h, w), floating point, any layout.

@@ -6,15 +6,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, is_torchs, use_kernel
+from fastseg.kernels.runtime.sizes import source_scale
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, kernels_run, no_kernel, record_reference
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.core.volume import Resize, Slices, argmax, blended, distinct, slices_of
 from fastseg.ops.cpu.argmax import CPU_FORMS
 from fastseg.ops.cpu.argmax import Request as MapRequest
 from fastseg.ops.cpu.threads import each
 
-SLAB = {"cpu": 2**20, "cuda": 2**26}  # values of a slab of blended planes, or of its upsampled logits
+if HAS_TRITON:
+    from fastseg.kernels.upsample.sizes import Axis
+    from fastseg.kernels.upsample.volume_argmax import upsample_argmax3d_fwd
+
+DTYPES = (torch.uint8, torch.uint16, torch.int64)
+SLAB = 2**19  # values of a slab of blended planes, or of its upsampled logits
 _SMALL = 2**18  # upsampled logits; fewer stay in the caches, where torch's two steps are as fast
 
 
@@ -24,6 +31,20 @@ class Request(NamedTuple):
     N: int
     C: int
     values: int  # upsampled logits
+    cpu: bool
+    no_kernel: str  # why there is none, or ""
+
+
+class KernelForm(Form):
+    """One kernel."""
+
+    name = "kernel"
+
+    def refuses(self, request: Request) -> str:
+        return request.no_kernel
+
+    def run(self, logits: Tensor, to: Resize, out: Tensor) -> Tensor:
+        return out.copy_(_op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(out.dtype)))
 
 
 class SlabForm(Form):
@@ -32,45 +53,39 @@ class SlabForm(Form):
     name, path = "slabs", "torch"
 
     def refuses(self, request: Request) -> str:
-        return "no volume" if request.N == 0 else ""
+        return "no volume" if request.N == 0 else "" if request.cpu else "a CPU's form"
 
     def cost(self, request: Request) -> Cost | None:
         return Cost(request.values >= _SMALL, None, "few upsampled logits: they stay in the caches")
 
     def run(self, logits: Tensor, to: Resize, out: Tensor) -> Tensor:
-        if logits.is_cpu:
-            return volume_on_cpu(logits, to, out)
-        from fastseg.ops.upsample_argmax import upsample_argmax  # the op on maps, which calls this file for volumes
-
-        def classes_of(slab: Tensor) -> Tensor:
-            H, W, factors, align_corners = to.plane
-            target = {"size": (H, W)} if factors[0] == 0 else {"scale_factor": factors}
-            dtype = torch.uint8 if slab.shape[1] <= 256 else torch.int64
-            return upsample_argmax(slab, **target, align_corners=align_corners, dtype=dtype)
-
-        return by_slabs(logits, slices_of(logits.shape[2], to, torch.float32), to, out, classes_of, finite=False)
+        return volume_on_cpu(logits, to, out)
 
 
 def _reference(logits: Tensor, to: Resize, out: Tensor) -> Tensor:
     return out.copy_(argmax(logits, to, out.dtype))
 
 
-VOLUME_FORMS = Forms("upsample_argmax3d", [SlabForm(), Reference(_reference)])
+VOLUME_FORMS = Forms("upsample_argmax3d", [KernelForm(), SlabForm(), Reference(_reference)])
 
 
 def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | None) -> Tensor:
     """The class volume (N, D, H, W), in ``out`` if it is given."""
-    logits = logits.detach()
+    logits, why = logits.detach(), "CPU tensor"
     if not is_torchs(logits):
-        use_kernel("upsample_argmax", logits, unsupported="a volume: its slices are the op's own calls")
-        if followed(logits):  # a graph holds torch's own ops
-            classes = argmax(logits, to, dtype)
+        why = _unsupported(logits, to) or no_kernel(logits)
+        if followed(logits):  # a graph holds the registered op, a transform torch's own ops
+            if torch.compiler.is_compiling() and not why and kernels_run(logits):
+                classes = _op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(dtype))
+            else:
+                record_reference("upsample_argmax3d", logits, why or "a follower of torch's own ops")
+                classes = argmax(logits, to, dtype)
             return classes if out is None else out.copy_(classes)
     if out is None:
         out = torch.empty(logits.shape[0], *to.size, dtype=dtype, device=logits.device)
     N, C = logits.shape[:2]
     D, H, W = to.size
-    request = Request(N, C, N * C * D * H * W)
+    request = Request(N, C, N * C * D * H * W, logits.is_cpu, why)
     return VOLUME_FORMS(request, logits, to, out, recorded=logits)
 
 
@@ -99,7 +114,7 @@ def by_slabs(
     N, C, _, h, w = logits.shape
     D, H, W = to.size
     kind = torch.promote_types(logits.dtype, torch.float32)
-    length = max(1, SLAB.get(logits.device.type, SLAB["cuda"]) // (C * max(h * w, H * W)))
+    length = max(1, SLAB // (C * max(h * w, H * W)))
 
     def fill(part: tuple[int, int]) -> None:
         n, begin = part
@@ -109,10 +124,50 @@ def by_slabs(
         for z, i in enumerate(which, begin):
             out[n, z].copy_(maps[i])
 
-    parts = [(n, z) for n in range(N) for z in range(0, D, length)]
-    if logits.is_cpu:
-        each(fill, parts)
-    else:
-        for part in parts:
-            fill(part)
+    each(fill, [(n, z) for n in range(N) for z in range(0, D, length)])
     return out
+
+
+# --- the registered op
+
+
+def _unsupported(x: Tensor, to: Resize) -> str:
+    """Why the kernel cannot take these sizes, or "". Offsets inside one plane are 32 bits wide."""
+    D, H, W = to.size
+    if any(isinstance(n, torch.SymInt) for n in (*x.shape, D, H, W)):
+        return ""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape[3:], x.stride()[3:], strict=True))
+    return "a plane of 2^31 elements or more" if last >= 2**31 or H * W >= 2**31 else ""
+
+
+def _resize(args: tuple) -> tuple[Resize, torch.dtype]:
+    D, H, W, factor_d, factor_h, factor_w, align_corners, kind = args
+    return Resize((D, H, W), (factor_d, factor_h, factor_w), align_corners), DTYPES[kind]
+
+
+def _launch(logits: Tensor, *args) -> Tensor:
+    to, dtype = _resize(args)
+    a, b, c = (
+        Axis(low, full, source_scale(low, full, to.align_corners, factor))
+        for low, full, factor in zip(logits.shape[2:], to.size, to.factors, strict=True)
+    )
+    return upsample_argmax3d_fwd(logits, (a, b, c), to.align_corners, dtype)
+
+
+def _plain(logits: Tensor, *args) -> Tensor:
+    return argmax(logits, *_resize(args))
+
+
+def _fake(logits: Tensor, *args) -> Tensor:
+    to, dtype = _resize(args)
+    return logits.new_empty((logits.shape[0], *to.size), dtype=dtype)
+
+
+_op = register(
+    "upsample_argmax3d(Tensor logits, SymInt D, SymInt H, SymInt W, float factor_d, float factor_h, float factor_w, "
+    "bool align_corners, int kind) -> Tensor",
+    _launch,
+    _plain,
+    _fake,
+    refuses=lambda logits, *args: _unsupported(logits, _resize(args)[0]),
+)

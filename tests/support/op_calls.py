@@ -361,6 +361,9 @@ ROWS: dict[str, Row] = {
     "upsample_taps": Row(TAPS, _taps, layouts=SINGLE),
     "no images": Row(f"{BILINEAR} {TRANSPOSE} {TAPS} upsample_argmax", _no_images, layouts=DENSE),
     "upsample_argmax": Row("upsample_argmax", _of(upsample_argmax, 1, 5, 2, 3, scale_factor=2), False, SINGLE),
+    "upsample_argmax, volume": Row(
+        "upsample_argmax3d", _of(upsample_argmax, 1, 3, 2, 3, 2, scale_factor=2), False, DENSE
+    ),
     "upsample_argmax, int64": Row(
         "upsample_argmax", _of(upsample_argmax, 1, 5, 2, 3, size=7, align_corners=True, dtype=torch.int64), False, DENSE
     ),

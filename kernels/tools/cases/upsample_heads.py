@@ -13,6 +13,7 @@ from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_los
 from fastseg.kernels.upsample.loss_terms import CODES
 from fastseg.kernels.upsample.masks_to_classes import masks_to_classes_fwd
 from fastseg.kernels.upsample.sizes import Axis, Loss, Upsampling
+from fastseg.kernels.upsample.volume_argmax import upsample_argmax3d_fwd
 
 
 def _logits(dtype: torch.dtype, N: int, C: int, low: int, layout: torch.memory_format) -> Tensor:
@@ -31,6 +32,12 @@ def _argmax(
     layout = torch.contiguous_format if nchw else torch.channels_last
     upsample_argmax_fwd(_logits(dtype, N, C, low, layout), _upsampling(low, full, align_corners),
                         torch.uint8 if C <= 256 else torch.int64)  # fmt: skip
+
+
+def _argmax3d(dtype: torch.dtype, C: int, *, low: int = 64, align_corners: bool = False) -> None:
+    axis = Axis(low, 2 * low, (low - 1) / (2 * low - 1) if align_corners else 0.5)
+    x = torch.empty(1, C, low, low, low, dtype=dtype, device="meta")
+    upsample_argmax3d_fwd(x, (axis, axis, axis), align_corners, torch.uint8 if C <= 256 else torch.uint16)
 
 
 def _cross_entropy(
@@ -94,6 +101,8 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     # 8200 images of 512^2 pixels are past 2^31 outputs
     "argmax 21, large": lambda dtype: _argmax(dtype, 21, N=8200),
     "argmax 1000, large": lambda dtype: _argmax(dtype, 1000, N=8200, low=64),
+    "argmax 16, 64^3 -> 128^3": lambda dtype: _argmax3d(dtype, 16),
+    "argmax 300, 512^3 -> 1024^3, corners": lambda dtype: _argmax3d(dtype, 300, low=512, align_corners=True),
     "cross entropy 21, 128 -> 512": lambda dtype: _cross_entropy(dtype, 21),
     "cross entropy 19, 128 -> 512, corners": lambda dtype: _cross_entropy(
         dtype, 19, align_corners=True, nhwc=True, labels=torch.uint8
@@ -121,6 +130,7 @@ MATRIX_KERNELS = {"_masks_to_classes_fwd_kernel"}
 TF32_CASES = {case for case in CASES if case.startswith("masks") and "no tf32" not in case}
 SCALAR_LOADS: dict[str, str] = {
     "_upsample_argmax_fwd_kernel": _GATHER,
+    "_upsample_argmax3d_fwd_kernel": _GATHER,
     "_upsample_cross_entropy_fwd_kernel": _GATHER,
     "_upsample_cross_entropy_bwd_kernel": _GATHER,
     "_upsample_confidence_kernel": _GATHER,

@@ -89,7 +89,7 @@ def test_slabs_of_any_length_give_the_same(monkeypatch):
     logits = torch.randn(2, 5, 4, 6, 6)
     want = upsample_argmax(logits, (11, 12, 13))
     for values in (1, 2000):
-        monkeypatch.setitem(volume_argmax.SLAB, "cpu", values)
+        monkeypatch.setattr(volume_argmax, "SLAB", values)
         assert torch.equal(upsample_argmax(logits, (11, 12, 13)), want)
 
 
