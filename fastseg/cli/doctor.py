@@ -173,6 +173,7 @@ def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Cal
         ("upsample_confidence", lambda: ops.upsample_confidence(low, 16)),
         ("masks_to_classes", lambda: ops.masks_to_classes(low.flatten(2), low, 16)),
         ("masks_to_queries", lambda: ops.masks_to_queries(low[:, :, 0, 0], low, 16)),
+        ("paste_masks", lambda: ops.paste_masks(low[0, :, None], low[0, :, 0], (8, 8))),
         ("upsample_loss", lambda: ops.upsample_loss(low, labels, [(1.0, CrossEntropy())])),
     ]
 

@@ -21,6 +21,7 @@ FAMILIES = ("mask2former", "maskformer", "oneformer", "eomt")
 _MASK2FORMER_SIZE = (384, 384)
 _EOMT_SIZE = {"shortest_edge": 640, "longest_edge": 640}
 _EOMT_THRESHOLD = 0.8
+_ROWS = 128  # of a map of queries that are looked up together
 
 Sizes = Sequence[tuple[int, int]] | Tensor | None
 
@@ -128,7 +129,9 @@ def post_process_panoptic_segmentation(
             queries, inside, areas, label_list, score_list, overlap_mask_area_threshold, fused, eomt
         )
         table = torch.tensor(ids, dtype=torch.int64 if eomt else torch.int32, device=queries.device)
-        segmentation = table[queries.int()]
+        segmentation = torch.empty(queries.shape, dtype=table.dtype, device=table.device)
+        for rows, q in zip(segmentation.split(_ROWS), queries.split(_ROWS), strict=True):
+            rows.copy_(table[q.int()])
         segmentation = segmentation.masked_fill_(~inside, -1) if eomt else segmentation
         results.append({"segmentation": segmentation, "segments_info": segments})
     return results
@@ -140,8 +143,9 @@ def _segments(
 ) -> tuple[list[int], list[dict[str, Any]]]:  # fmt: skip
     """The id of each query's segment, that of pixels in none where it has none, and what is said of each segment."""
     Q = len(labels)
-    owned = torch.bincount(queries.flatten(), minlength=Q)
-    final = torch.bincount(queries[inside], minlength=Q) if eomt else owned
+    rows = list(zip(queries.split(_ROWS), inside.split(_ROWS), strict=True))  # counting widens to int64
+    owned = sum((torch.bincount(q.flatten(), minlength=Q) for q, _ in rows), torch.zeros_like(areas))
+    final = sum((torch.bincount(q[i], minlength=Q) for q, i in rows), torch.zeros_like(areas)) if eomt else owned
     shares = (owned / areas).tolist()  # in fp32, as the processors divide
     columns = zip(owned.tolist(), areas.tolist(), final.tolist(), shares, strict=True)
     exists = [o > 0 and area > 0 and f > 0 and share > least for o, area, f, share in columns]

@@ -13,6 +13,7 @@ from fastseg.ops.max_pool import max_pool1d, max_pool2d, max_pool3d
 from fastseg.ops.max_unpool import max_unpool1d, max_unpool2d, max_unpool3d
 from fastseg.ops.max_unpool_conv import max_unpool_conv2d
 from fastseg.ops.nearest_conv import upsample_nearest_conv2d
+from fastseg.ops.paste_masks import paste_masks
 from fastseg.ops.pointwise import compose_pointwise
 from fastseg.ops.pool_indices import PoolIndices
 from fastseg.ops.resize_concat_conv import resize_concat_conv2d
@@ -53,6 +54,7 @@ __all__ = [
     "max_unpool2d",
     "max_unpool3d",
     "max_unpool_conv2d",
+    "paste_masks",
     "resize_concat_conv2d",
     "separable_conv2d",
     "upsample_argmax",

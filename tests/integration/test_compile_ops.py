@@ -17,6 +17,7 @@ from fastseg.ops import (
     bilinear_kernel,
     compose_pointwise,
     masks_to_queries,
+    paste_masks,
     resize_concat_conv2d,
     upsample_confusion,
     upsample_loss,
@@ -79,6 +80,10 @@ def _owners(scores, masks):
     return masks_to_queries(scores, masks, 5, scores_size=4)
 
 
+def _pasted(masks, boxes):
+    return paste_masks(masks, 3 * boxes, (7, 9))
+
+
 PUBLIC = {
     name: ROWS[name]
     for name in (
@@ -97,6 +102,7 @@ PUBLIC = {
     "upsample_loss": Row("", _loss),
     "upsample_confusion": Row("", _confusion, False),
     "masks_to_queries": Row("", lambda d: (_owners, [d.rows(1, 3), d.map(1, 3, 2, 3)]), False),
+    "paste_masks": Row("", lambda d: (_pasted, [d.map(1, 1, 3, 3), d.rows(1, 4)]), False),
     "upsample_topk": Row("", lambda d: (lambda x: upsample_topk(x, 2, 7), [d.map(1, 5, 2, 3)]), False),
     "upsample_threshold": Row("", lambda d: (lambda x: upsample_threshold(x, 7), [d.map(1, 1, 2, 3)]), False),
     "bilinear_kernel": Row("", lambda d: (lambda x: x * bilinear_kernel(3, 3, 4).sum(), [d.map(2, 3, 2, 2)]), False),

@@ -164,6 +164,7 @@ FUNCTIONS = {
     "max_unpool2d": lambda net, x: ops.max_unpool2d(*_halves(ops.max_pool2d(x, 2, return_indices=True)), 2),
     "max_unpool3d": lambda net, x: ops.max_unpool3d(*_halves(ops.max_pool3d(x[None], 2, return_indices=True)), 2),
     "max_unpool_conv2d": _unpooled,
+    "paste_masks": lambda net, x: ops.paste_masks(x[0, :, None, :3, :3], x[0, :, 0, :4], (9, 8)),
     "separable_conv2d": lambda net, x: ops.separable_conv2d(
         x, net.depthwise, net.pointwise, mid_norm=net.norm, mid_act="relu", residual=x
     ),
