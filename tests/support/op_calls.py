@@ -191,11 +191,11 @@ def _separable_residual(d: Draw) -> Drawn:
 
 
 def _atrous(act: str | None) -> Callable[[Draw], Drawn]:
-    def run(x, one, three, bias, other_bias, residual):
-        return atrous_branches(x, [one, three], [bias, other_bias], [1, 2], act, residual)
+    def run(x, one, three, far, bias, other_bias, far_bias, residual):  # two are the library's where kernels compile
+        return atrous_branches(x, [one, three, far], [bias, other_bias, far_bias], [1, 1, 2], act, residual)
 
-    return lambda d: (run, [d.map(2, 3, 2, 3), d.weight(4, 3, 1, 1), d.weight(4, 3, 3, 3), d.vector(4), d.vector(4),
-                            d.map(2, 8, 2, 3, other=True)])  # fmt: skip
+    return lambda d: (run, [d.map(2, 3, 2, 3), d.weight(4, 3, 1, 1), d.weight(4, 3, 3, 3), d.weight(4, 3, 3, 3),
+                            d.vector(4), d.vector(4), d.vector(4), d.map(2, 12, 2, 3, other=True)])  # fmt: skip
 
 
 def _max_unpool_conv(d: Draw) -> Drawn:

@@ -1,4 +1,4 @@
-"""Triton's interpreter without the work that it throws away: the same results in half of the time.
+"""Triton's interpreter without the work that it throws away: the same results in a fraction of the time.
 
 ``install()`` changes how long a launch takes and nothing that it computes or checks:
 
