@@ -140,7 +140,9 @@ class Optimized(nn.Module):
         """
         with torch.no_grad():
             if self.classes is not None and not confidence and not self.why_not(x):
-                return self.classes(x)
+                found = self.classes(x)
+                if found.shape[-2:] == x.shape[-2:]:
+                    return found
             return classes_of(self(x), (x.shape[-2], x.shape[-1]), type(self.model).__name__, confidence=confidence)
 
     def why_not(self, *args: Any, **kwargs: Any) -> str:

@@ -85,6 +85,15 @@ def test_other_calls_run_the_model(free):
     assert wanted.grad is not None
 
 
+def test_classes_of_a_resize_by_a_factor():
+    """Its size is the image's where that is even, and not elsewhere: predict looks."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.UpsamplingBilinear2d(scale_factor=2)).double()
+    fast = fastseg.optimize(model, image())
+    assert fast.classes is not None
+    for x in (image(2, 3, 16, 32), image(1, 3, 17, 32)):
+        assert fast.why_not(x) == "" and torch.equal(fast.predict(x), fastseg.predict(model, x))
+
+
 def test_it_exports(free):
     """An exporter starts from the fused graph; a call inside it is torch's own."""
     model, fast = free

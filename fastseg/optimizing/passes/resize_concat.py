@@ -68,13 +68,13 @@ def _maps(work: Work, conv: fx.Node) -> tuple[list[fx.Node], list[Resize]] | Non
 
 def _pays(up: Resize, part: fx.Node, cout: int, taps: int) -> bool:
     channels = shape(part)[1]
-    h, w, H, W = map(_hint, (*shape(up.source)[2:], *shape(part)[2:]))  # of free sizes those of the example
+    h, w, H, W = map(hint, (*shape(up.source)[2:], *shape(part)[2:]))  # of free sizes those of the example
     if h * w >= H * W:
         return False
     # a value of a bilinear map costs about 8 products
     return taps == 3 or channels * cout * (H * W - h * w) + 8 * channels * H * W > 8 * cout * H * W
 
 
-def _hint(n: Any) -> int:
+def hint(n: Any) -> int:
     """The size that the example has."""
     return n if isinstance(n, int) else int(n.node.hint)

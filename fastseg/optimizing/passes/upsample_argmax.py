@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from fastseg.ops.core.sizes import same_number
 from fastseg.ops.upsample_argmax import upsample_argmax
 from fastseg.optimizing.graph import Work, argument, aten, only_user, shape
+from fastseg.optimizing.passes.resize_concat import hint
 from fastseg.optimizing.resize import Resize, resize_of
 
 NAME = "final upsample + argmax"
@@ -30,6 +30,8 @@ def run(work: Work) -> list[str]:
 
 def class_graph(work: Work, index: int | None) -> Work | None:
     """The graph of the class map, where result ``index`` is a bilinear resize to the size of the first input; or None.
+
+    Where sizes are free, those of the example are compared: for others the map may have another size than the input.
 
     One channel of logits has no argmax, and is None too.
     """
@@ -55,4 +57,4 @@ def _corners(resize: Resize) -> dict[str, Any]:
 
 def _same_size(up: fx.Node, image: fx.Node) -> bool:
     a, b = shape(up), shape(image)
-    return len(a) == len(b) == 4 and all(map(same_number, a[2:], b[2:]))
+    return len(a) == len(b) == 4 and [*map(hint, a[2:])] == [*map(hint, b[2:])]
