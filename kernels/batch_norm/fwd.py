@@ -77,10 +77,10 @@ def tile_of(step, blocks, pixels, offs_c, C: tl.constexpr, LAST: tl.constexpr, B
 @triton.jit(do_not_specialize=["blocks"])
 def _batch_norm_act_fwd_kernel(
     z_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, residual_ptr,
+    pixels, blocks,
     y_ptr,
-    pixels, blocks, eps,
-    C: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    EPS: tl.constexpr, C: tl.constexpr, LAST: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     pid, block = tile_and_block(tl.cdiv(C, BLOCK_C))
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -90,7 +90,7 @@ def _batch_norm_act_fwd_kernel(
 
     z = tl.load(z_ptr + start + offs, mask=mask, other=0.0).to(ACC)
     FIRST: tl.constexpr = "none" if RESIDUAL == "before" else ACT
-    y = norm_act(z, weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_c, mask_c, eps, True, AFFINE, FIRST, ACC)
+    y = norm_act(z, weight_ptr, bias_ptr, mean_ptr, var_ptr, offs_c, mask_c, EPS, True, AFFINE, FIRST, ACC)
     if RESIDUAL != "none":
         y += tl.load(residual_ptr + start + offs, mask=mask, other=0.0).to(ACC)
     if RESIDUAL == "before":
@@ -112,8 +112,8 @@ def batch_norm_act_fwd(
     blocks, total = walk.blocks(cfg)
     launch(
         _batch_norm_act_fwd_kernel, (total * cdiv(walk.C, cfg.BLOCK_C),),
-        z, *vectors, z if residual is None else residual, y, walk.pixels, blocks, eps,
-        C=walk.C, LAST=walk.last, AFFINE=affine, ACT=act, RESIDUAL="none" if residual is None else where,
+        z, *vectors, z if residual is None else residual, walk.pixels, blocks, y,
+        EPS=eps, C=walk.C, LAST=walk.last, AFFINE=affine, ACT=act, RESIDUAL="none" if residual is None else where,
         ACC=acc_dtype(z), **cfg.launch,
     )  # fmt: skip
     return y

@@ -7,6 +7,12 @@ from fastseg.kernels.common.tiles import clamp_index
 
 
 @triton.jit
+def float_of(bits):
+    """The fp32 value that an int32 scalar holds, as ``runtime.sizes.bits_of`` makes it."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def source_position(o, scale, scale_rest, ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr):
     """Where output pixel ``o`` lies in the input, in pixels: torch's rule in torch's order of operations, not clamped.
 

@@ -98,8 +98,8 @@ def _cell(
 @triton.jit(do_not_specialize=["rows", "H", "W", "OH", "OW", "QH", "QW"])
 def _max_unpool_fwd_kernel(
     v_ptr, index_ptr,
-    y_ptr, report_ptr,
     rows, inner, C, D, H, W, OD, OH, OW, QD, QH, QW,
+    y_ptr, report_ptr,
     KD: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SD: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PD: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr, LD: tl.constexpr, LH: tl.constexpr, LW: tl.constexpr,
     CHANNELS_LAST: tl.constexpr, BITS: tl.constexpr, DISJOINT: tl.constexpr, SUM: tl.constexpr, ACC: tl.constexpr,
@@ -170,8 +170,8 @@ def _any(mask):
 @triton.jit(do_not_specialize=["reports", "planes", "cells", "windows"])
 def _max_unpool_fwd_foreign_kernel(
     v_ptr, index_ptr, report_ptr,
-    y_ptr, valid_ptr, last_ptr,
     reports, planes, C, cells, windows,
+    y_ptr, valid_ptr, last_ptr,
     CHANNELS_LAST: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
     foreign, invalid = tl.zeros((BLOCK_R,), tl.int32), tl.zeros((BLOCK_R,), tl.int32)
@@ -270,7 +270,7 @@ def max_unpool_fwd(
     report = v.new_empty(grid if checked else 0, dtype=torch.int32)
     launch(
         _max_unpool_fwd_kernel, grid,
-        v, index, y, report if checked else y, rows, inner, pool.C, *pool.size, *pool.out, *pool.windows,
+        v, index, rows, inner, pool.C, *pool.size, *pool.out, *pool.windows, y, report if checked else y,
         **pool.constants, BITS=bits, DISJOINT=pool.disjoint, SUM=add, ACC=acc_dtype(v), **cfg.launch,
     )  # fmt: skip
     if not checked:
@@ -282,8 +282,9 @@ def max_unpool_fwd(
     programs = min(cdiv(planes, cfg.BLOCK_L), chip_of(v.device).multiprocessors)
     launch(
         _max_unpool_fwd_foreign_kernel, (programs,),
-        v, index, report, y, valid, v.new_empty(programs * cells * cfg.BLOCK_L, dtype=torch.int32),
-        report.numel(), planes, pool.C, cells, math.prod(pool.out), CHANNELS_LAST=pool.channels_last, **cfg.launch,
+        v, index, report, report.numel(), planes, pool.C, cells, math.prod(pool.out),
+        y, valid, v.new_empty(programs * cells * cfg.BLOCK_L, dtype=torch.int32),
+        CHANNELS_LAST=pool.channels_last, **cfg.launch,
     )  # fmt: skip
     return y, valid
 

@@ -1,6 +1,7 @@
 """Sizes and layouts of host and kernels alike; no Triton here, so that plain-PyTorch paths read them too."""
 
 import functools
+import struct
 from collections.abc import Callable
 
 import torch
@@ -37,6 +38,11 @@ def memoized_as_given(fn: Callable) -> Callable:
 
     call.cache_clear = remembered.cache_clear
     return call
+
+
+def bits_of(value: float) -> int:
+    """The bits of ``value`` in fp32 as an int32: kernels that may become plugins take no float scalars."""
+    return struct.unpack("i", struct.pack("f", value))[0]
 
 
 def source_scale(low: int, full: int, align_corners: bool, factor: float | None = None) -> float:

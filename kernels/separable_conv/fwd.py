@@ -8,13 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.batch_norm.stats import batch_stats
+from fastseg.kernels.common.bilinear import float_of
 from fastseg.kernels.common.norm_act import activate, load_scale, norm_act, scaled_act, store_tile_stats
 from fastseg.kernels.common.norm_args import Norm, norm_args
 from fastseg.kernels.common.tiles import dilated_tile_pixels, tile_and_block
 from fastseg.kernels.runtime.config import Config, select
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
-from fastseg.kernels.runtime.sizes import cdiv
+from fastseg.kernels.runtime.sizes import bits_of, cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype, empty_nhwc, precision, stats_dtype
 
 
@@ -92,12 +93,12 @@ def finish_tile(
         tl.store(y_ptr + offs, y.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
+@triton.jit(do_not_specialize=["H", "W", "OH", "OW", "mid_bits", "post_bits"])
 def _separable_conv_fwd_fused_kernel(
     x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     pw_ptr, pw_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
+    H, W, OH, OW, stride, padding, dilation, mid_bits, post_bits,
     z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
-    H, W, OH, OW, stride, padding, dilation, mid_eps, post_eps,
     C: tl.constexpr, COUT: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr,
     PRE_ACT: tl.constexpr, DW_BIAS: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
@@ -106,6 +107,7 @@ def _separable_conv_fwd_fused_kernel(
     PHASED: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    mid_eps, post_eps = float_of(mid_bits), float_of(post_bits)  # as constants they cost 2 spills on sm_90
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
     n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
@@ -142,8 +144,9 @@ def _separable_conv_fwd_fused_kernel(
 @triton.jit(do_not_specialize=["H", "W", "OH", "OW"])
 def _separable_conv_fwd_dw_kernel(
     x_ptr, dw_ptr, dw_bias_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
+    H, W, OH, OW, stride, padding, dilation,
     u_ptr, tile_stats_ptr, counts_ptr,
-    H, W, OH, OW, stride, padding, dilation, mid_eps,
+    MID_EPS: tl.constexpr,
     C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
     DW_BIAS: tl.constexpr, MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr,
     STATS: tl.constexpr, STORE: tl.constexpr, ACC: tl.constexpr,
@@ -160,7 +163,7 @@ def _separable_conv_fwd_dw_kernel(
                        H, W, dilation, C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_C, False)  # fmt: skip
     u = u.to(u_ptr.dtype.element_ty).to(ACC)  # statistics are of what torch would have stored
     if STORE:
-        a = norm_act(u, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_c, mask_c, mid_eps,
+        a = norm_act(u, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_c, mask_c, MID_EPS,
                      MID_NORM, MID_AFFINE, MID_ACT, ACC)  # fmt: skip
         offs = (n * OH * OW + oy * OW + ox)[:, None] * C + offs_c[None, :]
         tl.store(u_ptr + offs, a.to(u_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_c[None, :])
@@ -174,8 +177,9 @@ def _separable_conv_fwd_dw_kernel(
 def _separable_conv_fwd_pw_kernel(
     u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     pw_ptr, pw_bias_ptr, image_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
+    M, image_pixels,
     z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
-    M, image_pixels, mid_eps, post_eps,
+    MID_EPS: tl.constexpr, POST_EPS: tl.constexpr,
     C: tl.constexpr, COUT: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
     IMAGE_BIAS: tl.constexpr, POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr,
@@ -195,7 +199,7 @@ def _separable_conv_fwd_pw_kernel(
         mask_k = offs_k < C
         a = tl.load(u_ptr + offs_m[:, None] * C + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if MID_NORM or MID_ACT != "none":
-            a = norm_act(a.to(ACC), mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
+            a = norm_act(a.to(ACC), mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, MID_EPS,
                          MID_NORM, MID_AFFINE, MID_ACT, ACC).to(u_ptr.dtype.element_ty)  # fmt: skip
         mask_w = mask_k[:, None] & (offs_n < COUT)[None, :]
         w = tl.load(pw_ptr + offs_n[None, :] * C + offs_k[:, None], mask=mask_w, other=0.0)
@@ -207,7 +211,7 @@ def _separable_conv_fwd_pw_kernel(
         acc += tl.load(image_bias_ptr + offs, mask=mask_m[:, None] & (offs_n < COUT)[None, :], other=0.0).to(ACC)
 
     finish_tile(acc, z_ptr, y_ptr, residual_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
-                tile_stats_ptr, counts_ptr, row0 + offs_m, mask_m, offs_n, post_eps, tile, pid_n,
+                tile_stats_ptr, counts_ptr, row0 + offs_m, mask_m, offs_n, POST_EPS, tile, pid_n,
                 COUT, POST_NORM, POST_AFFINE, POST_ACT, RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
 
 
@@ -264,8 +268,9 @@ def separable_conv_fwd_dw(
     (*vectors, eps), norm, affine = norm_args(mid, x)
     launch(
         _separable_conv_fwd_dw_kernel, (tiles * cdiv(g.C, cfg.BLOCK_C),),
-        x, w.dw, x if w.dw_bias is None else w.dw_bias, *vectors, u if store else x, tile_stats, counts,
-        g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, eps,
+        x, w.dw, x if w.dw_bias is None else w.dw_bias, *vectors,
+        g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, u if store else x, tile_stats, counts,
+        MID_EPS=eps,
         C=g.C, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=pre_act,
         DW_BIAS=w.dw_bias is not None, MID_NORM=norm, MID_AFFINE=affine, MID_ACT=mid_act,
         STATS=stats, STORE=store, ACC=acc_dtype(x), PHASED=g.phased, **cfg.launch,
@@ -289,8 +294,8 @@ def separable_conv_fwd_fused(
     launch(
         _separable_conv_fwd_fused_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         x, w.dw, dw_bias, *mid_vectors, w.pw, pw_bias, *post_vectors, skip,
+        g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, bits_of(mid_eps), bits_of(post_eps),
         y if z is None else z, z if y is None else y, tile_stats, counts,
-        g.H, g.W, g.OH, g.OW, g.stride, g.padding, g.dilation, mid_eps, post_eps,
         C=g.C, COUT=g.COUT, K=g.K, DW_C=w.dw.stride(0), DW_T=w.dw.stride(1), PRE_ACT=acts.pre,
         DW_BIAS=w.dw_bias is not None, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
         PW_BIAS=w.pw_bias is not None,
@@ -332,8 +337,9 @@ def separable_conv_fwd_pw(
     launch(
         _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         u, *mid_vectors, w.pw, pw_bias, own_bias, *post_vectors, skip,
+        g.pixels, g.OH * g.OW,
         y if z is None else z, z if y is None else y, tile_stats, counts,
-        g.pixels, g.OH * g.OW, mid_eps, post_eps,
+        MID_EPS=mid_eps, POST_EPS=post_eps,
         C=g.C, COUT=g.COUT, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
         IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act,
         RESIDUAL=side, STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,

@@ -25,10 +25,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastseg.kernels.common.bilinear import mix, nan_blind_maximum, source_coordinate, to_second, upsample_tile
+from fastseg.kernels.common.bilinear import (
+    float_of,
+    mix,
+    nan_blind_maximum,
+    source_coordinate,
+    to_second,
+    upsample_tile,
+)
 from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
-from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
+from fastseg.kernels.runtime.sizes import bits_of, cdiv, next_power_of_2
 from fastseg.kernels.runtime.tensors import acc_dtype
 from fastseg.kernels.upsample.sizes import Upsampling, row_block, row_splits
 
@@ -37,15 +44,17 @@ PRUNED_CLASSES = 256
 
 
 @triton.jit(
-    do_not_specialize=["h", "w", "H", "splits", "stride_n", "stride_y"],
+    do_not_specialize=["h", "w", "H", "bits_h", "bits_w", "bits_inverse", "splits", "stride_n", "stride_y"],
     do_not_specialize_on_alignment=["stride_c", "stride_x"],
 )
 def _upsample_argmax_fwd_kernel(
-    x_ptr, y_ptr,
-    h, w, H, W, scale_h, scale_w, inverse_h, splits, stride_n, stride_c, stride_y, stride_x,
+    x_ptr,
+    h, w, H, W, bits_h, bits_w, bits_inverse, splits, stride_n, stride_c, stride_y, stride_x,
+    y_ptr,
     C: tl.constexpr, ALIGN_CORNERS: tl.constexpr, PRUNE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
+    scale_h, scale_w, inverse_h = float_of(bits_h), float_of(bits_w), float_of(bits_inverse)
     n, y0, row_first, row_end, column = upsample_tile(tl.program_id(0), h, H, W, scale_h, inverse_h, splits,
                                                       ALIGN_CORNERS, ACC, BLOCK_H, BLOCK_W)  # fmt: skip
     offs_w = column + tl.arange(0, BLOCK_W)
@@ -139,10 +148,10 @@ def upsample_argmax_fwd(x: Tensor, up: Upsampling, dtype: torch.dtype) -> Tensor
     prune = prunes(x, up)
     cfg = select("upsample_argmax_fwd", size=y.numel(), device=x.device, C=C, dtype=x.dtype, factor=up.factor)
     splits = row_splits(up)
-    *sizes, _ = up.arguments()
     launch(
         _upsample_argmax_fwd_kernel, (N * h * splits * cdiv(up.x.full, cfg.BLOCK_W),),
-        x, y, *sizes, splits, *x.stride(),
+        x, up.y.low, up.x.low, up.y.full, up.x.full,
+        bits_of(up.y.scale), bits_of(up.x.scale), bits_of(up.y.inverse), splits, *x.stride(), y,
         C=C, ALIGN_CORNERS=up.align_corners, PRUNE=prune, ACC=acc_dtype(x),
         BLOCK_C=next_power_of_2(C) if prune else 1, **cfg.launch,
     )  # fmt: skip
