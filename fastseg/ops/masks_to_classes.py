@@ -218,8 +218,15 @@ class _Rows(Form):
         return classes_of_scores_by_rows(p, masks, at, H, W, align_corners, dtype)
 
 
-def _steps(p: Tensor, masks: Tensor, *args) -> Tensor:
-    """Torch's lines, one image at a time."""
+def _steps(
+    p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, factors: Factors, align_corners: bool,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Torch's lines, one image at a time; sums of a size of their own go through ``upsample_argmax``."""
+    if at is not None:
+        sums = _sums(p, masks, *at, (0.0, 0.0), align_corners)
+        return cast(Tensor, upsample_argmax(sums, (H, W), align_corners=align_corners, dtype=dtype))
+    args = (at, H, W, factors, align_corners, dtype)
     if p.shape[0] < 2:
         return _lines(p, masks, *args)
     return torch.cat([_lines(q, m, *args) for q, m in zip(p.split(1), masks.split(1), strict=True)])

@@ -14,7 +14,7 @@ from fastseg.ops.cpu.masks_to_queries import queries_by_rows
 NAME = "masks_to_queries"
 Size = int | tuple[int, int] | None
 
-_LARGE = 2**20  # values of all queries at the output's size, from which a CPU works in blocks of rows
+_LARGE = 2**18  # values of all queries at the output's size, from which a CPU works in blocks of rows
 _UINT8_QUERIES = 256
 
 
