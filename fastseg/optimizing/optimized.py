@@ -37,7 +37,7 @@ def optimize(model: nn.Module, example: Tensor | tuple[Tensor, ...], *, sizes: S
         model: any module; it is not changed.
         example: the input, or the inputs, of one call, tensors on the model's device.
         sizes: "free" traces with free batch, height and width as far as the model allows; "given" with those of the
-            example, in a fifth of the time. Calls of other sizes run the model as it is.
+            example, in less time. Calls of other sizes run the model as it is.
 
     Returns:
         ``Optimized``, with the model's signature and structure of results. A model that cannot be traced runs as it
