@@ -27,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError, OSError: the weights cannot be read or do not fit, or the output cannot be written.
     """
+    if args.weights is None:
+        raise ValueError("no weights to convert: give --weights FILE")
     if args.output.is_dir():
         raise IsADirectoryError(f"{args.output}: is a directory; name the file to write")
     with warnings.catch_warnings(record=True) as notes:

@@ -65,6 +65,7 @@ def test_a_folder_of_save_pretrained(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["-o", "x.pt"], "no weights to convert: give --weights FILE"),
         (["--weights", "absent.pt", "-o", "x.pt"], "absent.pt: no file with weights is there"),
         (["--weights", "w.ckpt", "-o", "x.pt"], "does not say which model it is of; name it with --model"),
         (["--weights", "w.ckpt", "--model", "unet", "-o", "x.pt"], "not weights of 'unet'"),

@@ -377,7 +377,7 @@ def test_progress_without_tqdm(monkeypatch, capsys):
         (["tune", "--budget", "long"], "invalid number value: 'long'"),
         (["demo", "--device", "cuda:99"], "no device 'cuda:99' here"),
         (["demo", "--device", "toaster"], "no device 'toaster' here"),
-        (["predict", "a.png"], "--weights"),
+        (["predict", "a.png"], "-o/--output"),
         (["predict", "a.png", "--weights", "w", "-o", "o", "--model", "alexnet"], "alexnet"),
     ],
     ids=" ".join,
