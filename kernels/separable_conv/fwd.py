@@ -173,19 +173,19 @@ def _separable_conv_fwd_dw_kernel(
             tl.store(counts_ptr + tile, count)
 
 
-@triton.jit(do_not_specialize=["M", "image_pixels"])
+@triton.jit(do_not_specialize=["M", "image_pixels", "mid_bits", "post_bits"])
 def _separable_conv_fwd_pw_kernel(
     u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     pw_ptr, pw_bias_ptr, image_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
-    M, image_pixels,
+    M, image_pixels, mid_bits, post_bits,
     z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
-    MID_EPS: tl.constexpr, POST_EPS: tl.constexpr,
     C: tl.constexpr, COUT: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
     IMAGE_BIAS: tl.constexpr, POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    mid_eps, post_eps = float_of(mid_bits), float_of(post_bits)  # as constants they cost hundreds of spills on gfx942
     tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
     row0 = tile.to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -199,7 +199,7 @@ def _separable_conv_fwd_pw_kernel(
         mask_k = offs_k < C
         a = tl.load(u_ptr + offs_m[:, None] * C + offs_k[None, :], mask=mask_m[:, None] & mask_k[None, :], other=0.0)
         if MID_NORM or MID_ACT != "none":
-            a = norm_act(a.to(ACC), mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, MID_EPS,
+            a = norm_act(a.to(ACC), mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
                          MID_NORM, MID_AFFINE, MID_ACT, ACC).to(u_ptr.dtype.element_ty)  # fmt: skip
         mask_w = mask_k[:, None] & (offs_n < COUT)[None, :]
         w = tl.load(pw_ptr + offs_n[None, :] * C + offs_k[:, None], mask=mask_w, other=0.0)
@@ -211,7 +211,7 @@ def _separable_conv_fwd_pw_kernel(
         acc += tl.load(image_bias_ptr + offs, mask=mask_m[:, None] & (offs_n < COUT)[None, :], other=0.0).to(ACC)
 
     finish_tile(acc, z_ptr, y_ptr, residual_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr,
-                tile_stats_ptr, counts_ptr, row0 + offs_m, mask_m, offs_n, POST_EPS, tile, pid_n,
+                tile_stats_ptr, counts_ptr, row0 + offs_m, mask_m, offs_n, post_eps, tile, pid_n,
                 COUT, POST_NORM, POST_AFFINE, POST_ACT, RESIDUAL, STATS, SAVE_Z, ACC)  # fmt: skip
 
 
@@ -337,9 +337,8 @@ def separable_conv_fwd_pw(
     launch(
         _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         u, *mid_vectors, w.pw, pw_bias, own_bias, *post_vectors, skip,
-        g.pixels, g.OH * g.OW,
+        g.pixels, g.OH * g.OW, bits_of(mid_eps), bits_of(post_eps),
         y if z is None else z, z if y is None else y, tile_stats, counts,
-        MID_EPS=mid_eps, POST_EPS=post_eps,
         C=g.C, COUT=g.COUT, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
         IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act,
         RESIDUAL=side, STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,
