@@ -7,9 +7,9 @@ from fastseg.kernels.common.tiles import clamp_index
 
 
 @triton.jit
-def float_of(bits):
-    """The fp32 value that an int32 scalar holds, as ``runtime.sizes.bits_of`` makes it."""
-    return bits.to(tl.float32, bitcast=True)
+def float_of(bits, dtype: tl.constexpr):
+    """The number whose bits an integer scalar holds, as ``runtime.sizes.bits_of`` makes it, in ``dtype``."""
+    return bits.to(tl.int64).to(tl.float64, bitcast=True).to(dtype)
 
 
 @triton.jit

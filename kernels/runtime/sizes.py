@@ -40,9 +40,10 @@ def memoized_as_given(fn: Callable) -> Callable:
     return call
 
 
+@functools.lru_cache(maxsize=4096)  # a look-up is no Python call
 def bits_of(value: float) -> int:
-    """The bits of ``value`` in fp32 as an int32: kernels that may become plugins take no float scalars."""
-    return struct.unpack("i", struct.pack("f", value))[0]
+    """The bits of ``value`` in fp64 as an int64: kernels that may become plugins take no float scalars."""
+    return struct.unpack("q", struct.pack("d", value))[0]
 
 
 def source_scale(low: int, full: int, align_corners: bool, factor: float | None = None) -> float:

@@ -107,7 +107,7 @@ def _separable_conv_fwd_fused_kernel(
     PHASED: tl.constexpr, UNROLL: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    mid_eps, post_eps = float_of(mid_bits), float_of(post_bits)  # as constants they cost 2 spills on sm_90
+    mid_eps, post_eps = float_of(mid_bits, ACC), float_of(post_bits, ACC)  # as constants they cost 2 spills on sm_90
     BLOCK_M: tl.constexpr = BLOCK_H * BLOCK_W
     tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
     n, oy, ox, mask_m = dilated_tile_pixels(tile, OH, OW, dilation, PHASED, BLOCK_H, BLOCK_W)
@@ -185,7 +185,10 @@ def _separable_conv_fwd_pw_kernel(
     RESIDUAL: tl.constexpr, STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    mid_eps, post_eps = float_of(mid_bits), float_of(post_bits)  # as constants they cost hundreds of spills on gfx942
+    mid_eps, post_eps = (
+        float_of(mid_bits, ACC),
+        float_of(post_bits, ACC),
+    )  # as constants they cost hundreds of spills on gfx942
     tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
     row0 = tile.to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)

@@ -54,7 +54,8 @@ def _upsample_argmax_fwd_kernel(
     C: tl.constexpr, ALIGN_CORNERS: tl.constexpr, PRUNE: tl.constexpr, ACC: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    scale_h, scale_w, inverse_h = float_of(bits_h), float_of(bits_w), float_of(bits_inverse)
+    scale_h, scale_w = float_of(bits_h, tl.float32), float_of(bits_w, tl.float32)
+    inverse_h = float_of(bits_inverse, tl.float32)
     n, y0, row_first, row_end, column = upsample_tile(tl.program_id(0), h, H, W, scale_h, inverse_h, splits,
                                                       ALIGN_CORNERS, ACC, BLOCK_H, BLOCK_W)  # fmt: skip
     offs_w = column + tl.arange(0, BLOCK_W)

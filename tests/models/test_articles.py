@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "articles.md"
-HEADS = ("FCN", "U-Net", "UNet++", "SegNet", "DeepLab V1 to V3", "DeepLabV3+")
+HEADS = ("FCN", "U-Net", "3D U-Net", "UNet++", "SegNet", "DeepLab V1 to V3", "DeepLabV3+")
 
 
 def rows(text: str) -> list[list[str]]:
