@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.kernels.runtime.ceilings import OWN_GEMM, OWN_LANES, Chip, chip_of
-from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, followed, no_kernel, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, no_kernel, use_kernel
 from fastseg.ops.core.forms import Cost, Form, Forms, Reference
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
@@ -79,7 +79,7 @@ def masks_to_classes(
     masks, p = mask_logits.detach(), probabilities(class_scores.detach(), mask_logits)
     args = (p, masks, at, H, W, factors, align_corners, dtype)
     eager = masks.is_cpu and not followed(masks, p)
-    if eager and not INTERPRETED:
+    if eager and no_kernel(masks):
         return FORMS(_request(*args[:5]), *args, recorded=masks)
     if at is not None:
         sums = _sums(p, masks, *at, (0.0, 0.0), align_corners)
