@@ -51,10 +51,8 @@ def scored(weights: Path, test: FolderDataset) -> dict[str, float]:
     model, total = load_checkpoint(weights)[0], ConfusionMatrix(2)
     for image, label in (test[i] for i in range(len(test))):
         total.update(torch.from_numpy(segment(model, image[None])), torch.as_tensor(label)[None])
-    counts = total.matrix.double()
-    hit, true, predicted = counts[NUCLEUS, NUCLEUS], counts[NUCLEUS].sum(), counts[:, NUCLEUS].sum()
-    return {"iou": (hit / (true + predicted - hit)).item(), "precision": (hit / predicted).item(),
-            "recall": (hit / true).item()}  # fmt: skip
+    found = total.compute()
+    return {name: getattr(found, name)[NUCLEUS].item() for name in ("iou", "precision", "recall")}
 
 
 def draw(path: Path, results: dict[str, dict]) -> None:

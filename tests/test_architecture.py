@@ -27,7 +27,7 @@ ROOMS = {
         {"torch", "numpy", "matplotlib", "onnxruntime", "openvino"},
     ),
     "integrations": ({"integrations", "ops"}, {"torch", "numpy", "nnunetv2"}),
-    "exporting": ({"exporting", "inference", "io", "models", "ops"}, {"torch", "numpy", "onnxruntime"}),
+    "exporting": ({"exporting", "inference", "io", "models", "nn", "ops"}, {"torch", "numpy", "onnxruntime"}),
     "converting": ({"converting", "measure", "nn", "ops"}, {"torch"}),
     "training": (
         {"training", "inference", "io", "losses", "metrics", "models", "nn", "ops"},

@@ -1,12 +1,10 @@
 """Convert weights: those of other codes into fastseg's own file, and back under the names they came with."""
 
 import argparse
-import sys
-import warnings
 from pathlib import Path
 
 from fastseg.cli.common import say
-from fastseg.cli.weights import add_weights
+from fastseg.cli.weights import add_weights, said
 from fastseg.io.checkpoint import read_checkpoint, save_checkpoint
 from fastseg.io.exchange import save_weights_like
 
@@ -31,11 +29,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("no weights to convert: give --weights FILE")
     if args.output.is_dir():
         raise IsADirectoryError(f"{args.output}: is a directory; name the file to write")
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
+    with said(args.command):
         found = read_checkpoint(args.weights, args.model, options=dict(args.option), key=args.weights_key)
-    for note in notes:
-        say(f"fastseg checkpoint: {note.message}", sys.stderr)
     if args.like is None:
         save_checkpoint(args.output, found.model, found.name, found.options, found.classes)
     else:

@@ -3,6 +3,8 @@
 import argparse
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -50,11 +52,17 @@ def read_weights(
         if not random or args.model is None:
             raise ValueError(f"{args.model or 'no model'}: give --weights FILE, or a --model with weights of its own")
         print(f"fastseg {args.command}: no --weights: the weights are random", file=sys.stderr)
-    with warnings.catch_warnings(record=True) as notes:
-        warnings.simplefilter("always", UserWarning)
-        result = load_model(
+    with said(args.command):
+        return load_model(
             args.model, weights=args.weights, classes=num_classes, options=dict(args.option), key=args.weights_key
         )
+
+
+@contextmanager
+def said(command: str) -> Iterator[None]:
+    """Print the warnings of the block to stderr, a line each, once it has ended well."""
+    with warnings.catch_warnings(record=True) as notes:
+        warnings.simplefilter("always", UserWarning)
+        yield
     for note in notes:
-        print(f"fastseg {args.command}: {note.message}", file=sys.stderr)
-    return result
+        print(f"fastseg {command}: {note.message}", file=sys.stderr)

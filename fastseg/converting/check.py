@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fastseg.converting.classes import fused_everywhere
 from fastseg.measure.counting import products_and_bytes
+from fastseg.nn.modes import evaluating
 from fastseg.ops.core.torch_private import tree_leaves, tree_map_only
 
 FLOAT64 = 1e-9
@@ -78,19 +79,6 @@ def run_example(model: nn.Module, example: Any):
     if isinstance(example, dict):
         return model(**example)
     return model(*example) if isinstance(example, (tuple, list)) else model(example)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Inside the block, every module is in evaluation."""
-    modes = [(module, module.training) for module in model.modules()]
-    for module, _ in modes:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 @contextmanager

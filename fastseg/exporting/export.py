@@ -2,8 +2,7 @@
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from fastseg.exporting.package_file import open_package, write_package
 from fastseg.exporting.preprocessing import Preprocessing
 from fastseg.exporting.trace import MORE, larger, traced
 from fastseg.io.files import atomic_write, look_at_folder, make_folder
+from fastseg.nn.modes import evaluating
 
 SUFFIXES = (".onnx", ".pt2")
 TOLERANCE = 1e-3  # of a logit over the largest, and of a probability: other orders of sums
@@ -99,7 +99,7 @@ def export(
             f"export: example is {tuple(example.shape)} {example.dtype}; give (N, C, H, W), floating point"
         )
     make_folder(path.parent, (path.name,))
-    with _evaluating(model), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+    with evaluating(model), torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         answer = Answer(model, output, preprocessing, example).eval()
         if preprocessing is not None and len(preprocessing.mean) != example.shape[1]:
             raise ValueError(f"export: mean is {preprocessing.mean}, the example has {example.shape[1]} channels")
@@ -136,18 +136,6 @@ def checked_path(path: str | Path) -> Path:
         raise ImportError(f"export: {packages_missing()} not installed: pip install fastseg-kernels[onnx]")
     look_at_folder(path.parent, (path.name,))
     return path
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module's own."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _checked(answer: Answer, made: Path, example: Tensor, free: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from torch import nn
 from fastseg.inference.classes import class_map
 from fastseg.inference.runner import FORWARD, PREDICT, Runner
 from fastseg.io.images import first_line
+from fastseg.nn.modes import evaluating
 
 METHODS = (FORWARD, PREDICT)
 
@@ -79,9 +80,7 @@ def warmup(
     own = next((p.dtype for p in net.parameters() if p.is_floating_point()), torch.float32)
     last = any(t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in tensors if t.numel() > 1)
     warmed = []
-    modes = [(module, module.training) for module in net.modules()]
-    try:
-        net.eval()
+    with evaluating(net):
         for shape in sizes:
             for method in methods:
                 x = lambda shape=shape: torch.zeros(shape, dtype=own, device=where).to(
@@ -90,9 +89,6 @@ def warmup(
                 with torch.no_grad(), torch.autocast(where.type, dtype, enabled=dtype not in (None, own)):
                     warmed.append(_warmed(model, method, shape, x))
                 progress(warmed[-1])
-    finally:
-        for module, training in modes:
-            module.training = training
     failed = [str(one) for one in warmed if one.error]
     if failed:
         raise RuntimeError(f"warmup: {len(failed)} of {len(warmed)} failed: {'; '.join(failed)}")

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Suppress log lines up to warnings, warnings, and what is printed on stdout."""
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+def quiet(level: int = logging.WARNING, *, printed: bool = True) -> Iterator[None]:
+    """Suppress log lines up to ``level``, warnings, and, if ``printed``, what any thread prints on stdout."""
+    before = logging.root.manager.disable
+    logging.disable(level)
+    stdout = contextlib.redirect_stdout(io.StringIO()) if printed else contextlib.nullcontext()
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), stdout:
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(level)
+        logging.disable(before)

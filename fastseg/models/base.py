@@ -49,7 +49,7 @@ class SegmentationNet(nn.Module):
         With ``confidence`` a pair: it, and the probability of each pixel's class, (N, H, W) float32.
         """
         logits = self.logits(x)
-        size = logits.shape[-2:] if self.align_corners is None else x.shape[-2:]
+        size = logits.shape[2:] if self.align_corners is None else x.shape[2:]
         return self.upsample_argmax(logits, size, confidence=confidence)
 
     def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
@@ -65,7 +65,7 @@ class SegmentationNet(nn.Module):
 
     def _cross_entropy(self, logits: Tensor | list[Tensor], target: Tensor, **options: Any) -> Tensor:
         shape = (logits if isinstance(logits, Tensor) else logits[0]).shape
-        if self.align_corners is None and target.shape[-2:] != shape[-2:]:
+        if self.align_corners is None and target.shape[2 - len(shape) :] != shape[2:]:
             raise ValueError(
                 f"{type(self).__name__}.loss: logits are {tuple(shape)}, target is {tuple(target.shape)}; "
                 "give them equal sides"
@@ -74,6 +74,41 @@ class SegmentationNet(nn.Module):
 
     def _resize(self, x: Tensor, size: torch.Size) -> Tensor:
         return F.interpolate(x, size=size, mode="bilinear", align_corners=self.align_corners)
+
+
+class AuxiliaryNet(SegmentationNet):
+    """A net with a second head, which its loss takes too, in training.
+
+    A subclass defines ``auxiliary``, the second head or None, and ``both``, and may change ``aux_weight``.
+    """
+
+    aux_weight = 0.5  # of the second head's loss
+
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        """The second head, if there is one."""
+        raise NotImplementedError
+
+    def both(self, x: Tensor) -> list[Tensor]:
+        """(N, in_channels, H, W) -> logits of the head, and of the second head, each at its own size."""
+        raise NotImplementedError
+
+    @leaf
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with a second head, in training, a list of two."""
+        if not (self.training and self.auxiliary is not None):
+            return super().forward(x)
+        return [self._resize(logits, x.shape[-2:]) for logits in self.both(x)]
+
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W), both heads' in training.
+
+        ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
+        """
+        if not (self.training and self.auxiliary is not None):
+            return super().loss(x, target, **options)
+        main, auxiliary = (self._cross_entropy(logits, target, **options) for logits in self.both(x))
+        return main + self.aux_weight * auxiliary
 
 
 def init_kaiming_(model: nn.Module) -> None:

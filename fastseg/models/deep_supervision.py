@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastseg.nn.loss import criterion
+from fastseg.nn.modes import evaluating
 
 SIDE = 64  # pixels per side of the image that is traced through the net; enough to tell depths 0 to 5 apart
 
@@ -164,7 +165,7 @@ def _followed(model: nn.Module, at: Sequence[str | int], in_channels: int | None
         in_channels = next(module.in_channels for module in modules.values() if isinstance(module, nn.Conv2d))
     like = next(model.parameters())
     x = torch.zeros(1, in_channels, SIDE, SIDE, device=like.device, dtype=like.dtype)
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         with _outputs(modules) as every:
             logits = model.logits(x)
         is_map = lambda y: isinstance(y, Tensor) and y.dim() == 4 and y is not logits
@@ -186,15 +187,3 @@ def _followed(model: nn.Module, at: Sequence[str | int], in_channels: int | None
         if not is_map(maps[key]):
             raise ValueError(f"DeepSupervision: {key!r} of {name} gives no map (N, C, h, w)")
     return names, [maps[key].shape[1] for key in names], logits.shape[1]
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside the block; afterwards each module's own mode, such as that of a frozen norm."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -1,25 +1,22 @@
 """DeepLabV3: atrous spatial pyramid pooling on a dilated ResNet."""
 
 from collections.abc import Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
-from fastseg.models.base import SegmentationNet
+from fastseg.models.base import AuxiliaryNet
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.encoders.resnet import DilationStyle
 from fastseg.models.fcn_head import fcn_head
 from fastseg.nn.aspp import ASPP
 from fastseg.nn.fuse.sequential import Sequential
-from fastseg.nn.leaf import leaf
 
 BACKBONES = ("resnet50", "resnet101", "resnet18", "resnet34")
 RATES = (12, 24, 36)  # at output stride 8; half of that at 16
 CHANNELS = 256
-AUX_WEIGHT = 0.5  # of the auxiliary loss
 
 
-class DeepLabV3(SegmentationNet):
+class DeepLabV3(AuxiliaryNet):
     """DeepLabV3 (Chen et al., arXiv:1706.05587), with torchvision's names, which resizes with ``align_corners=False``.
 
     The weights of ``torchvision.models.segmentation.deeplabv3_resnet50`` and ``_resnet101`` load unchanged, with
@@ -85,26 +82,14 @@ class DeepLabV3(SegmentationNet):
         )
         self.aux_classifier = fcn_head(middle, num_classes) if aux else None
 
-    @leaf
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
-        if not (self.training and self.aux_classifier is not None):
-            return super().forward(x)
-        return [self._resize(logits, x.shape[-2:]) for logits in self._both(self.backbone(x))]
-
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits at the output stride."""
         return self.classifier(self.backbone(x)[-1])
 
-    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        return self.aux_classifier
 
-        ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
-        """
-        if not (self.training and self.aux_classifier is not None):
-            return super().loss(x, target, **options)
-        main, auxiliary = (self._cross_entropy(logits, target, **options) for logits in self._both(self.backbone(x)))
-        return main + AUX_WEIGHT * auxiliary
-
-    def _both(self, features: list[Tensor]) -> list[Tensor]:
-        return [self.classifier(features[-1]), self.aux_classifier(features[-2])]
+    def both(self, x: Tensor) -> list[Tensor]:
+        *_, middle, deep = self.backbone(x)
+        return [self.classifier(deep), self.aux_classifier(middle)]

@@ -5,8 +5,7 @@ from torch import Tensor, nn
 from fastseg.models.base import SegmentationNet
 from fastseg.models.encoders.mit import VARIANTS, MixTransformer
 from fastseg.nn.fuse.conv_norm_act import convolve
-from fastseg.nn.fuse.resize import not_same_size, run_conv_of_linears, run_linear_fuse
-from fastseg.nn.fuse.watch import watched
+from fastseg.nn.fuse.resize import run_linear_fuse
 
 
 class SegFormer(SegmentationNet):
@@ -84,7 +83,5 @@ class SegFormerHead(nn.Module):
         """(N, C_i, h_i, w_i) each, the first the largest -> (N, num_classes, h_0, w_0)."""
         maps, linears = features[::-1], [projection["proj"] for projection in self.linear_c][::-1]
         size = features[0].shape[2:]
-        plain = not any(watched(linear, nn.Linear) for linear in linears) and not not_same_size(self.linear_fuse, (1,))
-        run = run_linear_fuse if plain else run_conv_of_linears
-        y = run(maps, linears, size, self.linear_fuse, self.batch_norm, self.activation)
+        y = run_linear_fuse(maps, linears, size, self.linear_fuse, self.batch_norm, self.activation)
         return convolve(self.classifier, self.dropout(y))

@@ -19,7 +19,76 @@ Padding = Literal["valid", "same"]
 Up = Literal["transpose", "bilinear"]
 
 
-class UNet(SegmentationNet):
+class UShape(SegmentationNet):
+    """What U-Nets of maps and of volumes share: the walk down and up, its sizes, and the window that a loss looks at.
+
+    A subclass has ``inc``, ``down1`` to ``down<depth>``, ``dropout``, ``up1`` to ``up<depth>`` and ``outc``.
+    """
+
+    unit = "pixels"
+    padding: str
+    depth: int
+    inc: nn.Module
+    dropout: nn.Module
+    outc: nn.Module
+
+    @property
+    def stride(self) -> int:
+        """Pixels of the input per pixel of the deepest map. Tiles that begin at multiples of it are pooled as it is."""
+        return 2**self.depth
+
+    @property
+    def margin(self) -> int:
+        """Pixels at each side of the input that the logits do not cover."""
+        return 6 * self.stride - 4 if self.padding == "valid" else 0
+
+    def logits(self, x: Tensor) -> Tensor:
+        """(N, in_channels, sides) -> logits (N, num_classes, sides - 2 margin); two sides, of a volume three."""
+        self._check(x)
+        x = self.inc(innermost(x))
+        skips = []
+        for i in range(1, self.depth + 1):
+            skips.append(x)
+            x = getattr(self, f"down{i}")(x)
+        x = self.dropout(x)
+        for i, skip in enumerate(reversed(skips), 1):
+            x = getattr(self, f"up{i}")(x, skip)
+        return self.outc(x)
+
+    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
+        """Cross entropy of ``forward(x)`` and class indices ``target`` (N, sides), of which the logits' window counts.
+
+        ``target`` has the size of the input, or that of the logits. ``options`` are those of
+        ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
+
+        Raises:
+            ValueError: ``target`` has neither size.
+        """
+        m, axes = self.margin, x.dim() - 2
+        if m and target.shape[-axes:] == x.shape[2:]:
+            for axis in range(-axes, 0):
+                target = target.narrow(axis, m, target.shape[axis] - 2 * m)
+        return super().loss(x, target, **options)
+
+    def _check(self, x: Tensor) -> None:
+        name, sides = type(self).__name__, x.shape[2:]
+        if self.padding == "same":
+            if any(side < self.stride for side in sides):
+                raise ValueError(
+                    f"{name}: x is {tuple(x.shape)}; a side of {self.stride} {self.unit} or more is needed"
+                )
+            return
+        least = 2 * self.margin + 1
+        least += -(least + 4) % self.stride
+        if any(side < least or (side + 4) % self.stride for side in sides):
+            near = "x".join(str(max(least, side + -(side + 4) % self.stride)) for side in sides)
+            raise ValueError(
+                f"{name}: x is {tuple(x.shape)}; without padding a side is {least} + a multiple of {self.stride}: pad "
+                f"to {near}, or use padding='same'"
+            )
+
+
+class UNet(UShape):
     """U-Net (Ronneberger, Fischer and Brox, arXiv:1505.04597), as published and in its padded forms.
 
     Each scale has two 3x3 convolutions with ReLU and a 2x2 max pooling. On the way up, the map is doubled and
@@ -84,58 +153,6 @@ class UNet(SegmentationNet):
             channels = out_channels
         self.outc = _Classifier(channels, num_classes)
         init_kaiming_(self)
-
-    @property
-    def stride(self) -> int:
-        """Image pixels per pixel of the deepest map. Tiles that begin at multiples of it are pooled as the image is."""
-        return 2**self.depth
-
-    @property
-    def margin(self) -> int:
-        """Pixels at each side of the image that the logits do not cover."""
-        return 6 * self.stride - 4 if self.padding == "valid" else 0
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H - 2 margin, W - 2 margin)."""
-        self._check(x)
-        x = self.inc(innermost(x))
-        skips = []
-        for i in range(1, self.depth + 1):
-            skips.append(x)
-            x = getattr(self, f"down{i}")(x)
-        x = self.dropout(x)
-        for i, skip in enumerate(reversed(skips), 1):
-            x = getattr(self, f"up{i}")(x, skip)
-        return self.outc(x)
-
-    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Cross entropy of ``forward(x)`` and class indices ``target`` (N, H, W), of which the logits' window counts.
-
-        ``target`` has the size of the image, or that of the logits. ``options`` are those of
-        ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
-
-        Raises:
-            ValueError: ``target`` has neither size.
-        """
-        m = self.margin
-        if m and target.shape[-2:] == x.shape[-2:]:
-            target = target[..., m:-m, m:-m]
-        return super().loss(x, target, **options)
-
-    def _check(self, x: Tensor) -> None:
-        sides = x.shape[-2:]
-        if self.padding == "same":
-            if any(side < self.stride for side in sides):
-                raise ValueError(f"UNet: x is {tuple(x.shape)}; a side of {self.stride} pixels or more is needed")
-            return
-        least = 2 * self.margin + 1
-        least += -(least + 4) % self.stride
-        if any(side < least or (side + 4) % self.stride for side in sides):
-            near = [max(least, side + -(side + 4) % self.stride) for side in sides]
-            raise ValueError(
-                f"UNet: x is {tuple(x.shape)}; without padding a side is {least} + a multiple of {self.stride}: pad to "
-                f"{near[0]}x{near[1]}, or use padding='same'"
-            )
 
 
 class DoubleConv(nn.Module):

@@ -2,13 +2,13 @@
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseg.models.base import SegmentationNet
+from fastseg.models.unet import UShape
 from fastseg.nn.pooling import MaxPool3d
 from fastseg.nn.upsampling import Upsample
 
@@ -18,7 +18,7 @@ Padding = Literal["valid", "same"]
 Up = Literal["transpose", "trilinear"]
 
 
-class UNet3d(SegmentationNet):
+class UNet3d(UShape):
     """3D U-Net (Cicek, Abdulkadir, Lienkamp, Brox and Ronneberger, arXiv:1606.06650), as published and padded.
 
     Each scale has two 3x3x3 convolutions with batch norm and ReLU, and a 2x2x2 max pooling. The first convolution of
@@ -49,6 +49,8 @@ class UNet3d(SegmentationNet):
         >>> model(torch.randn(1, 1, 9, 8, 7)).shape
         torch.Size([1, 2, 9, 8, 7])
     """
+
+    unit = "voxels"
 
     def __init__(
         self,
@@ -89,68 +91,10 @@ class UNet3d(SegmentationNet):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    @property
-    def stride(self) -> int:
-        """Voxels per voxel of the deepest volume. Tiles that begin at multiples of it are pooled as the volume is."""
-        return 2**self.depth
-
-    @property
-    def margin(self) -> int:
-        """Voxels at each side of the volume that the logits do not cover."""
-        return 6 * self.stride - 4 if self.padding == "valid" else 0
-
-    def logits(self, x: Tensor) -> Tensor:
-        """(N, in_channels, D, H, W) -> logits (N, num_classes, D - 2 margin, H - 2 margin, W - 2 margin)."""
-        self._check(x)
-        x = self.inc(x)
-        skips = []
-        for i in range(1, self.depth + 1):
-            skips.append(x)
-            x = getattr(self, f"down{i}")(x)
-        x = self.dropout(x)
-        for i, skip in enumerate(reversed(skips), 1):
-            x = getattr(self, f"up{i}")(x, skip)
-        return self.outc(x)
-
-    def predict(self, x: Tensor, *, confidence: bool = False) -> Any:
-        """(N, in_channels, D, H, W) -> class volume, ``forward(x).argmax(1)``; uint8 up to 256 classes."""
-        logits = self.logits(x)
-        return self.upsample_argmax(logits, tuple(logits.shape[-3:]), confidence=confidence)
-
-    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Cross entropy of ``forward(x)`` and class indices ``target`` (N, D, H, W); the logits' window of it counts.
-
-        ``target`` has the size of the volume, or that of the logits. ``options`` are those of ``UNet.loss``.
-
-        Raises:
-            ValueError: ``target`` has neither size.
-        """
-        m = self.margin
-        if m and target.shape[-3:] == x.shape[-3:]:
-            target = target[..., m:-m, m:-m, m:-m]
-        logits = self.logits(x)
-        if target.shape[-3:] != logits.shape[-3:]:
-            raise ValueError(
-                f"UNet3d.loss: logits are {tuple(logits.shape)}, target is {tuple(target.shape)}; give them equal sides"
-            )
-        return self._cross_entropy(logits, target, **options)
-
     def _check(self, x: Tensor) -> None:
         if x.dim() != 5:
             raise ValueError(f"UNet3d: x is {tuple(x.shape)}; give (N, in_channels, D, H, W)")
-        sides = x.shape[-3:]
-        if self.padding == "same":
-            if any(side < self.stride for side in sides):
-                raise ValueError(f"UNet3d: x is {tuple(x.shape)}; a side of {self.stride} voxels or more is needed")
-            return
-        least = 2 * self.margin + 1
-        least += -(least + 4) % self.stride
-        if any(side < least or (side + 4) % self.stride for side in sides):
-            near = "x".join(str(max(least, side + -(side + 4) % self.stride)) for side in sides)
-            raise ValueError(
-                f"UNet3d: x is {tuple(x.shape)}; without padding a side is {least} + a multiple of {self.stride}: pad "
-                f"to {near}, or use padding='same'"
-            )
+        super()._check(x)
 
 
 class DoubleConv3d(nn.Module):

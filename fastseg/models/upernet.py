@@ -1,13 +1,12 @@
 """UPerNet: a feature pyramid with pyramid pooling on top, on any encoder."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastseg.models.base import SegmentationNet
+from fastseg.models.base import AuxiliaryNet
 from fastseg.models.encoders import ENCODERS
 from fastseg.models.encoders.mit import VARIANTS, MixTransformer
 from fastseg.nn.fuse.conv_norm_act import convolve, run_conv_norm_act
@@ -18,10 +17,9 @@ from fastseg.nn.leaf import leaf
 CONVOLUTIONAL = ("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2")  # of ENCODERS
 BACKBONES = (*CONVOLUTIONAL, *VARIANTS)
 POOLS = (1, 2, 3, 6)  # sides of the pooled maps
-AUX_WEIGHT = 0.4  # of the auxiliary loss
 
 
-class UPerNet(SegmentationNet):
+class UPerNet(AuxiliaryNet):
     """UPerNet for semantic segmentation (Xiao et al., arXiv:1807.10221), its heads named as Hugging Face's.
 
     ``decode_head`` and ``auxiliary_head`` of ``UperNetForSemanticSegmentation`` load into the same-named modules. Maps
@@ -50,6 +48,8 @@ class UPerNet(SegmentationNet):
         torch.Size([1, 21, 65, 47])
     """
 
+    aux_weight = 0.4
+
     def __init__(
         self,
         num_classes: int,
@@ -75,31 +75,15 @@ class UPerNet(SegmentationNet):
         self.decode_head = UPerHead(widths, channels, num_classes)
         self.auxiliary_head = _AuxiliaryHead(widths[2], max(1, channels // 2), num_classes) if aux else None
 
-    @leaf
-    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        """(N, in_channels, H, W) -> logits (N, num_classes, H, W); with ``aux``, in training, a list of two."""
-        if not self._two_heads():
-            return super().forward(x)
-        return [self._resize(logits, x.shape[-2:]) for logits in self._both(x)]
-
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, H, W) -> logits at stride 4, (N, num_classes, ceil(H / 4), ceil(W / 4))."""
         return self.decode_head(self.backbone(x)[-4:])
 
-    def loss(self, x: Tensor, target: Tensor, **options: Any) -> Tensor:
-        """Cross entropy of ``forward(x)`` and the class indices ``target`` (N, H, W).
+    @property
+    def auxiliary(self) -> nn.Module | None:
+        return self.auxiliary_head
 
-        ``options`` are those of ``fastseg.nn.UpsampleCrossEntropyLoss``, such as ``ignore_index=255``.
-        """
-        if not self._two_heads():
-            return super().loss(x, target, **options)
-        main, auxiliary = (self._cross_entropy(logits, target, **options) for logits in self._both(x))
-        return main + AUX_WEIGHT * auxiliary
-
-    def _two_heads(self) -> bool:
-        return self.training and self.auxiliary_head is not None
-
-    def _both(self, x: Tensor) -> list[Tensor]:
+    def both(self, x: Tensor) -> list[Tensor]:
         features = self.backbone(x)[-4:]
         return [self.decode_head(features), self.auxiliary_head(features[2])]
 

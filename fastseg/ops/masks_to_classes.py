@@ -1,6 +1,6 @@
 """Class map of a mask classifier: of class scores and mask logits of queries."""
 
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -196,19 +196,21 @@ class _Kernel(Form):
         return masks_to_classes_fwd(masks, p, upsampling(masks, H, W, factors, align_corners), dtype)
 
 
-class _Rows(Form):
-    """On a CPU, in blocks of rows on threads."""
+class Rows(Form):
+    """On a CPU, in blocks of rows on threads: for large and finite values; ``run`` is of the op."""
 
     name, path = "rows", "torch"
 
-    def refuses(self, r: Request) -> str:
+    def refuses(self, r: Any) -> str:
         if not r.cpu:
             return "not on a CPU"
         return "" if not r.large or r.finite else "NaN or infinity"
 
-    def cost(self, r: Request) -> Cost:
+    def cost(self, r: Any) -> Cost:
         return Cost(r.large, None, "few values: they stay in the caches")
 
+
+class _ClassRows(Rows):
     def run(
         self, p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, factors: Factors,
         align_corners: bool, dtype: torch.dtype,
@@ -232,7 +234,7 @@ def _steps(
     return torch.cat([_lines(q, m, *args) for q, m in zip(p.split(1), masks.split(1), strict=True)])
 
 
-FORMS = Forms(NAME, [_Kernel(), _Rows(), Reference(_steps)])
+FORMS = Forms(NAME, [_Kernel(), _ClassRows(), Reference(_steps)])
 
 
 # --- the registered op

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import followed
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Forms, Reference
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.upsample import interpolate, is_finite, output_size
 from fastseg.ops.cpu.masks_to_queries import queries_by_rows
+from fastseg.ops.masks_to_classes import Rows
 
 NAME = "masks_to_queries"
 Size = int | tuple[int, int] | None
@@ -123,17 +124,7 @@ def _request(scores: Tensor, masks: Tensor, H: int, W: int) -> Request:
     return Request(masks.is_cpu, large, large and is_finite(masks) and is_finite(scores))
 
 
-class _Rows(Form):
-    name, path = "rows", "torch"
-
-    def refuses(self, r: Request) -> str:
-        if not r.cpu:
-            return "not on a CPU"
-        return "" if not r.large or r.finite else "NaN or infinity"
-
-    def cost(self, r: Request) -> Cost:
-        return Cost(r.large, None, "few values: they stay in the caches")
-
+class _QueryRows(Rows):
     def run(self, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         return queries_by_rows(*args)
 
@@ -147,4 +138,4 @@ def _steps(scores: Tensor, masks: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(torch.cat(part) for part in parts)
 
 
-FORMS = Forms(NAME, [_Rows(), Reference(_steps)])
+FORMS = Forms(NAME, [_QueryRows(), Reference(_steps)])

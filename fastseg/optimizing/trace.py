@@ -1,15 +1,14 @@
 """The evaluation graph of a model: aten calls in which nothing is written in place."""
 
 import logging
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from fastseg.io.files import first_line
+from fastseg.io.quiet import quiet
 from fastseg.optimizing.graph import argument, assemble, aten
 
 DROPOUTS = (aten.dropout.default, aten.feature_dropout.default, aten.alpha_dropout.default)
@@ -73,7 +72,7 @@ def trace(model: nn.Module, inputs: tuple[Tensor, ...], sizes: Sizes) -> Traced:
     Raises:
         Untraceable: neither can, with the reason of each.
     """
-    with _quiet():
+    with quiet(logging.CRITICAL, printed=False):  # the notes say why a tracer fails; other threads may print
         return _first(model, inputs, sizes)
 
 
@@ -92,19 +91,6 @@ def _first(model: nn.Module, inputs: tuple[Tensor, ...], sizes: Sizes) -> Traced
     except Exception as error:
         notes.append(f"make_fx: {_reason(error)}")
     raise Untraceable("; ".join(notes))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Suppress what tracers log about a model that they cannot take: the notes say it."""
-    level = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
 
 
 def _reason(error: Exception) -> str:

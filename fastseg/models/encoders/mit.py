@@ -41,8 +41,8 @@ class MixTransformer(nn.Module):
         out_channels: the widths of what ``forward`` returns: maps at strides 4, 8, 16 and 32.
 
     Raises:
-        ValueError: the value of an option is out of range; in ``forward``, the image is smaller than 4 times the first
-            reduction.
+        ValueError: the value of an option is out of range; in ``forward``, the image is smaller than a stage's stride
+            times its reduction.
 
     Example:
         >>> [tuple(f.shape[1:]) for f in MixTransformer("mit_b0")(torch.randn(1, 3, 64, 96))]
@@ -84,7 +84,7 @@ class MixTransformer(nn.Module):
             stage = (Block(channels, count, reduction, rates.pop(0)) for _ in range(depth))
             self.block.append(nn.ModuleList(stage))
         self.layer_norm = nn.ModuleList(nn.LayerNorm(channels) for channels in widths)
-        self._least = 4 * reductions[0]
+        self._least = max([1, *(4 * 2**i * reduction for i, reduction in enumerate(reductions) if reduction > 1)])
         self._init()
 
     def forward(self, x: Tensor) -> list[Tensor]:

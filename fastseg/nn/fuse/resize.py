@@ -85,9 +85,12 @@ def run_linear_fuse(
     """``act(norm(conv(cat([interpolate(linear(m), size) for each map], 1))))``, linear layers over channels.
 
     The 1x1 convolution follows each linear layer with nothing but a resize between, so both are one matrix. It is made
-    at each call where that costs less than two products of the map, and once inside ``fastseg.frozen``. All modules
-    must be plain: ``watched``, ``not_same_size``.
+    at each call where that costs less than two products of the map, and once inside ``fastseg.frozen``. Modules that
+    are watched are called, one after the other.
     """
+    if any(watched(linear, nn.Linear) for linear in linears) or not_same_size(conv, (1,)):
+        maps = [linear(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for m, linear in zip(maps, linears, strict=True)]
+        return run_resize_concat_conv(maps, size, conv, norm, act, align_corners=align_corners)
     widths = [linear.out_features for linear in linears]
 
     def run(weight: Tensor, bias: Tensor | None, name: str | None) -> Tensor:
@@ -108,21 +111,6 @@ def run_linear_fuse(
         )
 
     return _folded_or_after(maps, conv, norm, act, run)
-
-
-def run_conv_of_linears(
-    maps: Sequence[Tensor],
-    linears: Sequence[nn.Module],
-    size: tuple[int, int],
-    conv: nn.Module,
-    norm: nn.Module | None,
-    act: Act,
-    *,
-    align_corners: bool = False,
-) -> Tensor:
-    """``run_linear_fuse`` where a linear layer or the convolution must be called: each module runs as it is written."""
-    maps = [linear(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for m, linear in zip(maps, linears, strict=True)]
-    return run_resize_concat_conv(maps, size, conv, norm, act, align_corners=align_corners)
 
 
 def _composing_pays(m: Tensor, linear: nn.Linear, outer: Tensor) -> bool:
