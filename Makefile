@@ -107,15 +107,15 @@ predict: setup
 	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.tools.predict $(if $(TUNE),--tune)
 
 roofline: setup
-	$(BIN)/python benchmarks/roofline.py
+	$(BIN)/python -m benchmarks.roofline
 
 # On a machine with a CUDA GPU, its own torch and Triton, and no network: nothing is downloaded.
 gpu:
 	$(PYTHON) -m pip install -q --no-deps --no-build-isolation -e .
-	$(PYTHON) benchmarks/gpu.py $(GPU_RUN)
+	$(PYTHON) -m benchmarks.gpu $(GPU_RUN)
 
 tune:
-	$(PYTHON) benchmarks/gpu.py --stage tune --budget $(BUDGET) $(if $(RESULTS),--results "$(RESULTS)")
+	$(PYTHON) -m benchmarks.gpu --stage tune --budget $(BUDGET) $(if $(RESULTS),--results "$(RESULTS)")
 
 # The GPU machine's versions, without a GPU: 5 GB, for a rehearsal and for compiling ahead. docs/gpu.md says more.
 GPU_ENV := .venv-gpu
@@ -128,18 +128,18 @@ $(GPU_ENV)/.ready:
 gpu-env: $(GPU_ENV)/.ready
 
 gpu-rehearse: gpu-env
-	$(GPU_ENV)/bin/python benchmarks/gpu.py --rehearse $(GPU_RUN)
+	$(GPU_ENV)/bin/python -m benchmarks.gpu --rehearse $(GPU_RUN)
 
 # What tests launch under the interpreter (minutes), then what the benchmarks launch; compiled for WARM seconds.
 WARM ?= 1800
 warm-cache: setup gpu-env
 	mkdir -p .triton-cache
-	TRITON_INTERPRET=1 PYTHONPATH=benchmarks $(BIN)/pytest -q -p warm_cache --signatures=$(CURDIR)/.triton-cache/signatures.pickle tests/ops tests/nn tests/models
-	$(GPU_ENV)/bin/python -P benchmarks/warm_cache.py --seconds $(WARM)
+	TRITON_INTERPRET=1 PYTHONPATH=$(CURDIR) $(BIN)/pytest -q -p benchmarks.gpu.warm_cache --signatures=$(CURDIR)/.triton-cache/signatures.pickle tests/ops tests/nn tests/models
+	$(GPU_ENV)/bin/python -m benchmarks.gpu.warm_cache --seconds $(WARM)
 
 # Compiles every kernel for one chip: minutes.
 docs: setup
-	TRITON_INTERPRET=0 $(BIN)/python benchmarks/pages.py --without-report
+	TRITON_INTERPRET=0 $(BIN)/python -m benchmarks.report.pages --without-report
 
 figures: setup
-	$(BIN)/python benchmarks/plot.py
+	$(BIN)/python -m benchmarks.report.plot

@@ -11,15 +11,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import problem
 import pytest
 import torch
-from op_floors import WIDTH, atrous_kernels
 from torch import Tensor
 from torch.nn import functional as F
-from useful_macs import region_fraction
-from workloads import ATROUS, ATROUS_OTHERS, AsppShape
 
+from benchmarks import problem
+from benchmarks.roofline.op_floors import WIDTH, atrous_kernels
+from benchmarks.roofline.useful_macs import region_fraction
+from benchmarks.workloads import ATROUS, ATROUS_OTHERS, AsppShape
 from fastseg.ops.atrous_conv2d import atrous_branches
 
 OP = "atrous_branches"

@@ -13,15 +13,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import harness
-import problem
 import pytest
 import torch
-from op_floors import norm_act_kernels
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import NORMS, NormShape
 
+from benchmarks import harness, problem
+from benchmarks.roofline.op_floors import norm_act_kernels
+from benchmarks.workloads import NORMS, NormShape
 from fastseg.ops import BatchNormArgs, batch_norm_act
 
 OP = "batch_norm_act"

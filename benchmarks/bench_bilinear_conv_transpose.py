@@ -13,14 +13,14 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-import problem
 import pytest
 import torch
-from floors import ITEM, Cost
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import COARSE, DECONV, HeadShape
 
+from benchmarks import problem
+from benchmarks.roofline.floors import ITEM, Cost
+from benchmarks.workloads import COARSE, DECONV, HeadShape
 from fastseg.nn import BilinearConvTranspose2d
 
 OP = "bilinear_conv_transpose"

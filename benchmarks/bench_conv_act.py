@@ -11,13 +11,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import problem
 import pytest
 import torch
-from floors import ITEM, Cost
 from torch import nn
-from workloads import CONVOLUTIONS, ConvShape
 
+from benchmarks import problem
+from benchmarks.roofline.floors import ITEM, Cost
+from benchmarks.workloads import CONVOLUTIONS, ConvShape
 from fastseg.nn import ConvNormAct2d
 
 OP = "conv_act"

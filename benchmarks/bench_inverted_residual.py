@@ -12,14 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import problem
 import pytest
 import torch
-from floors import DEVICES, floor_of
-from op_floors import mbconv_kernels
 from torch import Tensor, nn
-from workloads import BLOCKS, BlockShape
 
+from benchmarks import problem
+from benchmarks.roofline.floors import DEVICES, floor_of
+from benchmarks.roofline.op_floors import mbconv_kernels
+from benchmarks.workloads import BLOCKS, BlockShape
 from fastseg.models.encoders.mobilenet_v2 import InvertedResidual
 from fastseg.nn.fuse.conv_norm_act import folded, run_conv_norm_act
 from fastseg.nn.fuse.separable import run_separable

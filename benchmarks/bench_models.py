@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-import harness
 import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import MODELS, MODELS_TRAINING, MODELS_WITHOUT_FLOOR, ModelShape
 
+from benchmarks import harness
+from benchmarks.workloads import MODELS, MODELS_TRAINING, MODELS_WITHOUT_FLOOR, ModelShape
 from fastseg.measure.comparison import eager_form
 from fastseg.models import create
 

@@ -18,16 +18,15 @@ from dataclasses import replace
 from functools import partial
 from typing import ClassVar
 
-import harness
-import problem
 import pytest
 import torch
-from floors import ITEM, Cost
-from op_floors import pool_bytes
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import SEGNET_STAGES, PoolShape
 
+from benchmarks import harness, problem
+from benchmarks.roofline.floors import ITEM, Cost
+from benchmarks.roofline.op_floors import pool_bytes
+from benchmarks.workloads import SEGNET_STAGES, PoolShape
 from fastseg.ops import BatchNormArgs, PoolIndices, batch_norm_act_max_pool2d, max_pool2d, max_unpool2d
 
 OP = "pooling"

@@ -14,13 +14,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import problem
 import pytest
 import torch
-from floors import separable_inference
 from torch import nn
-from workloads import SEPARABLE, SEPARABLE_TRAINING, SeparableShape, tiny
 
+from benchmarks import problem
+from benchmarks.roofline.floors import separable_inference
+from benchmarks.workloads import SEPARABLE, SEPARABLE_TRAINING, SeparableShape, tiny
 from fastseg.nn import SeparableConv2d
 
 OP = "separable_conv"

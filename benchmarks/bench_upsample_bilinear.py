@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import problem
 import pytest
 import torch
-from floors import ITEM, Cost
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import COARSE, UPSAMPLING, HeadShape
 
+from benchmarks import problem
+from benchmarks.roofline.floors import ITEM, Cost
+from benchmarks.workloads import COARSE, UPSAMPLING, HeadShape
 from fastseg.ops import upsample_bilinear
 
 OP = "upsample_bilinear"

@@ -10,15 +10,14 @@ upsampled map, reads it and writes it again.
 from collections.abc import Callable
 from functools import partial
 
-import bench_upsample_bilinear
-import problem
 import pytest
 import torch
-from floors import ITEM, Cost
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import SKIPS, HeadShape
 
+from benchmarks import bench_upsample_bilinear, problem
+from benchmarks.roofline.floors import ITEM, Cost
+from benchmarks.workloads import SKIPS, HeadShape
 from fastseg.ops import upsample_concat
 
 OP = "upsample_concat"

@@ -11,14 +11,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import problem
 import pytest
 import torch
-from floors import ITEM, Cost
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import DECODERS, DecoderShape
 
+from benchmarks import problem
+from benchmarks.roofline.floors import ITEM, Cost
+from benchmarks.workloads import DECODERS, DecoderShape
 from fastseg.ops import upsample_concat_conv2d
 
 OP = "upsample_concat_conv2d"

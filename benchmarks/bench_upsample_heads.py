@@ -13,16 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
-import harness
-import problem
 import pytest
 import torch
-from floors import Cost
-from op_floors import argmax_kernels
 from torch import Tensor
 from torch.nn import functional as F
-from workloads import ARGMAX, COARSE, CROSS_ENTROPY, HeadShape
 
+from benchmarks import harness, problem
+from benchmarks.roofline.floors import Cost
+from benchmarks.roofline.op_floors import argmax_kernels
+from benchmarks.workloads import ARGMAX, COARSE, CROSS_ENTROPY, HeadShape
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
 
 OP = "upsample_heads"

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-import harness
 import pytest
 import torch
+
+from benchmarks import harness
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

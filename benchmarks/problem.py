@@ -10,11 +10,12 @@ from dataclasses import dataclass, field, is_dataclass, replace
 from functools import partial
 from typing import ClassVar
 
-import harness
 import pytest
 import torch
-from floors import Cost, Device, find_device, floor_of
 from torch import Tensor
+
+from benchmarks import harness
+from benchmarks.roofline.floors import Cost, Device, find_device, floor_of
 
 MOST_MACS = 2e9  # of a case on a CPU
 

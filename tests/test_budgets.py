@@ -3,13 +3,14 @@
 import subprocess
 import sys
 
-import host_cost
 import pytest
 import torch
 
+from benchmarks.studies import host_cost
 from fastseg.kernels.runtime.launch import intercept
 
-# As counted, and a few to spare; 0.2 to 0.4 us each with what stands between them (`python benchmarks/host_cost.py`).
+# As counted, and a few to spare; each takes 0.2 to 0.4 us with what stands between them
+# (`python -m benchmarks.studies.host_cost`).
 MOST = {
     "SeparableConv2d": 80,
     "ConvNormAct2d": 75,  # its norm is folded in each call

@@ -1,10 +1,10 @@
 """Every case of the table of CPU times computes the same twice, and is timed."""
 
-import cpu_threads
 import pytest
 import torch
 
 import fastseg
+from benchmarks.studies import cpu_threads
 
 LAYERS = {
     "separable": ((8, 16, 9, 2),),

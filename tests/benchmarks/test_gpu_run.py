@@ -7,20 +7,18 @@ import sys
 import time
 from pathlib import Path
 
-import bench_pooling
-import bench_separable_conv as bench
-import gpu
-import gpu_tests
-import harness
 import pytest
-import record
-import stages as op_modules
 import torch
-import workloads
-from problem import Case
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseg
+from benchmarks import bench_pooling, harness, workloads
+from benchmarks import bench_separable_conv as bench
+from benchmarks.gpu import __main__ as gpu
+from benchmarks.gpu import gpu_tests
+from benchmarks.gpu import stages as op_modules
+from benchmarks.problem import Case
+from benchmarks.report import record
 from fastseg.kernels.runtime.launch import intercept, run
 
 CPU = torch.device("cpu")
@@ -170,8 +168,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 
 def _gpu(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(record.ROOT / "benchmarks" / "gpu.py"), "--rehearse", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=record.ROOT)
 
 
 @pytest.mark.parametrize("stage", ["env", "ops", "tune"])
@@ -206,12 +204,12 @@ def _run_with(monkeypatch, tmp_path, workers, seconds=100):
     """`drive` with stages that are snippets of Python in place of the real workers."""
     path = tmp_path / "fake.json"
     script = tmp_path / "worker.py"
-    head = f"import sys; sys.path.insert(0, {str(record.ROOT / 'benchmarks')!r})\n"
-    head += "from pathlib import Path\nimport record\n"
+    head = f"import sys; sys.path.insert(0, {str(record.ROOT)!r})\n"
+    head += "from pathlib import Path\nfrom benchmarks.report import record\n"
     body = "stage, path = sys.argv[sys.argv.index('--stage') + 1], Path(sys.argv[sys.argv.index('--record') + 1])\n"
     log = "log = record.Log(path, stage, 100, {})\nlog.row(value=1)\n"
     script.write_text(head + body + log + f"exec({workers!r}[stage])\n")
-    monkeypatch.setattr(gpu, "__file__", str(script))
+    monkeypatch.setattr(gpu, "WORKER", [sys.executable, str(script)])
     monkeypatch.setattr(gpu, "SHARES", dict.fromkeys(workers, 1.0))
     return path, gpu.drive(list(workers), path, tmp_path / "tuned", seconds, rehearse=True)
 

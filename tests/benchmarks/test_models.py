@@ -2,12 +2,11 @@
 
 from dataclasses import replace
 
-import bench_models
 import pytest
-import tables
 import torch
-import workloads
 
+from benchmarks import bench_models, workloads
+from benchmarks.report import tables
 from fastseg import explain, reference
 
 CPU = torch.device("cpu")

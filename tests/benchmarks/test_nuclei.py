@@ -2,13 +2,13 @@
 
 import json
 
-import nuclei
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import fastseg
+from benchmarks.studies import nuclei
 from fastseg.training.dataset import FolderDataset, read_spec
 from fastseg.training.evaluation import evaluate
 
@@ -109,7 +109,7 @@ def test_multiplications_by_hand(monkeypatch):
 def test_bad_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     for folder, message in (
-        ("none", "no such folder; benchmarks/nuclei.md says"),
+        ("none", "no such folder; benchmarks/studies/nuclei.md says"),
         ("empty", "test/images: no such folder"),
     ):
         assert nuclei.main([str(tmp_path / folder)]) == 2
@@ -118,5 +118,5 @@ def test_bad_folder_is_one_line(tmp_path, capsys):
 
 
 def test_the_note_has_the_table_of_the_run():
-    result = json.loads((nuclei.HERE / "results" / "nuclei" / "study.json").read_text())
+    result = json.loads((nuclei.record.RESULTS / "nuclei" / "study.json").read_text())
     assert nuclei.markdown(result) in (nuclei.HERE / "nuclei.md").read_text()

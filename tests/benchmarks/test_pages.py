@@ -1,8 +1,9 @@
 """The pages of ``make docs``: one for each benchmarked op, and nothing in them but what the code says."""
 
-import pages
 import pytest
-import stages
+
+from benchmarks.gpu import stages
+from benchmarks.report import pages
 
 
 def test_every_op_has_a_page(tmp_path):

@@ -5,11 +5,21 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-import roofline
 import torch
-from floors import DEVICES, Cost, find_device, floor_of, floor_us, saved_bytes, separable_training, times_us
-from model_layers import mobilenet_blocks, walk
-from op_floors import (
+
+from benchmarks.roofline import __main__ as roofline
+from benchmarks.roofline.floors import (
+    DEVICES,
+    Cost,
+    find_device,
+    floor_of,
+    floor_us,
+    saved_bytes,
+    separable_training,
+    times_us,
+)
+from benchmarks.roofline.model_layers import mobilenet_blocks, walk
+from benchmarks.roofline.op_floors import (
     argmax_kernels,
     aspp_kernels,
     bilinear_macs,
@@ -19,10 +29,9 @@ from op_floors import (
     pool_bytes,
     upsampled_loss,
 )
-from pruned_argmax import adjacent_logits, check_pruning, smooth_logits, to_bf16
-from useful_macs import aspp_fraction, region_fraction, strip_shape, tile_fraction, useful_fraction
-from workloads import ASPP, ASPP_MAPS, SEPARABLE, ModelShape, tiny
-
+from benchmarks.roofline.pruned_argmax import adjacent_logits, check_pruning, smooth_logits, to_bf16
+from benchmarks.roofline.useful_macs import aspp_fraction, region_fraction, strip_shape, tile_fraction, useful_fraction
+from benchmarks.workloads import ASPP, ASPP_MAPS, SEPARABLE, ModelShape, tiny
 from fastseg.kernels.runtime import ceilings
 
 H200 = DEVICES["H200"]

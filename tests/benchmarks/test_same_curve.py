@@ -1,15 +1,15 @@
 """Kernels and reference from one seed give the same losses, step by step; a gradient slightly off would show.
 
-In fp64, where kernels compute in fp64 too: the first wrong digit is a mistake, not noise. `benchmarks/same_curve.py`
-shows the same in fp32.
+In fp64, where kernels compute in fp64 too: the first wrong digit is a mistake, not noise.
+`benchmarks/studies/same_curve.py` shows the same in fp32.
 """
 
 import numpy as np
 import pytest
-import same_curve
 import torch
 
 import fastseg
+from benchmarks.studies import same_curve
 from fastseg.models import create
 
 STEPS, LR = 4, 0.1

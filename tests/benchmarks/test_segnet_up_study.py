@@ -5,10 +5,10 @@ import subprocess
 from types import SimpleNamespace
 
 import numpy as np
-import segnet_up
 from PIL import Image
 
 import fastseg
+from benchmarks.studies import segnet_up
 
 
 def test_the_study_runs(tmp_path, monkeypatch, capsys):

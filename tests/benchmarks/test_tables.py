@@ -3,12 +3,11 @@
 import json
 import re
 
-import bench_pooling
-import plot
-import predicted
 import pytest
-import record
-import tables
+
+from benchmarks import bench_pooling
+from benchmarks.gpu import predicted
+from benchmarks.report import plot, record, tables
 
 
 def _stages(tests: str = "passed") -> dict:

@@ -6,8 +6,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-import warm_cache
 
+from benchmarks.gpu import warm_cache
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.tools import precompile
 from fastseg.kernels.tools.precompile import Pointer, signature

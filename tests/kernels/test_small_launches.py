@@ -1,8 +1,6 @@
 """At batch 1 launches fill the chip: programs of every launch of a network, counted with the decisions of CUDA."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -20,16 +18,13 @@ if INTERPRETED:
     from fastseg.kernels.runtime.launch import intercept
     from fastseg.kernels.separable_conv.cost import fused_tile, plan, pw_tile
 
-BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 FEWEST = H200.multiprocessors // 2
 bf16 = torch.bfloat16
 
 
 def programs_of(backbone, **options):
     """(kernel, programs) of each launch of DeepLabV3+ on one 512x512 image, weights folded before."""
-    if str(BENCHMARKS) not in sys.path:
-        sys.path.insert(0, str(BENCHMARKS))
-    import launches
+    from benchmarks.studies import launches
 
     model = create("deeplabv3plus", 21, backbone=backbone, **options).eval()
     model = model.to(bf16, memory_format=torch.channels_last)

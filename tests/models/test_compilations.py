@@ -27,8 +27,9 @@ MOST = {  # model, options, sizes -> compilations at most, in all and after the 
 
 @pytest.mark.parametrize("label", MOST)
 def test_compilations_at_most(label):
-    import launches  # sets the interpreter up
     from compilations import key_of
+
+    from benchmarks.studies import launches  # sets the interpreter up
 
     name, options, sizes, most, most_later = MOST[label]
     model = create(name, 21, **options).eval().to(torch.bfloat16, memory_format=torch.channels_last)

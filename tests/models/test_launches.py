@@ -21,7 +21,7 @@ LABELS = [pytest.param(label, marks=[pytest.mark.long] if label in TWINS else []
 
 @pytest.mark.parametrize("label", LABELS)
 def test_launches_at_most(label):
-    import launches  # sets the interpreter up
+    from benchmarks.studies import launches  # sets the interpreter up
 
     name, options, most_kept, most, eager_least = MOST[label]
     eager, ours, kept = launches.of_model(name, options)
@@ -33,9 +33,9 @@ def test_launches_at_most(label):
 @pytest.mark.parametrize(("C", "N"), [(320, 1), (2048, 16)])
 def test_aspp_is_two_launches_beside_the_pooled_vector(C, N):
     """Branches with their tables, projection; and a mean, its 1x1 convolution, its share of the projection."""
-    import launches
     import torch
 
+    from benchmarks.studies import launches
     from fastseg.nn import ASPP
 
     aspp = ASPP(C).eval().to(torch.bfloat16, memory_format=torch.channels_last)

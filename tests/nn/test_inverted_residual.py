@@ -125,7 +125,7 @@ def test_launches_of_the_encoder():
 
     One launch for the stem; one for the block without expansion, and one for a whole block; two for each other block.
     """
-    import launches  # sets the interpreter up
+    from benchmarks.studies import launches  # sets the interpreter up
 
     model = MobileNetV2(output_stride=16).to(memory_format=CL).bfloat16().eval()
     x = torch.zeros(1, 3, 512, 512, dtype=torch.bfloat16).to(memory_format=CL)

@@ -3,7 +3,6 @@
 import copy
 from contextlib import nullcontext
 
-import harness
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,6 +10,7 @@ from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import fastseg
+from benchmarks import harness
 from fastseg.nn import ConvNormAct2d, MaxPool2d, MaxUnpool2d, SeparableConv2d, UpsamplingBilinear2d
 from fastseg.nn.fuse.pooling import run_conv_norm_act_pool, run_unpool_conv_norm_act
 from fastseg.nn.fuse.upsample_concat import upsample_concat

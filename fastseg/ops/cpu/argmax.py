@@ -18,7 +18,7 @@ _STRIP, _LEAST_ROWS = 2**17, 32  # values in a strip, and its least number of ro
 # Upsampled logits from which a CPU works in strips. Fewer stay in its caches, and torch's two steps with ``max`` take
 # 0.75 to 0.95 of eager's time, on any number of threads; strips, 1.0 to 1.6 of it (150 classes, 128^2). From the first
 # limit on strips take 0.6 of eager's time on one thread, from the second on any number, as torch's steps write to fresh
-# pages (``benchmarks/cpu_threads.py --ops argmax --layouts channels_last``).
+# pages (``benchmarks.studies.cpu_threads --ops argmax --layouts channels_last``).
 _LARGE, _HUGE = 2**22, 2**23
 _MANY = 64  # classes from which the second limit holds for one thread too
 

@@ -12,10 +12,10 @@ from fastseg.ops.core.layout import memory_format_of, new_map
 def form(C: int, values: int, stride: int, K: int, last: bool) -> str:
     """The fastest form of a map of so many output values, in channels_last or not.
 
-    Of a grouped convolution's time, on one thread (``benchmarks/cpu_threads.py --ops deconvolution``), an interpolation
-    takes 0.1 to 0.9 for one class in either layout, and for two in NCHW; in channels_last, where its planes are
-    transposed, 0.3 to 0.7 below the limit. Two passes take 0.4 to 0.9 for large maps in NCHW. They are a call for each
-    phase of the stride, so they lose on several threads, which wait for each other after each call.
+    Of a grouped convolution's time, on one thread (``benchmarks.studies.cpu_threads --ops deconvolution``),
+    interpolating takes 0.1 to 0.9 for one class in either layout, and for two in NCHW; in channels_last, where its
+    planes are transposed, 0.3 to 0.7 below the limit. Two passes take 0.4 to 0.9 for large maps in NCHW. They are a
+    call for each phase of the stride, so they lose on several threads, which wait for each other after each call.
     """
     exact = 2 * stride == K and stride & (stride - 1) == 0 and stride > 1  # an interpolation, without rounding
     if exact and (C == 1 or (C == 2 and (not last or (stride >= 8 and values <= stride * 2**14)))):

@@ -18,7 +18,7 @@ from fastseg.ops.core.upsample import along_x, cross_entropy, is_finite
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
 
-# Upsampled logits from which strips are the fastest form (``benchmarks/cpu_threads.py --ops loss``). With 3 and 4
+# Upsampled logits from which strips are the fastest form (``benchmarks.studies.cpu_threads --ops loss``). With 3 or 4
 # classes they take 1.0 to 1.4 of the time of torch's two steps, with others 0.2 to 0.9 from here on. On two threads,
 # 21 classes at 128^2 (0.7e6 values) took 1.4, 150 at 128^2 (5e6) and 21 at 512^2 (11e6) 0.5.
 _LEAST_OF_TWO, _LEAST_OF_FEW, _LEAST, _LEAST_OF_THREADS = 2**18, 2**19, 2**20, 2**22

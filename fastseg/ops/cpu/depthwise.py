@@ -3,7 +3,7 @@
 oneDNN has no kernel of its own for them from a dilation of 5 on. 256 channels on 32x32 at dilation 12 take it, on one
 thread, 5.3 ms in channels_last, 6.9 ms with a bias, and 1.8 ms in NCHW; nine sums of products take 0.5 and 0.8 ms.
 With 64 channels they take, of oneDNN's time, 0.5 in channels_last and 1.2 in NCHW, and on two threads 1.1 and 1.5, as
-oneDNN shares the channels of NCHW out (``benchmarks/cpu_threads.py --ops separable``).
+oneDNN shares the channels of NCHW out (``benchmarks.studies.cpu_threads --ops separable``).
 """
 
 from collections.abc import Sequence

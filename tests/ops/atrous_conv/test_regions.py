@@ -4,8 +4,8 @@ import itertools
 from fractions import Fraction
 
 import pytest
-from useful_macs import aspp_fraction, region_fraction
 
+from benchmarks.roofline.useful_macs import aspp_fraction, region_fraction
 from fastseg.kernels.atrous_conv.cost import plan
 from fastseg.kernels.atrous_conv.regions import (
     Branch,

@@ -1,6 +1,5 @@
 """Depthwise convolutions with far taps on a CPU, tap by tap; and what small maps cost the host beside torch's calls."""
 
-import host_cost
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +7,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastseg
+from benchmarks.studies import host_cost
 from fastseg import nn as fnn
 from fastseg.ops import atrous_conv2d, max_unpool2d
 from fastseg.ops.core import dispatch

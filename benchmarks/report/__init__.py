@@ -1,0 +1,1 @@
+"""Records of runs, and the pages, tables and plots made of them."""

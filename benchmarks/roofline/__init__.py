@@ -1,0 +1,1 @@
+"""Floors: the least time of ops and models on a chip, computed."""

@@ -1,0 +1,149 @@
+"""Models of other libraries on a CPU, converted and not: interleaved times against eager, compiled and onnxruntime.
+
+    python -m benchmarks.studies.convert [--only NAME ...] [--side 256] [--no-compile] [--no-onnx] [--out F]
+
+Weights are random; in evaluation, channels_last, fp32, batch 1, at one thread and at torch's default. "eager" is the
+model as the library writes it; "converted" the same after ``fastseg.convert``; "frozen" that inside
+``fastseg.frozen``, which makes folded weights once. "load" is the machine's load average while it ran: above the number
+of threads the machine was busy, and the row says so. Products in G multiplications, of the converted model's eager run.
+"""
+
+import argparse
+import copy
+import io
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import fastseg
+from fastseg.measure.counting import products_and_bytes
+from fastseg.measure.machine import machine
+from fastseg.measure.timing import interleaved, medians
+from fastseg.ops.logits import logits_of
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
+from foreign import declare_operators
+
+
+def _smp(architecture: str, encoder: str) -> nn.Module:
+    import segmentation_models_pytorch as smp
+
+    return smp.create_model(architecture, encoder, encoder_weights=None, classes=21)
+
+
+def _segformer(depths: list[int], widths: list[int], width: int) -> nn.Module:
+    import transformers as hf
+
+    config = hf.SegformerConfig(depths=depths, hidden_sizes=widths, decoder_hidden_size=width, num_labels=150)
+    return hf.SegformerForSemanticSegmentation(config)
+
+
+def _torchvision(name: str) -> nn.Module:
+    import torchvision
+
+    return getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=21)
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "SegFormer-B0": lambda: _segformer([2, 2, 2, 2], [32, 64, 160, 256], 256),
+    "SegFormer-B2": lambda: _segformer([3, 4, 6, 3], [64, 128, 320, 512], 768),
+    "smp segformer mit_b0": lambda: _smp("segformer", "mit_b0"),
+    "smp upernet resnet34": lambda: _smp("upernet", "resnet34"),
+    "smp unet resnet34": lambda: _smp("unet", "resnet34"),
+    "smp unet mobilenet_v2": lambda: _smp("unet", "mobilenet_v2"),
+    "smp unet efficientnet-b0": lambda: _smp("unet", "efficientnet-b0"),
+    "smp fpn resnet34": lambda: _smp("fpn", "resnet34"),
+    "smp pspnet resnet34": lambda: _smp("pspnet", "resnet34"),
+    "smp deeplabv3plus resnet34": lambda: _smp("deeplabv3plus", "resnet34"),
+    "torchvision fcn_resnet50": lambda: _torchvision("fcn_resnet50"),
+    "torchvision deeplabv3_resnet50": lambda: _torchvision("deeplabv3_resnet50"),
+}
+
+
+class _Logits(nn.Module):
+    """A model whose output is the map of logits, for onnx."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        return logits_of(self.model(x))
+
+
+def providers(model: nn.Module, x: Tensor, compiled: bool, onnx: bool, threads: int) -> dict[str, Callable[[], object]]:
+    converted = fastseg.convert(copy.deepcopy(model), x)
+    frozen = fastseg.frozen(converted)
+    frozen.__enter__()  # for the whole row; what is not the converted model's is not in it
+    found: dict[str, Callable[[], object]] = {"eager": lambda: model(x), "frozen": lambda: converted(x)}
+    twin = copy.deepcopy(converted)
+    found["converted"] = lambda: twin(x)
+    if compiled:
+        fast = torch.compile(copy.deepcopy(model))
+        found["compile"] = lambda: fast(x)
+    if onnx:
+        import onnxruntime
+
+        file, options = io.BytesIO(), onnxruntime.SessionOptions()
+        torch.onnx.export(_Logits(model), (x.contiguous(),), file, dynamo=False)
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+        feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+        found["onnxruntime"] = lambda: session.run(None, feed)
+    return found
+
+
+def row(name: str, threads: int, args: argparse.Namespace) -> dict[str, object]:
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    model = MODELS[name]().eval().to(memory_format=torch.channels_last)
+    x = torch.randn(1, 3, args.side, args.side).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        calls = providers(model, x, args.compile, args.onnx, threads)
+        times = medians(interleaved(calls, repetitions=args.repetitions, warmup=2))
+        before, after = (products_and_bytes(calls[key])[0] * 1e-9 for key in ("eager", "frozen"))
+    load = os.getloadavg()[0]
+    ratios = {key: times["eager"] / seconds for key, seconds in times.items() if key != "eager"}
+    busy = "busy machine: not to be quoted" if load > threads + 0.5 else ""
+    return {"model": name, "threads": threads, "G": f"{before:.2f} -> {after:.2f}", "eager, ms": times["eager"] * 1e3,
+            **ratios, "load": load, "": busy}  # fmt: skip
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """A table in Markdown; of each form but eager, how many times faster than eager it is."""
+    heads = list(dict.fromkeys(key for found in rows for key in found))
+    show = lambda value: f"{value:.2f}" if isinstance(value, float) else str(value)
+    lines = [heads, ["---"] * len(heads), *([show(found.get(key, "")) for key in heads] for found in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def main(argv: list[str] | None = None) -> str:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="*", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--side", type=int, default=256)
+    parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--threads", nargs="*", type=int, default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--no-compile", dest="compile", action="store_false")
+    parser.add_argument("--no-onnx", dest="onnx", action="store_false")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args(argv)
+    declare_operators()
+    rows = []
+    for name in args.only:
+        for threads in args.threads:
+            rows.append(row(name, threads, args))
+            print(rows[-1], flush=True)
+    facts = ", ".join(f"{key} {value}" for key, value in machine(torch.device("cpu")).items() if key != "threads")
+    text = f"{table(rows)}\n\n{facts}; batch 1, {args.side}^2, fp32, channels_last\n"
+    if args.out:
+        args.out.write_text(text)
+    print(text)
+    return text
+
+
+if __name__ == "__main__":
+    main()

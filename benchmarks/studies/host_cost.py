@@ -1,0 +1,99 @@
+"""What a call costs the host: Python, dispatcher, argument checks, configuration lookup; launches are not made.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.studies.host_cost
+
+Tiny CPU tensors take the kernels' path up to the launch, which is intercepted; eager's modules run whole, which on 1 K
+elements is host time as well. A graph, ``Runner``'s or the caller's, pays none of it. Calls of Python functions are
+counted beside: they do not depend on the machine, and ``tests/test_budgets.py`` holds them down.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: CPU tensors then take the kernels' path
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fastseg import nn as fnn
+from fastseg.kernels.runtime.launch import intercept
+from fastseg.measure.timing import interleaved, medians
+
+
+class EagerASPP(nn.Module):
+    """As one writes it in PyTorch."""
+
+    def __init__(self, C: int, rates: tuple[int, ...] = (6, 12, 18)):
+        super().__init__()
+        self.convs = nn.ModuleList([conv_norm_relu(C, C, 1), *(conv_norm_relu(C, C, 3, rate) for rate in rates)])
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), *conv_norm_relu(C, C, 1))
+        self.project = nn.Sequential(*conv_norm_relu(C * (len(rates) + 2), C, 1), nn.Dropout(0.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        pooled = F.interpolate(self.pool(x), x.shape[2:], mode="bilinear", align_corners=False)
+        return self.project(torch.cat([*(conv(x) for conv in self.convs), pooled], 1))
+
+
+def conv_norm_relu(C: int, COUT: int, K: int, rate: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(C, COUT, K, padding=rate * (K // 2), dilation=rate, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(COUT), nn.ReLU())
+
+
+def pairs() -> dict[str, tuple]:
+    """name -> ours, and what eager PyTorch has for it: modules of ``torch.nn``, unpatched."""
+    separable = nn.Sequential(*conv_norm_relu(16, 16, 3, groups=16), *conv_norm_relu(16, 16, 1))
+    out = {
+        "SeparableConv2d": (fnn.SeparableConv2d(16, 16, mid_norm=True, mid_act="relu").eval(), separable.eval()),
+        "ConvNormAct2d": (fnn.ConvNormAct2d(16, 16, 3, padding=1).eval(), conv_norm_relu(16, 16, 3).eval()),
+        "ASPP": (fnn.ASPP(16, 16).eval(), EagerASPP(16).eval()),
+    }
+    out["BatchNormAct2d"] = fnn.BatchNormAct2d(16).eval(), nn.Sequential(nn.BatchNorm2d(16), nn.ReLU()).eval()
+    out["MaxPool2d, indices"] = fnn.MaxPool2d(2, return_indices=True), nn.MaxPool2d(2, return_indices=True)
+    out["UpsamplingBilinear2d"] = fnn.UpsamplingBilinear2d(scale_factor=2), nn.UpsamplingBilinear2d(scale_factor=2)
+    upsample = lambda v: F.interpolate(v, scale_factor=4, mode="bilinear").argmax(1)
+    out["UpsampleArgmax"] = fnn.UpsampleArgmax(scale_factor=4), upsample
+    return out
+
+
+def sample() -> torch.Tensor:
+    """What each of them is called with."""
+    return torch.randn(1, 16, 8, 8).to(memory_format=torch.channels_last)
+
+
+def python_calls(f: Callable[[], object]) -> int:
+    """Python functions that one call of ``f`` calls, itself included, after two that may remember things."""
+    calls = 0
+
+    def count(frame, event, argument) -> None:
+        nonlocal calls
+        calls += event == "call"
+
+    f(), f()
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        f()
+    finally:
+        sys.setprofile(before)
+    return calls
+
+
+def main() -> None:
+    """Print a line for each module."""
+    torch.set_num_threads(1)
+    x = sample()
+    with intercept(lambda *launch: None), torch.no_grad():
+        for name, (ours, eager) in pairs().items():
+            functions = {"ours": lambda f=ours: f(x), "eager": lambda f=eager: f(x)}
+            us = {key: 1e6 * t for key, t in medians(interleaved(functions, repetitions=400, warmup=20)).items()}
+            ratio, calls = us["ours"] / us["eager"], [python_calls(f) for f in functions.values()]
+            print(
+                f"{name:22} {us['ours']:6.1f} us, eager {us['eager']:6.1f}: {ratio:.2f}; "
+                f"{calls[0]:3} calls in Python, eager {calls[1]:3}"
+            )
+
+
+if __name__ == "__main__":
+    main()
