@@ -52,6 +52,7 @@ MODULES = {
     "SyncBatchNorm": lambda: fnn.SyncBatchNorm(4),
     "Upsample": lambda: fnn.Upsample(scale_factor=2, mode="bilinear"),
     "UpsampleArgmax": lambda: fnn.UpsampleArgmax(scale_factor=2),
+    "UpsampleNearestConv2d": lambda: fnn.UpsampleNearestConv2d(4, 0, 4),
     "UpsamplingBilinear2d": lambda: fnn.UpsamplingBilinear2d(scale_factor=2),
     "UpsamplingNearest2d": lambda: fnn.UpsamplingNearest2d(scale_factor=2),
 }
@@ -90,9 +91,11 @@ def test_indices_pass_from_leaf_to_leaf(index_format):
 def test_every_module_is_looked_at():
     elsewhere = {
         "UpsampleLoss",
+        "LinearFuse2d",
         "MaxUnpool1d",
         "MaxUnpool2d",
         "MaxUnpool3d",
+        "ResizeConcatConv2d",
         "UpsampleCrossEntropyLoss",
         "bilinear_kernel",
     }
