@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.kernels.runtime.sizes import source_scale
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, kernels_run, no_kernel, record_reference
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.core.volume import Resize, Slices, argmax, blended, distinct, slices_of
@@ -55,8 +55,8 @@ class SlabForm(Form):
     def refuses(self, request: Request) -> str:
         return "no volume" if request.N == 0 else "" if request.cpu else "a CPU's form"
 
-    def cost(self, request: Request) -> Cost | None:
-        return Cost(request.values >= _SMALL, None, "few upsampled logits: they stay in the caches")
+    def cost(self, request: Request) -> Verdict | None:
+        return Verdict(request.values >= _SMALL, None, "few upsampled logits: they stay in the caches")
 
     def run(self, logits: Tensor, to: Resize, out: Tensor) -> Tensor:
         return volume_on_cpu(logits, to, out)
