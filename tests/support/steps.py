@@ -263,7 +263,9 @@ def _nearest_conv(form: str) -> Steps:
 
 def _resized(K: int) -> Steps:
     return Steps(
-        lambda a, b, weight, bias: ops.resize_concat_conv2d([a, b], weight, bias, size=(5, 4), act="relu", form="small"),
+        lambda a, b, weight, bias: ops.resize_concat_conv2d(
+            [a, b], weight, bias, size=(5, 4), act="relu", form="small"
+        ),
         lambda a, b, weight, bias: F.relu(
             F.conv2d(torch.cat([_resize(a, (5, 4)), _resize(b, (5, 4))], 1), weight, bias, padding=K // 2)
         ),
