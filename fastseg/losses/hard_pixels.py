@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.losses.terms import ClassWeights, Term
+from fastseg.ops.core.labels import equal
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
 
@@ -49,7 +50,7 @@ class TopK(Term):
 
     def selected(self, losses: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         """The mean of the worst of the losses (N, H, W); those of ignored pixels are 0."""
-        count = int(self.fraction * int((target != ignore_index).sum()))
+        count = int(self.fraction * int((~equal(target, ignore_index)).sum()))
         if count == 0:
             return losses.sum() * 0.0
         return losses.flatten().topk(count, sorted=False).values.mean()
@@ -88,7 +89,7 @@ class OHEM(TopK):
         target = target[:, 0] if target.dim() == 4 and target.shape[1] == 1 else target
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = upsample_cross_entropy(wide, target, None, ignore_index, "none", align_corners=align_corners)
-        counts = target != ignore_index
+        counts = ~equal(target, ignore_index)
         found = losses.detach()[counts]
         if found.numel() == 0:
             return losses.sum() * 0.0

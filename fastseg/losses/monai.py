@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastseg.losses.regions import size_weights
 from fastseg.losses.terms import BinaryCrossEntropy, Both, CrossEntropy, Term
+from fastseg.ops.core.labels import equal
 from fastseg.ops.core.loss_columns import SIGMOID, SOFTMAX, Column, Table
 
 Weight = Sequence[float] | float | int | Tensor | None
@@ -52,7 +53,7 @@ class _OneHot(Term):
         if self.ignore_index is None:
             return target, None
         if C == 1:
-            mask = target[:, 0] != self.ignore_index
+            mask = ~equal(target[:, 0], self.ignore_index)
         elif 0 <= self.ignore_index < C:
             mask = target[:, self.ignore_index] == 0
         else:
@@ -217,7 +218,7 @@ class FocalLoss(_OneHot):
             return target[:, 1:], mask
         counts = torch.ones_like(target, dtype=torch.bool)
         if self.ignore_index is not None:
-            counts = target != self.ignore_index
+            counts = ~equal(target, self.ignore_index)
         one_hot = logits.new_zeros(target.shape[0], logits.shape[1], *target.shape[1:])
         one_hot = one_hot.scatter_(1, target.long().where(counts, 0)[:, None], 1.0)[:, 1:]
         return one_hot, counts.to(logits.dtype)
