@@ -2,8 +2,9 @@
 
 ``loss(input, target)`` equals the library's ``loss(interpolate(input, target.shape[-2:], mode="bilinear"), target)``,
 and is a term of ``fastseg.nn.UpsampleLoss`` too. The target is (N, 1, H, W) of class indices with ``to_onehot_y``, or
-(N, C, H, W). Logits are needed: one of ``sigmoid`` and ``softmax`` is True. ``FocalLoss`` sums in fp32 there, here as
-the other losses; its ``reduction="none"``, a map for each class, is refused.
+(N, C, H, W). Volumes (N, C, d, h, w) are interpolated trilinearly, and their targets have a depth too. Logits are
+needed: one of ``sigmoid`` and ``softmax`` is True. ``FocalLoss`` sums in fp32 there, here as the other losses; its
+``reduction="none"``, a map for each class, is refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,7 +38,7 @@ class _OneHot(Term):
 
     def labels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         C = logits.shape[1]
-        if target.dim() != 4 or target.shape[1] not in (1, C):
+        if target.dim() != logits.dim() or target.shape[1] not in (1, C):
             raise self.shape_error(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
         if C > 1 and self.to_onehot_y:
             if target.shape[1] != 1:
@@ -102,6 +103,12 @@ class _Region(_OneHot):
         return tp, p - tp, y - tp
 
 
+def _spread(f: Tensor, table: Table, batch: bool) -> Tensor:
+    """Losses (N, C), or of the batch (C,), with an axis of length 1 for each of an image's."""
+    f = f[0] if batch else f
+    return f[(..., *(None,) * table.axes)]
+
+
 class DiceLoss(_Region):
     """``monai.losses.DiceLoss``."""
 
@@ -136,7 +143,7 @@ class DiceLoss(_Region):
                 raise ValueError("the value/values of the `weight` should be no less than 0.")
             f = f * self.class_weight.to(f)
         if self.reduction == "none":
-            return f[0][:, None, None] if self.batch else f[:, :, None, None]
+            return _spread(f, table, self.batch)
         return self.reduced(f)
 
 
@@ -179,7 +186,7 @@ class GeneralizedDiceLoss(_Region):
         numer = 2.0 * (tp * w).sum(1, keepdim=True) + self.smooth_nr
         f = 1.0 - numer / ((2 * (tp + 0.5 * fp + 0.5 * fn) * w).sum(1, keepdim=True) + self.smooth_dr)
         if self.reduction == "none":
-            return f[0][:, None, None] if self.batch else f[:, :, None, None]
+            return _spread(f, table, self.batch)
         return self.reduced(f)
 
 
@@ -214,7 +221,7 @@ class FocalLoss(_OneHot):
         target, mask = super().labels(logits, target)
         if self.inputs(logits) is logits:
             return target, mask
-        if target.dim() == 4:
+        if target.dim() == logits.dim():
             return target[:, 1:], mask
         counts = torch.ones_like(target, dtype=torch.bool)
         if self.ignore_index is not None:
@@ -289,7 +296,7 @@ class _CrossEntropy(CrossEntropy):
 
 
 def _same_dims(logits: Tensor, target: Tensor) -> None:
-    if target.dim() != 4:
+    if target.dim() != logits.dim():
         raise ValueError(
             "the number of dimensions for input and target should be the same, "
             f"got shape {logits.shape} (nb dims: {logits.dim()}) and {target.shape} (nb dims: {target.dim()}). "

@@ -24,7 +24,7 @@ Size = int | tuple[int, int] | None
 
 # Values of the larger map, of queries or of classes, from which a CPU works in blocks of rows: fewer stay in caches.
 _LARGE = 2**20
-_SHARE_OPS = 24  # of a GPU's lanes for one sigmoid of an interpolated logit, four gathers included
+SHARE_OPS = 24  # of a GPU's lanes for one sigmoid of an interpolated logit, four gathers included
 
 
 @overridable
@@ -183,7 +183,7 @@ class _Kernel(Form):
         values = r.N * r.pixels
         products = 2 * values * r.Q * r.K / r.chip.dot(r.dtype, tf32=r.tf32)
         own = products / (OWN_LANES if r.dtype == torch.float32 and not r.tf32 else OWN_GEMM)
-        own += _SHARE_OPS * values * r.Q * -(-r.K // MOST_SUMS) / r.chip.lanes + r.chip.launch
+        own += SHARE_OPS * values * r.Q * -(-r.K // MOST_SUMS) / r.chip.lanes + r.chip.launch
         between = r.dtype.itemsize * values * (4 * r.Q + 2 * r.K) / r.chip.bandwidth
         steps = products + between + 4 * r.chip.launch
         taken = "one launch" if own < steps else "steps"
