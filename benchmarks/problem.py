@@ -1,7 +1,7 @@
 """What every ``bench_<op>.py`` offers: its cases, each of which builds a problem, which has providers to time.
 
 A module has ``OP``, its name in results, and ``cases(size)``, where size is "full", "small" (one image, for a CPU) or
-"tiny" (a smoke test). ``stages.OPS`` lists the modules; stages, tables and pytest need no more of them.
+"tiny" (a smoke test). ``gpu.ops.OPS`` lists the modules; stages, tables and pytest need no more of them.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=600, help="after which no case is begun (default 600)")
     options = parser.parse_args(argv)
     os.environ["TRITON_INTERPRET"] = "0"
-    from benchmarks.gpu import stages
+    from benchmarks.gpu.ops import cases
     from fastseg.kernels.runtime.ceilings import CHIPS
 
     deadline, known = time.monotonic() + options.seconds, read(options.chip)
     FOLDER.mkdir(exist_ok=True)
-    for case in stages.cases(tiny=False):
+    for case in cases(tiny=False):
         asked = (not options.op or case.op in options.op) and (not options.mode or case.mode in options.mode)
         if name_of(case) in known or not asked:
             continue

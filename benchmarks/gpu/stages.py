@@ -11,28 +11,14 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
 from dataclasses import replace
 from functools import partial
-from itertools import chain, zip_longest
 
 import torch
 
 import fastseg
-from benchmarks import (
-    bench_atrous,
-    bench_batch_norm_act,
-    bench_bilinear_conv_transpose,
-    bench_conv_act,
-    bench_inverted_residual,
-    bench_models,
-    bench_pooling,
-    bench_upsample_bilinear,
-    bench_upsample_concat,
-    bench_upsample_concat_conv,
-    bench_upsample_heads,
-    harness,
-    workloads,
-)
+from benchmarks import bench_models, harness, workloads
 from benchmarks import bench_separable_conv as bench
 from benchmarks.gpu import gpu_tests, predicted, warm_cache
+from benchmarks.gpu.ops import cases
 from benchmarks.harness import isolated, settle
 from benchmarks.problem import Case, Problem
 from benchmarks.report.record import Log
@@ -42,19 +28,6 @@ from fastseg.measure.timing import interleaved
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.core.explain import explain
 
-OPS = (
-    bench,
-    bench_atrous,
-    bench_batch_norm_act,
-    bench_pooling,
-    bench_upsample_heads,
-    bench_upsample_bilinear,
-    bench_upsample_concat,
-    bench_upsample_concat_conv,
-    bench_bilinear_conv_transpose,
-    bench_inverted_residual,
-    bench_conv_act,
-)
 AHEAD = 3  # cases whose candidates compile while another is timed
 Rows = list[tuple[object, Callable[[], object]]]  # of `watch.rows_of`
 
@@ -147,15 +120,6 @@ def tests(log: Log, device: torch.device, tiny: bool, expression: str = "not gpu
 
 
 # ops, ops-tuned: every op against its baselines.
-
-
-def cases(tiny: bool, wanted: Callable[[Case], bool] = lambda case: True) -> list[Case]:
-    """The ops' cases in turn, so that each op has its share; the rehearsal takes the first of each op's modes."""
-    columns = []
-    for module in OPS:
-        found = [case for case in module.cases("tiny" if tiny else "full") if wanted(case)]
-        columns.append(list({case.mode: case for case in reversed(found)}.values()) if tiny else found)
-    return [case for case in chain.from_iterable(zip_longest(*columns)) if case is not None]
 
 
 def ops(log: Log, device: torch.device, tiny: bool) -> None:

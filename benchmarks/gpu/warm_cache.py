@@ -230,12 +230,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ["TRITON_INTERPRET"] = "0"
     from triton.backends.compiler import GPUTarget
 
-    from benchmarks.gpu import stages
+    from benchmarks.gpu.ops import OPS
     from fastseg.kernels.tools import precompile
 
     options.folder.mkdir(exist_ok=True)
     path, begin = options.folder / SIGNATURES, time.monotonic()
-    precompile.write(path, of_benchmarks(stages.OPS))
+    precompile.write(path, of_benchmarks(OPS))
     wanted = precompile.read(path)
     print(f"{len(wanted)} kernels, found in {time.monotonic() - begin:.0f} s", flush=True)
     adopt(options.folder)

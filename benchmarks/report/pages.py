@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-from benchmarks.gpu import stages
+from benchmarks.gpu.ops import OPS
 from benchmarks.report import record, tables
 from benchmarks.roofline.floors import DEVICES, Cost, Device
 from fastseg.io.progress import progress
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-report", action="store_true", help="compile nothing: seconds in place of minutes")
     options = parser.parse_args(argv)
     options.output.mkdir(parents=True, exist_ok=True)
-    modules = {module.OP: module for module in stages.OPS}
+    modules = {module.OP: module for module in OPS}
     results = tables.all_results()
     wanted = options.op or list(KERNELS)
     for op in progress(wanted, "pages", unit="page"):

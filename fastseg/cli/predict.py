@@ -14,7 +14,7 @@ from PIL import Image
 from fastseg.cli.common import add_device, integer, positive_int, say
 from fastseg.cli.weights import add_weights, read_weights
 from fastseg.inference.segment import segment
-from fastseg.inference.tiling import plan_tiles
+from fastseg.inference.tile_plan import plan_tiles
 from fastseg.io.files import NAME, first_line, look_at_folder, make_folder, printable
 from fastseg.io.images import MAX_CLASSES, class_map, is_image, overlay, read, read_image, several_pages, write_png
 from fastseg.io.processes import Processes, processes

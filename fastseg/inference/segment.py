@@ -5,7 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.inference.classes import class_map, device_of
-from fastseg.inference.tiling import TilePlan, run_tiles
+from fastseg.inference.tile_plan import TilePlan
+from fastseg.inference.tiling import run_tiles
 from fastseg.io.images import normalised, to_tensor
 
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.inference.stitching import Axis, Blend
+from fastseg.inference.tile_plan import PadMode, TilePlan, mirrored, output_for
 from fastseg.inference.tile_probe import placement
-from fastseg.inference.tiling import PadMode, TilePlan, mirrored, output_for
 from fastseg.io.progress import progress as progress_bar
 
 

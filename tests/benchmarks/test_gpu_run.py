@@ -15,8 +15,8 @@ import fastseg
 from benchmarks import bench_pooling, harness, workloads
 from benchmarks import bench_separable_conv as bench
 from benchmarks.gpu import __main__ as gpu
-from benchmarks.gpu import gpu_tests
-from benchmarks.gpu import stages as op_modules
+from benchmarks.gpu import gpu_tests, stages
+from benchmarks.gpu import ops as op_modules
 from benchmarks.problem import Case
 from benchmarks.report import record
 from fastseg.kernels.runtime.launch import intercept, run
@@ -289,7 +289,7 @@ def test_one_provider_that_raises_costs_no_other_its_row(tmp_path, monkeypatch):
     monkeypatch.setattr(problem, "forms", lambda: dict(forms))
     case = Case("op", "shape", 1, "eval", lambda device: problem)
     log = record.Log(tmp_path / "x.json", "ops", 100, {})
-    op_modules._op(log, CPU, case, lambda name: True)
+    stages._op(log, CPU, case, lambda name: True)
     got = {row["provider"]: row.get("error", "timed") for row in log.record["rows"]}
     assert got == {"fastseg": "timed", "eager": "timed", "broken": "RuntimeError: no engine"}
 

@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg.inference import overlap_tile, stitching
+from fastseg.inference.tile_plan import plan_tiles
 from fastseg.inference.tile_probe import tile_geometry
-from fastseg.inference.tiling import plan_tiles, run_tiles
+from fastseg.inference.tiling import run_tiles
 from fastseg.models import create
 
 
