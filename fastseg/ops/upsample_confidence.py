@@ -120,7 +120,8 @@ def upsample_topk(
         return _by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
     if logits.shape[0] == 0:
         return (logits.new_empty((0, k, H, W), dtype=torch.int64), logits.new_empty((0, k, H, W), dtype=torch.float32))
-    parts = [found(_full(image, H, W, factors, align_corners)) for image in logits.split(1)]
+    images = (logits,) if followed(logits) else logits.split(1)  # a trace holds for any number of images
+    parts = [found(_full(image, H, W, factors, align_corners)) for image in images]
     classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return classes, values.float()
 

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg import nn
-from fastseg.ops import upsample_argmax, upsample_confusion
+from fastseg.ops import upsample_argmax, upsample_confusion, upsample_topk
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.upsample_bilinear import fwd_op
 
@@ -153,6 +153,13 @@ def test_argmax_under_vmap():
     volumes = x[:, :, :, None].expand(3, 2, 5, 2, 3, 4)
     want = vmap(lambda v: torch.nn.functional.interpolate(v, (3, 6, 5), mode="trilinear").argmax(1))(volumes)
     assert torch.equal(vmap(lambda v: upsample_argmax(v, (3, 6, 5), dtype=torch.int64))(volumes), want)
+
+
+def test_a_trace_of_topk_holds_for_other_sizes():
+    traced = torch.jit.trace(lambda v: upsample_topk(v, 2, (6, 5)), torch.randn(1, 4, 3, 2), check_trace=False)
+    x = torch.randn(3, 4, 2, 4)
+    for got, want in zip(traced(x), upsample_topk(x, 2, (6, 5)), strict=True):
+        torch.testing.assert_close(got, want)
 
 
 def test_confusion_under_vmap():
