@@ -133,7 +133,8 @@ def upsample_topk(
     def of_maps(maps: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> tuple[Tensor, ...]:
         if _walks(maps, H, W):
             return _by_rows(found, maps, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
-        parts = [found(_full(image, H, W, factors, align_corners)) for image in maps.split(1)]
+        images = (maps,) if followed(maps) else maps.split(1)  # a trace holds for any number of images
+        parts = [found(_full(image, H, W, factors, align_corners)) for image in images]
         classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
         return classes, values.float()
 

@@ -69,5 +69,5 @@ def upsample_confusion(
                     raise IndexError(f"Target {int(true[bins == C * C + 1][0])} is out of bounds.")
                 counts += found
             else:  # bincount would wait for the device
-                counts.scatter_add_(0, bins, torch.ones_like(bins))
+                counts = counts.scatter_add(0, bins, torch.ones_like(bins))
     return counts[: C * C].view(C, C)

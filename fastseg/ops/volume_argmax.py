@@ -75,13 +75,13 @@ def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | 
     logits, why = logits.detach(), "CPU tensor"
     if not is_torchs(logits):
         why = _unsupported(logits, to) or no_kernel(logits)
-        if followed(logits):  # a graph holds the registered op, a transform torch's own ops
-            if torch.compiler.is_compiling() and not why and kernels_run(logits):
-                classes = _op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(dtype))
-            else:
-                record_reference("upsample_argmax3d", logits, why or "a follower of torch's own ops")
-                classes = argmax(logits, to, dtype)
-            return classes if out is None else out.copy_(classes)
+    if followed(logits):  # a graph holds the registered op, a transform torch's own ops
+        if torch.compiler.is_compiling() and not why and kernels_run(logits):
+            classes = _op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(dtype))
+        else:
+            record_reference("upsample_argmax3d", logits, why or "a follower of torch's own ops")
+            classes = argmax(logits, to, dtype)
+        return classes if out is None else out.copy_(classes)
     if out is None:
         out = torch.empty(logits.shape[0], *to.size, dtype=dtype, device=logits.device)
     N, C = logits.shape[:2]

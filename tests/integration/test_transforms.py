@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastseg
 from fastseg import nn
-from fastseg.ops import upsample_argmax
+from fastseg.ops import upsample_argmax, upsample_confusion, upsample_topk
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.upsample_bilinear import fwd_op
 
@@ -150,6 +150,23 @@ def test_argmax_under_vmap():
     x = torch.randn(3, 2, 5, 3, 4)
     want = vmap(lambda v: torch.nn.functional.interpolate(v, (6, 5), mode="bilinear").argmax(1))(x)
     assert torch.equal(vmap(lambda v: upsample_argmax(v, (6, 5), dtype=torch.int64))(x), want)
+    volumes = x[:, :, :, None].expand(3, 2, 5, 2, 3, 4)
+    want = vmap(lambda v: torch.nn.functional.interpolate(v, (3, 6, 5), mode="trilinear").argmax(1))(volumes)
+    assert torch.equal(vmap(lambda v: upsample_argmax(v, (3, 6, 5), dtype=torch.int64))(volumes), want)
+
+
+def test_a_trace_of_topk_holds_for_other_sizes():
+    traced = torch.jit.trace(lambda v: upsample_topk(v, 2, (6, 5)), torch.randn(1, 4, 3, 2), check_trace=False)
+    x = torch.randn(3, 4, 2, 4)
+    for got, want in zip(traced(x), upsample_topk(x, 2, (6, 5)), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_confusion_under_vmap():
+    x, target = torch.randn(3, 2, 4, 3, 4), torch.randint(4, (3, 2, 6, 5))
+    want = torch.stack([upsample_confusion(v, t, 4, ignore_index=1) for v, t in zip(x, target, strict=True)])
+    assert torch.equal(vmap(lambda v, t: upsample_confusion(v, t, 4, ignore_index=1))(x, target), want)
+    assert torch.equal(vmap(lambda v: upsample_confusion(v, target[0], 4, ignore_index=1))(x)[0], want[0])
 
 
 def test_hessian_of_the_loss():

@@ -67,7 +67,7 @@ class Marks:
                 return False
         except Exception:  # arrays, tensors: compared number by number, or not at all
             return False
-        if [t.data_ptr() for t in self.tensors] != self.addresses:
+        if list(map(Tensor.data_ptr, self.tensors)) != self.addresses:
             return False
         if [t._version for t in self.counted] != self.versions:
             return False
