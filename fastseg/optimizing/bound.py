@@ -20,6 +20,7 @@ from fastseg.ops.cpu import depthwise
 from fastseg.ops.cpu.onednn import Packed, PackedTransposed
 from fastseg.ops.cpu.packed import PackedWeights, packed_run
 from fastseg.ops.cpu.winograd import Filters, winograd_conv2d
+from fastseg.ops.cpu.winograd_dilated import Dilated
 from fastseg.optimizing.graph import Constants, Work, argument, aten, only_user, pair
 
 FUSED: dict[Any, str] = {
@@ -31,7 +32,7 @@ FUSED: dict[Any, str] = {
 class Convolution:
     """``conv2d_act`` with packed weights: ``(x, residual) -> y``."""
 
-    def __init__(self, run: Packed | PackedTransposed, act: str | None):
+    def __init__(self, run: Packed | PackedTransposed | Dilated, act: str | None):
         self.run, self.act, self.__name__ = run, act, "packed_convolution"
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -24,6 +24,7 @@ from fastseg.ops.cpu import depthwise
 from fastseg.ops.cpu.onednn import DTYPES as PACKED_DTYPES
 from fastseg.ops.cpu.onednn import Packed, PackedTransposed, pack, pack_transposed, why_not
 from fastseg.ops.cpu.winograd import Filters, plan, transform, transformed_bytes, winograd_conv2d
+from fastseg.ops.cpu.winograd_dilated import Dilated, plan_dilated, transform_dilated
 
 MOST_BYTES = 512 * 2**20
 MOST_SHAPES = 16  # maps that one weight is packed for
@@ -41,10 +42,12 @@ class PackedWeights:
 
     def __init__(self, kept: Kept, *, winograd: bool = True, most_bytes: int = MOST_BYTES):
         self.kept, self.winograd, self.most_bytes, self.transformed = kept, winograd, most_bytes, 0
-        self._runs: dict[tuple, dict[tuple, Packed | Filters]] = {}
+        self._runs: dict[tuple, dict[tuple, Packed | Filters | Dilated]] = {}
         self._transposed: dict[tuple, dict[tuple, PackedTransposed | None]] = {}
 
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Packed | Filters | None:
+    def convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple
+    ) -> Packed | Filters | Dilated | None:
         """The convolution for maps like ``x``, or None for torch's."""
         if not self.kept.knows((weight, bias)):
             return None
@@ -66,7 +69,9 @@ class PackedWeights:
             runs[key] = pack_transposed(weight, bias, *geometry, x) if len(runs) < MOST_SHAPES else None
         return runs[key]
 
-    def _convolution(self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple) -> Packed | Filters:
+    def _convolution(
+        self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple
+    ) -> Packed | Filters | Dilated:
         if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and geometry == _SAME_3X3:
             tiles, size = (
                 plan(shape[1], weight.shape[0], *shape[2:], torch.get_num_threads()),
@@ -75,10 +80,23 @@ class PackedWeights:
             if tiles is not None and self.transformed + size <= self.most_bytes:
                 self.transformed += size
                 return transform(weight, bias, tiles, *shape[2:])
+        if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and _is_dilated(geometry):
+            rate, size = geometry[2][0], transformed_bytes(weight)
+            tiles = plan_dilated(shape[1], weight.shape[0], *shape[2:], rate, torch.get_num_threads())
+            if tiles is not None and self.transformed + size <= self.most_bytes:
+                self.transformed += size
+                return transform_dilated(weight, bias, tiles, *shape[2:], rate)
         return pack(weight.detach(), None if bias is None else bias.detach(), *geometry, shape)
 
 
 _SAME_3X3 = ((1, 1), (1, 1), (1, 1), 1)
+
+
+def _is_dilated(geometry: tuple) -> bool:
+    stride, padding, dilation, groups = geometry
+    return stride == (1, 1) and padding == dilation and dilation[0] == dilation[1] > 1 and groups == 1
+
+
 _active: ContextVar[PackedWeights | None] = ContextVar("fastseg_packed_weights", default=None)
 
 
@@ -175,7 +193,7 @@ def conv_transpose2d(
     return F.conv_transpose2d(x, weight, bias, stride, padding) if run is None else run(x)
 
 
-def packed_run(x, weight, bias, stride, padding, dilation, groups: int) -> "Packed | Filters | None":
+def packed_run(x, weight, bias, stride, padding, dilation, groups: int) -> "Packed | Filters | Dilated | None":
     """The convolution with packed weights, where this thread packs and has packed these."""
     packs = _packs()
     if packs is None or not _packable(x, weight, bias, padding):
