@@ -107,7 +107,8 @@ def no_nn_and_no_autograd(tree: ast.Module, path: Path) -> Iterator[Finding]:
 
 
 # test_import_needs_no_triton imports them: sizes, private names of torch, and cost models
-WITHOUT_TRITON = {f"fastseg.kernels.runtime.{name}" for name in ("sizes", "torch_private", "ceilings", "config")}
+PLAIN = ("sizes", "torch_private", "ceilings", "config", "verdict")
+WITHOUT_TRITON = {f"fastseg.kernels.runtime.{name}" for name in PLAIN}
 WITHOUT_TRITON |= {"fastseg.kernels.atrous_conv.cost", "fastseg.kernels.separable_conv.cost"}
 
 

@@ -273,14 +273,14 @@ PLANTED = [  # rule, path, source with one violation on its last line, the same 
     (
         forms_are_chosen_in_one_place,
         "fastseg/ops/x.py",
-        "from fastseg.kernels.x.cost import plan\ndef f(x):\n    return plan(x).own",
-        "from fastseg.kernels.x.cost import plan\nclass A(Form):\n    def cost(self, r):\n        return plan(r).own",
+        "from fastseg.kernels.x.cost import plan\ndef f(x):\n    return plan(x).pays",
+        "from fastseg.kernels.x.cost import plan\nclass A(Form):\n    def cost(self, r):\n        return plan(r).pays",
     ),
     (
         forms_are_chosen_in_one_place,
         "tests/x.py",
         "monkeypatch.setattr(op, 'plan', lambda *sizes: None)",
-        "fastseg.force('op', 'form')\nassert plan(1).own",
+        "fastseg.force('op', 'form')\nassert plan(1).pays",
     ),
     (
         no_cached_tensors,

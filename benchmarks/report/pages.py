@@ -43,6 +43,7 @@ KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
             "upsample/cross_entropy_fwd",
             "upsample/cross_entropy_bwd",
             "upsample/masks_to_classes",
+            "upsample/masks_to_queries",
         ),
         "upsample_heads",
     ),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
-from fastseg.cli.common import model_option
+from fastseg.cli.common import model_option, say
 from fastseg.exporting.sources import FORMS, has_weights, is_source, load_model
 from fastseg.models import names
 
@@ -51,7 +51,7 @@ def read_weights(
     if args.weights is None and not (args.model and has_weights(args.model)):
         if not random or args.model is None:
             raise ValueError(f"{args.model or 'no model'}: give --weights FILE, or a --model with weights of its own")
-        print(f"fastseg {args.command}: no --weights: the weights are random", file=sys.stderr)
+        say(f"fastseg {args.command}: no --weights: the weights are random", sys.stderr)
     with said(args.command):
         return load_model(
             args.model, weights=args.weights, classes=num_classes, options=dict(args.option), key=args.weights_key
@@ -65,4 +65,4 @@ def said(command: str) -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         yield
     for note in notes:
-        print(f"fastseg {command}: {note.message}", file=sys.stderr)
+        say(f"fastseg {command}: {note.message}", sys.stderr)

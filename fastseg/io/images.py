@@ -148,6 +148,8 @@ def _indices(image: Image.Image) -> np.ndarray:
         return _grey_gif(image)
     rule = stored[3] if stored is not None else mode
     rule = rule if isinstance(rule, str) else next(iter(rule or ()), mode)
+    if mode == "1" and (";I" in rule or image.format == "PPM"):  # PBM and faxes; Pillow turns them round
+        raise ValueError("its bits are 1 where it is black; class indices are bits where black is 0")
     values = np.array(image)
     if mode == "L":
         if rule not in SPREAD:

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from fastseg.losses.terms import ClassWeights, Term
+from fastseg.ops.core.labels import equal
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
 
 class TopK(Term):
     """The mean of the largest cross entropies, ``fraction`` of the batch's pixels that count.
 
-    It keeps one number for each pixel, from which torch selects; the logits of full size never exist.
+    It keeps one number for each pixel, from which torch selects; the logits of full size never exist. A NaN is the
+    largest.
 
     Args:
         fraction: in (0, 1].
@@ -37,19 +39,33 @@ class TopK(Term):
         self, logits: Tensor, target: Tensor, ignore_index: int, pixel_weight: Tensor | None, align_corners: bool
     ) -> Tensor:
         """The loss; no function of sums."""
-        if target.dim() == 4 and target.shape[1] == 1:
-            target = target[:, 0]
+        losses, target = self._losses(logits, target, self.weight, ignore_index, align_corners)
+        return self.selected(self._weighed(losses, pixel_weight), target, ignore_index)
+
+    def _losses(
+        self, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, align_corners: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The cross entropy of each pixel, at least fp32, and the target without a channel."""
+        target = target[:, 0] if target.dim() == logits.dim() and target.shape[1] == 1 else target
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = upsample_cross_entropy(
-            logits.to(torch.promote_types(logits.dtype, torch.float32)), target, self.weight, ignore_index, "none",
-            self.label_smoothing, align_corners=align_corners,
-        )  # fmt: skip
-        if pixel_weight is not None:
-            losses = losses * pixel_weight
-        return self.selected(losses, target, ignore_index)
+            wide, target, weight, ignore_index, "none", self.label_smoothing, align_corners=align_corners
+        )
+        return losses, target
+
+    def _weighed(self, losses: Tensor, pixel_weight: Tensor | None) -> Tensor:
+        if pixel_weight is None:
+            return losses
+        if pixel_weight.shape != losses.shape:
+            raise ValueError(
+                f"{self._name}: pixel_weight is {tuple(pixel_weight.shape)}; give a factor for each pixel, "
+                f"{tuple(losses.shape)}"
+            )
+        return losses * pixel_weight
 
     def selected(self, losses: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         """The mean of the worst of the losses (N, H, W); those of ignored pixels are 0."""
-        count = int(self.fraction * int((target != ignore_index).sum()))
+        count = int(self.fraction * int((~equal(target, ignore_index)).sum()))
         if count == 0:
             return losses.sum() * 0.0
         return losses.flatten().topk(count, sorted=False).values.mean()
@@ -85,20 +101,22 @@ class OHEM(TopK):
         self, logits: Tensor, target: Tensor, ignore_index: int, pixel_weight: Tensor | None, align_corners: bool
     ) -> Tensor:
         """The loss; no function of sums."""
-        target = target[:, 0] if target.dim() == 4 and target.shape[1] == 1 else target
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        losses = upsample_cross_entropy(wide, target, None, ignore_index, "none", align_corners=align_corners)
-        counts = target != ignore_index
+        C = logits.shape[1]
+        if self.weight is not None and self.weight.shape != (C,):
+            raise ValueError(
+                f"{self._name}: weight is {tuple(self.weight.shape)}; give a factor for each of {C} classes"
+            )
+        losses, target = self._losses(logits, target, None, ignore_index, align_corners)
+        counts = ~equal(target, ignore_index)
         found = losses.detach()[counts]
         if found.numel() == 0:
             return losses.sum() * 0.0
         least = (
             found.topk(min(self.min_kept, found.numel()), sorted=True).values[-1] if self.min_kept > 0 else torch.inf
         )
-        kept = counts & ((losses.detach() > -math.log(self.threshold)) | (losses.detach() >= least))
+        easy = (losses.detach() <= -math.log(self.threshold)) & (losses.detach() < least)  # a NaN is neither
+        kept = counts & ~easy
         factor = kept.to(losses.dtype)
         if self.weight is not None:
             factor = factor * self.weight.to(losses)[target.long().where(counts, 0)]
-        if pixel_weight is not None:
-            factor = factor * pixel_weight
-        return (losses * factor).sum() / kept.sum().clamp_min(1)
+        return (self._weighed(losses, pixel_weight) * factor).sum() / kept.sum().clamp_min(1)

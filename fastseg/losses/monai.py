@@ -2,8 +2,9 @@
 
 ``loss(input, target)`` equals the library's ``loss(interpolate(input, target.shape[-2:], mode="bilinear"), target)``,
 and is a term of ``fastseg.nn.UpsampleLoss`` too. The target is (N, 1, H, W) of class indices with ``to_onehot_y``, or
-(N, C, H, W). Logits are needed: one of ``sigmoid`` and ``softmax`` is True. ``FocalLoss`` sums in fp32 there, here as
-the other losses; its ``reduction="none"``, a map for each class, is refused.
+(N, C, H, W). Volumes (N, C, d, h, w) are interpolated trilinearly, and their targets have a depth too. Logits are
+needed: one of ``sigmoid`` and ``softmax`` is True. ``FocalLoss`` sums in fp32 there, here as the other losses; its
+``reduction="none"``, a map for each class, is refused.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from fastseg.losses.regions import size_weights
 from fastseg.losses.terms import BinaryCrossEntropy, Both, CrossEntropy, Term
+from fastseg.ops.core.labels import equal
 from fastseg.ops.core.loss_columns import SIGMOID, SOFTMAX, Column, Table
 
 Weight = Sequence[float] | float | int | Tensor | None
@@ -36,7 +38,7 @@ class _OneHot(Term):
 
     def labels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
         C = logits.shape[1]
-        if target.dim() != 4 or target.shape[1] not in (1, C):
+        if target.dim() != logits.dim() or target.shape[1] not in (1, C):
             raise self.shape_error(f"ground truth has different shape ({target.shape}) from input ({logits.shape})")
         if C > 1 and self.to_onehot_y:
             if target.shape[1] != 1:
@@ -52,7 +54,7 @@ class _OneHot(Term):
         if self.ignore_index is None:
             return target, None
         if C == 1:
-            mask = target[:, 0] != self.ignore_index
+            mask = ~equal(target[:, 0], self.ignore_index)
         elif 0 <= self.ignore_index < C:
             mask = target[:, self.ignore_index] == 0
         else:
@@ -101,6 +103,12 @@ class _Region(_OneHot):
         return tp, p - tp, y - tp
 
 
+def _spread(f: Tensor, table: Table, batch: bool) -> Tensor:
+    """Losses (N, C), or of the batch (C,), with an axis of length 1 for each of an image's."""
+    f = f[0] if batch else f
+    return f[(..., *(None,) * table.axes)]
+
+
 class DiceLoss(_Region):
     """``monai.losses.DiceLoss``."""
 
@@ -135,7 +143,7 @@ class DiceLoss(_Region):
                 raise ValueError("the value/values of the `weight` should be no less than 0.")
             f = f * self.class_weight.to(f)
         if self.reduction == "none":
-            return f[0][:, None, None] if self.batch else f[:, :, None, None]
+            return _spread(f, table, self.batch)
         return self.reduced(f)
 
 
@@ -178,7 +186,7 @@ class GeneralizedDiceLoss(_Region):
         numer = 2.0 * (tp * w).sum(1, keepdim=True) + self.smooth_nr
         f = 1.0 - numer / ((2 * (tp + 0.5 * fp + 0.5 * fn) * w).sum(1, keepdim=True) + self.smooth_dr)
         if self.reduction == "none":
-            return f[0][:, None, None] if self.batch else f[:, :, None, None]
+            return _spread(f, table, self.batch)
         return self.reduced(f)
 
 
@@ -213,11 +221,11 @@ class FocalLoss(_OneHot):
         target, mask = super().labels(logits, target)
         if self.inputs(logits) is logits:
             return target, mask
-        if target.dim() == 4:
+        if target.dim() == logits.dim():
             return target[:, 1:], mask
         counts = torch.ones_like(target, dtype=torch.bool)
         if self.ignore_index is not None:
-            counts = target != self.ignore_index
+            counts = ~equal(target, self.ignore_index)
         one_hot = logits.new_zeros(target.shape[0], logits.shape[1], *target.shape[1:])
         one_hot = one_hot.scatter_(1, target.long().where(counts, 0)[:, None], 1.0)[:, 1:]
         return one_hot, counts.to(logits.dtype)
@@ -288,7 +296,7 @@ class _CrossEntropy(CrossEntropy):
 
 
 def _same_dims(logits: Tensor, target: Tensor) -> None:
-    if target.dim() != 4:
+    if target.dim() != logits.dim():
         raise ValueError(
             "the number of dimensions for input and target should be the same, "
             f"got shape {logits.shape} (nb dims: {logits.dim()}) and {target.shape} (nb dims: {target.dim()}). "

@@ -2,7 +2,8 @@
 
 ``loss(net_output, target)`` equals the library's loss of ``interpolate(net_output, target.shape[-2:],
 mode="bilinear")``, and is a term of ``fastseg.nn.UpsampleLoss`` too. Targets are (N, 1, H, W) of class indices, also in
-floating point, or labels of each class (N, C, H, W). The library adds up in fp32; here it is fp64.
+floating point, or labels of each class (N, C, H, W). Volumes (N, C, d, h, w) are interpolated trilinearly, and their
+targets have a depth too. The library adds up in fp32; here it is fp64.
 """
 
 from collections.abc import Callable
@@ -34,9 +35,10 @@ def _activation(name: str, apply_nonlin: Callable | None) -> str:
 
 def _indices(logits: Tensor, target: Tensor) -> Tensor:
     """Class indices, or labels of each class where the shapes say so."""
-    if target.dim() == 4 and target.shape[1] == logits.shape[1] and logits.shape[1] > 1:
+    channels = target.dim() == logits.dim()
+    if channels and target.shape[1] == logits.shape[1] and logits.shape[1] > 1:
         return target
-    target = target[:, 0] if target.dim() == 4 else target
+    target = target[:, 0] if channels else target
     return target.long() if target.is_floating_point() else target
 
 
@@ -100,7 +102,7 @@ class RobustCrossEntropyLoss(CrossEntropy):
         super().__init__(weight, ignore_index, label_smoothing, reduction)
 
     def labels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        if target.dim() == 4:
+        if target.dim() == logits.dim():
             assert target.shape[1] == 1
             target = target[:, 0]
         return target.long() if target.is_floating_point() else target, None

@@ -41,9 +41,9 @@ class _Moded(Term):
         if target.shape[0] != logits.shape[0]:
             raise AssertionError(f"{self._name}: {logits.shape[0]} images of logits and {target.shape[0]} of labels")
         if self.mode == MULTICLASS_MODE:
-            target = target[:, 0] if target.dim() == 4 and target.shape[1] == 1 else target
+            target = target[:, 0] if target.dim() == logits.dim() and target.shape[1] == 1 else target
             return target.long() if target.is_floating_point() else target, None
-        if self.mode == BINARY_MODE and target.dim() == 3:
+        if self.mode == BINARY_MODE and target.dim() == logits.dim() - 1:
             target = target[:, None]
         return target, None
 
@@ -179,7 +179,7 @@ class SoftBCEWithLogitsLoss(Term):
         return bce_columns(self.smooth_factor)
 
     def labels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        if target.dim() == 3 and logits.shape[1] == 1:
+        if target.dim() == logits.dim() - 1 and logits.shape[1] == 1:
             target = target[:, None]
         if target.shape[:2] != logits.shape[:2]:
             raise ValueError(
@@ -226,12 +226,13 @@ class SoftCrossEntropyLoss(Term):
 
 
 def each_class(name: str, label: str, weight: Tensor, table: Table) -> Tensor:
-    """A factor that is broadcast over (N, C, H, W) and the same for all pixels, as (C,)."""
-    shape = (1,) * (4 - weight.dim()) + tuple(weight.shape)
-    if weight.dim() > 4 or shape[0] != 1 or shape[2:] != (1, 1) or shape[1] not in (1, table.classes):
+    """A factor that is broadcast over (N, C, H, W) or (N, C, D, H, W) and the same for all pixels, as (C,)."""
+    dims, ones = table.axes + 2, (1,) * table.axes
+    shape = (1,) * (dims - weight.dim()) + tuple(weight.shape)
+    if weight.dim() > dims or shape[0] != 1 or shape[2:] != ones or shape[1] not in (1, table.classes):
         raise ValueError(
-            f"{name}: {label} is {tuple(weight.shape)}; give one number, or ({table.classes}, 1, 1), a factor for each "
-            "class"
+            f"{name}: {label} is {tuple(weight.shape)}; give one number, or {(table.classes, *ones)}, a factor for "
+            "each class"
         )
     return weight.to(table.sums).reshape(-1).expand(table.classes)
 

@@ -25,7 +25,7 @@ class _EachClass(Term):
         super().__init__(activation=SIGMOID)
 
     def labels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
-        if target.dim() != 4 or target.shape[:2] != logits.shape[:2]:
+        if target.dim() != logits.dim() or target.shape[:2] != logits.shape[:2]:
             raise AssertionError("the size of predict and target must be equal.")
         return target, None
 

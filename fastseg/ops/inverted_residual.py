@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, use_kernel
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.layout import channels_last, like, new_map
 from fastseg.ops.core.norm import ACTIVATIONS
 from fastseg.ops.core.register import register
@@ -49,9 +49,8 @@ class WholeForm(Form):
             return "expansion and pair: not channels_last"
         return _geometry(r).unsupported()
 
-    def cost(self, r: Request) -> Cost:
-        chosen = plan(_geometry(r), r.hidden, r.dtype, tf32=r.tf32, chip=r.chip)
-        return Cost(chosen.whole, chosen.whole_us, chosen)
+    def cost(self, r: Request) -> Verdict:
+        return plan(_geometry(r), r.hidden, r.dtype, tf32=r.tf32, chip=r.chip)
 
     def run(self, whole: Callable[[], Tensor], parts: Callable[[], Tensor]) -> Tensor:
         return whole()

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastseg.kernels.runtime.ceilings import OWN_GEMM, OWN_LANES, Chip, chip_of
+from fastseg.kernels.runtime.verdict import verdict
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, no_kernel, use_kernel
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import Factors, interpolate, is_finite, output_size, unsupported, upsampling
@@ -23,7 +24,7 @@ Size = int | tuple[int, int] | None
 
 # Values of the larger map, of queries or of classes, from which a CPU works in blocks of rows: fewer stay in caches.
 _LARGE = 2**20
-_SHARE_OPS = 24  # of a GPU's lanes for one sigmoid of an interpolated logit, four gathers included
+SHARE_OPS = 24  # of a GPU's lanes for one sigmoid of an interpolated logit, four gathers included
 
 
 @overridable
@@ -177,16 +178,16 @@ class _Kernel(Form):
     def refuses(self, r: Request) -> str:
         return r.kernel or ("the sums have a size of their own" if r.scored else "")
 
-    def cost(self, r: Request) -> Cost:
+    def cost(self, r: Request) -> Verdict:
         """Beside torch's steps: up, sigmoid, product, argmax, which write and read the values between them."""
         values = r.N * r.pixels
         products = 2 * values * r.Q * r.K / r.chip.dot(r.dtype, tf32=r.tf32)
         own = products / (OWN_LANES if r.dtype == torch.float32 and not r.tf32 else OWN_GEMM)
-        own += _SHARE_OPS * values * r.Q * -(-r.K // MOST_SUMS) / r.chip.lanes + r.chip.launch
+        own += SHARE_OPS * values * r.Q * -(-r.K // MOST_SUMS) / r.chip.lanes + r.chip.launch
         between = r.dtype.itemsize * values * (4 * r.Q + 2 * r.K) / r.chip.bandwidth
         steps = products + between + 4 * r.chip.launch
-        said = f"model says own kernel {own * 1e6:.1f} us, torch's steps {steps * 1e6:.1f} us on {r.chip.described}"
-        return Cost(own < steps, own * 1e6, said)
+        taken = "one launch" if own < steps else "steps"
+        return verdict(own < steps, "own kernel", own, "torch's steps", steps, taken, r.chip.described)
 
     def run(
         self, p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, factors: Factors,
@@ -206,8 +207,8 @@ class Rows(Form):
             return "not on a CPU"
         return "" if not r.large or r.finite else "NaN or infinity"
 
-    def cost(self, r: Any) -> Cost:
-        return Cost(r.large, None, "few values: they stay in the caches")
+    def cost(self, r: Any) -> Verdict:
+        return Verdict(r.large, None, "few values: they stay in the caches")
 
 
 class _ClassRows(Rows):

@@ -5,18 +5,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed
-from fastseg.ops.core.forms import Forms, Reference
+from fastseg.kernels.runtime.ceilings import Chip, chip_of
+from fastseg.kernels.runtime.verdict import Verdict, verdict
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, no_kernel, use_kernel
+from fastseg.ops.core.forms import Form, Forms, Reference
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.upsample import interpolate, is_finite, output_size
+from fastseg.ops.core.register import register
+from fastseg.ops.core.upsample import interpolate, is_finite, output_size, unsupported, upsampling
 from fastseg.ops.cpu.masks_to_queries import queries_by_rows
-from fastseg.ops.masks_to_classes import Rows
+from fastseg.ops.masks_to_classes import SHARE_OPS, Rows
+
+if HAS_TRITON:
+    from fastseg.kernels.upsample.masks_to_queries import masks_to_queries_fwd
 
 NAME = "masks_to_queries"
 Size = int | tuple[int, int] | None
 
 _LARGE = 2**18  # values of all queries at the output's size, from which a CPU works in blocks of rows
 _UINT8_QUERIES = 256
+_BYTES_BETWEEN = 30  # that torch's steps write and read for each value of a query at full size
 
 
 @overridable
@@ -32,8 +39,8 @@ def masks_to_queries(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Owner of each pixel, ``argmax_q s[q] sigmoid(up(m_q))``, and the area of every query's own mask.
 
-    ``up`` is a bilinear resize. On a CPU the masks are walked in blocks of rows, and none is stored at full size;
-    elsewhere torch's own lines take one image at a time. All dtypes are computed in fp32.
+    ``up`` is a bilinear resize. No mask is stored at full size: a CPU walks in blocks of rows, a GPU has one kernel.
+    All dtypes are computed in fp32.
 
     Args:
         query_scores: s, (N, Q), floating point: the probability of each query's class.
@@ -74,10 +81,14 @@ def masks_to_queries(
     scores, masks = query_scores.detach(), mask_logits.detach()
     scores = scores.to(torch.promote_types(torch.promote_types(scores.dtype, masks.dtype), torch.float32))
     dtype = torch.uint8 if scores.shape[1] <= _UINT8_QUERIES else torch.int64
-    args = (at, H, W, align_corners, threshold, weighted, dtype)
-    if followed(masks, scores):
-        return _lines(scores, masks, *args)
-    return FORMS(_request(scores, masks, H, W), scores, masks, *args, recorded=masks)
+    args = (scores, masks, at, H, W, align_corners, threshold, weighted, dtype)
+    eager = masks.is_cpu and not followed(masks, scores)
+    if eager and no_kernel(masks):
+        return FORMS(_request(*args[:5]), *args, recorded=masks)
+    if use_kernel(NAME, masks, scores, unsupported=unsupported(masks, H, W), form=None):
+        sizes = (0, 0, H, W) if at is None else (*at, H, W)
+        return _op(scores, masks, *sizes, align_corners, threshold, weighted, dtype == torch.int64)
+    return FORMS(_request(*args[:5]), *args) if eager else _lines(*args)
 
 
 def masks_to_queries_ref(
@@ -100,12 +111,16 @@ def _lines(
     scores: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, align_corners: bool, threshold: float,
     weighted: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    shares = interpolate(masks.to(scores.dtype), *(at or (H, W)), (0.0, 0.0), align_corners).sigmoid()
+    shares = _shares(scores, masks, at or (H, W), align_corners)
     shares = shares if at is None else interpolate(shares, H, W, (0.0, 0.0), align_corners)
     weights = shares * scores[:, :, None, None]
     owner = weights.argmax(1, keepdim=True)
     within = (weights if weighted else shares) >= threshold
     return owner[:, 0].to(dtype), within.gather(1, owner)[:, 0], within.sum((2, 3))
+
+
+def _shares(scores: Tensor, masks: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:
+    return interpolate(masks.to(scores.dtype), *size, (0.0, 0.0), align_corners).sigmoid()
 
 
 # --- forms
@@ -114,14 +129,44 @@ def _lines(
 class Request(NamedTuple):
     """What decides between the forms."""
 
+    N: int
+    Q: int
+    pixels: int  # of an image of the output
+    kernel: str  # why no kernel runs, or ""
+    chip: Chip
     cpu: bool
-    large: bool
+    large: bool  # of a CPU
     finite: bool  # looked at where it decides
 
 
-def _request(scores: Tensor, masks: Tensor, H: int, W: int) -> Request:
-    large = masks.is_cpu and scores.numel() * H * W >= _LARGE
-    return Request(masks.is_cpu, large, large and is_finite(masks) and is_finite(scores))
+def _request(scores: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int) -> Request:
+    (N, Q), why = scores.shape, no_kernel(masks)
+    large = masks.is_cpu and N * Q * H * W >= _LARGE
+    finite = large and bool(why) and is_finite(masks) and is_finite(scores)
+    return Request(N, Q, H * W, why, chip_of(masks.device), masks.is_cpu, large, finite)
+
+
+class _Kernel(Form):
+    name = "kernel"
+
+    def refuses(self, r: Request) -> str:
+        return r.kernel
+
+    def cost(self, r: Request) -> Verdict:
+        """Beside torch's steps: up, sigmoid, product, argmax, comparison and sum, which pass fp32 values on."""
+        values = r.N * r.pixels * r.Q
+        own = SHARE_OPS * values / r.chip.lanes + 2 * r.chip.launch
+        steps = _BYTES_BETWEEN * values / r.chip.bandwidth + 7 * r.chip.launch
+        taken = "one launch" if own < steps else "steps"
+        return verdict(own < steps, "own kernel", own, "torch's steps", steps, taken, r.chip.described)
+
+    def run(
+        self, scores: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, align_corners: bool,
+        threshold: float, weighted: bool, dtype: torch.dtype,
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        x = masks if at is None else _shares(scores, masks, at, align_corners)
+        up = upsampling(x, H, W, (0.0, 0.0), align_corners)
+        return masks_to_queries_fwd(x, scores.contiguous(), up, dtype, threshold, squash=at is None, weighted=weighted)
 
 
 class _QueryRows(Rows):
@@ -138,4 +183,41 @@ def _steps(scores: Tensor, masks: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return tuple(torch.cat(part) for part in parts)
 
 
-FORMS = Forms(NAME, [_QueryRows(), Reference(_steps)])
+FORMS = Forms(NAME, [_Kernel(), _QueryRows(), Reference(_steps)])
+
+
+# --- the registered op
+
+
+def _arguments(
+    scores: Tensor, masks: Tensor, at_h: int, at_w: int, H: int, W: int, align_corners: bool, threshold: float,
+    weighted: bool, wide: bool,
+) -> tuple[Any, ...]:  # fmt: skip
+    at = None if isinstance(at_h, int) and at_h == 0 else (at_h, at_w)
+    return scores, masks, at, H, W, align_corners, threshold, weighted, torch.int64 if wide else torch.uint8
+
+
+def _launch(*args: Any) -> tuple[Tensor, ...]:
+    given = _arguments(*args)
+    return FORMS(_request(*given[:5]), *given, recorded=given[1])
+
+
+def _plain(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _lines(*_arguments(*args))
+
+
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scores, masks, _, H, W, *_, dtype = _arguments(*args)
+    shape = (masks.shape[0], H, W)
+    return (masks.new_empty(shape, dtype=dtype), masks.new_empty(shape, dtype=torch.bool),
+            masks.new_empty(scores.shape, dtype=torch.int64))  # fmt: skip
+
+
+_op = register(
+    f"{NAME}(Tensor scores, Tensor masks, SymInt at_h, SymInt at_w, SymInt H, SymInt W, bool align_corners, "
+    "float threshold, bool weighted, bool wide) -> (Tensor, Tensor, Tensor)",
+    _launch,
+    _plain,
+    _fake,
+    refuses=lambda scores, masks, at_h, at_w, H, W, *_: unsupported(masks, H, W),
+)

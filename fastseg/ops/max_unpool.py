@@ -10,7 +10,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, followed_eagerly, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.torch_private import unpool_to
+from fastseg.ops.core.torch_private import deterministic, unpool_to
 from fastseg.ops.max_pool import Sizes, spatial
 from fastseg.ops.pool_indices import PoolIndices
 from fastseg.ops.registered.pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
@@ -98,7 +98,7 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     plain = dims == 2 and type(indices) is Tensor and is_torchs(input) and not followed(input)
     if plain and check_indices in ("async", "sync"):
         size = _plain_size(input, kernel_size, kernel_size if stride is None else stride, padding, output_size)
-        if size is not None and not torch.are_deterministic_algorithms_enabled():
+        if size is not None and not deterministic():
             return unpool_to(input, indices, size)
     name = public.__name__
     if check_indices not in ("async", "sync"):
@@ -140,7 +140,15 @@ def _plain_size(input: Tensor, kernel, stride, padding, output_size) -> tuple[in
     shape = input.shape
     if len(shape) != 4 or 0 in shape or not input.is_floating_point():
         return None
-    (kh, kw), (sh, sw), (ph, pw) = _two(kernel), _two(stride), _two(padding)
+    sizes: list[int] = []
+    for value in (kernel, stride, padding):
+        pair = value if type(value) is tuple else (value, value)
+        if len(pair) != 2:
+            return None
+        sizes += pair
+    if set(map(type, sizes)) != {int}:
+        return None
+    kh, kw, sh, sw, ph, pw = sizes
     H, W = (shape[2] - 1) * sh + kh - 2 * ph, (shape[3] - 1) * sw + kw - 2 * pw
     if min(kh, kw, sh, sw, H, W) < 1 or ph < 0 or pw < 0:
         return None
@@ -151,13 +159,6 @@ def _plain_size(input: Tensor, kernel, stride, padding, output_size) -> tuple[in
     h, w = output_size[-2:]
     near = type(h) is type(w) is int and h > 0 < w and abs(h - H) < sh and abs(w - W) < sw
     return (h, w) if near else None
-
-
-def _two(value: Sizes) -> tuple[int, int]:
-    """One number twice, or two; zeros for anything else."""
-    if type(value) is int:
-        return value, value
-    return value if type(value) is tuple and tuple(map(type, value)) == (int, int) else (0, 0)
 
 
 def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:

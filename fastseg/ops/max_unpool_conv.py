@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.override import overridable
@@ -126,10 +126,9 @@ class FoldForm(Form):
         pool = r.geometry.pooling(r.shape[0], r.shape[1], True)
         return pool.unsupported() or ("" if pool.disjoint else "overlapping windows: unpooling, then convolution")
 
-    def cost(self, r: Request) -> Cost:
+    def cost(self, r: Request) -> Verdict:
         (H, W), (N, C, OH, OW) = r.geometry.size, r.shape
-        chosen = plan(N * H * W, N * OH * OW, C, r.COUT, r.K, r.dtype, r.bits, r.chip)
-        return Cost(chosen.fold, chosen.folded_us, chosen)
+        return plan(N * H * W, N * OH * OW, C, r.COUT, r.K, r.dtype, r.bits, r.chip)
 
     def run(self, input, indices, weight, bias, act, *_) -> Tensor:
         indices.check()

@@ -45,20 +45,20 @@ def upsample_argmax(
         align_corners: as in ``torch.nn.functional.interpolate``.
         dtype: uint8, int64, or of a volume uint16; None means that of ``out``, else uint8 for up to 256 classes, and
             for more of them int64, or of a volume uint16.
-        confidence: return the probability of that class too, of a map; ``upsample_confidence`` has other measures.
+        confidence: return the probability of that class too; ``upsample_confidence`` has other measures.
         out: where the classes go: a tensor on the logits' device, or a numpy array, memory-mapped or not, of the
             result's shape and dtype. It is returned.
 
     Returns:
         Class indices (N, H, W) or (N, D, H, W). The first NaN counts as the largest; among equal logits the first
         class wins. No gradient flows through them. With ``confidence`` a pair: these, and the largest of the softmax,
-        (N, H, W) float32.
+        float32.
 
     Raises:
         TypeError: ``logits`` is not floating point, ``dtype`` is none of the above, or ``out`` has another one.
         ValueError: ``logits`` is neither 4-D nor 5-D, or has no class or no pixel; both or neither of ``size`` and
             ``scale_factor`` are given, or one is not positive; ``dtype`` cannot hold the classes; ``out`` has another
-            shape or device; ``confidence`` is asked of a volume, or together with ``out``.
+            shape or device; ``confidence`` is asked together with ``out``.
 
     Reference: ``torch.nn.functional.interpolate`` (mode "bilinear" or "trilinear") and ``torch.argmax``.
     """
@@ -67,9 +67,11 @@ def upsample_argmax(
         raise ValueError(f"upsample_argmax: logits are {tuple(logits.shape)}; give {shape} with C > 0")
     if not logits.is_floating_point():
         raise TypeError(f"upsample_argmax: logits are {logits.dtype}; give floating-point logits")
+    if confidence and out is not None:
+        raise ValueError("upsample_argmax: confidence is without out; see upsample_confidence")
+    if logits.dim() == 5 and confidence:
+        return upsample_confidence(logits, size, scale_factor, align_corners=align_corners, dtype=dtype)
     if logits.dim() == 5 or out is not None:
-        if confidence:
-            raise ValueError("upsample_argmax: confidence is of maps, and without out; see upsample_confidence")
         return _into(out, logits, size, scale_factor, align_corners, dtype)
     classes = logits.shape[1]
     if dtype is None:

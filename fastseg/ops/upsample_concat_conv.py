@@ -18,7 +18,7 @@ from fastseg.ops.core.dispatch import (
     use_kernel,
 )
 from fastseg.ops.core.explain import Refusal, in_reference
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.kept import made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
@@ -217,9 +217,8 @@ class TapsForm(Form):
             return "nothing to compute"
         return unsupported(*r.sizes)
 
-    def cost(self, r: Request) -> Cost:
-        chosen = plan(*r.sizes, r.dtype, r.chip)
-        return Cost(chosen.low_resolution, chosen.taps_us, chosen)
+    def cost(self, r: Request) -> Verdict:
+        return plan(*r.sizes, r.dtype, r.chip)
 
     def run(self, *args) -> Tensor:
         return _with_kernel(*args)
@@ -243,9 +242,8 @@ class LowResolutionForm(Form):
             return "nothing to compute"
         return "" if r.finite else "NaN or infinity, which a strip's GEMM would spread: upsampling, then convolution"
 
-    def cost(self, r: Request) -> Cost:
-        chosen = plan_cpu(*r.sizes)
-        return Cost(chosen.low_resolution, None, chosen)
+    def cost(self, r: Request) -> Verdict:
+        return plan_cpu(*r.sizes)
 
     def run(self, *args) -> Tensor:
         return at_low_resolution(*args)
@@ -258,16 +256,6 @@ class Upsampled(Reference):
         return refused[1 if r.no_kernel or r.followed else 0].why
 
 
-class PlanCpu(NamedTuple):
-    low_resolution: bool
-    taps_gflop: float
-    plain_gflop: float
-
-    def __str__(self) -> str:
-        form = "nine taps at low resolution" if self.low_resolution else "upsampling, then convolution"
-        return f"{form}: model says {self.taps_gflop:.3g} against {self.plain_gflop:.3g} GFLOP's worth of time"
-
-
 # Cost of an element of a strip, updated by a short GEMM, and of an element written by interpolation or ``cat``, in
 # floating-point operations of a long GEMM. Fitted to times of 11 shapes on a busy machine, one thread, channels_last.
 # Low resolution took 0.27 of the plain form's time for 256 + 48 -> 256 channels, 32^2 to 128^2; 0.68 for 64 + 16 -> 64;
@@ -276,11 +264,13 @@ class PlanCpu(NamedTuple):
 STRIP_ELEMENT, COPY_ELEMENT = 260, 70
 
 
-def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int) -> PlanCpu:
+def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int) -> Verdict:
     """The faster form on one CPU thread; both include the convolution of ``low``."""
     taps = 18 * N * h * w * C * COUT + STRIP_ELEMENT * 3 * N * (H + h) * W * COUT
     plain = 18 * N * H * W * C * COUT + COPY_ELEMENT * N * H * W * (2 * C + CL)
-    return PlanCpu(taps < plain, taps * 1e-9, plain * 1e-9)
+    form = "nine taps at low resolution" if taps < plain else "upsampling, then convolution"
+    says = f"{form}: model says {taps * 1e-9:.3g} against {plain * 1e-9:.3g} GFLOP's worth of time"
+    return Verdict(taps < plain, None, says)
 
 
 FORMS = Forms(NAME, [TapsForm(), LowResolutionForm(), Upsampled(_plain)])

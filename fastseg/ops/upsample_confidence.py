@@ -1,16 +1,21 @@
-"""Class map of low-resolution logits, and how sure each pixel is."""
+"""Class map of low-resolution logits, and how sure each pixel is; of volumes too."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, use_kernel
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import Factors, along_x, interpolate, is_finite, output_size, unsupported, upsampling
+from fastseg.ops.core.volume import Resize, resize_of
+from fastseg.ops.core.volume import interpolate as interpolate_volume
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, strips_of
+from fastseg.ops.volume_argmax import over_slices
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.confidence import upsample_confidence_fwd
@@ -33,25 +38,28 @@ def upsample_confidence(
     align_corners: bool = False,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Upsample logits bilinearly; the class of each pixel, and how sure it is, of ``p = interpolate(...).softmax(1)``.
+    """Upsample logits; the class of each pixel, and how sure it is, of ``p = interpolate(...).softmax(1)``.
 
-    The upsampled logits are never stored. All dtypes are computed in fp32.
+    Maps are interpolated bilinearly, volumes trilinearly. The upsampled logits are never stored; of a volume, those of
+    a few slices are. All dtypes are computed in fp32.
 
     Args:
-        logits: (N, C, h, w), floating point, any layout.
-        size: output height and width in pixels, or one number for both.
+        logits: (N, C, h, w) or (N, C, d, h, w), floating point, any layout.
+        size: output height and width in pixels (of a volume: depth, height and width), or one number for all.
         scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
         measure: "probability" (the largest p), "margin" (the largest less the second) or "entropy" (of p, in nats).
         align_corners: as in ``torch.nn.functional.interpolate``.
-        dtype: of the classes, uint8 or int64; None means uint8 for up to 256 classes, else int64.
+        dtype: of the classes, uint8, int64, or of a volume uint16; None means uint8 for up to 256 classes, and for more
+            of them int64, or of a volume uint16.
 
     Returns:
-        Classes (N, H, W), those of ``upsample_argmax``, and values (N, H, W), float32. No gradient flows.
+        Classes (N, H, W) or (N, D, H, W), those of ``upsample_argmax``, and values of the same shape, float32. No
+        gradient flows.
 
     Raises:
-        TypeError: ``logits`` is not floating point, or ``dtype`` is neither uint8 nor int64.
-        ValueError: ``logits`` is not 4-D, or has no class or no pixel; both or neither of ``size`` and ``scale_factor``
-            are given; the measure is unknown; ``dtype`` is uint8 for more than 256 classes.
+        TypeError: ``logits`` is not floating point, or ``dtype`` is none of the above.
+        ValueError: ``logits`` is neither 4-D nor 5-D, or has no class or no pixel; both or neither of ``size`` and
+            ``scale_factor`` are given; the measure is unknown; ``dtype`` is uint8 for more than 256 classes.
 
     Reference: ``torch.nn.functional.interpolate``, ``torch.softmax``.
     """
@@ -59,14 +67,19 @@ def upsample_confidence(
     if measure not in MEASURES:
         raise ValueError(f"{name}: measure is {measure!r}; use one of {', '.join(MEASURES)}")
     _check(name, logits)
-    if dtype is None:
-        dtype = torch.uint8 if logits.shape[1] <= _UINT8_CLASSES else torch.int64
-    if dtype not in (torch.uint8, torch.int64):
-        raise TypeError(f"{name}: dtype is {dtype}; use torch.uint8 or torch.int64")
-    if dtype == torch.uint8 and logits.shape[1] > _UINT8_CLASSES:
-        raise ValueError(f"{name}: {logits.shape[1]} classes do not fit uint8; use dtype=torch.int64")
-    H, W, factors = output_size(name, logits, size, scale_factor)
+    dtype = _dtype(name, logits, dtype)
     logits = logits.detach()
+    if logits.dim() == 5:
+        to = resize_of(name, logits, size, scale_factor, align_corners)
+        found = lambda v: _measured(v, measure)
+        H, W, factors, _ = to.plane
+        known: dict = {"size": (H, W)} if factors[0] == 0 else {"scale_factor": factors}
+        wide = torch.int64 if dtype == torch.uint16 else dtype
+        of_maps = lambda maps: upsample_confidence(
+            maps, **known, measure=measure, align_corners=align_corners, dtype=wide
+        )
+        return _of_volume(name, of_maps, found, logits, to, (dtype, torch.float32), ((), ()))
+    H, W, factors = output_size(name, logits, size, scale_factor)
     if use_kernel(name, logits, unsupported=unsupported(logits, H, W)):
         classes, values = _op(logits, H, W, *factors, align_corners, measure, dtype == torch.int64)
     else:
@@ -88,19 +101,21 @@ def upsample_confidence_ref(
 def upsample_topk(
     logits: Tensor, k: int, size: Size = None, scale_factor: Factor = None, *, align_corners: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Upsample logits bilinearly; the ``k`` most probable classes of each pixel, and their probabilities.
+    """Upsample logits; the ``k`` most probable classes of each pixel, and their probabilities.
 
-    On a CPU in strips of rows; elsewhere by torch's own steps, one image at a time.
+    Maps are interpolated bilinearly, volumes trilinearly. On a CPU in strips of rows; elsewhere by torch's own steps,
+    one image or a few slices at a time.
 
     Args:
-        logits: (N, C, h, w), floating point.
+        logits: (N, C, h, w) or (N, C, d, h, w), floating point.
         k: how many, at most C.
-        size: output height and width in pixels, or one number for both.
+        size: output height and width in pixels (of a volume: depth, height and width), or one number for all.
         scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
         align_corners: as in ``torch.nn.functional.interpolate``.
 
     Returns:
-        Classes (N, k, H, W), int64, the most probable first, and probabilities (N, k, H, W), float32.
+        Classes (N, k, H, W) or (N, k, D, H, W), int64, the most probable first, and probabilities of the same shape,
+        float32.
 
     Raises:
         TypeError: ``logits`` is not floating point.
@@ -109,20 +124,28 @@ def upsample_topk(
     _check("upsample_topk", logits)
     if not 1 <= k <= logits.shape[1]:
         raise ValueError(f"upsample_topk: k is {k}; give 1 to {logits.shape[1]}, the number of classes")
-    H, W, factors = output_size("upsample_topk", logits, size, scale_factor)
     logits = logits.detach()
 
     def found(v: Tensor) -> tuple[Tensor, Tensor]:
         values, classes = v.topk(k, 1)
         return classes, (values - v.logsumexp(1, keepdim=True)).exp()
 
-    if _walks(logits, H, W):
-        return _by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
+    def of_maps(maps: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> tuple[Tensor, ...]:
+        if _walks(maps, H, W):
+            return _by_rows(found, maps, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
+        parts = [found(_full(image, H, W, factors, align_corners)) for image in maps.split(1)]
+        classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        return classes, values.float()
+
+    if logits.dim() == 5:
+        to = resize_of("upsample_topk", logits, size, scale_factor, align_corners)
+        of_slab = lambda maps: of_maps(maps, *to.plane)
+        return _of_volume("upsample_topk", of_slab, found, logits, to, (torch.int64, torch.float32), ((k,), (k,)))
+    H, W, factors = output_size("upsample_topk", logits, size, scale_factor)
     if logits.shape[0] == 0:
         return (logits.new_empty((0, k, H, W), dtype=torch.int64), logits.new_empty((0, k, H, W), dtype=torch.float32))
-    parts = [found(_full(image, H, W, factors, align_corners)) for image in logits.split(1)]
-    classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
-    return classes, values.float()
+    classes, values = of_maps(logits, H, W, factors, align_corners)
+    return classes, values
 
 
 @overridable
@@ -135,19 +158,21 @@ def upsample_threshold(
     align_corners: bool = False,
     confidence: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Upsample logits of one channel bilinearly and threshold them: ``interpolate(logits, ...).sigmoid() > threshold``.
+    """Upsample logits of one channel and threshold them: ``interpolate(logits, ...).sigmoid() > threshold``.
+
+    Maps are interpolated bilinearly, volumes trilinearly.
 
     Args:
-        logits: (N, 1, h, w), floating point.
-        size: output height and width in pixels, or one number for both.
+        logits: (N, 1, h, w) or (N, 1, d, h, w), floating point.
+        size: output height and width in pixels (of a volume: depth, height and width), or one number for all.
         scale_factor: output pixels per input pixel; give exactly one of ``size`` and ``scale_factor``.
         threshold: a probability, in (0, 1).
         align_corners: as in ``torch.nn.functional.interpolate``.
         confidence: return the probabilities too.
 
     Returns:
-        (N, H, W), uint8, 1 where the probability is larger; with ``confidence`` a pair: it, and the probabilities,
-        float32.
+        (N, H, W) or (N, D, H, W), uint8, 1 where the probability is larger; with ``confidence`` a pair: it, and the
+        probabilities, float32.
 
     Raises:
         TypeError: ``logits`` is not floating point.
@@ -159,21 +184,63 @@ def upsample_threshold(
             f"upsample_threshold: logits are {tuple(logits.shape)}, threshold is {threshold}; give one channel, and a "
             "probability"
         )
-    H, W, factors = output_size("upsample_threshold", logits, size, scale_factor)
-    v = _full(logits.detach(), H, W, factors, align_corners)[:, 0]  # one plane: no larger than its result
+    if logits.dim() == 5:
+        to = resize_of("upsample_threshold", logits, size, scale_factor, align_corners)
+        v = interpolate_volume(_wide(logits.detach()), to)[:, 0]
+    else:
+        H, W, factors = output_size("upsample_threshold", logits, size, scale_factor)
+        v = _full(logits.detach(), H, W, factors, align_corners)[:, 0]  # one plane: no larger than its result
     above = (v > math.log(threshold / (1 - threshold))).to(torch.uint8)
     return (above, v.sigmoid().float()) if confidence else above
 
 
 def _check(name: str, logits: Tensor) -> None:
-    if logits.dim() != 4 or logits.shape[1] == 0:
-        raise ValueError(f"{name}: logits are {tuple(logits.shape)}; give (N, C, h, w) with C > 0")
+    if logits.dim() not in (4, 5) or logits.shape[1] == 0:
+        raise ValueError(f"{name}: logits are {tuple(logits.shape)}; give (N, C, h, w) or (N, C, d, h, w) with C > 0")
     if not logits.is_floating_point():
         raise TypeError(f"{name}: logits are {logits.dtype}; give floating-point logits")
 
 
+def _dtype(name: str, logits: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """Of the classes."""
+    classes, volume = logits.shape[1], logits.dim() == 5
+    more = torch.uint16 if volume else torch.int64
+    if dtype is None:
+        dtype = torch.uint8 if classes <= _UINT8_CLASSES else more
+    if dtype not in (torch.uint8, torch.int64, more):
+        others = "torch.uint8, torch.uint16 or torch.int64" if volume else "torch.uint8 or torch.int64"
+        raise TypeError(f"{name}: dtype is {dtype}; use {others}")
+    if classes > {torch.uint8: _UINT8_CLASSES, torch.uint16: 2**16}.get(dtype, classes):
+        raise ValueError(f"{name}: {classes} classes do not fit {str(dtype)[6:]}; use dtype=torch.int64")
+    return dtype
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _full(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
-    return interpolate(logits.to(torch.promote_types(logits.dtype, torch.float32)), H, W, factors, align_corners)
+    return interpolate(_wide(logits), H, W, factors, align_corners)
+
+
+def _of_volume(
+    name: str, of_maps: Callable[[Tensor], tuple[Tensor, ...]], found: Callable[[Tensor], tuple[Tensor, ...]],
+    logits: Tensor, to: Resize, dtypes: tuple[torch.dtype, ...], channels: tuple[tuple[int, ...], ...],
+) -> tuple[Any, Any]:  # fmt: skip
+    """``of_maps`` of the slices of a volume; for a graph or a transform ``found`` of all logits at full size."""
+    if followed(logits):
+        classes, values = (t.to(dtype) for t, dtype in zip(found(interpolate_volume(_wide(logits), to)), dtypes,
+                                                           strict=True))  # fmt: skip
+        return classes, values
+    if not is_torchs(logits):
+        use_kernel(name, logits, unsupported="a volume: its slices are the op's own calls")
+    outs = tuple(
+        torch.empty(logits.shape[0], *k, *to.size, dtype=dtype, device=logits.device)
+        for dtype, k in zip(dtypes, channels, strict=True)
+    )
+    over_slices(of_maps, logits, to, outs)
+    classes, values = outs
+    return classes, values
 
 
 def _walks(logits: Tensor, H: int, W: int) -> bool:

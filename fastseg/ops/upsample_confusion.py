@@ -8,6 +8,8 @@ from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.override import overridable
 from fastseg.ops.upsample_argmax import upsample_argmax
 
+_PIECE = 2**22  # pixels that are counted together: their bins are int64
+
 
 @overridable
 def upsample_confusion(
@@ -18,13 +20,14 @@ def upsample_confusion(
     ignore_index: int | None = None,
     align_corners: bool = False,
 ) -> Tensor:
-    """Upsample logits bilinearly, take the class of each pixel, and count (target, class) pairs.
+    """Upsample logits, take the class of each pixel, and count (target, class) pairs.
 
-    The full-size logits are never stored, and the class map of one image at a time only.
+    Maps are interpolated bilinearly, volumes trilinearly. The full-size logits are never stored, and the classes of one
+    image at a time only.
 
     Args:
-        logits: (N, C, h, w), floating point, C at most ``num_classes``.
-        target: class indices (N, H, W), of an integer dtype.
+        logits: (N, C, h, w) or (N, C, d, h, w), floating point, C at most ``num_classes``.
+        target: class indices (N, H, W) or (N, D, H, W), of an integer dtype.
         num_classes: classes, background included.
         ignore_index: target value whose pixels are not counted.
         align_corners: as in ``torch.nn.functional.interpolate``.
@@ -39,10 +42,10 @@ def upsample_confusion(
         IndexError: a target is neither a class nor ``ignore_index``. On a GPU and in graphs it is not counted instead.
     """
     name = "upsample_confusion"
-    if logits.dim() != 4 or target.dim() != 3 or logits.shape[0] != target.shape[0]:
+    if logits.dim() not in (4, 5) or target.dim() != logits.dim() - 1 or logits.shape[0] != target.shape[0]:
         raise ValueError(
             f"{name}: logits are {tuple(logits.shape)} and target is {tuple(target.shape)}; "
-            "give (N, C, h, w) and (N, H, W)"
+            "give (N, C, h, w) and (N, H, W), or (N, C, d, h, w) and (N, D, H, W)"
         )
     if target.dtype not in LABEL_DTYPES:
         raise TypeError(f"{name}: target is {target.dtype}; give class indices, uint8 or int8 to int64")
@@ -51,18 +54,20 @@ def upsample_confusion(
     C = num_classes
     counts = torch.zeros(C * C + 2, dtype=torch.int64, device=logits.device)  # and ignored, and out of range
     for image, labels in zip(logits.split(1), target.split(1), strict=True):
-        classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners)
-        labels = labels.long()
-        bins = torch.where((labels < 0) | (labels >= C), C * C + 1, labels * C + classes)
-        if ignore_index is not None:
-            bins = torch.where(labels == ignore_index, C * C, bins)
-        bins = bins.flatten()
-        if bins.device.type == "cpu" and not followed(logits):
-            found = torch.bincount(bins, minlength=C * C + 2)
-            if found[-1] > 0:
-                bad = labels.flatten()[bins == C * C + 1][0]
-                raise IndexError(f"Target {int(bad)} is out of bounds.")
-            counts += found
-        else:  # bincount would wait for the device
-            counts.scatter_add_(0, bins, torch.ones_like(bins))
+        classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners).flatten()
+        pieces = [(classes, labels.flatten())]
+        if not followed(logits):
+            pieces = list(zip(classes.split(_PIECE), labels.flatten().split(_PIECE), strict=True))
+        for pred, true in pieces:
+            true = true.long()
+            bins = torch.where((true < 0) | (true >= C), C * C + 1, true * C + pred.long())
+            if ignore_index is not None:
+                bins = torch.where(true == ignore_index, C * C, bins)
+            if bins.device.type == "cpu" and not followed(logits):
+                found = torch.bincount(bins, minlength=C * C + 2)
+                if found[-1] > 0:
+                    raise IndexError(f"Target {int(true[bins == C * C + 1][0])} is out of bounds.")
+                counts += found
+            else:  # bincount would wait for the device
+                counts.scatter_add_(0, bins, torch.ones_like(bins))
     return counts[: C * C].view(C, C)

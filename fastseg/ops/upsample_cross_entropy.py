@@ -31,8 +31,8 @@ def upsample_cross_entropy(
     neither the full-size logits nor their gradient: the forward saves one number per pixel. All dtypes are computed in
     fp32. Gradients are deterministic. Second derivatives run as torch's two steps.
 
-    Volumes are interpolated trilinearly, in slabs of slices; with "none", or a weight that requires a gradient, as
-    torch's two steps.
+    Volumes are interpolated trilinearly, in slabs of slices; with a weight that requires a gradient, as torch's two
+    steps.
 
     Args:
         logits: (N, C, h, w) or (N, C, d, h, w), floating point, any layout.

@@ -112,8 +112,6 @@ def _of_head(
     for weight, term in _parts(terms, logits):
         own = ignored if term.ignore_index is None else term.ignore_index
         if hasattr(term, "direct"):
-            if logits.dim() == 5:
-                raise ValueError(f"upsample_loss: {type(term).__name__} is of maps (N, C, h, w); logits are a volume")
             total = total + weight * term.direct(logits, target, own, pixel_weight, align_corners)
             continue
         x = term.inputs(logits)
@@ -133,7 +131,7 @@ def _of_head(
             x, labels, columns, key[0], ignore_index=key[1], pixel_weight=factor, align_corners=align_corners
         )
         pixels = math.prod(labels.shape[2 - logits.dim() :])
-        table = Table(columns, sums, pixels, labels.is_floating_point())
+        table = Table(columns, sums, pixels, labels.is_floating_point(), axes=logits.dim() - 2)
         whole: dict[bool, Table] = {}  # over the batch, of this process or of all
         for weight, term in members:
             across = across_processes or term.across_processes

@@ -83,8 +83,9 @@ def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_wei
         if C == 2 and pixels >= _PLANE and sums.activation == SOFTMAX and target.dim() == 3 and is_finite(logits):
             return _of_two(logits, target, sums, pixel_weight)
         large = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
-        if large and is_finite(logits):
-            return _Rows.apply(logits, target, pixel_weight, sums)
+        if is_finite(logits):
+            walk = loss_rows.Walk if large else loss_rows.Planes
+            return _Rows.apply(logits, target, pixel_weight, sums, walk)
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
 
@@ -114,7 +115,7 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
         )  # fmt: skip
 
     trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
-    whole = trained or followed(logits, pixel_weight)
+    whole = trained or followed(logits, pixel_weight) or logits.shape[0] == 0
     with torch.autocast(logits.device.type, enabled=False):
         return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
 
@@ -155,28 +156,30 @@ _OF_TWO = {  # columns of softmax -> those of sigmoid that they are made of, bes
 
 
 class _Rows(torch.autograd.Function):
-    """The sums by strips of rows."""
+    """The sums by strips of rows, or of whole planes."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
-        ctx.sums = sums
+    def forward(
+        ctx, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums, walk: type[loss_rows.Walk]
+    ) -> Tensor:
+        ctx.sums, ctx.walk = sums, walk
         ctx.save_for_backward(x, target, pixel_weight)
         with torch.autocast("cpu", enabled=False):
-            return loss_rows.Walk(x, target, pixel_weight, sums).forward()
+            return walk(x, target, pixel_weight, sums).forward()
 
     @staticmethod
     def gradients(ctx, saved, slopes: Tensor):
         x, target, pixel_weight = saved
         with torch.autocast("cpu", enabled=False):
-            dx = loss_rows.Walk(x, target, pixel_weight, ctx.sums).backward(slopes)
-        return loss_rows.like(x, dx), None, None, None
+            dx = ctx.walk(x, target, pixel_weight, ctx.sums).backward(slopes)
+        return loss_rows.like(x, dx), None, None, None, None
 
     @staticmethod
     def again(ctx, saved, slopes: Tensor):
         x, *others = saved
         with torch.autocast("cpu", enabled=False):
             forward = lambda x: at_full_size(x, *others, ctx.sums)
-            return *derived(forward, (x,), ctx.needs_input_grad[:1], slopes), None, None, None
+            return *derived(forward, (x,), ctx.needs_input_grad[:1], slopes), None, None, None, None
 
     backward = staticmethod(differentiable(gradients, again))
 

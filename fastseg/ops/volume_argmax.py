@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.kernels.runtime.sizes import source_scale
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, kernels_run, no_kernel, record_reference
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.core.volume import Resize, Slices, argmax, blended, distinct, slices_of
@@ -22,6 +22,7 @@ if HAS_TRITON:
 
 DTYPES = (torch.uint8, torch.uint16, torch.int64)
 SLAB = 2**19  # values of a slab of blended planes, or of its upsampled logits
+_SLAB_OF_A_GPU = 2**24
 _SMALL = 2**18  # upsampled logits; fewer stay in the caches, where torch's two steps are as fast
 
 
@@ -55,8 +56,8 @@ class SlabForm(Form):
     def refuses(self, request: Request) -> str:
         return "no volume" if request.N == 0 else "" if request.cpu else "a CPU's form"
 
-    def cost(self, request: Request) -> Cost | None:
-        return Cost(request.values >= _SMALL, None, "few upsampled logits: they stay in the caches")
+    def cost(self, request: Request) -> Verdict | None:
+        return Verdict(request.values >= _SMALL, None, "few upsampled logits: they stay in the caches")
 
     def run(self, logits: Tensor, to: Resize, out: Tensor) -> Tensor:
         return volume_on_cpu(logits, to, out)
@@ -92,15 +93,21 @@ def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | 
 def volume_on_cpu(logits: Tensor, to: Resize, out: Tensor, slices: Slices | None = None) -> Tensor:
     """``by_slabs`` with the form of the map's op that suits a slice; ``slices`` replace the trilinear ones."""
     kind = torch.promote_types(logits.dtype, torch.float32)
-    finite = all(is_finite(plane) for volume in logits for plane in volume.unbind(1))  # 16 bits are widened to sum
+    finite = all_finite(logits)
     form = CPU_FORMS.choose(MapRequest(1, logits.shape[1], True, finite)).form
     whole = finite and logits.shape[3:] == to.size[1:]  # an interpolation to the same size is a copy
 
-    def classes_of(slab: Tensor) -> Tensor:
-        return _first_of_the_largest(slab) if whole else form.run(slab, *to.plane, out.dtype)
+    def classes_of(slab: Tensor) -> tuple[Tensor]:
+        return (_first_of_the_largest(slab) if whole else form.run(slab, *to.plane, out.dtype),)
 
     slices = slices or slices_of(logits.shape[2], to, kind)
-    return by_slabs(logits, slices, to, out, classes_of, finite)
+    by_slabs(logits, slices, to, (out,), classes_of, finite)
+    return out
+
+
+def all_finite(logits: Tensor) -> bool:
+    """``is_finite`` of volumes, plane by plane: 16 bits are widened to be summed."""
+    return all(is_finite(plane) for volume in logits for plane in volume.unbind(1))
 
 
 def _first_of_the_largest(slab: Tensor) -> Tensor:
@@ -108,24 +115,43 @@ def _first_of_the_largest(slab: Tensor) -> Tensor:
 
 
 def by_slabs(
-    logits: Tensor, slices: Slices, to: Resize, out: Tensor, classes_of: Callable[[Tensor], Tensor], finite: bool
-) -> Tensor:
-    """Fill ``out`` (N, D, H, W) slab by slab: ``classes_of`` maps (S, C, h, w) to class maps (S, H, W)."""
+    logits: Tensor, slices: Slices, to: Resize, outs: tuple[Tensor, ...],
+    found: Callable[[Tensor], tuple[Tensor, ...]], finite: bool, slab: int | None = None,
+) -> None:  # fmt: skip
+    """Fill ``outs`` (N, D, H, W) or (N, K, D, H, W) slab by slab.
+
+    ``found`` maps (S, C, h, w) to maps (S, H, W) or (S, K, H, W), one for each of ``outs``. A slab has about ``slab``
+    values, by default ``SLAB``. Slabs of a CPU run on threads.
+    """
     N, C, _, h, w = logits.shape
     D, H, W = to.size
     kind = torch.promote_types(logits.dtype, torch.float32)
-    length = max(1, SLAB // (C * max(h * w, H * W)))
+    length = max(1, (slab or SLAB) // (C * max(h * w, H * W)))
 
     def fill(part: tuple[int, int]) -> None:
         n, begin = part
         end = min(D, begin + length)
         different, which = distinct(slices, begin, end)
-        maps = classes_of(blended(logits[n], different, kind, finite))
-        for z, i in enumerate(which, begin):
-            out[n, z].copy_(maps[i])
+        results = found(blended(logits[n], different, kind, finite))
+        for out, maps in zip(outs, results, strict=True):
+            for z, i in enumerate(which, begin):
+                out[n][..., z, :, :].copy_(maps[i])
 
-    each(fill, [(n, z) for n in range(N) for z in range(0, D, length)])
-    return out
+    parts = [(n, z) for n in range(N) for z in range(0, D, length)]
+    if logits.is_cpu and not kernels_run(logits):
+        each(fill, parts)
+    else:
+        for part in parts:
+            fill(part)
+
+
+def over_slices(
+    of_maps: Callable[[Tensor], tuple[Tensor, ...]], logits: Tensor, to: Resize, outs: tuple[Tensor, ...]
+) -> None:
+    """Fill ``outs`` with what ``of_maps`` finds in each slice of trilinearly upsampled logits."""
+    kind = torch.promote_types(logits.dtype, torch.float32)
+    slices = slices_of(logits.shape[2], to, kind)
+    by_slabs(logits, slices, to, outs, of_maps, all_finite(logits), None if logits.is_cpu else _SLAB_OF_A_GPU)
 
 
 # --- the registered op

@@ -35,17 +35,22 @@ def sums_of_volume(
     """
     size = target.shape[-3:]
     to = Resize((size[0], size[1], size[2]), (0.0, 0.0, 0.0), align_corners)
-    return at_full_size(sums, logits, target, factor, to) if whole else _Slabs.apply(logits, sums, target, factor, to)
+    if whole:
+        return at_full_size(sums, logits, target, factor, to)
+    return _Slabs.apply(logits, sums, target, factor, to, False)
 
 
 def at_full_size(sums: Sums, logits: Tensor, target: Tensor, factor: Tensor | None, to: Resize) -> Tensor:
     """The sums of logits upsampled by torch's op: its slices are maps of their final size."""
-    N, D = target.shape[0], to.size[0]
+    return _each_at_full_size(sums, logits, target, factor, to).sum(1)
+
+
+def _each_at_full_size(function: Sums, logits: Tensor, target: Tensor, factor: Tensor | None, to: Resize) -> Tensor:
+    """What the function gives for each slice, (N, D, ...)."""
     wide = interpolate(logits.to(torch.promote_types(logits.dtype, torch.float32)), to)
     maps = wide.transpose(1, 2).flatten(0, 1)
-    labels = _maps(target)
-    found = sums(maps, labels, None if factor is None else factor.flatten(0, 1))
-    return found.unflatten(0, (N, D)).sum(1)
+    found = function(maps, _maps(target), None if factor is None else factor.flatten(0, 1))
+    return found.unflatten(0, (target.shape[0], to.size[0]))
 
 
 def _maps(target: Tensor) -> Tensor:
@@ -54,14 +59,18 @@ def _maps(target: Tensor) -> Tensor:
 
 
 class _Slabs(torch.autograd.Function):
+    """The sums of each volume, or with ``each`` what the function gives for every voxel."""
+
     @staticmethod
-    def forward(ctx, logits: Tensor, sums: Sums, target: Tensor, factor: Tensor | None, to: Resize) -> Tensor:
-        ctx.sums, ctx.to = sums, to
+    def forward(
+        ctx, logits: Tensor, function: Sums, target: Tensor, factor: Tensor | None, to: Resize, each: bool
+    ) -> Tensor:
+        ctx.function, ctx.to, ctx.each = function, to, each
         ctx.save_for_backward(logits, target, factor)
         rows = []
         for n in range(logits.shape[0]):
-            found = [sums(*_slab(logits, target, factor, n, part)[:3]).sum(0) for part in _parts(logits, to)]
-            rows.append(torch.stack(found).sum(0))
+            found = (function(*_slab(logits, target, factor, n, part)[:3]) for part in _parts(logits, to))
+            rows.append(torch.cat(list(found)) if each else torch.stack([sums.sum(0) for sums in found]).sum(0))
         return torch.stack(rows)
 
     @staticmethod
@@ -73,16 +82,18 @@ class _Slabs(torch.autograd.Function):
                 maps, labels, factors, repeated = _slab(logits, target, factor, n, part)
                 with torch.enable_grad():
                     maps.requires_grad_()
-                    found = ctx.sums(maps, labels, factors)
-                (d_maps,) = torch.autograd.grad(found, maps, slopes[n].expand_as(found))
+                    found = ctx.function(maps, labels, factors)
+                slope = slopes[n, part[1] : part[2]] if ctx.each else slopes[n].expand_as(found)
+                (d_maps,) = torch.autograd.grad(found, maps, slope)
                 _add(grad[n], d_maps, repeated)
-        return grad.to(logits.dtype), None, None, None, None
+        return grad.to(logits.dtype), None, None, None, None, None
 
     @staticmethod
     def again(ctx, saved, slopes: Tensor):
         logits, target, factor = saved
-        forward = lambda x: at_full_size(ctx.sums, x, target, factor, ctx.to)
-        return *derived(forward, (logits,), ctx.needs_input_grad[:1], slopes), None, None, None, None
+        full = _each_at_full_size if ctx.each else at_full_size
+        forward = lambda x: full(ctx.function, x, target, factor, ctx.to)
+        return *derived(forward, (logits,), ctx.needs_input_grad[:1], slopes), None, None, None, None, None
 
     backward = staticmethod(differentiable(gradients, again))
 
@@ -125,16 +136,22 @@ def volume_cross_entropy(
     if torch.is_autocast_enabled(logits.device.type):
         kind = torch.promote_types(kind, torch.float32)
     trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
-    if reduction == "none" or trained or followed(logits, weight):
+    if trained or followed(logits, weight) or logits.shape[0] == 0:
         size = target.shape[1:]
         wide = interpolate(logits, Resize((size[0], size[1], size[2]), (0.0, 0.0, 0.0), align_corners))
         options: dict = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return F.cross_entropy(wide, target.long(), None if weight is None else weight.to(wide.dtype), **options)
 
-    def sums(maps: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
-        loss = of_maps(maps, labels, weight, ignore_index, "none", label_smoothing, align_corners=align_corners)
-        return loss.flatten(1).sum(1, dtype=torch.float64)
+    def losses(maps: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
+        return of_maps(maps, labels, weight, ignore_index, "none", label_smoothing, align_corners=align_corners)
 
+    def sums(maps: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
+        return losses(maps, labels, None).flatten(1).sum(1, dtype=torch.float64)
+
+    if reduction == "none":
+        size = target.shape[1:]
+        to = Resize((size[0], size[1], size[2]), (0.0, 0.0, 0.0), align_corners)
+        return _Slabs.apply(logits, losses, target, None, to, True).to(kind)
     total = sums_of_volume(sums, logits, target, None, align_corners).sum()
     if reduction == "mean":
         counts = torch.stack([_counts(labels, logits.shape[1], ignore_index) for labels in target]).sum(0)

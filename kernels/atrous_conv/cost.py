@@ -11,7 +11,6 @@ image gives; our kernel does not.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 
@@ -19,21 +18,7 @@ from fastseg.kernels.atrous_conv.regions import Branch, dense, executed, forward
 from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, OWN_LANES, Chip
 from fastseg.kernels.runtime.config import candidates, heuristic
 from fastseg.kernels.runtime.sizes import next_power_of_2
-
-
-class Plan(NamedTuple):
-    own: bool
-    fraction: float  # of the dense products, that the own kernel executes
-    own_us: float
-    library_us: float
-    chip: str
-
-    def __str__(self) -> str:
-        form = "taps in padding skipped" if self.own else "the library's dense convolution"
-        return (
-            f"{form}: {self.fraction:.2f} of the products are executed; model says own {self.own_us:.1f} us, "
-            f"library {self.library_us:.1f} us on {self.chip}"
-        )
+from fastseg.kernels.runtime.verdict import Verdict, verdict
 
 
 @functools.lru_cache(maxsize=4096)
@@ -48,7 +33,7 @@ def plan(
     passes: int,
     ieee: bool = False,
     chip: Chip = H200,
-) -> Plan:
+) -> Verdict:
     """Choose the faster form, by the model in this file's header.
 
     ``passes``: elementwise passes over the output (activation, residual) that the library needs and our kernel does
@@ -69,7 +54,10 @@ def plan(
     after = passes + (len(branches) > 1)  # the concatenation is one more
     library += after * (2 * Y * len(branches) / chip.bandwidth + chip.launch)
     undilated = all(branch.K == 1 or branch.dilation == 1 for branch in branches)
-    return Plan(own < library and not undilated, done / nominal, own * 1e6, library * 1e6, chip.described)
+    pays = own < library and not undilated
+    form = "taps in padding skipped" if pays else "the library's dense convolution"
+    taken = f"{form}: {done / nominal:.2f} of the products are executed"
+    return verdict(pays, "own", own, "library", library, taken, chip.described)
 
 
 @heuristic("atrous_conv_fwd")

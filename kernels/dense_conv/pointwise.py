@@ -10,7 +10,6 @@ dominates, or a map has too few tiles for the chip, whose sums a library may spl
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, OWN_LANES, Chip, spread
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.sizes import cdiv
+from fastseg.kernels.runtime.verdict import Verdict, verdict
 
 # Registers what the launcher asks `select` for.
 from fastseg.kernels.separable_conv import configs as separable_conv_configs  # noqa: F401
@@ -39,22 +39,6 @@ def pointwise_conv_fwd(
     return y
 
 
-class Plan(NamedTuple):
-    own: bool
-    own_us: float
-    library_us: float
-    library_launches: int
-    chip: str
-
-    def __str__(self) -> str:
-        form = "one launch" if self.own else "library"
-        plural = "" if self.library_launches == 1 else "es"
-        return (
-            f"{form}: model says own kernel {self.own_us:.1f} us, library {self.library_us:.1f} us "
-            f"in {self.library_launches} launch{plural} on {self.chip}"
-        )
-
-
 @functools.lru_cache(maxsize=4096)
 def plan(
     pixels: int,
@@ -66,7 +50,7 @@ def plan(
     residual: bool,
     tf32: bool,
     chip: Chip = H200,
-) -> Plan:
+) -> Verdict:
     """Own kernel or library, by this file's header.
 
     after: how often each launch behind the library's convolution reads or writes y's size.
@@ -81,4 +65,6 @@ def plan(
     own = max(moved + added, products / (OWN_LANES if lanes else OWN_GEMM) * few) + chip.launch
     library = max(moved + (0 if after else added), products)
     library += e * Y * sum(after) / chip.bandwidth + chip.launch * (1 + len(after))
-    return Plan(own < library, own * 1e6, library * 1e6, 1 + len(after), chip.described)
+    launches = f"in {1 + len(after)} launch{'es' if after else ''} on {chip.described}"
+    taken = "one launch" if own < library else "library"
+    return verdict(own < library, "own kernel", own, "library", library, taken, launches)

@@ -11,7 +11,6 @@ Traffic in elements: A + Y + weights; a library's A + Y, and 2Y for each of bias
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -26,6 +25,7 @@ from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 from fastseg.kernels.runtime.tensors import acc_dtype, empty_nhwc, precision
+from fastseg.kernels.runtime.verdict import Verdict, verdict
 
 MOST_CHANNELS, MOST_TAPS = 4, 64  # of the image; of all channels together
 ROWS = 64  # pixels of a tile
@@ -78,19 +78,8 @@ def stem_conv_fwd(x: Tensor, weight: Tensor, bias: Tensor | None, act: str, stri
     return y
 
 
-class Plan(NamedTuple):
-    own: bool
-    own_us: float
-    library_us: float
-    chip: str
-
-    def __str__(self) -> str:
-        form = "one launch" if self.own else "library"
-        return f"{form}: model says own kernel {self.own_us:.1f} us, library {self.library_us:.1f} us on {self.chip}"
-
-
 @functools.lru_cache(maxsize=4096)
-def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool, chip: Chip = H200) -> Plan:
+def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool, chip: Chip = H200) -> Verdict:
     """Own kernel or library, whose convolution is followed by ``passes`` over y.
 
     A scalar load takes four lane operations' time: there is a quarter as many load lanes as multiply-add lanes.
@@ -103,7 +92,8 @@ def plan(g: Geometry, dtype: torch.dtype, passes: int, *, tf32: bool, chip: Chip
     few = spread(cdiv(g.pixels, ROWS), chip)
     own = max(moved, (8 * g.pixels * taps / chip.lanes + products / rate) * few) + chip.launch
     library = moved + passes * 2 * e * Y / chip.bandwidth + chip.launch * (1 + passes)
-    return Plan(own < library, own * 1e6, library * 1e6, chip.described)
+    taken = "one launch" if own < library else "library"
+    return verdict(own < library, "own kernel", own, "library", library, taken, chip.described)
 
 
 @heuristic("stem_conv_fwd")

@@ -16,7 +16,6 @@ times instead of once, and the map is a quarter as large: expansion and pair sta
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 
@@ -24,6 +23,7 @@ from fastseg.kernels.dense_conv.pointwise import plan as plan_pointwise
 from fastseg.kernels.runtime.ceilings import H200, OWN_GEMM, Chip, spread
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.sizes import next_power_of_2
+from fastseg.kernels.runtime.verdict import Verdict, verdict
 from fastseg.kernels.separable_conv.cost import plan as plan_pair
 
 # Lane operations, counted in the SASS for sm_90: for an element of the expanded map two bounds, the bias as the
@@ -59,23 +59,8 @@ def group_of(pixels: int, C: int, COUT: int, stride: int, dilation: int, dtype: 
     return min((group for group in (4, 2, 1) if group <= most), key=seconds)
 
 
-class Plan(NamedTuple):
-    whole: bool
-    whole_us: float
-    parts_us: float
-    pair_form: str
-    chip: str
-
-    def __str__(self) -> str:
-        form = "whole block" if self.whole else "expansion and pair"
-        return (
-            f"{form}: model says whole {self.whole_us:.1f} us, "
-            f"expansion and {self.pair_form} pair {self.parts_us:.1f} us on {self.chip}"
-        )
-
-
 @functools.lru_cache(maxsize=4096)
-def plan(g: Geometry, HIDDEN: int, dtype: torch.dtype, *, tf32: bool, chip: Chip = H200) -> Plan:
+def plan(g: Geometry, HIDDEN: int, dtype: torch.dtype, *, tf32: bool, chip: Chip = H200) -> Verdict:
     """Which is faster by this file's header; ``g`` is of x and y."""
     e, M = dtype.itemsize, g.pixels * HIDDEN
     A, Y = g.N * g.H * g.W * g.C, g.pixels * g.COUT
@@ -86,6 +71,9 @@ def plan(g: Geometry, HIDDEN: int, dtype: torch.dtype, *, tf32: bool, chip: Chip
 
     first = plan_pointwise(g.N * g.H * g.W, g.C, HIDDEN, dtype, (2,), residual=False, tf32=tf32, chip=chip)
     pair = plan_pair(g._replace(C=HIDDEN), dtype, mid_batch_stats=False, chip=chip)
-    second = (pair.fused_us if pair.form == "fused" else pair.split_us) * 1e-6 + chip.launch
-    parts = min(first.own_us, first.library_us) * 1e-6 + second
-    return Plan(whole < parts and g.C <= WIDEST, whole * 1e6, parts * 1e6, pair.form, chip.described)
+    second = (pair.microseconds if pair.pays else pair.other) * 1e-6 + chip.launch
+    parts = min(first.microseconds, first.other) * 1e-6 + second
+    pays = whole < parts and g.C <= WIDEST
+    other = f"expansion and {'fused' if pair.pays else 'split'} pair"
+    taken = "whole block" if pays else "expansion and pair"
+    return verdict(pays, "whole", whole, other, parts, taken, chip.described)

@@ -12,7 +12,6 @@ and reading the map.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +26,7 @@ from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 from fastseg.kernels.runtime.tensors import acc_dtype, precision
+from fastseg.kernels.runtime.verdict import Verdict, verdict
 
 # Lane operations that build the left operand, counted in the SASS for sm_90: for an element unpack, compare, select and
 # move; for a pixel and tap the window, its bounds, and addresses.
@@ -98,21 +98,10 @@ def max_unpool_conv_fwd(
     return y
 
 
-class Plan(NamedTuple):
-    fold: bool
-    folded_us: float
-    plain_us: float
-    chip: str
-
-    def __str__(self) -> str:
-        form = "folded into the convolution" if self.fold else "plain"
-        return f"{form}: model says folded {self.folded_us:.1f} us, plain {self.plain_us:.1f} us on {self.chip}"
-
-
 @functools.lru_cache(maxsize=4096)
 def plan(
     pixels: int, windows: int, C: int, COUT: int, K: int, dtype: torch.dtype, bits: int, chip: Chip = H200
-) -> Plan:
+) -> Verdict:
     """Whether the unpooled map (``pixels`` x C) is better left unwritten, from bytes, lane operations and products.
 
     Two blocks share a multiprocessor, so that one builds operands while the other multiplies: the longer of the two
@@ -126,7 +115,8 @@ def plan(
     few = spread(cdiv(pixels, 64) * blocks_n, chip)
     folded = max((small + e * Y) / chip.bandwidth, build * few, products / OWN_GEMM * few)
     plain = (small + e * hi) / chip.bandwidth + max(e * (hi + Y) / chip.bandwidth, products)
-    return Plan(folded < plain, folded * 1e6, plain * 1e6, chip.described)
+    taken = "folded into the convolution" if folded < plain else "plain"
+    return verdict(folded < plain, "folded", folded, "plain", plain, taken, chip.described)
 
 
 def block_n(COUT: int) -> int:

@@ -29,20 +29,11 @@ import torch
 from fastseg.kernels.runtime.ceilings import H200, Chip, spread
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
+from fastseg.kernels.runtime.verdict import Verdict, verdict
 
 # How much faster split must be on maps too small to fill the chip by whole tiles: what a launch and few programs cost
 # is an estimate, and one more launch is certain, where no graph is captured at several microseconds of the host.
 SURE = 1.5
-
-
-class Plan(NamedTuple):
-    form: str  # "fused" or "split"
-    fused_us: float
-    split_us: float
-    chip: str
-
-    def __str__(self) -> str:
-        return f"{self.form}: model says fused {self.fused_us:.1f} us, split {self.split_us:.1f} us on {self.chip}"
 
 
 def fused_block_n(COUT: int, dtype: torch.dtype) -> int:
@@ -92,8 +83,8 @@ def pw_tile(pixels: int, COUT: int, dtype: torch.dtype) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool, chip: Chip = H200) -> Plan:
-    """Which form is faster on these sizes, by the model in this file's header."""
+def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool, chip: Chip = H200) -> Verdict:
+    """The verdict on the fused form on these sizes, by the model in this file's header."""
     e = dtype.itemsize
     U, A, Y = g.pixels * g.C, g.N * g.H * g.W * g.C, g.pixels * g.COUT
     depthwise = (2 * g.K * g.K + 1) * U / chip.lanes
@@ -108,4 +99,4 @@ def plan(g: Geometry, dtype: torch.dtype, *, mid_batch_stats: bool, chip: Chip =
     whole = Tile(8, 8, fused_block_n(g.COUT, dtype))
     small = spread(whole.programs(g.pixels, g.COUT), chip) > 1
     faster = fused <= split * (SURE if small else 1)
-    return Plan("fused" if faster else "split", fused * 1e6, split * 1e6, chip.described)
+    return verdict(faster, "fused", fused, "split", split, "fused" if faster else "split", chip.described)

@@ -16,7 +16,6 @@ columns across threads.
 """
 
 import functools
-from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +29,7 @@ from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 from fastseg.kernels.runtime.tensors import acc_dtype
+from fastseg.kernels.runtime.verdict import Verdict, verdict
 from fastseg.kernels.upsample.bilinear import LARGEST_SIDE, interpolation, owned_tile, rows_of, scale_args
 
 
@@ -152,21 +152,10 @@ def unsupported(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: i
     return ""
 
 
-class Plan(NamedTuple):
-    low_resolution: bool
-    taps_us: float
-    plain_us: float
-    chip: str
-
-    def __str__(self) -> str:
-        form = "nine taps at low resolution" if self.low_resolution else "upsampling, then convolution"
-        return f"{form}: model says taps {self.taps_us:.1f} us, plain {self.plain_us:.1f} us on {self.chip}"
-
-
 @functools.lru_cache(maxsize=4096)
 def plan(
     N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int, dtype: torch.dtype, chip: Chip = H200
-) -> Plan:
+) -> Verdict:
     """Whether the map is better left unwritten. Both forms are kernels one after another, each bound by bytes or work.
 
     taps    GEMM to the nine taps; convolution of ``low``; this kernel
@@ -181,7 +170,8 @@ def plan(
     taps += step(P * (CL + COUT), 9 * P * CL * COUT)
     taps += step(9 * p * COUT + 2 * P * COUT, lanes=P * COUT * (2 * entering + 9))
     plain = step(p * C + P * (C + 2 * CL)) + step(P * (C + CL + COUT), 9 * P * (C + CL) * COUT)
-    return Plan(taps < plain, taps * 1e6, plain * 1e6, chip.described)
+    taken = "nine taps at low resolution" if taps < plain else "upsampling, then convolution"
+    return verdict(taps < plain, "taps", taps, "plain", plain, taken, chip.described)
 
 
 def _tile(elements: int, thread_bytes: int, rows: int, C: int, W: int, dtype: torch.dtype) -> dict[str, int]:

@@ -13,7 +13,6 @@ that at each map the gather of kernels/upsample/bilinear_bwd.py.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -27,6 +26,7 @@ from fastseg.kernels.runtime.config import candidates, heuristic
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import layout_of
 from fastseg.kernels.runtime.tensors import acc_dtype
+from fastseg.kernels.runtime.verdict import Verdict
 from fastseg.kernels.upsample.bilinear import (
     grid_of,
     interpolation,
@@ -148,19 +148,11 @@ def upsample_sum_fwd(
     return y
 
 
-class Plan(NamedTuple):
-    sum_us: float
-    apart_us: float
-    chip: str
-
-    def __str__(self) -> str:
-        return f"one pass: model says {self.sum_us:.1f} us, map by map {self.apart_us:.1f} us on {self.chip}"
-
-
-def plan(elements: int, small: Sequence[int], dtype: torch.dtype, chip: Chip = H200) -> Plan:
+def plan(elements: int, small: Sequence[int], dtype: torch.dtype, chip: Chip = H200) -> Verdict:
     """The time of both forms, bound by bytes: ``elements`` of the result, ``small`` those of each map."""
     time = lambda count: dtype.itemsize * count / chip.bandwidth * 1e6
-    return Plan(time(2 * elements + sum(small)), time(sum(small) + 4 * elements * len(small)), chip.described)
+    us, apart = time(2 * elements + sum(small)), time(sum(small) + 4 * elements * len(small))
+    return Verdict(True, us, f"one pass: model says {us:.1f} us, map by map {apart:.1f} us on {chip.described}", apart)
 
 
 @heuristic("upsample_sum_fwd")

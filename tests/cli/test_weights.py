@@ -100,3 +100,12 @@ def test_evaluate(tmp_path, capsys):
     assert main([str(part) for part in arguments]) == 0
     assert (tmp_path / "scores" / "scores.json").stat().st_size > 0
     assert "fastseg evaluate: load_weights: " in capsys.readouterr().err
+
+
+def test_what_is_left_out_cannot_steer_the_terminal(tmp_path, photo, capsys):
+    model = create("deeplabv3", 4, **OPTIONS)
+    state = {f"model.{k}": v for k, v in model.state_dict().items()}
+    torch.save({"state_dict": {**state, "loss.\x1b[31mred": torch.ones(2)}}, tmp_path / "w.ckpt")
+    assert _predict(photo, tmp_path / "w.ckpt", *ON_THE_LINE) == 0
+    err = capsys.readouterr().err
+    assert "\x1b" not in err and r"loss.\x1b[31mred beside 'model.' left out" in err

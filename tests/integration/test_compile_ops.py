@@ -16,7 +16,6 @@ from fastseg.ops import (
     atrous_conv2d,
     bilinear_kernel,
     compose_pointwise,
-    masks_to_queries,
     paste_masks,
     resize_concat_conv2d,
     upsample_confusion,
@@ -76,10 +75,6 @@ def _confusion(d: Draw) -> Drawn:
     return lambda x, target: upsample_confusion(x, target, 5), [d.map(1, 5, 2, 3), d.classes(5, 1, 4, 6)]
 
 
-def _owners(scores, masks):
-    return masks_to_queries(scores, masks, 5, scores_size=4)
-
-
 def _pasted(masks, boxes):
     return paste_masks(masks, 3 * boxes, (7, 9))
 
@@ -91,7 +86,8 @@ PUBLIC = {
         "max_unpool2d, compact", "max_unpool_conv2d", "batch_norm_act, batch", "batch_norm_act, running",
         "batch_norm_act_max_pool2d, batch", "separable_conv2d", "separable_conv2d, batch", "upsample_bilinear",
         "bilinear_conv_transpose2d", "upsample_concat", "upsample_concat_conv2d", "upsample_sum", "upsample_argmax",
-        "upsample_cross_entropy, mean", "upsample_confidence", "masks_to_classes", "upsample_trilinear",
+        "upsample_cross_entropy, mean", "upsample_confidence", "masks_to_classes", "masks_to_queries",
+        "upsample_trilinear",
     )
 } | {
     "aspp": Row("", _aspp),
@@ -101,7 +97,6 @@ PUBLIC = {
     "compose_pointwise": Row("", _composed),
     "upsample_loss": Row("", _loss),
     "upsample_confusion": Row("", _confusion, False),
-    "masks_to_queries": Row("", lambda d: (_owners, [d.rows(1, 3), d.map(1, 3, 2, 3)]), False),
     "paste_masks": Row("", lambda d: (_pasted, [d.map(1, 1, 3, 3), d.rows(1, 4)]), False),
     "upsample_topk": Row("", lambda d: (lambda x: upsample_topk(x, 2, 7), [d.map(1, 5, 2, 3)]), False),
     "upsample_threshold": Row("", lambda d: (lambda x: upsample_threshold(x, 7), [d.map(1, 1, 2, 3)]), False),

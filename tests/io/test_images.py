@@ -127,6 +127,19 @@ def test_the_other_formats(tmp_path, suffix):
     np.testing.assert_array_equal(images.read_image(path), rgb)
 
 
+@pytest.mark.parametrize("stored", ["pbm", "fax"])
+def test_bits_that_are_one_where_it_is_black_are_no_labels(tmp_path, stored):
+    """Pillow turns them round: what was written as 1 would be class 0. As pictures they are read."""
+    path = tmp_path / ("a.pbm" if stored == "pbm" else "a.tif")
+    if stored == "pbm":
+        path.write_bytes(b"P1\n2 1\n0 1\n")
+    else:
+        _save(Image.new("1", (2, 1)), path, tiffinfo={262: 0})
+    with pytest.raises(ValueError, match=r"its bits are 1 where it is black; class indices are bits where black is 0"):
+        images.read_label(path)
+    assert images.read_image(path).shape == (1, 2, 3)
+
+
 def test_of_several_pages_the_first(tmp_path):
     pages = [Image.fromarray(_random_image(seed=seed)) for seed in range(3)]
     for name in ("pages.tif", "pages.png"):

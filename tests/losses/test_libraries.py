@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from fastseg import losses
 
 N, C, LOW, FULL = 2, 4, (3, 5), (9, 13)
+DEEP, VOLUME = (2, 3, 2), (4, 5, 6)
 WEIGHT = torch.tensor([0.5, 1.0, 2.0, 0.25], dtype=torch.float64)
 
 
@@ -92,9 +93,9 @@ def wide(monkeypatch):
         monkeypatch.setattr(sys.modules["ultralytics_losses"], "torch", Wide())
 
 
-def labels(kind, *, ignored=None, absent=None, share=0.3, classes=C):
+def labels(kind, *, ignored=None, absent=None, share=0.3, classes=C, full=FULL):
     """Targets of the forms that the libraries take."""
-    size = (N, *FULL)
+    size = (N, *full)
     if kind == "classes":
         target = torch.randint(classes, size)
         if absent is not None:
@@ -102,7 +103,7 @@ def labels(kind, *, ignored=None, absent=None, share=0.3, classes=C):
     elif kind == "binary":
         target = torch.randint(2, size)[:, None]
     else:
-        target = torch.randint(2, (N, classes, *FULL))
+        target = torch.randint(2, (N, classes, *full))
         if absent is not None:
             target[:, absent] = 0
     if ignored is not None:
@@ -112,8 +113,9 @@ def labels(kind, *, ignored=None, absent=None, share=0.3, classes=C):
 
 def check(ours, theirs, target, classes=C, their_target=None, steep=3.0):
     """Values to 1e-10 and gradients to 1e-9 of the library's own on upsampled logits, NaN where it has NaN."""
-    x = (steep * torch.randn(N, classes, *LOW, dtype=torch.float64)).requires_grad_()
-    full = F.interpolate(x, FULL, mode="bilinear")
+    volume = target.dim() == 5
+    x = (steep * torch.randn(N, classes, *(DEEP if volume else LOW), dtype=torch.float64)).requires_grad_()
+    full = F.interpolate(x, target.shape[-3:], mode="trilinear") if volume else F.interpolate(x, FULL, mode="bilinear")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         want = theirs(full, target if their_target is None else their_target)
@@ -273,6 +275,40 @@ def test_nnunet(name, kwargs, options):
             ignored = options.get("ignore_label")
             target = labels("classes", ignored=ignored, absent=1, share=share if ignored else 0)[:, None]
             check(ours, theirs, target.double() if name != "DC_and_topk_loss" else target)
+
+
+OF_VOLUMES = [
+    ("DiceLoss", {"softmax": True, "to_onehot_y": True, "reduction": "none", "ignore_index": 255}),
+    ("DiceCELoss", {"softmax": True, "to_onehot_y": True, "weight": WEIGHT, "label_smoothing": 0.1}),
+    ("DiceCELoss", {"softmax": True, "squared_pred": True}),
+    ("DiceFocalLoss", {"softmax": True, "to_onehot_y": True}),
+    ("FocalLoss", {"to_onehot_y": True, "use_softmax": True, "include_background": False, "ignore_index": 255}),
+    ("GeneralizedDiceLoss", {"sigmoid": True, "include_background": False, "reduction": "none"}),
+    ("TverskyLoss", {"sigmoid": True, "ignore_index": 2}),
+    ("DC_and_CE_loss", {"ignore_label": 3}), ("DC_and_CE_loss", {}), ("DC_and_topk_loss", {}),
+    ("DC_and_BCE_loss", {"use_ignore_label": True}),
+]  # fmt: skip
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("name", "options"), OF_VOLUMES, ids=str)
+def test_volumes(name, options, monkeypatch):
+    """The two libraries of volumes, on logits of (N, C, d, h, w); a slab is one slice."""
+    monkeypatch.setattr(sys.modules["fastseg.ops.volume_loss"], "SLAB", 1)
+    parts, ignored = (), options.get("ignore_index", options.get("ignore_label"))
+    if name.startswith("DC"):
+        dice = {"batch_dice": True, "smooth": 1e-5, "do_bg": False, "ddp": False}
+        entropy = {"k": 30} if "topk" in name else {}
+        parts = (entropy, dice) if "BCE" in name else (dice, entropy)
+    library, own = (nnunet, losses.nnunet) if parts else (monai, losses.monai)
+    theirs, ours = (getattr(of, name)(*({**part} for part in parts), **options) for of in (library(), own))
+    if options.get("to_onehot_y") or (parts and "BCE" not in name):
+        target = labels("classes", ignored=ignored, absent=1, full=VOLUME)[:, None]
+    else:
+        target = labels("each", full=VOLUME).double()
+        if "BCE" in name:
+            target = torch.cat([target, (torch.rand(N, 1, *VOLUME) < 0.3).double()], 1)
+    check(ours, theirs, target, steep=1.5)
 
 
 @pytest.mark.usefixtures("wide")

@@ -48,6 +48,17 @@ def test_errors_are_the_libraries(loss, error, message):
         loss(torch.randn(N, C, *LOW), target)
 
 
+@pytest.mark.parametrize("loss", [
+    losses.TopK(0.5), losses.OHEM(0.9, 1), losses.monai.FocalLoss(False, True, use_softmax=True, ignore_index=-100),
+], ids=lambda loss: type(loss).__name__)  # fmt: skip
+def test_an_ignored_label_that_the_dtype_cannot_hold(loss):
+    """-100 is 156 in eight bits, which is a class here: its pixels count."""
+    logits = torch.randn(1, 160, 2, 3, dtype=torch.float64)
+    target = torch.tensor([[[156, 156, 3], [156, 0, 159]]], dtype=torch.uint8)
+    target = target[:, None] if isinstance(loss, losses.monai.FocalLoss) else target
+    torch.testing.assert_close(loss(logits, target), loss(logits, target.long()))
+
+
 def test_bad_options():
     for make, error in (
         (lambda: losses.smp.DiceLoss("multi"), AssertionError),

@@ -11,7 +11,7 @@ import fastseg
 from fastseg import ops
 from fastseg.ops import conv_act
 from fastseg.ops.core.dispatch import INTERPRETED
-from fastseg.ops.core.forms import FORMS, Cost, Form, Forms, Reference, Refused, forced_blocks, forcing
+from fastseg.ops.core.forms import FORMS, Form, Forms, Reference, Refused, Verdict, forced_blocks, forcing
 
 CONTRIBUTING = Path(__file__).parents[2] / "CONTRIBUTING.md"
 
@@ -29,7 +29,7 @@ class Half(Form):
         return "odd" if n % 2 else "failed before" if n in self.failed else ""
 
     def cost(self, n):
-        return Cost(n > 10, n / 2, f"model says {n / 2} us")
+        return Verdict(n > 10, n / 2, f"model says {n / 2} us")
 
     def run(self, n):
         if n in self.failing:

@@ -16,6 +16,7 @@ from fastseg.ops import (
     batch_norm_act_max_pool2d,
     bilinear_conv_transpose2d,
     masks_to_classes,
+    masks_to_queries,
     max_pool1d,
     max_pool2d,
     max_pool3d,
@@ -291,6 +292,11 @@ def _masks(d: Draw) -> Drawn:
     return lambda scores, masks: masks_to_classes(scores, masks, 5), [d.rows(1, 3, 5), d.map(1, 3, 2, 3)]
 
 
+def _owners(d: Draw) -> Drawn:
+    run = lambda scores, masks: masks_to_queries(scores, masks, 5, scores_size=4)
+    return run, [d.rows(1, 3), d.map(1, 3, 2, 3)]
+
+
 def _cross_entropy(reduction: str) -> Callable[[Draw], Drawn]:
     def run(logits, target, weight):
         return upsample_cross_entropy(logits, target, weight, 3, reduction, 0.1)
@@ -372,6 +378,7 @@ ROWS: dict[str, Row] = {
     "upsample_loss_sums, softmax": Row(SUMS, _loss_sums("softmax", "nll", "inter", "prob", "target")),
     "upsample_loss_sums, sigmoid": Row(SUMS, _loss_sums("sigmoid", "bce", "focal_pos", each=True), layouts=DENSE),
     "masks_to_classes": Row("masks_to_classes", _masks, False, SINGLE),
+    "masks_to_queries": Row("masks_to_queries", _owners, False, SINGLE),
     "upsample_confidence": Row(
         "upsample_confidence", _of(upsample_confidence, 1, 5, 2, 3, size=7, measure="entropy"), False, DENSE
     ),

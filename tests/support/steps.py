@@ -1,5 +1,6 @@
 """Small calls of every public op beside torch's own steps, in fp64: what transforms and tracers are tested on."""
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg import ops
+from fastseg.losses import BinaryCrossEntropy, CrossEntropy, Dice
 from fastseg.ops import BatchNormArgs
 
 
@@ -201,6 +203,77 @@ def _cross_entropy(reduction: str) -> Steps:
     )  # fmt: skip
 
 
+def _volume_entropy() -> Steps:
+    target = torch.tensor([[[[0, 1], [2, 3]], [[1, 1], [0, 2]], [[2, 0], [3, 1]]]])  # 3: ignored
+    return Steps(
+        lambda x: ops.upsample_cross_entropy(x, target, None, 3, "mean", 0.1),
+        lambda x: F.cross_entropy(_volume(x, (3, 2, 2)), target, ignore_index=3, label_smoothing=0.1),
+        _draw((1, 3, 2, 2, 1)),
+    )
+
+
+def _volume(x: Tensor, size) -> Tensor:
+    return F.interpolate(x, size, mode="trilinear", align_corners=False)
+
+
+def _loss(dims: int, activation: str) -> Steps:
+    """Cross entropy and Dice, of one label a pixel or of labels for each class."""
+    size = (4, 3, 2)[:dims]
+    of_classes = activation == "sigmoid"
+    target = (torch.arange(3 * 4 * 3 * 2)[: 3 * math.prod(size)] * 7 % 5 % 3).view(1, 3, *size)
+    target = target.clamp(max=1) if of_classes else target[:, 0]
+    entropy = BinaryCrossEntropy() if of_classes else CrossEntropy()
+    terms = [(1.0, entropy), (0.5, Dice(activation=activation))]
+
+    def torchs(x):
+        wide = _resize(x, size) if dims == 2 else _volume(x, size)
+        if of_classes:
+            p, y = wide.sigmoid(), target.to(x.dtype)
+            first = F.binary_cross_entropy_with_logits(wide, y)
+        else:
+            p, y = wide.softmax(1), F.one_hot(target, 3).movedim(-1, 1).to(x.dtype)
+            first = F.cross_entropy(wide, target)
+        both, each = (p * y).flatten(2).sum(2), (p + y).flatten(2).sum(2)
+        return first + 0.5 * (1 - (2 * both + 1) / (each + 1)).mean()
+
+    return Steps(lambda x: ops.upsample_loss(x, target, terms), torchs, _draw((1, 3, *(2, 2, 1)[:dims])))
+
+
+def _sum() -> Steps:
+    return Steps(
+        lambda base, one, other, bias: ops.upsample_sum(base, [one, other], bias, act="leaky_relu"),
+        lambda base, one, other, bias: F.leaky_relu(
+            base + _resize(one, (4, 5)) + _resize(other, (4, 5)) + bias[:, None, None]
+        ),
+        _draw((2, 2, 4, 5), (2, 2, 2, 2), (2, 2, 3, 5), (2,)),
+        (0, 1, 2),
+    )
+
+
+def _nearest_conv(form: str) -> Steps:
+    return Steps(
+        lambda x, skip, weight, bias: ops.upsample_nearest_conv2d(x, skip, weight, bias, act="relu", form=form),
+        lambda x, skip, weight, bias: F.relu(
+            F.conv2d(torch.cat([F.interpolate(x, scale_factor=2), skip], 1), weight, bias, padding=1)
+        ),
+        _draw((1, 2, 2, 2), (1, 1, 4, 4), (2, 3, 3, 3), (2,)),
+        (0, 1),
+    )
+
+
+def _resized(K: int) -> Steps:
+    return Steps(
+        lambda a, b, weight, bias: ops.resize_concat_conv2d(
+            [a, b], weight, bias, size=(5, 4), act="relu", form="small"
+        ),
+        lambda a, b, weight, bias: F.relu(
+            F.conv2d(torch.cat([_resize(a, (5, 4)), _resize(b, (5, 4))], 1), weight, bias, padding=K // 2)
+        ),
+        _draw((1, 2, 2, 2), (1, 1, 5, 4), (2, 3, K, K), (2,)),
+        (0, 1),
+    )
+
+
 STEPS: dict[str, Steps] = {
     **_pool_rows(),
     "batch_norm_act, batch": _norm(True, "relu", False),
@@ -222,4 +295,16 @@ STEPS: dict[str, Steps] = {
     "upsample_concat_conv2d": _concat_conv(),
     "upsample_cross_entropy, mean": _cross_entropy("mean"),
     "upsample_cross_entropy, none": _cross_entropy("none"),
+    "upsample_cross_entropy, volume": _volume_entropy(),
+    "upsample_trilinear": Steps(
+        lambda x: ops.upsample_trilinear(x, (3, 5, 2)), lambda x: _volume(x, (3, 5, 2)), _draw((1, 2, 2, 3, 2))
+    ),
+    "upsample_loss, classes": _loss(2, "softmax"),
+    "upsample_loss, each": _loss(2, "sigmoid"),
+    "upsample_loss, volume": _loss(3, "softmax"),
+    "upsample_sum": _sum(),
+    "upsample_nearest_conv2d, transposed": _nearest_conv("transposed"),
+    "upsample_nearest_conv2d, phases": _nearest_conv("phases"),
+    "resize_concat_conv2d, 1x1": _resized(1),
+    "resize_concat_conv2d, 3x3": _resized(3),
 }  # fmt: skip

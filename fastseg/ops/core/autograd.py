@@ -7,12 +7,12 @@ from torch import Tensor
 
 from fastseg.ops.core.dispatch import followed, followed_eagerly, needs_grad
 from fastseg.ops.core.register import DECOMPOSITIONS
-from fastseg.ops.core.torch_private import forward_ad_level, is_batched, transforms_active
+from fastseg.ops.core.torch_private import forward_ad_level, is_batched, is_tracing, transforms_active
 
 
 def run(function: type[torch.autograd.Function], op: Callable, *args):
     """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
-    watched = torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0
+    watched = torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0 or is_tracing()
     if not watched or torch.compiler.is_compiling():
         return op(*args)
     tensors = [a for a in args if isinstance(a, Tensor)]

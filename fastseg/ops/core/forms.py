@@ -16,15 +16,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fastseg.kernels.runtime.verdict import Verdict
 from fastseg.ops.core.explain import IN_REFERENCE, Refusal, _in_reference, _report, in_reference, record
-
-
-class Cost(NamedTuple):
-    """What a cost model says of one form."""
-
-    pays: bool  # False if another form is faster
-    microseconds: float | None  # None: the model counts in other units
-    model: object = ""  # ``str()`` of it is a sentence for ``explain``
 
 
 class Form:
@@ -41,14 +34,14 @@ class Form:
         """Why this form cannot compute the request, or "". A pure function of the request."""
         return ""
 
-    def cost(self, request: Any) -> Cost | None:
+    def cost(self, request: Any) -> Verdict | None:
         """The model's cost; None if the form has no model and pays wherever it does not refuse."""
         return None
 
     def why(self, request: Any, refused: Sequence[Refusal]) -> str:
         """Why this form ran, for ``explain``; by default its cost model's sentence."""
         cost = self.cost(request)
-        return "" if cost is None else str(cost.model)
+        return "" if cost is None else str(cost.says)
 
     def run(self, *args: Any) -> Any:
         """Compute the op. Raises ``Refused`` where only the call itself shows that it cannot."""
@@ -137,7 +130,7 @@ class Forms:
             cost = None if why else form.cost(request)
             if not why and (cost is None or cost.pays):
                 return Choice(form, tuple(refused))
-            refused.append(Refusal(form.name, why or str(cost.model), cost and cost.microseconds))
+            refused.append(Refusal(form.name, why or str(cost.says), cost and cost.microseconds))
         raise AssertionError(f"{self.op}: {self.forms[-1].name}, the last form, refused {request}: {refused}")
 
     def forget(self) -> None:
@@ -179,7 +172,7 @@ class Forms:
         us = None if cost is None else cost.microseconds
         why = forced or form.why(request, refused)
         if forced == IN_FORCE and cost is not None:
-            why = f"{forced}; {cost.model}"
+            why = f"{forced}; {cost.says}"
         record(name or self.op, x, form.path, why, form.name, us, refused, place)
 
 

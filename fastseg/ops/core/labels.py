@@ -7,10 +7,11 @@ LABEL_DTYPES = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 
 def equal(labels: Tensor, value: int) -> Tensor:
-    """True where ``labels`` equal ``value``."""
-    limits = torch.iinfo(labels.dtype)
-    if not limits.min <= value <= limits.max:
-        return torch.zeros_like(labels, dtype=torch.bool)
+    """True where ``labels``, of any dtype, equal ``value``."""
+    if labels.dtype in LABEL_DTYPES:
+        limits = torch.iinfo(labels.dtype)
+        if not limits.min <= value <= limits.max:
+            return torch.zeros_like(labels, dtype=torch.bool)
     return labels == value
 
 

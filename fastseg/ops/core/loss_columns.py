@@ -52,14 +52,16 @@ class Table:
         pixels: of one image, those included that do not count.
         probabilities: whether the labels are floating point.
         images: in the sums; None means N.
+        axes: of an image: 2, or 3 of a volume.
     """
 
     def __init__(
-        self, columns: tuple[Column, ...], sums: Tensor, pixels: int, probabilities: bool, images: int | None = None
-    ):
+        self, columns: tuple[Column, ...], sums: Tensor, pixels: int, probabilities: bool, images: int | None = None,
+        axes: int = 2,
+    ):  # fmt: skip
         self._at = {column: k for k, column in enumerate(columns)}
         self.columns, self.sums, self.pixels, self.probabilities = columns, sums, pixels, probabilities
-        self.images = sums.shape[0] if images is None else images
+        self.images, self.axes = sums.shape[0] if images is None else images, axes
 
     @property
     def classes(self) -> int:
@@ -71,7 +73,7 @@ class Table:
 
     def over_batch(self, sums: Tensor, images: int) -> "Table":
         """The same with other sums."""
-        return Table(self.columns, sums, self.pixels, self.probabilities, images)
+        return Table(self.columns, sums, self.pixels, self.probabilities, images, self.axes)
 
 
 class Sums(NamedTuple):

@@ -31,6 +31,7 @@ __all__ = [
     "aoti_loader",
     "assert_async",
     "constant_while_compiling",
+    "deterministic",
     "dispatch_modes",
     "end_allocate_to_pool",
     "foreach_copy_",
@@ -211,6 +212,11 @@ def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 assert_async: Callable[[Tensor, str], None] = find("torch._assert_async", _assert_now)
 """Raise on the device, later, where ``valid`` is false."""
+
+deterministic: Callable[[], bool] = find(
+    "torch._C._get_deterministic_algorithms", torch.are_deterministic_algorithms_enabled
+)
+"""``torch.are_deterministic_algorithms_enabled``, which is one Python call more."""
 
 foreach_copy_: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = find("torch._foreach_copy_", _copy_each)
 

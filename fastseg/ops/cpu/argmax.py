@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.upsample import Factors, along_x, interpolate, is_finite, neighbours
 from fastseg.ops.cpu.threads import each
@@ -48,9 +48,9 @@ class CpuForm(Form):
     def __init__(self, name: str, run: Callable[..., Tensor], takes: Callable[[Request], str]):
         self.name, self.run, self.refuses = name, run, takes
 
-    def cost(self, r: Request) -> Cost | None:
+    def cost(self, r: Request) -> Verdict | None:
         strips = self.name in ("rows", "images")
-        return Cost(r.large, None, "few upsampled logits: they stay in the caches") if strips else None
+        return Verdict(r.large, None, "few upsampled logits: they stay in the caches") if strips else None
 
 
 def _values(r: Request) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.core.explain import Refusal
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.labels import equal, outside
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.upsample import cross_entropy
@@ -47,8 +47,8 @@ class TwoStepsForm(Form):
     def refuses(self, r: Request) -> str:
         return r.torchs
 
-    def cost(self, r: Request) -> Cost:
-        return Cost(r.fastest == self.name, None, f"{r.fastest} are faster")
+    def cost(self, r: Request) -> Verdict:
+        return Verdict(r.fastest == self.name, None, f"{r.fastest} are faster")
 
     def why(self, r: Request, refused: Sequence[Refusal]) -> str:
         return ""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, autocasts
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference, forced_blocks, forcing
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict, forced_blocks, forcing
 from fastseg.ops.core.layout import channels_last, like, memory_format_of
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
 from fastseg.ops.core.register import qualified, register
@@ -97,10 +97,9 @@ class KernelForm(Form):
             )
         return ""
 
-    def cost(self, r: Request) -> Cost:
+    def cost(self, r: Request) -> Verdict:
         branches = tuple(map(Branch, r.kernels, r.dilations))
-        chosen = plan(*r.shape, r.COUT, branches, r.dtype, r.passes, r.ieee)
-        return Cost(chosen.own, chosen.own_us, chosen)
+        return plan(*r.shape, r.COUT, branches, r.dtype, r.passes, r.ieee)
 
 
 def _forms(kernel: Callable, plain: Callable, *, backward: bool = False) -> Forms:

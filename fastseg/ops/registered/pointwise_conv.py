@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.ops.core.conv_request import ConvCall, ConvRequest
 from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype
-from fastseg.ops.core.forms import Cost, Form
+from fastseg.ops.core.forms import Form, Verdict
 from fastseg.ops.core.layout import channels_last, like, new_map
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.register import register
@@ -43,7 +43,7 @@ class PointwiseForm(Form):
         (N, C, H, W), COUT = r.shape, r.channels[1]
         return Geometry(N, C, H, W, COUT, H, W, 1, 1, 0, 1).unsupported()
 
-    def cost(self, r: ConvRequest) -> Cost:
+    def cost(self, r: ConvRequest) -> Verdict:
         after: list[int] = []  # passes over y when the library runs
         if self.library.refuses(r):
             for present, passes in ((r.bias, 2), (r.image_bias, 2), (r.residual, 3), (r.act is not None, 2)):
@@ -52,8 +52,7 @@ class PointwiseForm(Form):
             after = [2]  # a minimum makes a ReLU6 of a ReLU
         N, C, H, W = r.shape
         options = {"residual": r.residual, "tf32": r.tf32, "chip": r.chip}
-        chosen = plan(N * H * W, C, r.channels[1], r.dtype, tuple(after), **options)
-        return Cost(chosen.own, chosen.own_us, chosen)
+        return plan(N * H * W, C, r.channels[1], r.dtype, tuple(after), **options)
 
     def run(self, call: ConvCall) -> Tensor:
         x, weight, bias, act = call[:4]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import HAS_TRITON, autocasts
-from fastseg.ops.core.forms import Cost, Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.layout import channels_last, like, memory_format_of, new_map
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, activate, plain_norm_bwd, stats_dtype_of
 from fastseg.ops.core.register import qualified, register
@@ -106,10 +106,9 @@ class KernelForm(Form):
     def refuses(self, r: Request) -> str:
         return _refuses(r)
 
-    def cost(self, r: Request) -> Cost:
-        chosen = plan(r.g, r.dtype, mid_batch_stats=r.mid_batch_stats, chip=r.chip)
-        us = chosen.fused_us if self.name == "fused" else chosen.split_us
-        return Cost(chosen.form == self.name, us, chosen)
+    def cost(self, r: Request) -> Verdict:
+        fused = plan(r.g, r.dtype, mid_batch_stats=r.mid_batch_stats, chip=r.chip)
+        return fused if self.name == "fused" else fused.reversed()
 
     def run(self, a: Call, g: "Geometry", train: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         residual = None if a.residual is None else channels_last(a.residual)

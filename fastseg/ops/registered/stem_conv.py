@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.ops.core.conv_request import ConvCall, ConvRequest
 from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype
-from fastseg.ops.core.forms import Cost, Form
+from fastseg.ops.core.forms import Form, Verdict
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.norm import ACTIVATIONS
 from fastseg.ops.core.register import register
@@ -46,9 +46,8 @@ class StemForm(Form):
             return f"{g.K}x{g.K} taps of {g.C} channels: the kernel takes {MOST_TAPS} together"
         return "an empty map" if g.OH < 1 or g.OW < 1 else g.unsupported()
 
-    def cost(self, r: ConvRequest) -> Cost:
-        chosen = plan(_geometry(r), r.dtype, r.bias + (r.act is not None), tf32=r.tf32, chip=r.chip)
-        return Cost(chosen.own, chosen.own_us, chosen)
+    def cost(self, r: ConvRequest) -> Verdict:
+        return plan(_geometry(r), r.dtype, r.bias + (r.act is not None), tf32=r.tf32, chip=r.chip)
 
     def run(self, call: ConvCall) -> Tensor:
         x, weight, bias, act, stride, padding = call[:6]

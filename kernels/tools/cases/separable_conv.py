@@ -31,7 +31,7 @@ def separable(
             needs = Needs(x=True, dw=True, pw=True, dw_bias=False, pw_bias=False, mid=True, post=True)
             separable_conv_bwd(y, x, y, weights, g, acts, norm(C), norm(COUT), needs)
         else:
-            fused = (form or plan(g, dtype, mid_batch_stats=batch_stats).form) == "fused"
+            fused = form == "fused" if form else plan(g, dtype, mid_batch_stats=batch_stats).pays
             skip = y if residual else None
             separable_conv_fwd(x, weights, g, acts, norm(C), norm(COUT), skip, fused=fused, save_z=False)
     finally:

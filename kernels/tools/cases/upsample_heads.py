@@ -12,6 +12,7 @@ from fastseg.kernels.upsample.cross_entropy_bwd import OfSums
 from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
 from fastseg.kernels.upsample.loss_terms import CODES
 from fastseg.kernels.upsample.masks_to_classes import masks_to_classes_fwd
+from fastseg.kernels.upsample.masks_to_queries import masks_to_queries_fwd
 from fastseg.kernels.upsample.sizes import Axis, Loss, Upsampling
 from fastseg.kernels.upsample.volume_argmax import upsample_argmax3d_fwd
 
@@ -92,6 +93,12 @@ def _masks(
         torch.backends.cudnn.allow_tf32 = saved
 
 
+def _owners(dtype: torch.dtype, Q: int, *, N: int = 1, low: int = 128, squash: bool = True) -> None:
+    masks = torch.empty(N, Q, low, low, dtype=dtype, device="meta")
+    scores = torch.empty(N, Q, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device="meta")
+    masks_to_queries_fwd(masks, scores, _upsampling(low, 512, False), torch.uint8, 0.5, squash=squash, weighted=squash)
+
+
 CASES: dict[str, Callable[[torch.dtype], None]] = {
     "argmax 21, 128 -> 512": lambda dtype: _argmax(dtype, 21),
     "argmax 19, 128 -> 512, corners": lambda dtype: _argmax(dtype, 19, align_corners=True, nchw=True),
@@ -121,6 +128,9 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "masks of 100 queries, 150 classes": lambda dtype: _masks(dtype, 100, 150),
     "masks of 100 queries, 150 classes, no tf32": lambda dtype: _masks(dtype, 100, 150, tf32=False),
     "masks of 200 queries, 847 classes, large": lambda dtype: _masks(dtype, 200, 847, N=8200),
+    "owners among 100 queries": lambda dtype: _owners(dtype, 100),
+    "owners among 100 queries, sigmoids": lambda dtype: _owners(dtype, 100, low=384, squash=False),
+    "owners among 200 queries, large": lambda dtype: _owners(dtype, 200, N=8200),
     "focal 19, 128 -> 512": lambda dtype: _sums(dtype, 19, "focal_pos", "focal_neg", "count", each=True, gamma=1.5),
 }
 
@@ -137,4 +147,5 @@ SCALAR_LOADS: dict[str, str] = {
     "_upsample_loss_sums_kernel": _GATHER,
     "_upsample_loss_inner_kernel": _GATHER,
     "_masks_to_classes_fwd_kernel": _GATHER,
+    "_masks_to_queries_fwd_kernel": _GATHER,
 }

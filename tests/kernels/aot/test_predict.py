@@ -120,4 +120,4 @@ def test_forms_in_the_order_of_the_static_model(N, C, H, W, COUT):
         us[form] = sum(one.us for one in found)
     least, most = SHAPES[N, C, H, W, COUT]
     assert least <= us["split"] / us["fused"] <= most, us
-    assert plan(g, torch.bfloat16, mid_batch_stats=False).form == ("fused" if C == 304 else "split")
+    assert plan(g, torch.bfloat16, mid_batch_stats=False).pays == (C == 304)

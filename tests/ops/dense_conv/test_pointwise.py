@@ -131,11 +131,11 @@ def test_the_cost_model():
     half = torch.bfloat16
     for pixels, C, COUT in ((16 * 128**2, 24, 144), (1024, 160, 960), (16 * 1024, 1280, 256)):
         sizes = (pixels, C, COUT, half)
-        assert not plan(*sizes, (), residual=False, tf32=True).own  # one call
-        assert plan(*sizes, (2,), residual=False, tf32=True).own  # a minimum after it
-        assert plan(*sizes, (3, 2, 2), residual=True, tf32=True).own
-    assert not plan(2**20, 4096, 4096, half, (2,), residual=False, tf32=True).own  # products decide
-    assert not plan(2**16, 512, 512, torch.float32, (2, 2), residual=False, tf32=False).own  # on the lanes
+        assert not plan(*sizes, (), residual=False, tf32=True).pays  # one call
+        assert plan(*sizes, (2,), residual=False, tf32=True).pays  # a minimum after it
+        assert plan(*sizes, (3, 2, 2), residual=True, tf32=True).pays
+    assert not plan(2**20, 4096, 4096, half, (2,), residual=False, tf32=True).pays  # products decide
+    assert not plan(2**16, 512, 512, torch.float32, (2, 2), residual=False, tf32=False).pays  # on the lanes
     text = str(plan(1024, 96, 576, half, (2, 2), residual=False, tf32=True))
     assert text.startswith("one launch: model says own kernel 2.3 us, library ") and "in 3 launches" in text
 

@@ -134,7 +134,7 @@ def block(N, C, HIDDEN, COUT, side, stride=1, dilation=1):
 
 def test_the_cost_model():
     """MobileNetV2 at 512^2: early strided blocks whole, wide and dilated ones and small maps in parts."""
-    whole = lambda *args, **kwargs: plan(*block(*args, **kwargs), tf32=True).whole
+    whole = lambda *args, **kwargs: plan(*block(*args, **kwargs), tf32=True).pays
     for N in (1, 4, 16):
         assert whole(N, 16, 96, 24, 256, stride=2)
         assert not whole(N, 96, 576, 96, 32)

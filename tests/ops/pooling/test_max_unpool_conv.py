@@ -59,8 +59,8 @@ def test_the_cost_model_decides():
 
     for C, COUT, H, W in ((64, 64, 360, 480), (128, 128, 180, 240), (256, 256, 90, 120), (512, 512, 45, 60)):
         sizes = 16 * H * W, 16 * (H // 2) * (W // 2), C, COUT
-        assert not plan(*sizes, 3, torch.bfloat16, 2).fold
-        assert plan(*sizes, 1, torch.bfloat16, 2).fold
+        assert not plan(*sizes, 3, torch.bfloat16, 2).pays
+        assert plan(*sizes, 1, torch.bfloat16, 2).pays
     assert "plain: model says folded" in str(plan(*sizes, 3, torch.bfloat16, 2))
 
 

@@ -132,11 +132,11 @@ def test_one_tensor_alone_requires_grad(only, device):
 
 
 def test_the_cost_model_takes_both_forms():
-    form = lambda C, COUT, dtype: (
-        plan(Geometry(8, C, 64, 64, COUT, 64, 64, 3, 1, 1, 1), dtype, mid_batch_stats=False).form
+    fused = lambda C, COUT, dtype: (
+        plan(Geometry(8, C, 64, 64, COUT, 64, 64, 3, 1, 1, 1), dtype, mid_batch_stats=False).pays
     )
-    assert form(32, 32, torch.float16) == "fused"  # bound by memory: the depthwise map is saved
-    assert form(728, 728, torch.float32) == "split"  # fused would compute the taps six times
+    assert fused(32, 32, torch.float16)  # bound by memory: the depthwise map is saved
+    assert not fused(728, 728, torch.float32)  # fused would compute the taps six times
 
 
 def test_images_of_2_to_the_31_elements_are_left_to_torch():

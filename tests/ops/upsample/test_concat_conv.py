@@ -174,15 +174,15 @@ def test_strips(low, full, align_corners):
 
 def test_the_cost_models_decide():
     decoder = (1, 256, 48, 256, 32, 32, 128, 128)
-    assert upsample_concat_conv.plan_cpu(*decoder).low_resolution
-    assert not upsample_concat_conv.plan_cpu(1, 8, 8, 8, 16, 16, 32, 32).low_resolution
-    assert not upsample_concat_conv.plan_cpu(1, 256, 48, 256, 32, 32, 16, 16).low_resolution
+    assert upsample_concat_conv.plan_cpu(*decoder).pays
+    assert not upsample_concat_conv.plan_cpu(1, 8, 8, 8, 16, 16, 32, 32).pays
+    assert not upsample_concat_conv.plan_cpu(1, 256, 48, 256, 32, 32, 16, 16).pays
     if upsample_concat_conv.HAS_TRITON:
         plan = upsample_concat_conv.plan
         for N in (1, 16):
-            assert plan(N, *decoder[1:], torch.bfloat16).low_resolution
-        assert plan(1, 256, 48, 256, 64, 128, 256, 512, torch.bfloat16).low_resolution
-        assert not plan(16, 8, 8, 8, 128, 128, 256, 256, torch.bfloat16).low_resolution
+            assert plan(N, *decoder[1:], torch.bfloat16).pays
+        assert plan(1, 256, 48, 256, 64, 128, 256, 512, torch.bfloat16).pays
+        assert not plan(16, 8, 8, 8, 128, 128, 256, 256, torch.bfloat16).pays
         assert "plain" in str(plan(16, 8, 8, 8, 128, 128, 256, 256, torch.bfloat16))
 
 

@@ -127,7 +127,8 @@ def test_out_is_a_tensor_an_array_or_a_file(tmp_path):
     (lambda x: upsample_argmax(x[..., :0], 4), ValueError, "there is no voxel"),
     (lambda x: upsample_argmax(x.long(), 4), TypeError, "give floating-point logits"),
     (lambda x: upsample_argmax(x, 4, dtype=torch.int32), TypeError, "dtype is torch.int32; use one of"),
-    (lambda x: upsample_argmax(x, 4, confidence=True), ValueError, "confidence is of maps"),
+    (lambda x: upsample_argmax(x, 4, confidence=True, out=torch.empty(1, 4, 4, 4, dtype=torch.uint8)), ValueError,
+     "confidence is without out"),
 ], ids=str)  # fmt: skip
 def test_errors(call, error, says):
     with pytest.raises(error, match=says):

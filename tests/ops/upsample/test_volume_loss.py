@@ -47,8 +47,16 @@ def test_cross_entropy(options):
 
 def test_each_voxel_and_bytes():
     logits, target = drawn(labels=torch.uint8)
-    ours = upsample_cross_entropy(logits, target, reduction="none")
-    torch.testing.assert_close(ours, F.cross_entropy(full(logits), target.long(), reduction="none"))
+    factor = torch.rand(target.shape, dtype=torch.float64)
+    ours, want = (
+        factor * loss
+        for loss in (
+            upsample_cross_entropy(logits, target, reduction="none"),
+            F.cross_entropy(full(logits), target.long(), reduction="none"),
+        )
+    )
+    torch.testing.assert_close(ours, want)
+    assert_same(ours.sum(), want.sum(), logits)
     assert_same(upsample_cross_entropy(logits, target, ignore_index=255), F.cross_entropy(full(logits), target.long()),
                 logits)  # fmt: skip
 
@@ -91,6 +99,24 @@ def test_dice_and_cross_entropy():
     torch.testing.assert_close(module(logits, target[:, None]), want)
     dice_alone = upsample_loss(logits, target, [(1.0, losses.Dice())])
     assert 0 < dice_alone < 1
+
+
+def eager_worst(logits, target, count, factor=1.0):
+    losses = factor * F.cross_entropy(full(logits), target, ignore_index=3, reduction="none")
+    return losses.flatten().topk(count).values.mean()
+
+
+def test_worst_voxels():
+    """Top-k and online hard example mining; a channel of the target, and a factor for each voxel."""
+    logits, target = drawn()
+    counted = int((target != 3).sum())
+    terms = lambda term: {"terms": [(1.0, term)], "ignore_index": 3}
+    assert_same(upsample_loss(logits, target[:, None], **terms(losses.TopK(0.2))),
+                eager_worst(logits, target, int(0.2 * counted)), logits)  # fmt: skip
+    factor = torch.rand(target.shape, dtype=torch.float64)
+    assert_same(upsample_loss(logits, target, pixel_weight=factor, **terms(losses.TopK(0.3))),
+                eager_worst(logits, target, int(0.3 * counted), factor), logits)  # fmt: skip
+    assert_same(upsample_loss(logits, target, **terms(losses.OHEM(1e-9, 40))), eager_worst(logits, target, 40), logits)
 
 
 def test_labels_of_each_class_and_factors():
