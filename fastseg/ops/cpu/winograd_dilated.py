@@ -10,9 +10,9 @@ from torch import Tensor
 
 from fastseg.ops.cpu.winograd import OUT, Filters, plan, transform, winograd_conv2d
 
-# One thread, oneDNN's time and this form's in ms: 512 channels on 16x16 at dilation 2: 17 and 8.4; on 32x32 at 4: 45 and
-# 23; 256 channels on 32x32 at 2: 15 and 6.4; on 16x16 at 4: 2.4 and 2.6, since oneDNN leaves out taps in the padding;
-# 128 channels on 64x64 at 4: 12.8 and 8.6.
+# One thread, oneDNN's time and this form's in ms: 512 channels on 16x16 at dilation 2: 17 and 8.4; on 32x32 at 4: 45
+# and 23; 256 channels on 32x32 at 2: 15 and 6.4; on 16x16 at 4: 2.4 and 2.6, since oneDNN leaves out taps in the
+# padding; 128 channels on 64x64 at 4: 12.8 and 8.6.
 LEAST_CHANNELS = 128
 MOST_MORE = {2: 1.8, 3: 1.4, 4: 1.4}  # dilation -> outputs of all tiles over pixels of the map, up to which it pays
 
