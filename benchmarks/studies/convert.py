@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 from foreign import declare_operators
 
 
-def _smp(architecture: str, encoder: str) -> nn.Module:
+def _smp(architecture: str, encoder: str, **options: object) -> nn.Module:
     import segmentation_models_pytorch as smp
 
-    return smp.create_model(architecture, encoder, encoder_weights=None, classes=21)
+    return smp.create_model(architecture, encoder, encoder_weights=None, classes=21, **options)
 
 
 def _segformer(depths: list[int], widths: list[int], width: int) -> nn.Module:

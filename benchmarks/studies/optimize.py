@@ -1,29 +1,49 @@
 """Models of other libraries on a CPU, optimised: interleaved times against eager, onnxruntime and OpenVINO.
 
-    python -m benchmarks.studies.optimize [--only NAME ...] [--sides 256 512] [--batches 1 8] [--threads 1]
+    python -m benchmarks.studies.optimize [--only NAME ...] [--sides 256 512] [--batches 1 8] [--threads 1] [--files F]
 
 Weights are random; evaluation, fp32, whole calls up to the logits. "eager" is the model in channels_last, "optimized"
 what ``fastseg.optimize`` returns, "Runner" and "exact" ``Runner(model, x)`` with and without Winograd's form; the peers
 are there where they are installed and can take the model. At one thread and at torch's default. Milliseconds are
 medians; "load" is the machine's load average during the row: above the number of threads the machine was busy. The last
-line counts the rows in which the Runner is ahead of all.
+line counts the rows in which the Runner is ahead of all peers and of eager. With ``--files`` the ONNX file of a model,
+which takes longer to export than to measure, is kept in a folder and read there again; delete it with the versions.
 """
 
 import argparse
+import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 import fastseg
-from benchmarks.studies.convert import MODELS, declare_operators
+from benchmarks.studies.convert import MODELS as CONVERTED
+from benchmarks.studies.convert import _smp, _torchvision, declare_operators
 from fastseg.inference import Runner
+from fastseg.io.quiet import quiet
+from fastseg.measure.comparison import eager_form
 from fastseg.measure.machine import machine
 from fastseg.measure.paths import PATHS, Unavailable
 from fastseg.measure.timing import interleaved, medians
 from fastseg.ops.logits import logits_of
 
+SMP = ("unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
+       "segformer")  # fmt: skip
+VIT = "tu-vit_tiny_patch16_224.augreg_in21k"
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    **CONVERTED,
+    **{
+        f"smp {name} {encoder}": lambda name=name, encoder=encoder: _smp(name, encoder)
+        for name in SMP
+        for encoder in ("resnet34", "mobilenet_v2")
+    },
+    "smp dpt vit_tiny": lambda: _smp("dpt", VIT, dynamic_img_size=True),
+    "torchvision lraspp_mobilenet_v3_large": lambda: _torchvision("lraspp_mobilenet_v3_large"),
+}
 OWN = {
     "fastseg unet": ("unet", {"padding": "same"}),
     "fastseg deeplabv3plus": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),
@@ -50,8 +70,10 @@ def make(name: str) -> nn.Module:
     return Logits(MODELS[name]())
 
 
-def calls(model: nn.Module, x: Tensor, peers: list[str]) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
-    """What is timed, and why the others are not."""
+def calls(
+    model: nn.Module, x: Tensor, peers: list[str], file: Path
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """What is timed, and why the others are not; ``file`` is the model's ONNX file, exported if it is not there."""
     last = x.contiguous(memory_format=torch.channels_last)
     eager = PATHS["eager-cl"](model, x, torch.float32).call
     optimized = fastseg.optimize(model, last, sizes="given")
@@ -61,18 +83,57 @@ def calls(model: nn.Module, x: Tensor, peers: list[str]) -> tuple[dict[str, Call
     missing = {}
     for peer in peers:
         try:
-            found[peer] = PATHS[peer](model, x, torch.float32).call
+            if peer == "compile":
+                found[peer] = PATHS[peer](model, x, torch.float32).call
+            else:
+                if importlib.util.find_spec(peer) is None:
+                    raise Unavailable(f"{peer} is not installed")
+                exported(model, x, file)
+                found[peer] = SESSIONS[peer](file, x)
         except Unavailable as error:
             missing[peer] = str(error)
     return found, missing
 
 
-def row(name: str, side: int, batch: int, threads: int, peers: list[str], repetitions: int) -> dict[str, float]:
+def exported(model: nn.Module, x: Tensor, file: Path) -> None:
+    """Write the model's eager form as an ONNX file, if it is not there."""
+    if not file.exists():
+        try:
+            with quiet():
+                torch.onnx.export(eager_form(model), (x,), dynamo=True, verbose=False).save(file)
+        except Exception as error:
+            raise Unavailable(f"ONNX export: {str(error).partition(chr(10))[0]}") from error
+
+
+def onnxruntime_call(file: Path, x: Tensor) -> Callable[[], object]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    feed = {session.get_inputs()[0].name: x.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def openvino_call(file: Path, x: Tensor) -> Callable[[], object]:
+    import openvino
+
+    options = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "INFERENCE_PRECISION_HINT": "f32"}
+    request, feed = openvino.Core().compile_model(str(file), "CPU", options).create_infer_request(), x.numpy()
+    return lambda: request.infer([feed])
+
+
+SESSIONS = {"onnxruntime": onnxruntime_call, "openvino": openvino_call}
+
+
+def row(
+    name: str, side: int, batch: int, threads: int, peers: list[str], repetitions: int, folder: Path
+) -> dict[str, float]:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     model, x = make(name).eval().requires_grad_(False), torch.randn(batch, 3, side, side)
     with torch.no_grad():
-        found, missing = calls(model, x, peers)
+        found, missing = calls(model, x, peers, folder / f"{name} {side} {batch}.onnx".replace(" ", "_"))
         times = medians(interleaved(found, repetitions=repetitions, warmup=2))
     load = os.getloadavg()[0]
     shown = ("eager", "optimized", "Runner", "exact", *peers)
@@ -91,8 +152,15 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--files", type=Path, help="folder in which ONNX files are kept; default: none is kept")
     args = parser.parse_args()
     declare_operators()
+    with tempfile.TemporaryDirectory() as passing:
+        study(args, args.files or Path(passing))
+
+
+def study(args: argparse.Namespace, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
     print(machine(torch.device("cpu")))
     heads = ["model", "side", "batch", "threads", "eager ms", "optimized", "Runner", "exact", *args.peers, "load"]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
@@ -101,9 +169,9 @@ def main() -> None:
         for name in args.only:
             for side in args.sides:
                 for batch in args.batches:
-                    times = row(name, side, batch, threads, args.peers, args.repetitions)
-                    ours = min(times["Runner"], times["exact"])
-                    ahead += ours <= min(times.values())
+                    times = row(name, side, batch, threads, args.peers, args.repetitions, folder)
+                    others = (times[each] for each in ("eager", *args.peers) if each in times)
+                    ahead += times["Runner"] <= min(others)
                     rows += 1
     print(f"The Runner is ahead of all in {ahead} of {rows} rows.")
 

@@ -20,6 +20,7 @@ from fastseg.ops.core.marks import CHECKS, Check, Marks
 from fastseg.ops.core.torch_private import NORMS, tree_map_only
 from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 from fastseg.optimizing import Optimized
+from fastseg.optimizing.bound import may_bind
 from fastseg.optimizing.graph import Constants
 
 FORWARD, PREDICT = "forward", "predict"
@@ -241,6 +242,7 @@ class _State:
         self.ours = is_ours(model)
         self.changing = changing  # the model was written to: a graph is made once it stays the same for a call
         self.packs: OrderedDict[tuple, PackedWeights] = OrderedDict()
+        self.bound: OrderedDict[tuple, tuple[PackedWeights, Optimized]] = OrderedDict()
         self.graphs: OrderedDict[tuple, dict[str, _Graph | None]] = OrderedDict()  # None: it could not be captured
         self.pool: tuple[int, int] | None = None  # of all graphs: one is replayed at a time, and its results copied
 
@@ -251,6 +253,8 @@ class _State:
             model, kept = self.shapes.get(shape, (self.copy, self.kept))
         packs = self._packs(shape, kept) if packed and x.device.type == "cpu" else None
         x = self.like_copy(x)
+        if packs is not None and isinstance(model, Optimized) and model.fused is not None and may_bind(x):
+            model = self._bound(shape, model, packs, x)
         with keeping(kept) if packs is None else packed_weights(packs):
             return model(x) if method == FORWARD else class_map(model, x)
 
@@ -270,6 +274,16 @@ class _State:
                 made = Optimized(self.copy, inputs, sizes="given", constants=self.constants)
                 _use(self.shapes, tuple(x.shape), (made, Kept(tensors_of(made))), self.max_shapes)
                 self.packs.pop(tuple(x.shape), None)
+
+    def _bound(self, shape: tuple, model: Optimized, packs: PackedWeights, x: Tensor) -> Optimized:
+        """The graph for a shape, its convolutions bound to what was packed."""
+        with self.lock:
+            given, found = self.bound.get(shape, (None, model))
+            if given is not packs:
+                with packed_weights(packs):
+                    found = model.bound((x,), packs)
+            _use(self.bound, shape, (packs, found), self.max_shapes)
+            return found
 
     def _packs(self, shape: tuple, kept: Kept) -> PackedWeights:
         """The packed weights for a shape."""

@@ -22,7 +22,7 @@ from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import same_number
-from fastseg.ops.cpu.packed import conv2d
+from fastseg.ops.cpu.packed import conv2d, conv_transpose2d
 
 if HAS_TRITON:
     from fastseg.kernels.runtime.ceilings import chip_of
@@ -155,7 +155,7 @@ def transposed_filters(weight: Tensor) -> Tensor:
     for axis in (2, 3):
         a, bc, ab, c = _paired(w, axis)
         w = torch.stack((c, bc, ab, a), axis)
-    return w.transpose(0, 1)
+    return w.transpose(0, 1).contiguous()
 
 
 def phase_filters(weight: Tensor) -> Tensor:
@@ -170,7 +170,7 @@ def phase_filters(weight: Tensor) -> Tensor:
 
 
 def _transposed(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
-    return F.conv_transpose2d(x, filters, bias, stride=2, padding=1)
+    return conv_transpose2d(x, filters, bias, (2, 2), (1, 1))
 
 
 def _phases(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from fastseg.ops.core.marks import Marks
 from fastseg.ops.core.torch_private import tree_leaves
+from fastseg.ops.cpu.packed import PackedWeights
 from fastseg.ops.logits import classes_of, logits_of
+from fastseg.optimizing.bound import bound
 from fastseg.optimizing.graph import Constants, Work
 from fastseg.optimizing.passes.order import PASSES
 from fastseg.optimizing.passes.upsample_argmax import class_graph
@@ -160,6 +162,16 @@ class Optimized(nn.Module):
 
     def _inputs(self, args: tuple, kwargs: dict) -> tuple | None:
         return None if self.why_not(*args, **kwargs) else (*args, *kwargs.values())
+
+    def bound(self, inputs: tuple[Tensor, ...], packs: PackedWeights) -> "Optimized":
+        """The same for inputs of these shapes alone, its convolutions bound to ``packs``: for calls inside
+        ``packed_weights(packs)`` where ``may_bind`` says so."""
+        new = Optimized.__new__(Optimized)
+        vars(new).update(vars(self))
+        new._modules = dict(self._modules)
+        new.fused = bound(self.fused, inputs, packs)
+        new.classes = None if self.classes is None else bound(self.classes, inputs, packs)
+        return new
 
     def stale(self) -> bool:
         """True if the model that ``optimize`` was given has changed since, as far as 1 MiB of its numbers shows it."""

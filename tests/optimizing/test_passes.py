@@ -13,12 +13,15 @@ from fastseg.optimizing.passes import (
     conv_act,
     fold_constants,
     fold_norm,
+    in_place,
     layout,
     nearest_conv,
+    padding,
     pointwise,
     pool_codes,
     resize_concat,
     separable,
+    sums,
     tokens,
     upsample_argmax,
     upsample_sum,
@@ -299,3 +302,71 @@ def test_writes_in_place():
 
     rows([], views)
     rows([], lambda m, x: m.stem(x).relu_().add_(1).clamp_(max=2))
+
+
+def transposed(m, x):
+    return F.relu(m.norm(m.up(x)))
+
+
+def test_norms_are_folded_into_transposed_convolutions():
+    (row,) = rows([fold_norm], transposed, up=nn.ConvTranspose2d(3, 8, 4, 2, 1))
+    assert len(row.matches) == 1 and row.after.launches < row.before.launches
+    body = lambda m, x: m.norm(m.up(m.stem(x)))
+    assert rows([fold_norm], body, up=nn.ConvTranspose2d(8, 8, 4, 2, 1, groups=2))[0].matches == ()
+
+
+def test_a_sum_of_a_stack():
+    merged = lambda m, x: torch.stack([m.stem(x), m.stem(x).relu(), m.stem(x) * 2]).sum(dim=0)
+    (row,) = rows([sums], merged)
+    assert row.matches and row.after.launches == row.before.launches
+    for other in (
+        lambda m, x: torch.stack([m.stem(x), m.stem(x)]).sum(1),
+        lambda m, x: torch.stack([m.stem(x), m.stem(x)]).sum((0, 1)),
+        lambda m, x: torch.stack([m.stem(x), m.stem(x)]).sum(0, keepdim=True),
+        lambda m, x: torch.stack([m.stem(x)]).sum(0),
+    ):
+        assert rows([sums], other)[0].matches == ()
+
+
+def test_zeros_become_padding():
+    for sides in ((1, 1, 2, 2), (2, 2)):
+        assert rows([padding], lambda m, x, sides=sides: m.stem(F.pad(x, sides)))[0].matches
+    for sides, value in (((0, 1, 0, 1), 0.0), ((1, 1, 1, 1), 2.0), ((-1, -1), 0.0)):
+        body = lambda m, x, sides=sides, value=value: m.stem(F.pad(x, sides, value=value))
+        assert rows([padding], body)[0].matches == ()
+    assert rows([padding], lambda m, x: m.stem(F.pad(x, (1, 1, 1, 1), mode="reflect")))[0].matches == ()
+
+
+def test_copies_keep_channels_innermost():
+    def body(m, x):
+        tokens = m.stem(x).permute(0, 2, 3, 1).contiguous()
+        return m.short(tokens.permute(0, 3, 1, 2).contiguous()).view(2, -1).relu()
+
+    row = rows([conv_act, layout], body, short=nn.Conv2d(8, 8, 1))[-1]
+    assert sum("contiguous" in match for match in row.matches) == 1
+
+
+def test_what_is_spent_is_written_to():
+    gated = lambda m, x: F.silu(m.stem(x)) * m.stem(x).mean((2, 3), keepdim=True).sigmoid()
+    assert len(rows([conv_act, in_place], gated)[-1].matches) == 2  # the activation and the product
+    summed = lambda m, x: x[:, :1, ::2, ::2] + F.hardswish(m.stem(x))  # a sum into its second operand
+    assert len(rows([in_place], summed)[0].matches) == 2
+    assert (
+        len(rows([in_place], excited, short=nn.Conv2d(8, 8, 1))[0].matches) == 2
+    )  # the gate and the product, of what was pooled before
+    for body in (
+        lambda m, x: F.relu(x),  # the caller's
+        lambda m, x: F.relu(m.stem(x).view(-1)),  # of memory that is another's
+        twice_read,
+    ):
+        assert rows([in_place], body)[0].matches == ()
+
+
+def twice_read(m, x):
+    y = m.stem(x)
+    return torch.cat([F.relu(y), y])
+
+
+def excited(m, x):
+    y = m.stem(x)
+    return y * m.short(F.adaptive_avg_pool2d(y, 1)).sigmoid()

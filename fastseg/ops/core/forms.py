@@ -233,6 +233,11 @@ class force(ContextDecorator):  # lowercase, because it is used as `with fastseg
         _forced.set(tuple(block for block in _forced.get() if block.active))
 
 
+def watched_or_changed() -> bool:
+    """True inside ``explain``, ``force`` or ``reference``: each call must then ask which form runs."""
+    return _report.get() is not None or bool(_forced.get()) or in_reference()
+
+
 def forced_blocks() -> tuple[Forced, ...]:
     """The ``force`` blocks around this call, for ``forcing`` in another thread."""
     return _forced.get()

@@ -44,6 +44,8 @@ __all__ = [
     "is_tracing",
     "mkldnn_convolution",
     "mkldnn_reorder",
+    "mkldnn_reorder_transposed",
+    "mkldnn_transposed_convolution",
     "outer_hooks",
     "plain_modes",
     "pool_with_index",
@@ -227,6 +229,12 @@ unpool_to: Callable[..., Tensor] = find("torch._C._nn.max_unpool2d", torch.ops.a
 
 mkldnn_convolution: Callable[..., Tensor] | None = find("torch.ops.mkldnn._convolution_pointwise", None)
 mkldnn_reorder: Callable[..., Tensor] | None = find("torch.ops.mkldnn._reorder_convolution_weight", None)
+mkldnn_transposed_convolution: Callable[..., Tensor] | None = find(
+    "torch.ops.mkldnn._convolution_transpose_pointwise", None
+)
+mkldnn_reorder_transposed: Callable[..., Tensor] | None = find(
+    "torch.ops.mkldnn._reorder_convolution_transpose_weight", None
+)
 
 end_allocate_to_pool: Callable[..., None] = find("torch._C._cuda_endAllocateToPool", _nothing)
 

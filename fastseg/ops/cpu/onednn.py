@@ -9,22 +9,46 @@ import functools
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.constants import plainly
-from fastseg.ops.core.torch_private import mkldnn_convolution, mkldnn_reorder
+from fastseg.ops.core.torch_private import (
+    mkldnn_convolution,
+    mkldnn_reorder,
+    mkldnn_reorder_transposed,
+    mkldnn_transposed_convolution,
+)
+
+DTYPES = (torch.float32, torch.bfloat16)
 
 
 class Packed:
     """A convolution with packed weight and bias; a call with a map returns the result in channels_last."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: tuple, after: tuple[str, str] = ("none", "")):
+        self.weight, self.bias, self.geometry, self.after = weight, bias, geometry, after
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, COUT, OH, OW)."""
+        padding, stride, dilation, groups = self.geometry
+        name, algorithm = self.after
+        return mkldnn_convolution(x, self.weight, self.bias, padding, stride, dilation, groups, name, [], algorithm)
+
+    def activated(self, name: str, algorithm: str = "") -> "Packed":
+        """The same with an activation of oneDNN's behind it; take one that keeps NaN: swish, gelu or hardswish."""
+        return Packed(self.weight, self.bias, self.geometry, (name, algorithm))
+
+
+class PackedTransposed:
+    """A transposed convolution with packed weight and bias."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, geometry: tuple):
         self.weight, self.bias, self.geometry = weight, bias, geometry
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, COUT, OH, OW)."""
-        padding, stride, dilation, groups = self.geometry
-        return mkldnn_convolution(x, self.weight, self.bias, padding, stride, dilation, groups, "none", [], "")
+        return mkldnn_transposed_convolution(x, self.weight, self.bias, *self.geometry, "none", [], "")
 
 
 def pack(
@@ -36,9 +60,33 @@ def pack(
     return Packed(mkldnn_reorder(weight, *geometry, list(shape)), bias, geometry)
 
 
+def pack_transposed(
+    weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int], output_padding: Sequence[int],
+    dilation: Sequence[int], groups: int, x: Tensor,
+) -> PackedTransposed | None:  # fmt: skip
+    """Pack ``weight`` (C, COUT // groups, K, K) of a transposed convolution for maps like ``x``; None if torch cannot,
+    or gives another result for ``x``.
+    """
+    if mkldnn_transposed_convolution is None or mkldnn_reorder_transposed is None or why_not(x.dtype):
+        return None
+    geometry = ([*padding], [*output_padding], [*stride], [*dilation], groups)
+    try:
+        with torch.no_grad():
+            run = PackedTransposed(
+                mkldnn_reorder_transposed(weight.contiguous(), *geometry, [*x.shape]), bias, geometry
+            )
+            want = F.conv_transpose2d(x, weight, bias, stride, padding, output_padding, groups, dilation)
+            near = torch.allclose(run(x), want, 1e-2, 1e-2 * float(want.abs().max()), equal_nan=True)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return None
+    return run if near else None
+
+
 @functools.cache
 def why_not(dtype: torch.dtype = torch.float32) -> str:
     """Why this torch packs no weights of ``dtype`` on this processor, or ""."""
+    if dtype not in DTYPES:
+        return f"oneDNN packs no {dtype}"
     if not torch.backends.mkldnn.is_available():
         return "torch was built without oneDNN"
     if mkldnn_convolution is None or mkldnn_reorder is None:

@@ -21,10 +21,11 @@ from fastseg.ops.core.kept import Kept, keeping
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.norm import Activation, activate
 from fastseg.ops.cpu import depthwise
-from fastseg.ops.cpu.onednn import Packed, pack, why_not
+from fastseg.ops.cpu.onednn import DTYPES as PACKED_DTYPES
+from fastseg.ops.cpu.onednn import Packed, PackedTransposed, pack, pack_transposed, why_not
 from fastseg.ops.cpu.winograd import Filters, plan, transform, transformed_bytes, winograd_conv2d
+from fastseg.ops.cpu.winograd_dilated import Dilated, plan_dilated, transform_dilated
 
-PACKED_DTYPES = (torch.float32, torch.bfloat16)
 MOST_BYTES = 512 * 2**20
 MOST_SHAPES = 16  # maps that one weight is packed for
 LEAST_IN_NCHW = 96  # channels; with fewer, the copy to channels_last costs more than it saves: 1.1 to 1.4 of the time
@@ -41,9 +42,12 @@ class PackedWeights:
 
     def __init__(self, kept: Kept, *, winograd: bool = True, most_bytes: int = MOST_BYTES):
         self.kept, self.winograd, self.most_bytes, self.transformed = kept, winograd, most_bytes, 0
-        self._runs: dict[tuple, dict[tuple, Packed | Filters]] = {}
+        self._runs: dict[tuple, dict[tuple, Packed | Filters | Dilated]] = {}
+        self._transposed: dict[tuple, dict[tuple, PackedTransposed | None]] = {}
 
-    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Packed | Filters | None:
+    def convolution(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple
+    ) -> Packed | Filters | Dilated | None:
         """The convolution for maps like ``x``, or None for torch's."""
         if not self.kept.knows((weight, bias)):
             return None
@@ -55,7 +59,19 @@ class PackedWeights:
             runs[key] = self._convolution(tuple(x.shape), x.dtype, weight, bias, geometry)
         return runs[key]
 
-    def _convolution(self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple) -> Packed | Filters:
+    def transposed(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> PackedTransposed | None:
+        """The transposed convolution for maps like ``x`` (N, C, H, W), or None for torch's."""
+        if x.dim() != 4 or not self.kept.knows((weight, bias)):
+            return None
+        runs = self._transposed.setdefault((id(weight), id(bias)), {})
+        key = (tuple(x.shape), x.dtype, *geometry)
+        if key not in runs:
+            runs[key] = pack_transposed(weight, bias, *geometry, x) if len(runs) < MOST_SHAPES else None
+        return runs[key]
+
+    def _convolution(
+        self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple
+    ) -> Packed | Filters | Dilated:
         if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and geometry == _SAME_3X3:
             tiles, size = (
                 plan(shape[1], weight.shape[0], *shape[2:], torch.get_num_threads()),
@@ -64,10 +80,23 @@ class PackedWeights:
             if tiles is not None and self.transformed + size <= self.most_bytes:
                 self.transformed += size
                 return transform(weight, bias, tiles, *shape[2:])
+        if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and _is_dilated(geometry):
+            rate, size = geometry[2][0], transformed_bytes(weight)
+            tiles = plan_dilated(shape[1], weight.shape[0], *shape[2:], rate, torch.get_num_threads())
+            if tiles is not None and self.transformed + size <= self.most_bytes:
+                self.transformed += size
+                return transform_dilated(weight, bias, tiles, *shape[2:], rate)
         return pack(weight.detach(), None if bias is None else bias.detach(), *geometry, shape)
 
 
 _SAME_3X3 = ((1, 1), (1, 1), (1, 1), 1)
+
+
+def _is_dilated(geometry: tuple) -> bool:
+    stride, padding, dilation, groups = geometry
+    return stride == (1, 1) and padding == dilation and dilation[0] == dilation[1] > 1 and groups == 1
+
+
 _active: ContextVar[PackedWeights | None] = ContextVar("fastseg_packed_weights", default=None)
 
 
@@ -153,7 +182,18 @@ def conv2d(
     return _FORMS(CpuRequest(far, packed is not None), call)
 
 
-def packed_run(x, weight, bias, stride, padding, dilation, groups: int) -> "Packed | Filters | None":
+def conv_transpose2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: Sequence[int], padding: Sequence[int]
+) -> Tensor:
+    """``F.conv_transpose2d(x, weight, bias, stride, padding)``, weights packed where this thread packs."""
+    packs = _packs()
+    run = None
+    if packs is not None and _packable(x, weight, bias, padding):
+        run = packs.transposed(x, weight, bias, (tuple(stride), tuple(padding), (0, 0), (1, 1), 1))
+    return F.conv_transpose2d(x, weight, bias, stride, padding) if run is None else run(x)
+
+
+def packed_run(x, weight, bias, stride, padding, dilation, groups: int) -> "Packed | Filters | Dilated | None":
     """The convolution with packed weights, where this thread packs and has packed these."""
     packs = _packs()
     if packs is None or not _packable(x, weight, bias, padding):

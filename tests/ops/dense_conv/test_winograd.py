@@ -4,8 +4,11 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from fastseg.ops.core.kept import Kept
 from fastseg.ops.cpu.onednn import why_not
+from fastseg.ops.cpu.packed import PackedWeights
 from fastseg.ops.cpu.winograd import blocks, matrices, plan, transform, transformed_bytes, winograd_conv2d
+from fastseg.ops.cpu.winograd_dilated import Dilated, transform_dilated
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 CL = torch.channels_last
@@ -103,3 +106,23 @@ def test_more_threads_want_more_work():
 def test_bytes():
     weight = torch.zeros(32, 16, 3, 3)
     assert transformed_bytes(weight) == 4 * weight.nbytes
+
+
+@pytest.mark.parametrize("rate, H, W", [(2, 13, 16), (3, 14, 12), (4, 32, 17)])
+def test_dilated(rate, H, W):
+    x, weight, bias = torch.randn(2, 8, H, W), torch.randn(6, 8, 3, 3) / 8, torch.randn(6)
+    y = transform_dilated(weight, bias, (2, 3), H, W, rate)(x)
+    want = F.conv2d(x.double(), weight.double(), bias.double(), padding=rate, dilation=rate)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    assert (y - want).abs().max() < 2e-5 * want.abs().max()
+
+
+def test_where_dilated_filters_are_transformed():
+    kinds = {}
+    for rate, stride, side in ((2, 1, 32), (4, 1, 32), (5, 1, 32), (2, 2, 32), (4, 1, 12)):
+        w = torch.randn(128, 128, 3, 3)
+        packs, x = PackedWeights(Kept([w])), torch.randn(1, 128, side, side)
+        run = packs.convolution(x, w, None, ((stride,) * 2, (rate,) * 2, (rate,) * 2, 1))
+        kinds[rate, stride, side] = isinstance(run, Dilated)
+        assert packs.transformed == 4 * w.nbytes * kinds[rate, stride, side]
+    assert [key for key, value in kinds.items() if value] == [(2, 1, 32), (4, 1, 32)] or torch.get_num_threads() > 1
