@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -96,13 +97,22 @@ def calls(
 
 
 def exported(model: nn.Module, x: Tensor, file: Path) -> None:
-    """Write the model's eager form as an ONNX file, if it is not there."""
-    if not file.exists():
+    """Write the model's eager form as an ONNX file, if it is not there: by the older exporter, which takes seconds, or
+    by the newer where that cannot."""
+    plain, error = eager_form(model), None
+    for newer in () if file.exists() else (False, True):
         try:
-            with quiet():
-                torch.onnx.export(eager_form(model), (x,), dynamo=True, verbose=False).save(file)
-        except Exception as error:
-            raise Unavailable(f"ONNX export: {str(error).partition(chr(10))[0]}") from error
+            with quiet(), warnings.catch_warnings(action="ignore"):
+                if newer:
+                    torch.onnx.export(plain, (x,), dynamo=True, verbose=False).save(file)
+                else:
+                    torch.onnx.export(plain, (x,), file, dynamo=False, opset_version=17)
+            return
+        except Exception as failed:
+            error = failed
+            file.unlink(missing_ok=True)
+    if error is not None:
+        raise Unavailable(f"ONNX export: {str(error).partition(chr(10))[0]}") from error
 
 
 def onnxruntime_call(file: Path, x: Tensor) -> Callable[[], object]:
