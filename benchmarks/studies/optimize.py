@@ -2,18 +2,19 @@
 
     python -m benchmarks.studies.optimize [--only NAME ...] [--sides 256 512] [--batches 1 8] [--threads 1] [--files F]
 
-Weights are random; evaluation, fp32, whole calls up to the logits. "eager" is the model in channels_last, "optimized"
-what ``fastseg.optimize`` returns, "Runner" and "exact" ``Runner(model, x)`` with and without Winograd's form; the peers
-are there where they are installed and can take the model. At one thread and at torch's default. Milliseconds are
-medians; "load" is the machine's load average during the row: above the number of threads the machine was busy. The last
-line counts the rows in which the Runner is ahead of all peers and of eager. With ``--files`` the ONNX file of a model,
-which takes longer to export than to measure, is kept in a folder and read there again; delete it with the versions.
+Weights are random; evaluation, fp32, whole calls up to the logits. "eager" is the model in channels_last, "Runner" is
+``Runner(model, x)``, "exact" the same without Winograd's form, "optimized" what ``fastseg.optimize`` returns. The peers
+(``--peers``) are there where they are installed and can take the model. At one thread and at torch's default.
+Milliseconds are medians; "load" is the machine's load average during the row: above the number of threads the machine
+was busy. The last line counts the rows in which the Runner is ahead of eager and all foreign peers. With ``--files``
+the ONNX file of a model is kept in a folder and read there again; delete it when a version of a library changes.
 """
 
 import argparse
 import importlib.util
 import os
 import tempfile
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,7 +50,7 @@ OWN = {
     "fastseg deeplabv3plus": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),
     "fastseg fcn resnet18": ("fcn", {"backbone": "resnet18"}),
 }
-PEERS = ("onnxruntime", "openvino", "compile")
+PEERS = ("optimized", "exact", "onnxruntime", "openvino", "compile")
 
 
 class Logits(nn.Module):
@@ -76,12 +77,16 @@ def calls(
     """What is timed, and why the others are not; ``file`` is the model's ONNX file, exported if it is not there."""
     last = x.contiguous(memory_format=torch.channels_last)
     eager = PATHS["eager-cl"](model, x, torch.float32).call
-    optimized = fastseg.optimize(model, last, sizes="given")
-    runner, exact = Runner(model, last), Runner(model, last, exact=True)
-    found = {"eager": eager, "optimized": lambda: optimized(last)}
-    found |= {"Runner": lambda: runner(last), "exact": lambda: exact(last)}
+    runner = Runner(model, last)
+    found = {"eager": eager, "Runner": lambda: runner(last)}
+    if "optimized" in peers:
+        optimized = fastseg.optimize(model, last, sizes="given")
+        found["optimized"] = lambda: optimized(last)
+    if "exact" in peers:
+        exact = Runner(model, last, exact=True)
+        found["exact"] = lambda: exact(last)
     missing = {}
-    for peer in peers:
+    for peer in (each for each in peers if each not in found):
         try:
             if peer == "compile":
                 found[peer] = PATHS[peer](model, x, torch.float32).call
@@ -96,13 +101,22 @@ def calls(
 
 
 def exported(model: nn.Module, x: Tensor, file: Path) -> None:
-    """Write the model's eager form as an ONNX file, if it is not there."""
-    if not file.exists():
+    """Write the model's eager form as an ONNX file, if it is not there: by the older exporter, which takes seconds, or
+    by the newer where that cannot."""
+    plain, error = eager_form(model), None
+    for newer in () if file.exists() else (False, True):
         try:
-            with quiet():
-                torch.onnx.export(eager_form(model), (x,), dynamo=True, verbose=False).save(file)
-        except Exception as error:
-            raise Unavailable(f"ONNX export: {str(error).partition(chr(10))[0]}") from error
+            with quiet(), warnings.catch_warnings(action="ignore"):
+                if newer:
+                    torch.onnx.export(plain, (x,), dynamo=True, verbose=False).save(file)
+                else:
+                    torch.onnx.export(plain, (x,), file, dynamo=False, opset_version=17)
+            return
+        except Exception as failed:
+            error = failed
+            file.unlink(missing_ok=True)
+    if error is not None:
+        raise Unavailable(f"ONNX export: {str(error).partition(chr(10))[0]}") from error
 
 
 def onnxruntime_call(file: Path, x: Tensor) -> Callable[[], object]:
@@ -136,7 +150,7 @@ def row(
         found, missing = calls(model, x, peers, folder / f"{name} {side} {batch}.onnx".replace(" ", "_"))
         times = medians(interleaved(found, repetitions=repetitions, warmup=2))
     load = os.getloadavg()[0]
-    shown = ("eager", "optimized", "Runner", "exact", *peers)
+    shown = ("eager", "Runner", *peers)
     cells = [f"{times[each] * 1e3:.1f}" if each in times else "-" for each in shown]
     print(f"| {name} | {side} | {batch} | {threads} | {' | '.join(cells)} | {load:.1f} |", flush=True)
     for peer, why in missing.items():
@@ -162,7 +176,7 @@ def main() -> None:
 def study(args: argparse.Namespace, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     print(machine(torch.device("cpu")))
-    heads = ["model", "side", "batch", "threads", "eager ms", "optimized", "Runner", "exact", *args.peers, "load"]
+    heads = ["model", "side", "batch", "threads", "eager ms", "Runner", *args.peers, "load"]
     print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}", flush=True)
     ahead, rows = 0, 0
     for threads in args.threads:
@@ -170,7 +184,7 @@ def study(args: argparse.Namespace, folder: Path) -> None:
             for side in args.sides:
                 for batch in args.batches:
                     times = row(name, side, batch, threads, args.peers, args.repetitions, folder)
-                    others = (times[each] for each in ("eager", *args.peers) if each in times)
+                    others = (time for each, time in times.items() if each not in ("Runner", "optimized", "exact"))
                     ahead += times["Runner"] <= min(others)
                     rows += 1
     print(f"The Runner is ahead of all in {ahead} of {rows} rows.")

@@ -70,9 +70,10 @@ def _with_roots(roots) -> list[Fraction]:
 # Winograd took 0.33 to 0.4 of its time from 256 channels on, 0.45 at 128, 0.65 at 64, 0.8 at 48 or from 32 to 64, 1.1
 # at 32; 0.8 with 12 tiles. Blocks of 128 tiles were best or within 2 % of the best for all layers; blocks of 512 were
 # slower by up to a half. Two rows of 64 tiles, which read fewer pixels twice, were 5 to 10 % faster than one row of
-# 128. On two threads 256 took 0.82 of the time of 128 in a U-Net, as each thread has its own cache. More than 4 shares
-# are not measured; for 512 channels they take 38 MB already. Below LEAST_PRODUCTS, in products per tap and block, calls
-# cost more than they save: 64 channels on 16x16.
+# 128. On two threads 256 took 0.82 of the time of 128 in a U-Net, as each thread has its own cache; with 16 tiles,
+# Winograd took 0.65 of oneDNN's time at 256 and at 512 channels. More than 4 shares are not measured; for 512 channels
+# they take 38 MB already. Below LEAST_PRODUCTS, in products per tap and block, calls cost more than they save: 64
+# channels on 16x16.
 MOST_TILES, MOST_ACROSS, MOST_SHARES = 128, 64, 4
 LEAST_PRODUCTS = 2**21
 
@@ -83,7 +84,8 @@ def plan(C: int, COUT: int, H: int, W: int, threads: int) -> tuple[int, int] | N
     The rule is fixed, because timing trials are noisy.
     """
     down, across = -(-H // OUT), -(-W // OUT)
-    few = threads > 1 and down * across < (4096 if min(C, COUT) < 128 else 36)  # for several threads
+    least = 4096 if min(C, COUT) < 128 else 36 if min(C, COUT) < 256 else 16
+    few = threads > 1 and down * across < least  # for several threads
     if min(C, COUT) < 32 or C * COUT < 2048 or min(H, W) < 8 or H * W < 144 or few:
         return None
     if C * COUT * H * W < LEAST_PRODUCTS:

@@ -100,7 +100,7 @@ def test_more_threads_want_more_work():
     assert plan(64, 64, 80, 240, threads=1) is not None and plan(64, 64, 80, 240, threads=2) is None
     assert plan(64, 64, 360, 480, threads=1) == (2, 60) and plan(64, 64, 360, 480, threads=2) == (4, 60)
     assert plan(64, 64, 360, 480, threads=4) == plan(64, 64, 360, 480, threads=64)
-    assert plan(512, 512, 20, 20, threads=1) is not None and plan(512, 512, 20, 20, threads=2) is None
+    assert plan(512, 512, 20, 20, threads=2) is not None and plan(128, 128, 20, 20, threads=2) is None
 
 
 def test_bytes():
