@@ -220,7 +220,7 @@ class Focal(Term):
             alpha, other = (1.0, 1.0) if self.alpha is None else (self.alpha, 1 - self.alpha)
             losses = alpha * table("focal_pos", self.gamma) + other * table("focal_neg", self.gamma)
             count = table("count").sum()
-        total = (self.factors(table) * losses).sum()
+        total = (losses if self.weight is None else self.factors(table) * losses).sum()
         return total if self.reduction == "sum" else ratio(total, count)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import followed, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES, check_targets
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
@@ -61,6 +61,8 @@ def upsample_loss_sums(
     if logits.dim() == 5:
         return _of_volume(logits, target, sums, pixel_weight)
     target = checked(logits, target, sums, pixel_weight)
+    if is_torchs(logits) and target.is_cpu and (pixel_weight is None or pixel_weight.is_cpu):
+        return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
     why = not_taken(logits, target, sums)
     if pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled():
         why = why or "pixel_weight requires a gradient"
@@ -83,9 +85,8 @@ def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_wei
         if C == 2 and pixels >= _PLANE and sums.activation == SOFTMAX and target.dim() == 3 and is_finite(logits):
             return _of_two(logits, target, sums, pixel_weight)
         large = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
-        if is_finite(logits):
-            walk = loss_rows.Walk if large else loss_rows.Planes
-            return _Rows.apply(logits, target, pixel_weight, sums, walk)
+        if large and is_finite(logits):
+            return _Rows.apply(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
 
@@ -156,30 +157,28 @@ _OF_TWO = {  # columns of softmax -> those of sigmoid that they are made of, bes
 
 
 class _Rows(torch.autograd.Function):
-    """The sums by strips of rows, or of whole planes."""
+    """The sums by strips of rows."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums, walk: type[loss_rows.Walk]
-    ) -> Tensor:
-        ctx.sums, ctx.walk = sums, walk
+    def forward(ctx, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
+        ctx.sums = sums
         ctx.save_for_backward(x, target, pixel_weight)
         with torch.autocast("cpu", enabled=False):
-            return walk(x, target, pixel_weight, sums).forward()
+            return loss_rows.Walk(x, target, pixel_weight, sums).forward()
 
     @staticmethod
     def gradients(ctx, saved, slopes: Tensor):
         x, target, pixel_weight = saved
         with torch.autocast("cpu", enabled=False):
-            dx = ctx.walk(x, target, pixel_weight, ctx.sums).backward(slopes)
-        return loss_rows.like(x, dx), None, None, None, None
+            dx = loss_rows.Walk(x, target, pixel_weight, ctx.sums).backward(slopes)
+        return loss_rows.like(x, dx), None, None, None
 
     @staticmethod
     def again(ctx, saved, slopes: Tensor):
         x, *others = saved
         with torch.autocast("cpu", enabled=False):
             forward = lambda x: at_full_size(x, *others, ctx.sums)
-            return *derived(forward, (x,), ctx.needs_input_grad[:1], slopes), None, None, None, None
+            return *derived(forward, (x,), ctx.needs_input_grad[:1], slopes), None, None, None
 
     backward = staticmethod(differentiable(gradients, again))
 

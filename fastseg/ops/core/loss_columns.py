@@ -114,6 +114,18 @@ def softmax_term(column: Column, p: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
     return shared_term(kind, p, y)
 
 
+def own_term(column: Column, log_p: Tensor) -> Tensor:
+    """f of one column at the pixel's own class, whose label is 1."""
+    if column.kind == "nll":
+        return -log_p
+    p = log_p.exp()
+    return (
+        -((1 - p) ** column.gamma) * log_p
+        if column.kind == "focal"
+        else shared_term(column.kind, p, torch.ones_like(p))
+    )
+
+
 def softmax_slope(column: Column, p: Tensor, log_p: Tensor, y: Tensor) -> Tensor:
     """df / d log p of one column that is none of ``LABELS``."""
     kind = column.kind

@@ -11,6 +11,7 @@ from fastseg.ops.core.loss_columns import (
     SIGMOID,
     SOFTMAX,
     Sums,
+    own_term,
     sigmoid_slope,
     sigmoid_term,
     softmax_slope,
@@ -57,14 +58,16 @@ def _of_classes(
     """The columns (N, C) of softmax and class indices; what a class has of its own pixels is gathered."""
     log_p = v.log_softmax(1)
     own, kinds = log_p.gather(1, classes), {column.kind for column in sums.columns}
+    plain = counts is None and weight is None
     p = log_p.exp() if kinds & {"prob", "square"} else own
     for column in sums.columns:
         if column.kind in ("prob", "square", "all"):
             yield total(softmax_term(column, p, log_p, own))
         elif column.kind == "count":
-            yield total(torch.ones_like(own)).expand(v.shape[:2])
+            number = own.new_full(own.shape[:2], own.shape[2] * own.shape[3], dtype=torch.float64) if plain else None
+            yield (total(torch.ones_like(own)) if number is None else number).expand(v.shape[:2])
         else:
-            f = softmax_term(column, own.exp(), own, torch.ones_like(own))
+            f = own_term(column, own)
             f = f if counts is None else torch.where(counts, f, 0.0)
             f = (f if weight is None else f * weight).flatten(1).double()
             yield f.new_zeros(v.shape[:2]).scatter_add(1, classes.flatten(1), f)

@@ -14,11 +14,13 @@ def form(C: int, values: int, stride: int, K: int, last: bool) -> str:
 
     Of a grouped convolution's time, on one thread (``benchmarks.studies.cpu_threads --ops deconvolution``),
     interpolating takes 0.1 to 0.9 for one class in either layout, and for two in NCHW; in channels_last, where its
-    planes are transposed, 0.3 to 0.7 below the limit. Two passes take 0.4 to 0.9 for large maps in NCHW. They are a
-    call for each phase of the stride, so they lose on several threads, which wait for each other after each call.
+    planes are transposed, 0.3 to 0.7 below the limit; for three, 0.7 on small maps of a large stride. Two passes take
+    0.4 to 0.9 for large maps in NCHW. They are a call for each phase of the stride, so they lose on several threads,
+    which wait for each other after each call.
     """
     exact = 2 * stride == K and stride & (stride - 1) == 0 and stride > 1  # an interpolation, without rounding
-    if exact and (C == 1 or (C == 2 and (not last or (stride >= 8 and values <= stride * 2**14)))):
+    two = C == 2 and (not last or (stride >= 8 and values <= stride * 2**14))
+    if exact and (C == 1 or two or (C == 3 and stride >= 32 and values <= 2**16)):
         return "interpolated"
     large = not last and stride >= 8 and values * stride >= 2**24
     return "two_passes" if large and stride <= K <= 2 * stride and torch.get_num_threads() == 1 else "grouped"

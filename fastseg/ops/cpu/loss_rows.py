@@ -54,10 +54,7 @@ class Walk:
         self.x, self.target, self.pixel_weight, self.sums = x.detach(), target, pixel_weight, sums
         self.size = target.shape[-2:]
         self.hard = not target.is_floating_point() and sums.activation == SIGMOID  # labels are 0 and 1
-        self.strips = self._strips()
-
-    def _strips(self) -> list[Strip]:
-        return strips_of(self.x.shape, *self.size, self.sums.align_corners, self.kind)
+        self.strips = strips_of(x.shape, *self.size, sums.align_corners, self.kind)
 
     def forward(self) -> Tensor:
         """-> sums (N, C, columns), fp64."""
@@ -86,7 +83,11 @@ class Walk:
         total = torch.zeros(C, len(self.sums.columns), dtype=torch.float64, device="cpu")
         for rows in self._blocks(strip):
             v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
-            self._add(total, v, self._block(strip, rows))
+            block = self._block(strip, rows)
+            if self.sums.activation == SIGMOID or block.classes is None:
+                self._add_dense(total, v, block)
+            else:
+                self._add_softmax(total, v, block)
         return total
 
     def _gradient_of(self, strip: Strip, slopes: Tensor) -> Tensor:
@@ -94,7 +95,11 @@ class Walk:
         dwide = torch.zeros_like(wide)
         for rows in self._blocks(strip):
             v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
-            dv = self._slope(slopes, v, self._block(strip, rows))
+            block = self._block(strip, rows)
+            if self.sums.activation == SIGMOID or block.classes is None:
+                dv = self._slope_dense(slopes, v, block)
+            else:
+                dv = self._slope_softmax(slopes, v, block)
             dwide.addmm_(strip.matrix[rows].t(), dv.view(dv.shape[0], -1))
         return along_x_backward(dwide, (C, strip.last - strip.first, self.x.shape[3]), self.sums.align_corners)
 
@@ -108,15 +113,11 @@ class Walk:
         each_class = self.target.dim() == 4
         target = self.target[strip.image, :, within].transpose(0, 1) if each_class else (
             self.target[strip.image, within, None])  # fmt: skip
-        return self._labels(target, counts)
-
-    def _labels(self, target: Tensor, counts: Tensor | None) -> Block:
-        """Of targets (rows, 1 or C, W) and factors (rows, 1, W)."""
         if self.sums.ignore_index is not None:
             ignored = is_ignored(target, self.sums.ignore_index)
             counts = (~ignored).to(self.kind) if counts is None else counts.where(~ignored, 0)
             target = target.masked_fill(ignored, 0)
-        if self.target.dim() == 4:
+        if each_class:
             return Block(None, target.to(self.kind).contiguous(), counts)
         classes, labels = target.long(), None
         if self.sums.activation == SIGMOID:
@@ -124,19 +125,10 @@ class Walk:
             labels = torch.zeros(shape, dtype=self.kind, device="cpu").scatter_(1, classes, 1.0)
         return Block(classes, labels, counts)
 
-    def _add(self, total: Tensor, v: Tensor, block: Block) -> None:
-        """Add the sums of logits v (rows, C, W), which may be overwritten, to total (C, columns)."""
-        dense = self.sums.activation == SIGMOID or block.classes is None
-        (self._add_dense if dense else self._add_softmax)(total, v, block)
-
-    def _slope(self, slopes: Tensor, v: Tensor, block: Block) -> Tensor:
-        """Gradient at logits v (rows, C, W), perhaps in their memory, of slopes (C, columns)."""
-        dense = self.sums.activation == SIGMOID or block.classes is None
-        return (self._slope_dense if dense else self._slope_softmax)(slopes, v, block)
-
     # --- softmax of class indices: what a class has of its own pixels is gathered
 
     def _add_softmax(self, total: Tensor, v: Tensor, block: Block) -> None:
+        """Add the sums of logits v (rows, C, W), which are overwritten."""
         kinds = {column.kind for column in self.sums.columns}
         classes, counts, C = block.classes, block.counts, v.shape[1]
         v -= v.amax(1, keepdim=True)
@@ -162,6 +154,7 @@ class Walk:
                 total[:, k] += per_class(weights * softmax_term(column, log_p.exp(), log_p, one))
 
     def _slope_softmax(self, slopes: Tensor, v: Tensor, block: Block) -> Tensor:
+        """Gradient at logits v (rows, C, W), in their memory, of slopes (C, columns)."""
         classes, counts = block.classes, block.counts
         v -= v.amax(1, keepdim=True)
         of_class = v.gather(1, classes)
@@ -272,39 +265,6 @@ class Walk:
         if block.counts is not None:
             h *= block.counts
         return h if self.sums.activation == SIGMOID else h.sub_(p * h.sum(1, keepdim=True))
-
-
-class Planes(Walk):
-    """The same with whole images in place of blocks: for small maps, whose planes stay in the caches."""
-
-    def _strips(self) -> list[Strip]:
-        return []
-
-    def forward(self) -> Tensor:
-        """-> sums (N, C, columns), fp64."""
-        N, C = self.x.shape[:2]
-        total = torch.zeros(N, C, len(self.sums.columns), dtype=torch.float64, device="cpu")
-        for n, v in enumerate(self._full().flatten(2).split(1)):
-            self._add(total[n], v, self._image(n))
-        return total
-
-    def backward(self, slopes: Tensor) -> Tensor:
-        """slopes (N, C, columns), the derivative by each sum -> gradient at x, (N, h, C, w)."""
-        full, slopes = self._full(), slopes.to(self.kind)
-        for n, v in enumerate(full.flatten(2).split(1)):
-            dv = self._slope(slopes[n], v, self._image(n))
-            if dv is not v:
-                v.copy_(dv)
-        back = torch.ops.aten.upsample_bilinear2d_backward
-        return back(full, self.size, self.x.shape, self.sums.align_corners, None, None).transpose(1, 2)
-
-    def _full(self) -> Tensor:
-        up = torch.ops.aten.upsample_bilinear2d
-        return up(self.x.to(self.kind).contiguous(), self.size, self.sums.align_corners, None, None)
-
-    def _image(self, n: int) -> Block:
-        counts = None if self.pixel_weight is None else self.pixel_weight[n].reshape(1, 1, -1).to(self.kind)
-        return self._labels(self.target[n].reshape(1, -1, self.size[0] * self.size[1]), counts)
 
 
 def _softplus(v: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ def queries_by_rows(
             rows = slice(start, min(start + step, part.stop - part.start))
             shares = torch.mm(part.matrix[rows], wide).view(-1, Q, W)
             shares = shares.sigmoid_() if rows_at is None else shares
-            weights = shares * scores[n, :, None]
+            weights = (Tensor.mul_ if weighted else Tensor.mul)(shares, scores[n, :, None])
             largest, owner = weights.max(1)
             if not weighted:
                 largest = shares.gather(1, owner[:, None])[:, 0]

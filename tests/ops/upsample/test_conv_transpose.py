@@ -158,6 +158,8 @@ def test_reference_in_each_form(form, layout, monkeypatch):
     (2, 16, 8, True, "interpolated", "interpolated"),
     (2, 64, 8, True, "grouped", "grouped"),
     (2, 64, 2, True, "grouped", "grouped"),
+    (3, 4, 32, True, "interpolated", "interpolated"),
+    (3, 16, 8, False, "grouped", "grouped"),
     (21, 4, 32, False, "grouped", "grouped"),  # 0.6 of the time of two passes
     (21, 16, 32, False, "two_passes", "grouped"),
     (21, 16, 32, True, "grouped", "grouped"),
