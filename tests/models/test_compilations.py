@@ -17,9 +17,9 @@ MOST = {  # model, options, sizes -> compilations at most, in all and after the 
         "deeplabv3plus",
         {"backbone": "mobilenet_v2"},
         SIZES,
-        53,
-        27,
-    ),  # of them 20 by tiles that shrink with the map, the larger ones all at 1024x2048
+        36,
+        11,
+    ),  # of them 11 by tiles that shrink with the map
     "segnet": ("segnet", {}, SIZES[:4], 5, 0),
     "unet": ("unet", {"padding": "same"}, SIZES[:4], 3, 0),
 }
