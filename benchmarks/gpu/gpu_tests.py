@@ -18,7 +18,7 @@ import pytest
 
 from benchmarks.report import record
 
-FOLDERS = ("tests/ops", "tests/nn", "tests/models")
+FOLDERS = ("tests/ops", "tests/nn", "tests/models", "tests/optimizing/test_gpu.py")
 NOT_HERE = "*/test_graphs*.py"  # torch.compile and export on a CPU, minutes of them: nothing of a GPU is in them
 SIDE_BY_SIDE = {
     "gpu": 4,

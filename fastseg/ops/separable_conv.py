@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from fastseg.ops.core.dispatch import autocast_dtype, autocasts, is_torchs, needs_grad, use_kernel
 from fastseg.ops.core.explain import in_reference
+from fastseg.ops.core.kept import keeper
 from fastseg.ops.core.norm import (
     ACTIVATIONS,
     Activation,
@@ -20,6 +21,7 @@ from fastseg.ops.core.norm import (
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.cpu.separable import run_folded
+from fastseg.ops.registered.fold_norm import fold_norm
 from fastseg.ops.registered.separable_conv import SeparableConv2dFunction, eval_op, train_op
 
 
@@ -102,12 +104,16 @@ def separable_conv2d(
         run = run_folded if folds else _composed
         y = run(x, *tensors, residual, *sizes, pre_act, mid_norm, mid_act, post_norm, post_act)
         return activate(y, out_act, inplace=folds)
+    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given))
+    batch = (mid_norm is not None and mid_norm.training) or (post_norm is not None and post_norm.training)
+    if not wants_grad and not batch:
+        depthwise_weight, depthwise_bias, mid_norm = _taps(x, depthwise_weight, depthwise_bias, mid_norm)
+        tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
+        given = (*tensors, *norm_tensors(mid_norm), *post, residual)
     options = (
         *sizes, pre_act or "none", mid_act or "none", post_act or "none",
         *norm_options(mid_norm), *norm_options(post_norm),
     )  # fmt: skip
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given))
-    batch = (mid_norm is not None and mid_norm.training) or (post_norm is not None and post_norm.training)
     if not wants_grad and not batch:
         if post_act is None or out_act is None:
             return eval_op(x, *given, *options, out_act or "none")
@@ -119,6 +125,29 @@ def separable_conv2d(
     update_running(mid_norm, mid_stats)
     update_running(post_norm, post_stats)
     return activate(y, out_act)
+
+
+def _taps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None
+) -> tuple[Tensor, Tensor | None, BatchNormArgs | None]:
+    """Depthwise weight and bias, and the norm behind them, for a call without gradients and with fixed statistics.
+
+    Inside ``frozen`` the norm is folded in, so that no program computes its scale, and the weight lies as (K, K, C) in
+    memory, as kernels read it best: one layout for maps of any size.
+    """
+    sources = (weight, bias, *norm_tensors(norm))
+    kept = keeper(sources)
+    if kept is None:
+        return weight, bias, norm
+
+    def make() -> tuple[Tensor, Tensor | None]:
+        taps, shift = weight.to(x.dtype), bias
+        if norm is not None:
+            taps, shift = fold_norm(weight, bias, *sources[2:], norm.eps, x.dtype, False)
+        return taps.flatten(1).t().contiguous().t().view_as(weight), shift
+
+    key = ("taps", x.dtype, None if norm is None else norm.eps)
+    return *kept.made(sources, key, make), None
 
 
 def separable_conv2d_ref(

@@ -34,11 +34,11 @@ def _atrous_conv_bwd_weight_kernel(
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dw_ptr: (parts, total), in ACC. FIRST: how many taps the branches before have."""
-    BLOCKS_K: tl.constexpr = (C + BLOCK_K - 1) // BLOCK_K
+    BLOCKS_N: tl.constexpr = (COUT + BLOCK_N - 1) // BLOCK_N
     part = tl.program_id(0) % parts
     tap = tl.program_id(0) // parts
-    offs_n = tl.program_id(1) // BLOCKS_K * BLOCK_N + tl.arange(0, BLOCK_N)  # output channels
-    offs_k = tl.program_id(1) % BLOCKS_K * BLOCK_K + tl.arange(0, BLOCK_K)  # input channels
+    offs_n = tl.program_id(1) % BLOCKS_N * BLOCK_N + tl.arange(0, BLOCK_N)  # output channels
+    offs_k = tl.program_id(1) // BLOCKS_N * BLOCK_K + tl.arange(0, BLOCK_K)  # input channels
     mask_n, mask_k = offs_n < COUT, offs_k < C
 
     # Which tap of which branch, how far it reads in pixels, and the rectangle where it is valid. The clamps change

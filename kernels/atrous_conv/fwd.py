@@ -91,12 +91,10 @@ def _atrous_conv_fwd_kernel(
             b_ptrs = w_ptr + offs_k.to(tl.int64)[:, None] * (K * K * COUT) + offs_n[None, :]
         else:
             b_ptrs = w_ptr + offs_n.to(tl.int64)[None, :] * (K * K * C) + offs_k[:, None]
-        # Taps and channels in one loop: the loads of the next tap are under way while this one is multiplied.
-        for i in range(0, ny * nx * BLOCKS_K):
-            tap = i // BLOCKS_K
-            k = (i - tap * BLOCKS_K) * BLOCK_K
-            ty = (tap >= nx).to(tl.int32) + (tap >= 2 * nx).to(tl.int32)  # tap // nx: there are at most 3 rows
-            tx = tap - ty * nx
+        # Taps and channels in one loop: the loads of the next tap are under way while this one is multiplied. Taps run
+        # fastest: the programs that run read one block of channels at a time, from DRAM once, then from the L2.
+        k, ty, tx = 0, 0, 0
+        for _ in range(0, ny * nx * BLOCKS_K):
             from_x = (shift + ty * row_step + tx * column_step) * CX + k
             from_w = weight + ty * K + tx
             from_w = k * (K * K * COUT) + from_w * COUT if MIRRORED else from_w * C + k
@@ -109,6 +107,13 @@ def _atrous_conv_fwd_kernel(
             else:
                 v = tl.load(b_ptrs + from_w, mask=(k + offs_k < C)[:, None] & mask_n[None, :], other=0.0)
             acc = tl.dot(a, v, acc, input_precision=PRECISION, out_dtype=ACC)
+            tx += 1
+            ends = (tx == nx).to(tl.int32)
+            tx -= ends * nx
+            ty += ends
+            ends = (ty == ny).to(tl.int32)
+            ty -= ends * ny
+            k += ends * BLOCK_K
 
     channel = offs_n if MIRRORED else first * COUT + offs_n
     if HAS_BIAS:

@@ -100,19 +100,22 @@ def input_regions(H: int, W: int, branches: tuple[Branch, ...]) -> list[Region]:
     return list(_rectangles(H, W, branches, 0, True))
 
 
-def work_items(regions: list[Region], N: int, block_m: int) -> list[tuple[int, int]]:
+def work_items(regions: list[Region], N: int, block_m: int, together: int | None = None) -> list[tuple[int, int]]:
     """(region, first row) of every row tile, in the order of the programs.
 
-    Tiles are sorted by falling number of taps: programs differ ninefold in length, a multiprocessor gets few of them,
-    and the last to begin must be short. Among equals they go image by image, over all branches and rectangles: programs
-    that run at one time read the same images, and find their rows in the cache. (The blocks of output channels of a
-    tile, the kernel's fastest index, share its rows in any case.) The counts are at most 9, 6, 4, 3, 2, 1; x is read
+    Groups of images, ``together`` of them, come one after the other, None: all are one group. In a group tiles are
+    sorted by falling number of taps: programs differ ninefold in length, a multiprocessor gets few of them, and the
+    last to begin must be short. Among equals they go image by image, over all branches and rectangles: programs that
+    run at one time read the same images, and find their rows in the cache. (The blocks of output channels of a tile,
+    the kernel's fastest index, share its rows in any case.) The counts are at most 9, 6, 4, 3, 2, 1; a group is read
     from memory that often if it is too large for the cache.
     """
     items = []
     for index, region in enumerate(regions):
         pixels = region.h * region.w
-        items += [(-region.count, row // pixels, index, row) for row in range(0, N * pixels, block_m)]
+        for row in range(0, N * pixels, block_m):
+            image = row // pixels
+            items.append((image // (together or N), -region.count, image, index, row))
     return [(index, row) for *_, index, row in sorted(items)]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastseg.kernels.atrous_conv.regions import REGION, TAPS, Branch, forward_regions, input_regions
 from fastseg.kernels.common.tiles import clamp_index
+from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.sizes import cdiv, memoized, next_power_of_2
 
@@ -66,15 +67,16 @@ def _valid(start, size, K, dilation, MIRRORED: tl.constexpr):
     return tl.where(K > 1, first, 0), tl.where(K > 1, count, 1)
 
 
-@triton.jit(do_not_specialize=["N", "H", "W", "total", "ROWS"])
+@triton.jit(do_not_specialize=["N", "H", "W", "total", "ROWS", "together"])
 def _atrous_conv_tables_kernel(
     items_ptr, regions_ptr,
-    N, H, W, total, ROWS,
+    N, H, W, total, ROWS, together,
     KERNELS: tl.constexpr, DILATIONS: tl.constexpr, BRANCHES: tl.constexpr, MIRRORED: tl.constexpr,
     REGION: tl.constexpr, TAPS: tl.constexpr, WIDTH: tl.constexpr, REGIONS: tl.constexpr,
     BLOCK_R: tl.constexpr, BLOCK_J: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """One program writes BLOCK_T of the items, the first one all rectangles too. ROWS: of a tile of the convolution."""
+    """One program writes BLOCK_T of the items, the first one all rectangles too. ROWS: of a tile of the convolution.
+    ``together``: images of a group."""
     PIECES: tl.constexpr = 2 * BRANCHES + 1 if MIRRORED else 3
     LISTED: tl.constexpr = BRANCHES if MIRRORED else 1
     i = tl.arange(0, BLOCK_R)
@@ -111,6 +113,9 @@ def _atrous_conv_tables_kernel(
 
     # Tiles, rectangle by rectangle: whose each is.
     tiles = tl.cdiv(N * pixels, ROWS)
+    # The same again, where two branches made Triton 3.7 use the pixels in another layout before they were in it
+    # (TritonGPURemoveLayoutConversions: "operand does not dominate this use").
+    pixels = tl.where(tiles > 0, h * w, 0)
     ends = tl.cumsum(tiles, 0)
     tile = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     region = clamp_index(tl.sum((ends[None, :] <= tile[:, None]).to(tl.int32), 1), REGIONS)  # (BLOCK_T,)
@@ -121,14 +126,17 @@ def _atrous_conv_tables_kernel(
     before = clamp_index(tl.sum(tl.where(is_own, (clamp_index(ends, total) - tiles)[None, :], 0), 1), total)
     tile = clamp_index(tile - before, tl.cdiv(N * (H * W), ROWS))  # its number within its rectangle
 
-    # Before it come all tiles of more taps; of as many taps those of earlier images, and in its image those of earlier
-    # rectangles.
+    # Before it come all tiles of earlier groups of images; in its group those of more taps; of as many taps those of
+    # earlier images, and in its image those of earlier rectangles.
     image = clamp_index(tile * ROWS // own, N - 1)
+    first = image // together * together
+    before_group = tl.cdiv(first[:, None] * pixels[None, :], ROWS)
+    in_group = tl.cdiv(tl.minimum(first + together, N)[:, None] * pixels[None, :], ROWS) - before_group
     begun = tl.cdiv(image[:, None] * pixels[None, :], ROWS)
     here = tl.cdiv((image + 1)[:, None] * pixels[None, :], ROWS) - begun
-    equals = begun + tl.where(i[None, :] < region[:, None], here, 0)
+    equals = begun - before_group + tl.where(i[None, :] < region[:, None], here, 0)
     equals = tl.where(count[None, :] == taps[:, None], equals, 0)
-    place = tl.sum(tl.where(count[None, :] > taps[:, None], tiles[None, :], equals), 1)
+    place = tl.sum(before_group + tl.where(count[None, :] > taps[:, None], in_group, equals), 1)
     place = clamp_index(place, total) + tile - tl.cdiv(image * own, ROWS)
     mask = region < REGIONS
     item_ptr = items_ptr + 2 * clamp_index(place, total - 1)
@@ -136,19 +144,31 @@ def _atrous_conv_tables_kernel(
     tl.store(item_ptr + 1, tile * ROWS, mask=mask)
 
 
-def tables(x: Tensor, branches: tuple[Branch, ...], block_m: int, *, mirrored: bool) -> tuple[Tensor, Tensor]:
+def images_together(x: Tensor) -> int:
+    """Images of x that a quarter of the L2 holds: as much again is for weights and results, and half is not counted.
+
+    Programs take them one group after the other. Of an ASPP of 2048 channels at 16 x 32 x 32, all images at once read
+    327 MB of x and weights from an H200's DRAM in place of 96: `tests/kernels/test_order_of_work_atrous.py`.
+    """
+    return max(1, chip_of(x.device).l2_bytes // 4 // max(1, x[0].numel() * x.element_size()))
+
+
+def tables(
+    x: Tensor, branches: tuple[Branch, ...], block_m: int, *, mirrored: bool, together: int = 0
+) -> tuple[Tensor, Tensor]:
     """Work items (items, 2) and rectangles (regions, WIDTH) for x (N, C, H, W), in memory of this call.
 
-    ``mirrored``: of the gradient at the input.
+    ``mirrored``: of the gradient at the input; ``together``: images of a group, 0: ``images_together``.
     """
     N, _, H, W = x.shape
+    together = min(together or images_together(x), N)
     B, items = len(branches), _items(H, W, branches, N, block_m, mirrored)
     regions, width = ((2 * B + 1) ** 2, REGION + B * TAPS) if mirrored else (9 * B, REGION + TAPS)
     table = x.new_empty(items, 2, dtype=torch.int32), x.new_empty(regions, width, dtype=torch.int32)
     block_r = next_power_of_2(regions)
-    block_t = max(4096 // block_r, 1)
+    block_t = max(2048 // block_r, 1)
     launch(
-        _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m,
+        _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m, together,
         KERNELS=tuple([b.K for b in branches]), DILATIONS=tuple([min(b.dilation, FAR) for b in branches]),
         BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width, REGIONS=regions,
         BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=4, enable_fp_fusion=True,

@@ -2,7 +2,8 @@
 
     weight'[o, :] = weight[o, :] s[o],   shift[o] = (bias[o] - mean[o]) s[o] + beta[o],   s = gamma / sqrt(var + eps)
 
-Traffic in elements: the weight twice.
+Traffic in elements: the weight twice. A filter may begin anywhere, so that one kernel serves filters of all lengths:
+its elements are loaded one by one, neighbours by the same warp. A network's weights are a few megabytes.
 """
 
 import torch
@@ -17,7 +18,7 @@ from fastseg.kernels.runtime.tensors import acc_dtype
 MOST = 2048  # of a row's elements in a program: 16 bytes in 16 bits for each of AMD's 256 threads
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row", "columns"])
 def _fold_norm_fwd_kernel(
     w_ptr, bias_ptr, mean_ptr, var_ptr, gamma_ptr, beta_ptr,
     y_ptr, shift_ptr,

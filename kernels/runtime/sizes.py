@@ -64,6 +64,15 @@ def cdiv(n: int, block: int) -> int:
     return -(-n // block)
 
 
+def unit_of(n: int) -> int:
+    """The largest power of 2 up to 16 that divides ``n`` channels.
+
+    A kernel that takes ``n // unit`` as a number, and the unit as a constant, is compiled once for all such channels,
+    and knows as much of its addresses as if it were compiled for each.
+    """
+    return min(n & -n, 16)
+
+
 def next_power_of_2(n: int) -> int:
     """The power of 2 that is ``n`` or the next one above."""
     return 1 << max(n - 1, 0).bit_length()

@@ -15,57 +15,16 @@ from fastseg.kernels.common.tiles import dilated_tile_pixels, tile_and_block
 from fastseg.kernels.runtime.config import Config, select
 from fastseg.kernels.runtime.conv_sizes import Geometry
 from fastseg.kernels.runtime.launch import launch
-from fastseg.kernels.runtime.sizes import bits_of, cdiv
+from fastseg.kernels.runtime.sizes import bits_of, cdiv, unit_of
 from fastseg.kernels.runtime.tensors import acc_dtype, empty_nhwc, precision, stats_dtype
-
-
-@triton.jit
-def depthwise_tile(
-    x_ptr, dw_ptr, bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
-    HAS_BIAS: tl.constexpr, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, UNROLL: tl.constexpr,
-):  # fmt: skip
-    """K x K taps of one image at input positions (iy, ix) of the first tap: -> (BLOCK_M, BLOCK_K), in ACC.
-
-    UNROLL: all taps are asked for at once, and wait for memory once. A tile must be small for that: of 8x16x64, all
-    K*K tap tiles would spill (1.1 KB of stack, sm_90, Triton 3.6).
-    """
-    u = tl.zeros((BLOCK_M, BLOCK_K), ACC)
-    if UNROLL:
-        for ky in tl.static_range(K):
-            u = _tap_row(u, ky, x_ptr, dw_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-                         C, K, DW_C, DW_T, PRE_ACT, ACC)  # fmt: skip
-    else:
-        for ky in tl.range(0, K, num_stages=1, loop_unroll_factor=1):
-            u = _tap_row(u, ky, x_ptr, dw_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-                         C, K, DW_C, DW_T, PRE_ACT, ACC)  # fmt: skip
-    if HAS_BIAS:
-        u += tl.load(bias_ptr + offs_k, mask=mask_k, other=0.0).to(ACC)[None, :]
-    return u
-
-
-@triton.jit
-def _tap_row(
-    u, ky, x_ptr, dw_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-    C: tl.constexpr, K: tl.constexpr, DW_C: tl.constexpr, DW_T: tl.constexpr, PRE_ACT: tl.constexpr,
-    ACC: tl.constexpr,
-):  # fmt: skip
-    y = iy + ky * dilation
-    mask_y = mask_m & (y >= 0) & (y < H)
-    for kx in tl.static_range(K):
-        col = ix + kx * dilation
-        mask = (mask_y & (col >= 0) & (col < W))[:, None] & mask_k[None, :]
-        x = tl.load(x_ptr + (y * W + col)[:, None] * C + offs_k[None, :], mask=mask, other=0.0).to(ACC)
-        w = tl.load(dw_ptr + offs_k * DW_C + (ky * K + kx) * DW_T, mask=mask_k, other=0.0).to(ACC)
-        u += activate(x, PRE_ACT) * w[None, :]
-    return u
+from fastseg.kernels.separable_conv.taps import depthwise_tile, nine_taps, sum_of_taps
 
 
 @triton.jit
 def finish_tile(
     z, z_ptr, y_ptr, residual_ptr, weight_ptr, bias_ptr, mean_ptr, var_ptr, tile_stats_ptr, counts_ptr,
-    rows, mask_m, offs_n, eps, tile, pid_n,
-    COUT: tl.constexpr, NORM: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
+    rows, mask_m, offs_n, eps, tile, pid_n, COUT,
+    NORM: tl.constexpr, AFFINE: tl.constexpr, ACT: tl.constexpr, RESIDUAL: tl.constexpr,
     STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """The epilogue of both GEMM forms. z: (BLOCK_M, BLOCK_N) convolution output, in ACC; rows: int64 pixel numbers.
@@ -118,20 +77,36 @@ def _separable_conv_fwd_fused_kernel(
     x_ptr += n * H * W * C
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for k in tl.range(0, C, BLOCK_K, num_stages=1, loop_unroll_factor=1):
-        offs_k = k + tl.arange(0, BLOCK_K)
-        mask_k = offs_k < C
-        # Asked for before the taps, so that all wait for memory together; 16 registers more, and none spills.
-        mask_w = mask_k[:, None] & (offs_n < COUT)[None, :]
-        w = tl.load(pw_ptr + k + offs_w, mask=mask_w, other=0.0)
-        mean, scale, bias = load_scale(mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k, mid_eps,
-                                       MID_NORM, MID_AFFINE, ACC)  # fmt: skip
-        a = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
-                           C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_K, UNROLL)  # fmt: skip
-        a = a.to(y_ptr.dtype.element_ty).to(ACC)  # as torch rounds a convolution's output: both forms give the same
-        a = scaled_act(a, mean, scale, bias, MID_NORM, MID_ACT)
-        dtype = y_ptr.dtype.element_ty
-        acc = tl.dot(a.to(dtype), w.to(dtype), acc, input_precision=PRECISION, out_dtype=ACC)
+    dtype = y_ptr.dtype.element_ty
+    mask_n = (offs_n < COUT)[None, :]
+    if UNROLL and (BLOCK_M >= 64 or DW_C == 1):  # smaller tiles hold them in registers that other blocks could use
+        offs_k = tl.arange(0, BLOCK_K)
+        taps = nine_taps(x_ptr, iy, ix, mask_m, offs_k, offs_k < C, H, W, dilation, C)
+        w = tl.load(pw_ptr + offs_w, mask=(offs_k < C)[:, None] & mask_n, other=0.0)
+        for k in tl.range(0, C, BLOCK_K, num_stages=1, loop_unroll_factor=1):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < C
+            mean, scale, bias = load_scale(mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k,
+                                           mid_eps, MID_NORM, MID_AFFINE, ACC)  # fmt: skip
+            a = sum_of_taps(taps, dw_ptr, dw_bias_ptr, offs_k, mask_k, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC)
+            a = scaled_act(a.to(dtype).to(ACC), mean, scale, bias, MID_NORM, MID_ACT)  # rounded as torch rounds u
+            # The next step's pixels and weights, asked for before the product: it is multiplied while they come.
+            offs_k += BLOCK_K
+            here = w
+            w = tl.load(pw_ptr + (k + BLOCK_K) + offs_w, mask=(offs_k < C)[:, None] & mask_n, other=0.0)
+            taps = nine_taps(x_ptr, iy, ix, mask_m, offs_k, offs_k < C, H, W, dilation, C)
+            acc = tl.dot(a.to(dtype), here.to(dtype), acc, input_precision=PRECISION, out_dtype=ACC)
+    else:
+        for k in tl.range(0, C, BLOCK_K, num_stages=1, loop_unroll_factor=1):
+            offs_k = k + tl.arange(0, BLOCK_K)
+            mask_k = offs_k < C
+            w = tl.load(pw_ptr + k + offs_w, mask=mask_k[:, None] & mask_n, other=0.0)  # they wait with the taps
+            mean, scale, bias = load_scale(mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr, offs_k, mask_k,
+                                           mid_eps, MID_NORM, MID_AFFINE, ACC)  # fmt: skip
+            a = depthwise_tile(x_ptr, dw_ptr, dw_bias_ptr, iy, ix, mask_m, offs_k, mask_k, H, W, dilation,
+                               C, K, DW_C, DW_T, PRE_ACT, DW_BIAS, ACC, BLOCK_M, BLOCK_K, UNROLL)  # fmt: skip
+            a = scaled_act(a.to(dtype).to(ACC), mean, scale, bias, MID_NORM, MID_ACT)  # rounded as torch rounds u
+            acc = tl.dot(a.to(dtype), w.to(dtype), acc, input_precision=PRECISION, out_dtype=ACC)
     if PW_BIAS:
         acc += tl.load(pw_bias_ptr + offs_n, mask=offs_n < COUT, other=0.0).to(ACC)[None, :]
 
@@ -173,22 +148,21 @@ def _separable_conv_fwd_dw_kernel(
             tl.store(counts_ptr + tile, count)
 
 
-@triton.jit(do_not_specialize=["M", "image_pixels", "mid_bits", "post_bits"])
+@triton.jit(do_not_specialize=["M", "image_pixels", "inputs", "outputs", "mid_bits", "post_bits"])
 def _separable_conv_fwd_pw_kernel(
     u_ptr, mid_weight_ptr, mid_bias_ptr, mid_mean_ptr, mid_var_ptr,
     pw_ptr, pw_bias_ptr, image_bias_ptr, post_weight_ptr, post_bias_ptr, post_mean_ptr, post_var_ptr, residual_ptr,
-    M, image_pixels, mid_bits, post_bits,
+    M, image_pixels, inputs, outputs, mid_bits, post_bits,
     z_ptr, y_ptr, tile_stats_ptr, counts_ptr,
-    C: tl.constexpr, COUT: tl.constexpr,
+    UNIT: tl.constexpr, UNIT_OUT: tl.constexpr,
     MID_NORM: tl.constexpr, MID_AFFINE: tl.constexpr, MID_ACT: tl.constexpr, PW_BIAS: tl.constexpr,
     IMAGE_BIAS: tl.constexpr, POST_NORM: tl.constexpr, POST_AFFINE: tl.constexpr, POST_ACT: tl.constexpr,
     RESIDUAL: tl.constexpr, STATS: tl.constexpr, SAVE_Z: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    mid_eps, post_eps = (
-        float_of(mid_bits, ACC),
-        float_of(post_bits, ACC),
-    )  # as constants they cost hundreds of spills on gfx942
+    C, COUT = inputs * UNIT, outputs * UNIT_OUT
+    # As constants they cost hundreds of spills on gfx942.
+    mid_eps, post_eps = float_of(mid_bits, ACC), float_of(post_bits, ACC)
     tile, pid_n = tile_and_block(tl.cdiv(COUT, BLOCK_N))
     row0 = tile.to(tl.int64) * BLOCK_M
     offs_m = tl.arange(0, BLOCK_M)
@@ -235,6 +209,8 @@ def tap_weights(dw: Tensor, g: Geometry) -> Tensor:
     copy costs from about 4 M depthwise elements on.
     """
     taps = dw.reshape(g.C, g.K * g.K)
+    if taps.t().is_contiguous():  # given so, as inside ``frozen``
+        return taps
     return taps.t().contiguous().t() if g.pixels * g.C >= 2**22 else taps.contiguous()
 
 
@@ -337,14 +313,16 @@ def separable_conv_fwd_pw(
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
     pw_bias, own_bias, skip = [u if t is None else t for t in (w.pw_bias, image_bias, residual)]  # never read
+    unit, unit_out = unit_of(g.C), unit_of(g.COUT)
     launch(
         _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         u, *mid_vectors, w.pw, pw_bias, own_bias, *post_vectors, skip,
-        g.pixels, g.OH * g.OW, bits_of(mid_eps), bits_of(post_eps),
+        g.pixels, g.OH * g.OW, g.C // unit, g.COUT // unit_out, bits_of(mid_eps), bits_of(post_eps),
         y if z is None else z, z if y is None else y, tile_stats, counts,
-        C=g.C, COUT=g.COUT, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid, PW_BIAS=w.pw_bias is not None,
-        IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm, POST_AFFINE=post_affine, POST_ACT=act,
-        RESIDUAL=side, STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(u), PRECISION=precision(u), **cfg.launch,
+        UNIT=unit, UNIT_OUT=unit_out, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
+        PW_BIAS=w.pw_bias is not None, IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm,
+        POST_AFFINE=post_affine, POST_ACT=act, RESIDUAL=side, STATS=stats, SAVE_Z=save_z, ACC=acc_dtype(u),
+        PRECISION=precision(u), **cfg.launch,
     )  # fmt: skip
     return y, z, batch_stats(tile_stats, counts) if stats else None
 

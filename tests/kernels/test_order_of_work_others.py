@@ -12,7 +12,7 @@ from fastseg.ops.core.dispatch import INTERPRETED
 pytestmark = pytest.mark.skipif(not INTERPRETED, reason="launches are replayed from the interpreter's log")
 
 if INTERPRETED:
-    from l2 import recorded, replay
+    from l2 import ratios
 
     from fastseg.kernels.atrous_conv.bwd import atrous_conv_bwd_weight
     from fastseg.kernels.atrous_conv.fwd import atrous_conv_fwd
@@ -30,9 +30,10 @@ if INTERPRETED:
 
 RESIDENT = 3
 MOST = 1.15
-# A tap reads all channels before the next tap comes, and a rectangle all images: x and dy come again for most of them.
-# Products take longer than that: of an ASPP of 2048 channels at N = 16 by the static model 518 us, the bytes under 200.
-STATED = {"atrous_conv_fwd": 5.0, "atrous_conv_bwd_weight": 2.0}
+# Here a group of images is twice the cache, and tiles of few taps run ahead of the others: the forward reads parts of x
+# again. `test_order_of_work_atrous.py` has its real sizes. Of the weight gradient, each wave of programs reads the
+# channels that its outputs need, and all outputs need more registers than a chip has.
+STATED = {"atrous_conv_fwd": 1.7, "atrous_conv_bwd_weight": 2.0}
 
 
 def nhwc(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -41,14 +42,6 @@ def nhwc(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 def bytes_of(*tensors: torch.Tensor) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def ratios(fn, kernels: tuple[str, ...], cache: int) -> dict[str, float]:
-    """Kernel -> DRAM bytes over their floor, of the launches that ``fn`` makes."""
-    with recorded() as found:
-        fn()
-    short = lambda launch: launch.name.strip("_").removesuffix("_kernel")
-    return {short(one): replay(one, cache, RESIDENT).ratio for one in found if short(one) in kernels}
 
 
 def pooling():
@@ -90,13 +83,16 @@ def stem():
 
 
 def atrous():
-    x, weights = nhwc(1, 32, 32, 32), [nhwc(32, 32, 3, 3)]
-    with (
-        override("atrous_conv_fwd", BLOCK_M=64, BLOCK_N=16, BLOCK_K=16),
-        override("atrous_conv_bwd_weight", BLOCK_M=64, BLOCK_N=32, BLOCK_K=32),
-    ):
-        y = atrous_conv_fwd(x, weights, [], None, [12], "relu")
-        atrous_conv_bwd_weight(y, x, [3], [12])
+    """All tiles of a group of images run at once, as an ASPP's do: blocks of channels pass by one after the other."""
+    x, weights = nhwc(2, 128, 16, 16), [nhwc(16, 128, 3, 3)]
+    with override("atrous_conv_fwd", BLOCK_M=64, BLOCK_N=16, BLOCK_K=32):
+        atrous_conv_fwd(x, weights, [], None, [2], "relu")
+
+
+def atrous_weight():
+    x = nhwc(1, 32, 32, 32)
+    with override("atrous_conv_bwd_weight", BLOCK_M=64, BLOCK_N=32, BLOCK_K=32):
+        atrous_conv_bwd_weight(nhwc(1, 32, 32, 32), x, [3], [12])
 
 
 def block():
@@ -112,7 +108,8 @@ CASES = {
     heads: (("upsample_argmax_fwd", "upsample_cross_entropy_fwd", "upsample_cross_entropy_bwd"), 96 << 10),
     pointwise: (("separable_conv_fwd_pw",), 32 << 10),
     stem: (("stem_conv_fwd",), 24 << 10),
-    atrous: (("atrous_conv_fwd", "atrous_conv_bwd_weight"), 24 << 10),
+    atrous: (("atrous_conv_fwd",), 64 << 10),
+    atrous_weight: (("atrous_conv_bwd_weight",), 24 << 10),
     block: (("inverted_residual_fwd",), 80 << 10),
 }
 
@@ -120,6 +117,6 @@ CASES = {
 @pytest.mark.parametrize("fn", CASES, ids=lambda fn: fn.__name__)
 def test_operands_come_from_dram_once(fn):
     kernels, cache = CASES[fn]
-    found = ratios(fn, kernels, cache)
+    found = ratios(fn, kernels, cache, 24 if fn is atrous else RESIDENT)
     assert found.keys() == set(kernels)
     assert {kernel: ratio for kernel, ratio in found.items() if ratio > STATED.get(kernel, MOST)} == {}

@@ -17,10 +17,10 @@ MOST = {  # model, options, sizes -> compilations at most, in all and after the 
         "deeplabv3plus",
         {"backbone": "mobilenet_v2"},
         SIZES,
-        53,
-        27,
-    ),  # of them 20 by tiles that shrink with the map, the larger ones all at 1024x2048
-    "segnet": ("segnet", {}, SIZES[:4], 5, 0),
+        34,
+        11,
+    ),  # of them 11 by tiles that shrink with the map
+    "segnet": ("segnet", {}, SIZES[:4], 4, 0),
     "unet": ("unet", {"padding": "same"}, SIZES[:4], 3, 0),
 }
 

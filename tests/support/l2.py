@@ -99,3 +99,15 @@ def recorded() -> Iterator[list[interpreter.Launch]]:
         yield launches
     finally:
         interpreter.listeners.remove(launches.append)
+
+
+def ratios(fn: Callable[[], object], kernels: tuple[str, ...], cache_bytes: int, resident: int) -> dict[str, float]:
+    """Kernel -> DRAM bytes over their floor, the largest of the launches that ``fn`` makes."""
+    with recorded() as launches:
+        fn()
+    found: dict[str, float] = {}
+    for launch in launches:
+        name = launch.name.strip("_").removesuffix("_kernel")
+        if name in kernels:
+            found[name] = max(found.get(name, 0.0), replay(launch, cache_bytes, resident).ratio)
+    return found

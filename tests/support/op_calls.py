@@ -192,7 +192,7 @@ def _separable_residual(d: Draw) -> Drawn:
 
 
 def _atrous(act: str | None) -> Callable[[Draw], Drawn]:
-    def run(x, one, three, far, bias, other_bias, far_bias, residual):  # two are the library's where kernels compile
+    def run(x, one, three, far, bias, other_bias, far_bias, residual):
         return atrous_branches(x, [one, three, far], [bias, other_bias, far_bias], [1, 1, 2], act, residual)
 
     return lambda d: (run, [d.map(2, 3, 2, 3), d.weight(4, 3, 1, 1), d.weight(4, 3, 3, 3), d.weight(4, 3, 3, 3),

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, autocasts
+from fastseg.ops.core.dispatch import HAS_TRITON, autocasts
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict, forced_blocks, forcing
 from fastseg.ops.core.layout import channels_last, like, memory_format_of
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
@@ -87,8 +87,6 @@ class KernelForm(Form):
         N, C, H, W = r.shape
         if 0 in r.shape or not r.COUT:
             return "empty tensors"
-        if len(r.kernels) == 2 and not INTERPRETED:
-            return "two branches: Triton 3.7 does not compile the tables of their gradient"
         largest = H * W * max(C, r.COUT * len(r.kernels))
         if largest >= 2**31 or N * H * W >= 2**31 - 2**10:
             return (

@@ -57,5 +57,6 @@ MATRIX_KERNELS = {"_inverted_residual_fwd_kernel", "_stem_conv_fwd_kernel"}
 SCALAR_LOADS = {
     "block 16->96->24, stride 2": "64 pixels of 16 channels: 64 bits for each of gfx942's 256 threads",
     "_stem_conv_fwd_kernel": "windows of 3 x 3 pixels of 3 channels begin anywhere",
+    "_fold_norm_fwd_kernel": "filters of any length begin anywhere",
 }
 TF32_CASES = {case for case in CASES if case.startswith("1x1")}

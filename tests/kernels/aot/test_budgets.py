@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fastseg.kernels.atrous_conv.regions import Branch
+from fastseg.kernels.atrous_conv.tables import tables
 from fastseg.kernels.runtime.launch import intercept
 from fastseg.kernels.tools import cases
 from fastseg.kernels.tools.report import COMMON, TARGETS, KernelReport, broken_claims, compile_launches
@@ -63,6 +65,13 @@ def test_every_kernel_has_a_case_and_a_large_one():
             largest[r.kernel] = max(largest.get(r.kernel, 0), *(other.elements for other in found))
     assert sorted(written - set(largest)) == [], "no case of kernels/tools/cases/__init__.py launches these kernels"
     assert sorted(k for k in largest if largest[k] <= 2**31) == [], "no case with these goes past 2^31 elements"
+
+
+def test_tables_of_two_mirrored_branches_compile():
+    """They did not with Triton 3.7: a layout conversion was moved before what it converts (`atrous_conv/tables.py`)."""
+    x = torch.empty(2, 64, 33, 33, dtype=torch.bfloat16, device="meta")
+    (found,) = compile_launches(lambda: tables(x, (Branch(3, 6), Branch(3, 12)), 64, mirrored=True), "sm_90")
+    assert broken_claims(found, cases.Claims(vector=False)) == []
 
 
 def test_claims_name_what_exists():

@@ -86,9 +86,10 @@ def test_products_take_the_matrix_units():
     assert few.bound == "latency" and few.terms["matrix"] == pytest.approx(found.terms["matrix"] / 10)
 
 
-def test_the_fused_kernel_asks_for_nine_taps_at_once():
-    """One loop, over channels: in it no row of taps waits for the one before, and a norm's scale is one instruction of
-    the special units for each channel of a thread."""
+def test_the_fused_kernel_asks_for_the_next_taps_before_its_product():
+    """One loop, over channels: the nine tap tiles and the weights of the next step are asked for between the sums of
+    this step and its product, and a norm's scale is one instruction of the special units for each channel of a
+    thread."""
     fused: list[Launched] = []
     decoder = partial(case, torch.bfloat16, N=16, C=304, H=128, W=128, COUT=256)
     compile_launches(decoder, "sm_90", each=fused.append)
@@ -99,15 +100,17 @@ def test_the_fused_kernel_asks_for_nine_taps_at_once():
     special = Counter(one.suffixes[0] for one in inside if one.opcode == "MUFU")
     assert loop.inner == [] and launched.report.code.spills == 0
     assert special == {"RSQ": 8}
-    first_product = next(i for i, one in enumerate(inside) if one.opcode in ("FFMA", "FMUL"))
-    assert sum(one.opcode == "LDG" for one in inside[:first_product]) >= 9
+    first_sum = next(i for i, one in enumerate(inside) if one.opcode in ("FFMA", "FMUL"))
+    product = next(i for i, one in enumerate(inside) if one.opcode == "HGMMA")
+    assert first_sum < product
+    assert sum(one.opcode == "LDG" and "128" in one.suffixes for one in inside[first_sum:product]) >= 9
 
 
 # (N, C, H, W, COUT) -> the least and the most of split over fused by the static model. Where split is the faster by it
 # and the cost model takes fused (`separable_conv/cost.py` says why), the ratio is written here.
 SHAPES = {
     (16, 728, 32, 32, 728): (0.4, 0.8),  # Xception's middle flow: both say split
-    (16, 304, 128, 128, 256): (0.6, 0.95),  # the decoder: the cost model says fused
+    (16, 304, 128, 128, 256): (0.8, 1.2),  # the decoder: the cost model says fused
 }
 
 

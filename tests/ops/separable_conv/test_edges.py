@@ -8,6 +8,7 @@ import contextlib
 import pytest
 import torch
 from separable_inputs import make
+from torch import nn
 
 import fastseg
 from fastseg.ops import BatchNormArgs, separable_conv2d
@@ -20,6 +21,7 @@ pytest.importorskip("triton")
 from fastseg.kernels.batch_norm import fwd as batch_norm_act
 from fastseg.kernels.runtime import config
 from fastseg.kernels.runtime.conv_sizes import Geometry
+from fastseg.kernels.runtime.launch import intercept, run
 from fastseg.kernels.separable_conv import fwd as separable_conv_fwd
 from fastseg.kernels.separable_conv.cost import plan
 
@@ -70,6 +72,33 @@ def test_taps_are_packed_from_four_million_elements_on():
         taps = separable_conv_fwd.tap_weights(dw, Geometry(N, 32, 16, 16, 8, 16, 16, 3, 1, 1, 1))
         assert taps.stride() == strides
         assert torch.equal(taps, dw.view(32, 9))
+
+
+@pytest.mark.parametrize("order, K, bias", [("aspp", 3, True), ("mobilenet", 5, False), ("smp", 3, False)])
+def test_frozen_folds_the_middle_norm_into_packed_taps(order, K, bias, form, device):
+    """No kernel sees a middle norm or weights with taps innermost; a write to one of the tensors ends that."""
+    inputs, kwargs = make(order, C=17, COUT=21, H=7, W=6, K=K, bias=bias, device=device)
+    norm = kwargs["mid_norm"]
+    held = nn.ParameterList([t.detach() for t in (*inputs[1:], *(norm[:4] if norm else ())) if t is not None])
+    tensors = iter(held)
+    x, *weights = [inputs[0].detach(), *[None if t is None else next(tensors) for t in inputs[1:]]]
+    if norm:
+        kwargs["mid_norm"] = norm._replace(**dict(zip(norm._fields[:4], tensors, strict=True)))
+    with torch.no_grad(), fastseg.frozen(held):
+        for written in (False, True):
+            if written:
+                weights[0].mul_(2)
+            seen: list[dict] = []
+
+            def note(kernel, grid, args, named, seen=seen):
+                seen.append(named)
+                run(kernel, grid, args, named)
+
+            with intercept(note):
+                y = separable_conv2d(x, *weights, **kwargs)
+            torch.testing.assert_close(y, separable_conv2d_ref(x, *weights, **kwargs), rtol=1e-5, atol=1e-5)
+            taps = [named for named in seen if "DW_C" in named]
+            assert taps and all((named["DW_C"] == 1 and not named["MID_NORM"]) is not written for named in taps)
 
 
 # Both sides of every corner of the activations, the corners themselves, and what must not be swallowed; as many as fill

@@ -1,0 +1,74 @@
+"""DRAM bytes of an ASPP's atrous convolution at its real size, by the order of its work items and of its loop.
+
+Nothing is run: a unit is one row of one image and 64 of its channels, or the weights of a tap, 64 channels and a block
+of outputs; programs take a step each in turn, as many at once as an H200 holds, through an LRU cache.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+
+import pytest
+
+from fastseg.kernels.atrous_conv.regions import Branch, forward_regions, work_items
+
+BRANCHES = (Branch(1, 1), Branch(3, 6), Branch(3, 12), Branch(3, 18))
+N, C, SIDE, COUT, BLOCK_M, BLOCK_N, BLOCK_K = 16, 2048, 32, 256, 128, 128, 64
+RESIDENT, L2 = 264, 60 << 20
+MIB = 1 << 20
+
+
+def steps(item: tuple[int, int], block_n: int, regions, taps_fastest: bool) -> Iterator[list[tuple[tuple, int]]]:
+    """What a program reads in each step of its loop: units and their bytes."""
+    index, row = item
+    region, pixels = regions[index], regions[index].h * regions[index].w
+    taps, branch = region.taps[0], BRANCHES[region.first]
+    rows = {(i // pixels, region.y + i % pixels // region.w) for i in range(row, min(row + BLOCK_M, N * pixels))}
+    each = [(ky, kx) for ky in range(taps.ky, taps.ky + taps.ny) for kx in range(taps.kx, taps.kx + taps.nx)]
+    blocks = range(C // BLOCK_K)
+    order = [(k, tap) for k in blocks for tap in each] if taps_fastest else [(k, tap) for tap in each for k in blocks]
+    for k, (ky, kx) in order:
+        down = (ky - branch.K // 2) * branch.dilation
+        yield [
+            *[((n, y + down, k), 2 * SIDE * BLOCK_K) for n, y in rows],
+            (("weights", region.first, ky, kx, block_n, k), 2 * BLOCK_N * BLOCK_K),
+        ]
+
+
+def bytes_read(together: int | None, taps_fastest: bool, cache: int) -> tuple[int, int]:
+    """From DRAM, and of distinct units."""
+    regions = forward_regions(SIDE, SIDE, BRANCHES)
+    waiting = iter([(item, n) for item in work_items(regions, N, BLOCK_M, together) for n in range(COUT // BLOCK_N)])
+    held: OrderedDict[tuple, int] = OrderedDict()
+    running, total, read, ever = [], 0, 0, {}
+    while True:
+        while len(running) < RESIDENT and (program := next(waiting, None)) is not None:
+            running.append(steps(*program, regions, taps_fastest))
+        if not running:
+            return read, sum(ever.values())
+        for program in list(running):
+            units = next(program, None)
+            if units is None:
+                running.remove(program)
+                continue
+            for unit, size in units:
+                if unit in held:
+                    held.move_to_end(unit)
+                    continue
+                held[unit] = ever[unit] = size
+                read, total = read + size, total + size
+                while total > cache:
+                    total -= held.popitem(last=False)[1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("together", "taps_fastest"), [(None, False), (None, True)])
+def test_other_orders_read_more(together, taps_fastest):
+    read, once = bytes_read(together, taps_fastest, L2)
+    assert read > 2 * once
+
+
+def test_x_and_weights_are_read_about_once():
+    """An L2 of 60 MB holds a group of three images of 4 MB, 29 MB of weights, and what passes by."""
+    together = L2 // 4 // (2 * C * SIDE**2)  # as `tables.images_together` has it
+    read, once = bytes_read(together, True, L2)
+    assert once == 2 * C * (N * SIDE**2 + COUT * 28) and read <= 1.2 * once
