@@ -62,13 +62,16 @@ def sample() -> torch.Tensor:
     return torch.randn(1, 16, 8, 8).to(memory_format=torch.channels_last)
 
 
-def python_calls(f: Callable[[], object]) -> int:
-    """Python functions that one call of ``f`` calls, itself included, after two that may remember things."""
+def python_calls(f: Callable[[], object], named: str = "") -> int:
+    """Python functions that one call of ``f`` calls, itself included, after two that may remember things.
+
+    ``named``: those of this name alone.
+    """
     calls = 0
 
     def count(frame, event, argument) -> None:
         nonlocal calls
-        calls += event == "call"
+        calls += event == "call" and frame.f_code.co_name.endswith(named)
 
     f(), f()
     before = sys.getprofile()

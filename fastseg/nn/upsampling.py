@@ -8,12 +8,8 @@ from torch import Tensor, nn
 
 from fastseg.nn.fuse.watch import rewritten
 from fastseg.nn.leaf import leaf
-from fastseg.ops.bilinear_conv_transpose import (
-    bilinear_conv_transpose2d,
-    bilinear_geometry,
-    bilinear_kernel,
-    conv_transpose2d_plus,
-)
+from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilinear_geometry, bilinear_kernel
+from fastseg.ops.core.bilinear_taps import conv_transpose2d_plus
 from fastseg.ops.core.dispatch import record_reference
 from fastseg.ops.core.explain import UNFUSED_DEPTH, in_unfused
 from fastseg.ops.core.kept import made_once

@@ -5,7 +5,6 @@ from fastseg.ops.atrous_conv2d import atrous_conv2d
 from fastseg.ops.batch_norm_act import batch_norm_act
 from fastseg.ops.batch_norm_act_max_pool import batch_norm_act_max_pool2d
 from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d, bilinear_kernel
-from fastseg.ops.core.forms import two_forms
 from fastseg.ops.core.norm import BatchNormArgs
 from fastseg.ops.masks_to_classes import masks_to_classes
 from fastseg.ops.masks_to_queries import masks_to_queries
@@ -28,12 +27,6 @@ from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastseg.ops.upsample_loss import upsample_loss
 from fastseg.ops.upsample_sum import upsample_sum
 from fastseg.ops.upsample_trilinear import upsample_trilinear
-
-two_forms(
-    "batch_norm_act", "batch_norm_act_max_pool2d", "bilinear_conv_transpose2d", "max_pool1d", "max_pool2d",
-    "max_pool3d", "max_unpool1d", "max_unpool2d", "max_unpool3d", "upsample_bilinear", "upsample_concat",
-    "upsample_trilinear",
-)  # fmt: skip
 
 __all__ = [
     "BatchNormArgs",

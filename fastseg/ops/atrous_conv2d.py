@@ -11,15 +11,16 @@ from fastseg.ops.core.dispatch import (
     autocasts,
     followed,
     is_torchs,
-    kernels_run,
     needs_grad,
-    use_kernel,
+    no_kernel,
+    one_device,
+    what_follows,
 )
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.sizes import whole as whole_number
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.atrous_conv import (
     FORMS,
@@ -154,39 +155,55 @@ def atrous_maps(
     return _run(NAME, x, weights, biases, dilations, act, None, False)
 
 
-def are_one_map(x: Tensor, weights: Sequence[Tensor], dilations: Sequence[int]) -> bool:
-    """True if ``atrous_branches`` writes all branches into one map; False if it concatenates a GPU library's maps."""
-    if not kernels_run(x) or followed():
-        return True
-    kernels = [w.shape[-1] for w in weights]
-    request = request_of(x.shape, autocast_dtype(x), weights[0].shape[0], kernels, dilations)
-    return FORMS.choose(request).form is not FORMS.forms[-1]
+def atrous_map(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] | None, dilations: Sequence[int]
+) -> Tensor | None:
+    """``atrous_branches`` where it writes all branches into one map; None where a GPU library would write several."""
+    maps = _run(NAME, x, weights, biases, dilations, None, None, False, whole=True)
+    return maps[0] if maps else None
 
 
-def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool) -> list[Tensor]:
+def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: bool, whole: bool = False):
+    """``whole``: return [] where a GPU's library would write the maps one by one."""
     weights, biases = list(weights), list(biases or ())
-    dilations = [d if type(d) is int else whole(d) for d in dilations]
-    x = x.to(autocast_dtype(x))
-    residual = None if residual is None else residual.to(autocast_dtype(residual))
-    _check(name, x, weights, biases, dilations, act, residual)
-    kernels, tensors = [w.shape[-1] for w in weights], [*weights, *biases, residual]
+    given, dilations = dilations, []
+    for d in given:
+        dilations.append(d if type(d) is int else whole_number(d))
+    dtype = autocast_dtype(x)
+    x, residual = x.to(dtype), None if residual is None else residual.to(autocast_dtype(residual))
+    kernels = _check(name, x, weights, biases, dilations, act, residual)
+    tensors = [*weights, *biases, residual]
     if is_torchs(x) and all(t is None or t.is_cpu for t in tensors):
-        ours = False
+        ours: bool | None = False
     else:
-        ours = use_kernel(name, x, *tensors, unsupported=not_taken(kernels), form=None)
-    if ours and not followed():  # a graph holds the op, which asks when it runs: sizes are unknown before
-        passes = (act is not None) + (residual is not None)
-        request = request_of(x.shape, x.dtype, weights[0].shape[0], kernels, dilations, passes)
-        ours = FORMS.decide(request, x, name) is not FORMS.forms[-1]
+        one_device(name, x, tensors)
+        ours = _is_ours(name, x, weights[0].shape[0], kernels, dilations, (act, residual), tensors, whole)
+        if ours is None:
+            return []
     if not ours:  # torch differentiates its own convolutions
         if residual is None and _nothing_follows(x, *weights, *biases):
             return _one_by_one(x, weights, biases, dilations, act)
         return [atrous_branches_ref(x, weights, biases, dilations, act, residual)]
-    if needs_grad(x, *tensors):
+    if torch.is_grad_enabled() and needs_grad(x, *tensors):
         y = AtrousBranches.apply(act or "none", dilations, x, residual, *weights, *biases)
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
     return [like(x, y) if as_x else y]
+
+
+def _is_ours(name, x: Tensor, COUT: int, kernels, dilations, after, tensors, whole: bool) -> bool | None:
+    """True if the registered op computes the call; None where ``whole`` is asked for and the library is faster."""
+    why = no_kernel(x)
+    if torch.compiler.is_compiling():  # a graph holds the op, which asks when it runs: sizes are unknown before
+        return not (in_reference() or why or not_taken(kernels))
+    why = why or what_follows(x, *tensors)
+    act, residual = after
+    passes = (act is not None) + (residual is not None)
+    request = request_of(x.shape, x.dtype, COUT, kernels, dilations, passes, why)
+    library = FORMS.forms[-1]
+    if whole and not why and FORMS.choose(request).form is library:
+        return None
+    return FORMS.decide(request, x, name) is not library
 
 
 def _nothing_follows(*tensors: Tensor) -> bool:
@@ -205,7 +222,8 @@ def _one_by_one(x, weights, biases, dilations, act) -> list[Tensor]:
     ]
 
 
-def _check(name, x, weights, biases, dilations, act, residual) -> None:
+def _check(name, x, weights, biases, dilations, act, residual) -> list[int]:
+    """Raise on bad arguments; return the kernel size of each branch."""
     if act is not None and act not in ACTIVATIONS:
         raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
     if x.dim() != 4:
@@ -217,8 +235,10 @@ def _check(name, x, weights, biases, dilations, act, residual) -> None:
             f"{name}: {len(weights)} weights, {len(biases)} biases, {len(dilations)} dilations; give one of each for "
             "every branch, or no biases"
         )
+    kernels = []
     for w, d in zip(weights, dilations, strict=True):
         K = w.shape[-1]
+        kernels.append(K)
         if w.dim() != 4 or w.shape[1:] != (x.shape[1], K, K) or K % 2 == 0 or w.shape[0] != weights[0].shape[0]:
             raise ValueError(
                 f"{name}: a weight is {tuple(w.shape)}; x has {x.shape[1]} channels: use (COUT, {x.shape[1]}, K, K), K "
@@ -234,10 +254,11 @@ def _check(name, x, weights, biases, dilations, act, residual) -> None:
     if residual is not None and residual.shape != out:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
     if autocasts(x):
-        return
+        return kernels
     for t in (*weights, residual):
         if t is not None and t.dtype != x.dtype:
             label = "residual" if t is residual else "a weight"
             raise TypeError(
                 f"{name}: x is {x.dtype} and {label} {t.dtype}; they should be the same: cast one, or use autocast"
             )
+    return kernels

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastseg.ops.core.autograd import derived, differentiable, refused
-from fastseg.ops.core.dispatch import needs_grad, use_kernel
+from fastseg.ops.core.dispatch import needs_grad, runs_kernel
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.norm import (
     ACTIVATION_GRADS,
@@ -16,7 +16,6 @@ from fastseg.ops.core.norm import (
     add_residual,
     check_norm,
     norm_options,
-    norm_tensors,
     stats_dtype_of,
     torch_norm,
     update_running,
@@ -24,9 +23,7 @@ from fastseg.ops.core.norm import (
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.recompute import remember
 from fastseg.ops.core.register import DECOMPOSITIONS, qualified
-from fastseg.ops.registered.batch_norm_act import bwd_input_op, bwd_reduce_op, fwd_op, stats_op
-
-MOST_CHANNELS = 65535  # blocks lie along a grid axis of CUDA, one channel to a block
+from fastseg.ops.registered.batch_norm_act import FORMS, bwd_input_op, bwd_reduce_op, fwd_op, stats_op
 
 
 @overridable
@@ -63,13 +60,13 @@ def batch_norm_act(
 
     Reference: Ioffe and Szegedy, arXiv:1502.03167; the order of a residual block, He et al., arXiv:1512.03385.
     """
-    norm = _whole(norm)
+    if (norm.weight is None) != (norm.bias is None):
+        norm = _whole(norm)
     _check(x, norm, act, residual, process_group)
-    tensors = norm_tensors(norm)
-    unsupported = _unsupported(x, residual)
-    if x.numel() == 0 and process_group is None:
-        unsupported = "empty input"
-    kernel = use_kernel("batch_norm_act", x, *tensors, residual, unsupported=unsupported)
+    tensors = norm[:4]
+    kind = None if residual is None else residual.dtype
+    others = tensors if residual is None else (*tensors, residual)
+    kernel = runs_kernel(FORMS, x, (x.shape, x.dtype, kind, process_group is not None), *others)
     if not kernel and process_group is None:
         return batch_norm_act_ref(x, norm, act, residual)
     (kind, eps), (mean, var, weight, bias) = norm_options(norm), tensors
@@ -82,7 +79,7 @@ def batch_norm_act(
         mean, var = stats[0], stats[1]
         update_running(norm, stats)
     args = (x, mean, var, weight, bias, residual, kind == "batch", eps, act or "none")
-    if group is None and not needs_grad(x, weight, bias, residual):
+    if group is None and not (torch.is_grad_enabled() and needs_grad(x, weight, bias, residual)):
         return fwd_op(*args)
     y = _BatchNormAct.apply(*args, group)
     if not kernel or residual is not None:  # with a residual the result itself is saved
@@ -125,14 +122,6 @@ def _check(x, norm: BatchNormArgs, act, residual, process_group) -> None:
     check_norm(f"{name}: norm", norm, x.shape[1], x, pixels)
     if residual is not None and residual.shape != x.shape:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, x is {tuple(x.shape)}; they must be equal")
-
-
-def _unsupported(x: Tensor, residual: Tensor | None) -> str:
-    if residual is not None and residual.dtype != x.dtype:
-        return f"a residual of {residual.dtype} beside x of {x.dtype}"
-    if x.shape[1] > MOST_CHANNELS:
-        return f"{x.shape[1]} channels > {MOST_CHANNELS}"
-    return ""
 
 
 class _Group:

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad, transforms_active, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad, runs_kernel, transforms_active
+from fastseg.ops.core.forms import Forms, KernelForm, OneKernel, Reference, Verdict
 from fastseg.ops.core.layout import channels_last, like, new_map
 from fastseg.ops.core.norm import (
     ACTIVATIONS,
@@ -21,10 +22,11 @@ from fastseg.ops.core.norm import (
     update_running,
 )
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import of_sizes, qualified, register
 from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
 from fastseg.ops.pool_indices import PoolIndices, bits_of
 from fastseg.ops.registered.pooling import Geometry, fake_index, plain_pick, plain_pool, plain_unpool
+from fastseg.ops.registered.pooling import unsupported as pooling_unsupported
 
 if HAS_TRITON:
     from fastseg.kernels.batch_norm.stats import batch_norm_stats
@@ -82,11 +84,12 @@ def batch_norm_act_max_pool2d(
         raise ValueError(f"{name}: x is {tuple(x.shape)}; it must be (N, C, H, W)")
     check_norm(f"{name}: norm", norm, x.shape[1], x, x.shape)
     stride = kernel_size if stride is None else stride
-    geometry, unsupported = pool_geometry(x, kernel_size, stride, padding, 1, ceil_mode, 2)
+    geometry = pool_geometry(x.shape, kernel_size, stride, padding, 1, ceil_mode, 2)
     tensors = norm_tensors(norm)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    unsupported = unsupported or _unsupported(x, norm, geometry, wants_grad)
-    if not use_kernel(name, x, *tensors, unsupported=unsupported):
+    last = not transforms_active() and x.is_contiguous(memory_format=torch.channels_last)  # vmap has no channels_last
+    sizes = (geometry, x.shape, last, wants_grad, norm is not None)
+    if not runs_kernel(FORMS, x, sizes, *tensors) or geometry is None:
         return batch_norm_act_max_pool2d_ref(
             x, norm, act, kernel_size, stride, padding, ceil_mode, return_indices, index_format=index_format,
             inplace=inplace,
@@ -118,16 +121,6 @@ def batch_norm_act_max_pool2d_ref(
     """Norm, activation and pooling in turn; the pooling itself may still run as a kernel."""
     y = activate(torch_norm(x, norm), act, inplace=inplace or norm is not None)
     return max_pool2d(y, kernel_size, stride, padding, 1, ceil_mode, return_indices, index_format=index_format)
-
-
-def _unsupported(x: Tensor, norm: BatchNormArgs | None, geometry: Geometry, wants_grad: bool) -> str:
-    if transforms_active() or not x.is_contiguous(memory_format=torch.channels_last):  # vmap has no channels_last
-        return "not channels_last: one after another"
-    if wants_grad and norm is None:
-        return "nothing is saved without a norm: one after another"
-    if wants_grad and HAS_TRITON and not geometry.pooling(*x.shape[:2], True).disjoint:
-        return "overlapping windows in training: one after another"
-    return ""
 
 
 # --- implementations
@@ -194,18 +187,45 @@ def _fake_bwd(dy, index, stats, x, mean, var, weight, *_):
     return torch.empty_like(x, memory_format=torch.channels_last), vector(), vector()
 
 
+class OnePass(KernelForm):
+    """Norm, activation and pooling in one pass."""
+
+    def cost(self, request: OneKernel) -> Verdict | None:
+        last = request.sizes[2]
+        return None if last else Verdict(False, None, "not channels_last: one after another")
+
+
+def _unsupported(geometry: Geometry | None, shape: torch.Size, last: bool, wants_grad: bool, norm: bool) -> str:
+    """Why the kernels cannot compute the op, or its gradient if it is wanted, or ""."""
+    if (why := pooling_unsupported(geometry, shape)) or geometry is None or not wants_grad:
+        return why
+    if not norm:
+        return "nothing is saved without a norm: one after another"
+    disjoint = geometry.pooling(shape[0], shape[1], True).disjoint
+    return "" if disjoint else "overlapping windows in training: one after another"
+
+
+def _sizes_of(x: Tensor, *args) -> tuple:
+    """Of the registered op, whose caller has asked about layout and gradients."""
+    return Geometry.of(*args[7:13]), x.shape, True, False, True
+
+
+FORMS = Forms("batch_norm_act_max_pool2d", [OnePass(_launch_fwd, _unsupported), Reference(_plain_fwd)])
+BACKWARD_FORMS = Forms(
+    "batch_norm_act_max_pool2d", [OnePass(_launch_bwd, _unsupported), Reference(_plain_bwd)], backward=True
+)
+
 _NORM = "Tensor x, Tensor? mean, Tensor? var, Tensor? weight, Tensor? bias, str kind, float eps, str act"
 _SIZES = "SymInt[] size, SymInt[] out, int[] kernel, int[] stride, int[] padding, int[] dilation, int bits"
 pool_op = register(
-    f"batch_norm_act_max_pool({_NORM}, {_SIZES}) -> (Tensor, Tensor, Tensor)", _launch_fwd, _plain_fwd, _fake_fwd
-)
+    f"batch_norm_act_max_pool({_NORM}, {_SIZES}) -> (Tensor, Tensor, Tensor)", _launch_fwd, _plain_fwd, _fake_fwd,
+    forms=FORMS, request=of_sizes(_sizes_of), asked=True,
+)  # fmt: skip
 pool_bwd_op = register(
     f"batch_norm_act_max_pool_bwd(Tensor dy, Tensor index, Tensor stats, {_NORM}, {_SIZES}) "
-    "-> (Tensor, Tensor, Tensor)",
-    _launch_bwd,
-    _plain_bwd,
-    _fake_bwd,
-)
+    "-> (Tensor, Tensor, Tensor)", _launch_bwd, _plain_bwd, _fake_bwd,
+    forms=BACKWARD_FORMS, request=of_sizes(lambda dy, index, stats, *args: _sizes_of(*args)), asked=True,
+)  # fmt: skip
 
 
 class _NormPool(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Transposed convolution with a fixed bilinear kernel per channel: FCN's upsampling, four taps per output pixel."""
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
@@ -7,15 +8,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, followed, is_torchs, use_kernel
+from fastseg.ops.core.bilinear_taps import grouped_taps, line, natural_size, sized_conv_transpose2d, window
+from fastseg.ops.core.dispatch import (
+    HAS_TRITON,
+    autocast_dtype,
+    autocasts,
+    followed,
+    form_of,
+    is_torchs,
+    no_kernel,
+    one_device,
+    what_follows,
+)
+from fastseg.ops.core.explain import Refusal
+from fastseg.ops.core.forms import Form, Forms, Reference
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.cpu.bilinear_taps import bilinear, grouped_taps, is_plain, line, natural_size, sized_conv_transpose2d
+from fastseg.ops.cpu.bilinear_taps import CPU_FORMS, Request
+from fastseg.ops.upsample_bilinear import unsupported
 
 if HAS_TRITON:
-    from fastseg.kernels.upsample.bilinear import Taps, bilinear_fwd, unsupported
+    from fastseg.kernels.upsample.bilinear import Taps, bilinear_fwd
     from fastseg.kernels.upsample.bilinear_bwd import bilinear_bwd
 
 NAME = "bilinear_conv_transpose2d"
@@ -122,18 +137,35 @@ def bilinear_conv_transpose2d(
     stride, skip_offset = whole(stride), whole(skip_offset)
     K, padding = bilinear_geometry(stride, kernel_size, padding)
     if bias is None and skip is None and output_size is None and is_torchs(x) and _is_bare(x, stride, K, padding):
-        return bilinear(x, K, stride, padding, None)
+        size = natural_size(x, stride, K, padding)
+        return FORMS(_request("CPU tensor", "", True, x, size, stride, K), x, stride, K, padding)
     if x.dim() == 4 and x.is_floating_point():
         x = x.to(autocast_dtype(x))
         skip = None if skip is None else skip.to(autocast_dtype(skip))
     size = _check(x, stride, K, padding, bias, skip, skip_offset, output_size)
-    if not _takes_kernel(x, bias, skip, stride, K, size):
-        size = size if output_size is not None else None
-        return bilinear_conv_transpose2d_ref(
-            x, stride, K, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
-        )
-    args = (x, skip, bias, size, stride, K, padding, skip_offset)
-    return run(_BilinearConvTranspose2d, _fwd, *args)
+    one_device(NAME, x, (bias, skip))
+    why, plain = no_kernel(x), False
+    if not torch.compiler.is_compiling():
+        why = why or what_follows(x, bias, skip)
+        plain = x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not _wanted(x, bias, skip)
+        plain = plain and not followed(x, bias, skip)
+    large = "" if why else _too_large(x, skip, size, stride, K)
+    form = form_of(FORMS, _request(why, large, plain, x, size, stride, K), x)
+    if form is FORMS.forms[0]:
+        return run(_BilinearConvTranspose2d, _fwd, x, skip, bias, size, stride, K, padding, skip_offset)
+    return form.run(x, stride, K, padding, bias, skip, skip_offset, size if output_size is not None else None)
+
+
+def _request(why: str, large: str, plain: bool, x: Tensor, size: tuple[int, int], stride: int, K: int) -> Request:
+    if not plain:  # the kernel or torch: no other size matters
+        return Request(why, large, False, (), 0, stride, K, False, 0)
+    values = x.shape[0] * x.shape[1] * size[0] * size[1]
+    last = memory_format_of(x) == torch.channels_last
+    return Request(why, large, True, tuple(x.shape), values, stride, K, last, torch.get_num_threads())
+
+
+def _wanted(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_bare(x: Tensor, stride: int, K: int, padding: int) -> bool:
@@ -143,17 +175,6 @@ def _is_bare(x: Tensor, stride: int, K: int, padding: int) -> bool:
     if torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled()):
         return False
     return min(natural_size(x, stride, K, padding)) >= 1 and not followed(x)
-
-
-def _takes_kernel(x: Tensor, bias: Tensor | None, skip: Tensor | None, stride: int, K: int, size) -> bool:
-    if is_torchs(x) and (bias is None or bias.is_cpu) and (skip is None or skip.is_cpu):
-        return False
-    why = ""
-    if K > 2 * stride:  # noqa: SIM300
-        why = f"kernel size {K} > 2 * stride {stride}: more than four taps"
-    elif HAS_TRITON:
-        why = _too_large(x, skip, size)
-    return use_kernel(NAME, x, bias, skip, unsupported=why)
 
 
 def bilinear_conv_transpose2d_ref(
@@ -167,62 +188,16 @@ def bilinear_conv_transpose2d_ref(
     skip_offset: int = 0,
     output_size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """``bilinear_conv_transpose2d`` in plain PyTorch."""
+    """``bilinear_conv_transpose2d`` in plain PyTorch: a convolution of one group a channel, in fp32 or fp64."""
     K, padding = bilinear_geometry(stride, kernel_size, padding)
-    # In 16 bits, large kernels are slow on a CPU: 64 taps take 7 times as long as in fp32.
     dtype, wide, layout = x.dtype, torch.promote_types(x.dtype, torch.float32), memory_format_of(x)
-    autocast = autocasts(x)
-    wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, bias, skip))
-    with torch.autocast(x.device.type, enabled=False) if autocast else nullcontext():
-        alone, x = not wants_grad and is_plain(x, x, bias, skip), x.to(wide)
-        if alone:
-            y = bilinear(x, K, stride, padding, output_size)
-        else:  # one group per channel, in the memory format of x: 0.1 to 0.3 of a dense weight's time on a CPU
-            y = sized_conv_transpose2d(x, grouped_taps(K, x, wide), stride, padding, x.shape[1], output_size)
-        add = Tensor.add_ if alone else Tensor.add
-        if bias is not None:
-            y = add(y, bias.to(wide)[:, None, None])
-        if skip is not None:
-            y = add(y, window(skip, skip_offset, y.shape[2:]).to(wide))
+    with torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext():
+        C = x.shape[1]
+        weight = grouped_taps(K, C, x.new_empty(0, dtype=wide))
+        y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, C, output_size)
+        y = y if bias is None else y + bias.to(wide)[:, None, None]
+        y = y if skip is None else y + window(skip, skip_offset, y.shape[2:]).to(wide)
     return y.to(dtype).contiguous(memory_format=layout)
-
-
-def conv_transpose2d_plus(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int,
-    padding: int,
-    *,
-    diagonal: bool,
-    skip: Tensor | None = None,
-    skip_offset: int = 0,
-    output_size: tuple[int, int] | None = None,
-) -> Tensor:
-    """``bilinear_conv_transpose2d`` with any ``weight`` (C, C, K, K), in plain PyTorch.
-
-    Args:
-        x: (N, C, H, W) or (C, H, W).
-        weight: of ``conv_transpose2d``.
-        bias: (C,).
-        stride: output pixels per input pixel.
-        padding: output pixels cropped on each side.
-        diagonal: True if no channel reads another, so that a grouped convolution is enough.
-        skip: (N, C, SH, SW) or (C, SH, SW); its window of the output's size is added.
-        skip_offset: first row and column of that window, in pixels.
-        output_size: (OH, OW), in pixels.
-    """
-    groups = x.shape[1] if diagonal and x.dim() == 4 else 1
-    if groups > 1:
-        weight = weight.diagonal().permute(2, 0, 1)[:, None].contiguous()  # (C, 1, K, K)
-    y = sized_conv_transpose2d(x, weight, stride, padding, groups, output_size)
-    y = y if bias is None else y + bias.to(y.dtype)[:, None, None]
-    return y if skip is None else y + window(skip, skip_offset, y.shape[-2:])
-
-
-def window(skip: Tensor, offset: int, size: tuple[int, int]) -> Tensor:
-    """The (N, C, *size) window of ``skip`` that begins at row and column ``offset``."""
-    return skip[..., offset : offset + size[0], offset : offset + size[1]]
 
 
 def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple[int, int]:
@@ -249,7 +224,10 @@ def _check(x, stride, K, padding, bias, skip, skip_offset, output_size) -> tuple
     return size
 
 
-def _too_large(x: Tensor, skip: Tensor | None, size: tuple[int, int]) -> str:
+def _too_large(x: Tensor, skip: Tensor | None, size: Sequence[int], stride: int, K: int) -> str:
+    """Why the kernels cannot take these sizes, or ""."""
+    if K > 2 * stride:  # noqa: SIM300
+        return f"kernel size {K} > 2 * stride {stride}: more than four taps"
     maps = (x,) if skip is None else (x, skip)
     return next(filter(None, (unsupported(m.shape[1], tuple(m.shape[2:]), tuple(size)) for m in maps)), "")
 
@@ -267,10 +245,9 @@ def _launch_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
 
 
 def _plain_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset):
-    y = bilinear_conv_transpose2d_ref(
+    return bilinear_conv_transpose2d_ref(
         x, stride, kernel_size, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
     )
-    return y.clone() if y is x else y
 
 
 def _launch_bwd(dy, size, stride, kernel_size, padding):
@@ -280,28 +257,64 @@ def _launch_bwd(dy, size, stride, kernel_size, padding):
 
 def _plain_bwd(dy, size, stride, kernel_size, padding):
     K, wide = kernel_size, torch.promote_types(dy.dtype, torch.float32)
-    weight = grouped_taps(K, dy, wide)
+    weight = grouped_taps(K, dy.shape[1], dy.new_empty(0, dtype=wide))
     below, right = ((n - 1) * stride + K - padding - out for n, out in zip(size, dy.shape[2:], strict=True))
     padded = F.pad(dy.to(wide), (padding, right, padding, below))
     dx = F.conv2d(padded.contiguous(memory_format=torch.channels_last), weight, stride=stride, groups=dy.shape[1])
     return dx.to(dy.dtype).contiguous(memory_format=memory_format_of(dy))
 
 
+class KernelForm(Form):
+    """Our kernel: four taps an output, bias and skip in the same launch."""
+
+    name = "kernel"
+
+    def refuses(self, r: Request) -> str:
+        return r.no_kernel or r.large
+
+    def run(self, x: Tensor, stride: int, K: int, padding: int, bias, skip, skip_offset: int, size) -> Tensor:
+        return _launch_fwd(x, skip, bias, size, stride, K, padding, skip_offset)
+
+
+class Torchs(Reference):
+    """Torch's own lines; with gradients, and where something follows."""
+
+    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        return refused[0].why
+
+
+def _convolved(
+    x: Tensor, stride: int, K: int, padding: int, bias: Tensor | None = None, skip: Tensor | None = None,
+    skip_offset: int = 0, size: tuple[int, int] | None = None,
+) -> Tensor:  # fmt: skip
+    return bilinear_conv_transpose2d_ref(
+        x, stride, K, padding, bias=bias, skip=skip, skip_offset=skip_offset, output_size=size
+    )
+
+
+FORMS = Forms(NAME, [KernelForm(), *CPU_FORMS, Torchs(_convolved)])
+
+
+def _asked_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset) -> Tensor:
+    why = no_kernel(x)
+    large = "" if why else _too_large(x, skip, size, stride, kernel_size)
+    request = _request(why, large, False, x, size, stride, kernel_size)
+    return FORMS(request, x, stride, kernel_size, padding, bias, skip, skip_offset, tuple(size))
+
+
 _fwd = register(
     f"{NAME}(Tensor x, Tensor? skip, Tensor? bias, SymInt[] size, int stride, int kernel_size, int padding, "
     "SymInt skip_offset) -> Tensor",
-    _launch_fwd,
+    _asked_fwd,
     _plain_fwd,
     lambda x, skip, bias, size, *_: new_map(x, (*x.shape[:2], *size)),
-    refuses=lambda x, skip, bias, size, *_: _too_large(x, skip, size),
 )
 _bwd = register(
-    f"{NAME}_bwd(Tensor dy, SymInt[] size, int stride, int kernel_size, int padding) -> Tensor",
-    _launch_bwd,
-    _plain_bwd,
-    lambda dy, size, *_: new_map(dy, (*dy.shape[:2], *size)),
-    refuses=lambda dy, size, *_: unsupported(dy.shape[1], tuple(size), tuple(dy.shape[2:])),
-)
+    f"{NAME}_bwd(Tensor dy, SymInt[] size, int stride, int kernel_size, int padding) -> Tensor", _launch_bwd,
+    _plain_bwd, lambda dy, size, *_: new_map(dy, (*dy.shape[:2], *size)),
+    forms=one_kernel(NAME, _launch_bwd, _plain_bwd, unsupported, backward=True),
+    request=of_sizes(lambda dy, size, *_: (dy.shape[1], tuple(size), tuple(dy.shape[2:]))),
+)  # fmt: skip
 
 
 class _BilinearConvTranspose2d(torch.autograd.Function):

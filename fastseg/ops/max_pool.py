@@ -8,11 +8,12 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastseg.kernels.runtime.sizes import memoized_as_given
-from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, is_tracing, use_kernel
+from fastseg.ops.core.autograd import run
+from fastseg.ops.core.dispatch import is_torchs, is_tracing, runs_kernel
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import pool_with_index
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
-from fastseg.ops.registered.pooling import INT64, POOL, Geometry, is_last, pool, pool_in_windows
+from fastseg.ops.registered.pooling import INT64, POOL, POOL_FORMS, Geometry, MaxPool, is_last, pool_in_windows, pool_op
 
 IndexFormat = Literal["int64", "compact"]
 Sizes = int | tuple[int, ...] | list[int]
@@ -110,8 +111,8 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
         raise ValueError(f'{name}: index_format is {index_format!r}; use "int64" or "compact"')
     stride = kernel_size if stride is None or (type(stride) is list and not stride) else stride
     arguments = (kernel_size, stride, padding, dilation)
-    geometry, unsupported = pool_geometry(input, *arguments, ceil_mode, dims)
-    if not use_kernel(name, input, unsupported=unsupported):
+    geometry = pool_geometry(input.shape, *arguments, ceil_mode, dims)
+    if not runs_kernel(POOL_FORMS, input, (geometry, input.shape), name=name) or geometry is None:
         return max_pool_ref(input, *arguments, ceil_mode, return_indices, index_format, geometry, dims)
     compact = return_indices and index_format == "compact"
     wants_grad = torch.is_grad_enabled() and input.requires_grad
@@ -120,7 +121,7 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
     else:
         bits = bits_of(geometry.kernel) if wants_grad else 0
     x = input if input.dim() == dims + 2 else input[None]
-    y, index = pool(x, geometry, bits)
+    y, index = run(MaxPool, pool_op, x, *geometry, bits)
     y = y if x is input else y[0]
     if not return_indices:
         return y
@@ -156,45 +157,33 @@ def spatial(value: Sizes, dims: int) -> tuple[int, ...] | None:
     return value * dims if len(value) == 1 else value if len(value) == dims else None
 
 
-def pool_geometry(
-    input: Tensor, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool, dims: int
-) -> tuple[Geometry | None, str]:
-    """The sizes of a pooling, and why the kernels cannot take it, or "". None for sizes: torch must raise the error."""
-    # The sizes of a trace are tensors; the example's sizes stand for them.
-    traced = not torch.compiler.is_dynamo_compiling() and is_tracing()
-    shape = torch.Size(map(int, input.shape)) if traced else input.shape
-    return _pool_geometry(shape, kernel_size, stride, padding, dilation, ceil_mode, dims)
-
-
 def _least(a: int, b: int) -> int:
     """The minimum, without a guard on symbolic sizes. Dynamo turns only ``min`` into ``sym_min`` (torch 2.11)."""
     return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)
 
 
 @memoized_as_given
-def _pool_geometry(shape: torch.Size, kernel_size, stride, padding, dilation, ceil_mode: bool, dims: int):
+def pool_geometry(
+    shape: torch.Size, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool, dims: int
+) -> Geometry | None:
+    """The sizes of a pooling of a map of this shape; None if torch must raise the error."""
+    if not torch.compiler.is_dynamo_compiling() and is_tracing():  # sizes are tensors; the example's stand for them
+        shape = torch.Size(map(int, shape))
     values = [spatial(v, dims) for v in (kernel_size, stride, padding, dilation)]
     size = tuple(shape[-dims:])
-    bad = "torch's own checks"
     if None in values or len(shape) not in (dims + 1, dims + 2) or 0 in shape[-dims - 1 :]:
-        return None, bad
+        return None
     kernel, stride, padding, dilation = values
     out = []
     for n, k, s, p, d in zip(size, kernel, stride, padding, dilation, strict=True):
         reach = k if dims == 3 else d * (k - 1) + 1  # torch compares the padding with this
         if k < 1 or s < 1 or d < 1 or not 0 <= p <= reach // 2:
-            return None, bad
+            return None
         span = n + 2 * p - d * (k - 1) - 1
         o = span // s + 1
         if ceil_mode:  # no window begins in the padding at the end
             o = _least((span + s - 1) // s + 1, (n + p - 1) // s + 1)
         if o < 1:
-            return None, bad
+            return None
         out.append(o)
-    geometry = Geometry(size, tuple(out), kernel, stride, padding, dilation)
-    if 0 in shape:
-        return geometry, "empty input"
-    if not HAS_TRITON:
-        return geometry, ""
-    N, C = shape[:2] if len(shape) == dims + 2 else (1, shape[0])
-    return geometry, geometry.pooling(N, C, False).unsupported()
+    return Geometry(size, tuple(out), kernel, stride, padding, dilation)

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, followed_eagerly, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import followed, followed_eagerly, is_torchs, needs_grad, runs_kernel
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import deterministic, unpool_to
 from fastseg.ops.max_pool import Sizes, spatial
 from fastseg.ops.pool_indices import PoolIndices
-from fastseg.ops.registered.pooling import INT64, UNPOOL, Geometry, spread_ref, unpool
+from fastseg.ops.registered.pooling import INT64, UNPOOL, UNPOOL_FORMS, Geometry, spread_ref, unpool
 
 CheckIndices = Literal["async", "sync"]
 
@@ -125,7 +125,7 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
         index, bits, last = indices, INT64, False
     if bits == INT64:
         index = index if index.dim() == dims + 2 else index[None]
-    if not use_kernel(name, input, index, unsupported=_unsupported(v, geometry)):
+    if not runs_kernel(UNPOOL_FORMS, input, (geometry, v.shape), index, name=name):
         if bits != INT64:
             index = indices.to_torch()
             index = index if index.dim() == dims + 2 else index[None]
@@ -250,9 +250,3 @@ def _check(input: Tensor, indices: Tensor | PoolIndices, name: str, dims: int) -
                 f"{name}: Expected input to have non-zero size for non-batch dimensions, but got {list(input.shape)} "
                 f"with dimension {axis} being empty."
             )
-
-
-def _unsupported(v: Tensor, geometry: Geometry) -> str:
-    if v.numel() == 0 or 0 in geometry.size:
-        return "empty input or output"
-    return geometry.pooling(*v.shape[:2], False).unsupported() if HAS_TRITON else ""

@@ -1,19 +1,22 @@
 """Bilinear interpolation with torch's values and a deterministic backward."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.kernels.runtime.sizes import memoized_as_given
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, runs_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
 from fastseg.ops.core.sizes import whole
 
 if HAS_TRITON:
-    from fastseg.kernels.upsample.bilinear import bilinear_fwd, held_channels, interpolation, unsupported
+    from fastseg.kernels.upsample.bilinear import bilinear_fwd, held_channels, interpolation
+    from fastseg.kernels.upsample.bilinear import unsupported as kernels_unsupported
     from fastseg.kernels.upsample.bilinear_bwd import bilinear_bwd
 
 
@@ -55,8 +58,7 @@ def upsample_bilinear(
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
         x = x.float()
     out, factors = target
-    why = unsupported(x.shape[1], tuple(x.shape[2:]), out) if HAS_TRITON else ""
-    if not use_kernel("upsample_bilinear", x, unsupported=why):
+    if not runs_kernel(FORMS, x, (x.shape[1], x.shape[2:], out)):
         size = out if size is not None else None
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     args = (x, out, bool(align_corners), *factors)
@@ -139,20 +141,29 @@ def _plain_bwd(dy: Tensor, size: list[int], align_corners: bool, factor_h: float
     return dx.contiguous(memory_format=memory_format_of(dy))
 
 
-def _refuses_bwd(dy: Tensor, size: list[int], *_) -> str:
+def _sizes_bwd(dy: Tensor, size: list[int], *_) -> tuple:
     held = held_channels(dy, memory_format_of(dy) == torch.channels_last)
-    return unsupported(held or dy.shape[1], tuple(size), tuple(dy.shape[2:]))
+    return held or dy.shape[1], tuple(size), tuple(dy.shape[2:])
 
+
+def unsupported(channels: int, low: Sequence[int], full: Sequence[int]) -> str:
+    """Why the kernels cannot interpolate between such maps, or ""."""
+    return kernels_unsupported(channels, tuple(low), tuple(full))
+
+
+FORMS = one_kernel("upsample_bilinear", _launch_fwd, _plain_fwd, unsupported)
+BACKWARD_FORMS = one_kernel("upsample_bilinear", _launch_bwd, _plain_bwd, unsupported, backward=True)
 
 _ARGS = "SymInt[] size, bool align_corners, float? factor_h, float? factor_w"
 _fake = lambda x, size, align_corners, factor_h, factor_w: new_map(x, (*x.shape[:2], *size))
 fwd_op = register(
     f"upsample_bilinear(Tensor x, {_ARGS}) -> Tensor", _launch_fwd, _plain_fwd, _fake,
-    refuses=lambda x, size, *_: unsupported(x.shape[1], tuple(x.shape[2:]), tuple(size)),
+    forms=FORMS, request=of_sizes(lambda x, size, *_: (x.shape[1], x.shape[2:], tuple(size))), asked=True,
 )  # fmt: skip
 _bwd = register(
-    f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake, refuses=_refuses_bwd
-)
+    f"upsample_bilinear_bwd(Tensor dy, {_ARGS}) -> Tensor", _launch_bwd, _plain_bwd, _fake,
+    forms=BACKWARD_FORMS, request=of_sizes(_sizes_bwd),
+)  # fmt: skip
 
 
 def interpolated(x: Tensor, size: tuple[int, int], align_corners: bool, *factors: float | None) -> Tensor:

@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad, runs_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.register import qualified, register
-from fastseg.ops.upsample_bilinear import transposed
+from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
+from fastseg.ops.upsample_bilinear import transposed, unsupported
 
 if HAS_TRITON:
-    from fastseg.kernels.upsample.bilinear import bilinear_fwd, interpolation, unsupported
+    from fastseg.kernels.upsample.bilinear import bilinear_fwd, interpolation
 
 NAME = "upsample_concat"
 
@@ -49,9 +49,7 @@ def upsample_concat(
     for skip in skips:
         dtype = torch.promote_types(dtype, skip.dtype)
     x, skips = x.to(dtype), [skip.to(dtype) for skip in skips]
-    channels, size = x.shape[1] + sum(skip.shape[1] for skip in skips), tuple(skips[0].shape[2:])
-    why = unsupported(channels, tuple(x.shape[2:]), size) if HAS_TRITON else ""
-    if not use_kernel(NAME, x, *skips, unsupported=why):
+    if not runs_kernel(FORMS, x, _sizes(x, skips), *skips):
         return upsample_concat_ref(x, skips, align_corners=align_corners, up_first=up_first)
     if needs_grad(x, *skips):
         return _UpsampleConcat.apply(align_corners, up_first, x, *skips)
@@ -114,14 +112,14 @@ def _fake(x: Tensor, skips: list[Tensor], align_corners: bool, up_first: bool) -
     return new_map(x, (x.shape[0], x.shape[1] + sum(skip.shape[1] for skip in skips), *skips[0].shape[2:]))
 
 
-def _refuses(x: Tensor, skips: list[Tensor], *_) -> str:
-    channels = x.shape[1] + sum(skip.shape[1] for skip in skips)
-    return unsupported(channels, tuple(x.shape[2:]), tuple(skips[0].shape[2:]))
+def _sizes(x: Tensor, skips: Sequence[Tensor], *_) -> tuple:
+    return x.shape[1] + sum([skip.shape[1] for skip in skips]), x.shape[2:], skips[0].shape[2:]
 
 
+FORMS = one_kernel(NAME, _launch, _plain, unsupported)
 _fwd = register(
     f"{NAME}(Tensor x, Tensor[] skips, bool align_corners, bool up_first) -> Tensor", _launch, _plain, _fake,
-    refuses=_refuses,
+    forms=FORMS, request=of_sizes(_sizes), asked=True,
 )  # fmt: skip
 
 

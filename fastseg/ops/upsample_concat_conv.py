@@ -20,9 +20,10 @@ from fastseg.ops.core.dispatch import (
 from fastseg.ops.core.explain import Refusal, in_reference
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.kept import made_once
-from fastseg.ops.core.layout import channels_last, like
+from fastseg.ops.core.layout import channels_last, like, new_map
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
+from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
@@ -78,18 +79,15 @@ def upsample_concat_conv2d(
     deep, low, weight = (t.to(dtype) for t in (deep, low, weight))
     bias = None if bias is None else bias.to(dtype)
     args = (deep, low, weight, bias, act, align_corners, up_first)
-    if torch.compiler.is_compiling():  # the cost models' tables are no part of a graph, and sizes are unknown
+    if torch.compiler.is_compiling():  # the registered op asks when it runs: sizes are unknown before
         ours = kernels_run(deep) and not _wanted(deep, low, weight, bias)
-        return (_with_kernel if ours else _plain)(*args)
+        return (decided_op if ours else _plain)(*args)
     if in_reference():
         use_kernel(NAME, deep, low, weight, bias)
         return upsample_concat_conv2d_ref(
             deep, low, weight, bias, act=act, align_corners=align_corners, up_first=up_first
         )
-    request = _request(deep, low, weight, bias)
-    if FORMS.choose(request).form.name == "low_resolution" and not is_finite(deep):
-        request = request._replace(finite=False)
-    return FORMS(request, *args, recorded=deep)
+    return _decided(*args, recorded=deep)
 
 
 def upsample_concat_conv2d_ref(
@@ -256,6 +254,13 @@ class Upsampled(Reference):
         return refused[1 if r.no_kernel or r.followed else 0].why
 
 
+def _decided(deep, low, weight, bias, act, align_corners: bool, up_first: bool, recorded: Tensor | None = None):
+    request = _request(deep, low, weight, bias)
+    if FORMS.choose(request).form.name == "low_resolution" and not is_finite(deep):
+        request = request._replace(finite=False)
+    return FORMS(request, deep, low, weight, bias, act, align_corners, up_first, recorded=recorded)
+
+
 # Cost of an element of a strip, updated by a short GEMM, and of an element written by interpolation or ``cat``, in
 # floating-point operations of a long GEMM. Fitted to times of 11 shapes on a busy machine, one thread, channels_last.
 # Low resolution took 0.27 of the plain form's time for 256 + 48 -> 256 channels, 32^2 to 128^2; 0.68 for 64 + 16 -> 64;
@@ -274,3 +279,18 @@ def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int)
 
 
 FORMS = Forms(NAME, [TapsForm(), LowResolutionForm(), Upsampled(_plain)])
+
+
+# --- the registered op, for graphs
+
+
+def _lines(deep, low, weight, bias, act, align_corners: bool, up_first: bool) -> Tensor:
+    x = upsample_concat_ref(deep, [low], align_corners=align_corners, up_first=up_first)
+    return like(deep, ACTIVATIONS[act or "none"](F.conv2d(x, weight, bias, padding=1)))  # out of place: exported
+
+
+decided_op = register(
+    f"{NAME}(Tensor deep, Tensor low, Tensor weight, Tensor? bias, str? act, bool align_corners, bool up_first) "
+    "-> Tensor", _decided, _lines,
+    lambda deep, low, weight, *_: new_map(deep, (deep.shape[0], weight.shape[0], *low.shape[2:])),
+)  # fmt: skip

@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, use_kernel
+from fastseg.ops.core.dispatch import is_torchs, runs_kernel
+from fastseg.ops.core.forms import Forms, KernelForm, Reference
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.upsample_bilinear import interpolated
-
-if HAS_TRITON:
-    from fastseg.kernels.upsample.bilinear import unsupported
+from fastseg.ops.upsample_bilinear import interpolated, unsupported
 
 
 @overridable
@@ -48,9 +46,14 @@ def upsample_trilinear(
     """
     align_corners = bool(align_corners)
     target = None if is_torchs(x) else _target(x, size, scale_factor, recompute_scale_factor)
-    if target is None or not use_kernel("upsample_trilinear", x, unsupported=_unsupported(x, target[0])):
+    if target is None or not runs_kernel(FORMS, x, (x.shape, target[0])):
         return upsample_trilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
-    (D, H, W), (depth, height, width) = target
+    return _in_two(x, target[0], target[1], align_corners)
+
+
+def _in_two(x: Tensor, size: tuple[int, int, int], factors: tuple[float | None, ...], align_corners: bool) -> Tensor:
+    """Planes along the depth, then each plane."""
+    (D, H, W), (depth, height, width) = size, factors
     kind = x.dtype
     if kind in (torch.float16, torch.bfloat16):
         autocast = x.is_cuda and torch.is_autocast_enabled("cuda")
@@ -99,10 +102,11 @@ def _target(x: Tensor, size, scale_factor, recompute_scale_factor):
     return None if any(n < 1 for n in (*x.shape[1:], *out)) else (out, factors)
 
 
-def _unsupported(x: Tensor, out: tuple[int, int, int]) -> str:
+def _unsupported(shape: torch.Size, out: tuple[int, int, int]) -> str:
     """Why one of the two calls cannot be taken, or ""."""
-    if not HAS_TRITON:
-        return ""
-    _, C, d, h, w = x.shape
+    _, C, d, h, w = shape
     D, H, W = out
     return unsupported(C, (d, h * w), (D, h * w)) or unsupported(C * D, (h, w), (H, W))
+
+
+FORMS = Forms("upsample_trilinear", [KernelForm(_in_two, _unsupported), Reference(upsample_trilinear_ref)])

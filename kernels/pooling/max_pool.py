@@ -117,7 +117,7 @@ def max_pool_fwd(
 ) -> tuple[Tensor, Tensor]:
     """x (N, C, *pool.size), dense in pool's layout -> y (N, C, *pool.out), and its index (empty for ``NO_INDEX``)."""
     y, index = new_map(x, pool, pool.out), new_index(x, pool, bits)
-    rows, inner = pool.rows(pool.out)
+    rows, inner = pool.window_rows
     args, has_norm, affine = norm_args(norm, x)
     *vectors, eps = args
     cfg = select(

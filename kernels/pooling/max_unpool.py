@@ -292,7 +292,7 @@ def max_unpool_fwd(
 def max_unpool_bwd(dy: Tensor, index: Tensor, pool: Pooling, bits: int) -> Tensor:
     """dy (N, C, *pool.size), the windows' index -> dx (N, C, *pool.out)."""
     dx = new_map(dy, pool, pool.out)
-    rows, inner = pool.rows(pool.out)
+    rows, inner = pool.window_rows
     cfg = select(
         "max_unpool_bwd",
         size=dx.numel(),

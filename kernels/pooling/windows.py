@@ -64,6 +64,16 @@ class Pooling:
         sizes = zip(self.size, self.out, self.padding, self.stride, strict=True)
         return tuple(max(o, (n + p - 1) // s + 1) for n, o, p, s in sizes)
 
+    @functools.cached_property
+    def layout(self) -> torch.memory_format:
+        """Of maps."""
+        return layout_of(self.channels_last, self.dims)
+
+    @functools.cached_property
+    def window_rows(self) -> tuple[int, int]:
+        """Rows, and elements of the inner axis, of a map of the windows."""
+        return self.rows(self.out)
+
     def rows(self, grid: Size) -> tuple[int, int]:
         """Rows, and elements of the inner axis, of a map of ``grid`` cells."""
         d, h, w = grid
@@ -88,16 +98,15 @@ class Pooling:
 
 def new_map(like: Tensor, pool: Pooling, grid: Size, dtype: torch.dtype | None = None) -> Tensor:
     """An uninitialised map of ``grid`` cells or windows in pool's layout: (N, C, *grid), ``pool.dims`` of them."""
-    layout = layout_of(pool.channels_last, pool.dims)
     shape = (pool.N, pool.C, *grid[3 - pool.dims :])
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=pool.layout)
 
 
 def new_index(like: Tensor, pool: Pooling, bits: int) -> Tensor:
     """Uninitialised int64 indices shaped as the windows, or rows of packed codes (rows, bytes); empty for no index."""
     if bits == INT64.value:
         return new_map(like, pool, pool.out, torch.int64)
-    rows, inner = pool.rows(pool.out)
+    rows, inner = pool.window_rows
     return like.new_empty((rows, -(-inner * bits // 8)) if bits else 0, dtype=torch.uint8)
 
 

@@ -30,11 +30,20 @@ def memoized(fn: Callable) -> Callable:
 
 def memoized_as_given(fn: Callable) -> Callable:
     """``memoized`` for what callers give: (8.0, 10.0), which equals (8, 10), is another size."""
-    remembered = memoized(lambda kinds, *args: fn(*args))
+    remembered = functools.lru_cache(maxsize=4096, typed=True)(lambda kinds, *args: fn(*args))
 
     @functools.wraps(fn)
     def call(*args):
-        return remembered(tuple([tuple(map(type, a)) for a in args if type(a) is tuple]), *args)
+        if torch.compiler.is_dynamo_compiling() or is_tracing():
+            return fn(*args)
+        kinds = []
+        for a in args:
+            if type(a) is tuple:
+                kinds.append(tuple(map(type, a)))
+        try:
+            return remembered(tuple(kinds), *args)
+        except TypeError:
+            return fn(*args)
 
     call.cache_clear = remembered.cache_clear
     return call

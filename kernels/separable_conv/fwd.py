@@ -306,9 +306,9 @@ def separable_conv_fwd_pw(
 
     image_bias (N, COUT) is added to z.
     """
-    side, act = acts.ending(residual)
-    cfg = select("separable_conv_fwd_pw", size=g.pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
-    tiles = cdiv(g.pixels, cfg.BLOCK_M)
+    (side, act), pixels = acts.ending(residual), g.pixels
+    cfg = select("separable_conv_fwd_pw", size=pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
+    tiles = cdiv(pixels, cfg.BLOCK_M)
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
@@ -317,7 +317,7 @@ def separable_conv_fwd_pw(
     launch(
         _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         u, *mid_vectors, w.pw, pw_bias, own_bias, *post_vectors, skip,
-        g.pixels, g.OH * g.OW, g.C // unit, g.COUT // unit_out, bits_of(mid_eps), bits_of(post_eps),
+        pixels, g.OH * g.OW, g.C // unit, g.COUT // unit_out, bits_of(mid_eps), bits_of(post_eps),
         y if z is None else z, z if y is None else y, tile_stats, counts,
         UNIT=unit, UNIT_OUT=unit_out, MID_NORM=mid_norm, MID_AFFINE=mid_affine, MID_ACT=acts.mid,
         PW_BIAS=w.pw_bias is not None, IMAGE_BIAS=image_bias is not None, POST_NORM=post_norm,

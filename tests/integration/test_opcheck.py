@@ -15,7 +15,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import fastseg.ops
-from fastseg.ops import batch_norm_act_max_pool
 from fastseg.ops.core import dispatch as _dispatch
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.core.register import DECOMPOSITIONS
@@ -44,8 +43,10 @@ class Recorder(TorchDispatchMode):
 def _every_op_is_reached(monkeypatch):
     """On a CPU tensor in any layout, whatever the cost models say of maps so small."""
     monkeypatch.setattr(_dispatch, "_no_kernel", lambda x: "")
-    monkeypatch.setattr(batch_norm_act_max_pool, "_unsupported", lambda *_: "")
-    forms = [("atrous_branches", "kernel"), ("max_unpool_conv2d", "fold"), ("upsample_concat_conv2d", "taps")]
+    forms = [
+        ("atrous_branches", "kernel"), ("batch_norm_act_max_pool2d", "kernel"), ("max_unpool_conv2d", "fold"),
+        ("upsample_concat_conv2d", "taps"),
+    ]  # fmt: skip
     with ExitStack() as stack:
         for op, form in forms:
             stack.enter_context(fastseg.force(op, form))

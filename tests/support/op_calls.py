@@ -41,6 +41,7 @@ from fastseg.ops.registered.fold_norm import fold_norm
 from fastseg.ops.registered.pointwise_conv import pointwise_conv2d
 from fastseg.ops.registered.stem_conv import stem_conv2d
 from fastseg.ops.registered.upsample_taps import upsample_taps
+from fastseg.ops.upsample_concat_conv import decided_op
 from fastseg.ops.upsample_loss_sums import upsample_loss_sums
 
 FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
@@ -273,6 +274,13 @@ def _concat_conv(d: Draw) -> Drawn:
     return run, [d.map(1, 3, 2, 2), d.map(1, 2, 4, 4), d.weight(4, 5, 3, 3), d.vector(4)]
 
 
+def _decided_concat_conv(d: Draw) -> Drawn:
+    def run(deep, low, weight, bias):
+        return decided_op(deep, low, weight, bias, "relu", True, False)
+
+    return run, [d.map(1, 3, 2, 2), d.map(1, 2, 4, 4), d.weight(4, 5, 3, 3), d.vector(4)]
+
+
 def _taps(d: Draw) -> Drawn:
     def run(taps, base):
         return upsample_taps(taps, base, base.shape[2:], False)
@@ -364,6 +372,7 @@ ROWS: dict[str, Row] = {
     "upsample_sum": Row("upsample_sum upsample_bilinear_bwd", _sum(None), layouts=SINGLE),
     "upsample_sum, bias and activation": Row("upsample_sum", _sum("relu"), False),
     "upsample_concat_conv2d": Row("upsample_taps", _concat_conv, False),
+    "upsample_concat_conv2d, in a graph": Row("upsample_concat_conv2d", _decided_concat_conv, False, DENSE),
     "upsample_taps": Row(TAPS, _taps, layouts=SINGLE),
     "no images": Row(f"{BILINEAR} {TRANSPOSE} {TAPS} upsample_argmax", _no_images, layouts=DENSE),
     "upsample_argmax": Row("upsample_argmax", _of(upsample_argmax, 1, 5, 2, 3, scale_factor=2), False, SINGLE),

@@ -1,7 +1,6 @@
 """Run the branches and the projection of an ASPP in few launches."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,25 +8,25 @@ from torch.nn import functional as F
 
 from fastseg import ops
 from fastseg.nn.conv import SeparableConv2d
-from fastseg.nn.fuse.children import batch_norm_args, conv_tensors, norm_tensors
-from fastseg.nn.fuse.conv_norm_act import can_fold, folded, run_conv_norm_act
+from fastseg.nn.fuse.children import batch_norm_args
+from fastseg.nn.fuse.conv_norm_act import (
+    Source,
+    fold_all,
+    foldable,
+    run_conv_norm_act,
+    source_if_foldable,
+    source_of,
+)
 from fastseg.nn.fuse.sequential import next_group, opened, run_layers
 from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.ops import BatchNormArgs, batch_norm_act
 from fastseg.ops.aspp import pool_share, project, split_projection
-from fastseg.ops.atrous_conv2d import are_one_map, atrous_branches, atrous_maps
+from fastseg.ops.atrous_conv2d import atrous_branches, atrous_map, atrous_maps
 from fastseg.ops.core.dispatch import kernels_run, record_reference
 from fastseg.ops.core.recompute import kept_as_recipe
 from fastseg.ops.core.torch_private import foreach_copy_
 
 CONCAT, SUM = "concat", "sum"
-
-
-class _Dense(NamedTuple):
-    """The children of a branch made of convolution, norm and ReLU."""
-
-    conv: nn.Conv2d
-    norm: nn.BatchNorm2d
 
 
 def run_aspp(
@@ -62,9 +61,11 @@ def run_aspp(
     if conv is None or watched(conv, nn.Conv2d) or not _pointwise(conv):
         return _project_called(parts, vector, projection, pool_first)
     name, module = split_act(act)
-    if norm is not None and (len(parts) > 1 or vector is not None) and can_fold(parts[0], conv, norm, always=True):
-        y = _project_folded(x, parts, vector, conv, norm, name, pool_first)
-        return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
+    if norm is not None and (len(parts) > 1 or vector is not None):
+        source = source_if_foldable(parts[0], conv, norm, always=True)
+        if source is not None:
+            y = _project_folded(x, parts, vector, source, name, pool_first)
+            return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
     if len(parts) > 1 and kernels_run(x):
         return run_layers(_project_each(x, parts, vector, conv, pool_first), layers[1:])
     if vector is None:
@@ -107,17 +108,18 @@ def _project_each(x: Tensor, parts: Sequence[Tensor], vector, conv: nn.Conv2d, p
     return y.transpose(1, 2).unflatten(2, parts[0].shape[2:])
 
 
-def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, conv, norm, act, pool_first: bool) -> Tensor:
+def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, source: Source, act, pool_first: bool) -> Tensor:
     """The projection with folded norm: each map meets its own slice of the weight, and nothing is concatenated."""
-    pooled_channels = 0 if vector is None else conv.in_channels - sum(part.shape[1] for part in parts)
-    place = start = pooled_channels if pool_first else 0
-    weights = []
-    for part in parts:
-        weights.append(folded(part, conv, norm, (place, place + part.shape[1]))[0])
-        place += part.shape[1]
-    pooled_weight, bias = folded(parts[0], conv, norm, (0, start) if pool_first else (place, conv.in_channels))
+    inputs, widths = source.weight.shape[1], [part.shape[1] for part in parts]
+    rest = inputs - sum(widths)  # the pool's channels
+    place = rest if pool_first else 0
+    slices = [(0, rest) if pool_first else (inputs - rest, inputs)]
+    for width in widths:
+        slices.append((place, place + width))
+        place += width
+    (pooled_weight, bias), *folds = fold_all(parts[0], [source] * len(slices), slices)
     share = bias.expand(x.shape[0], -1) if vector is None else pool_share(vector, pooled_weight, bias)
-    return project(parts, weights, share, act)
+    return project(parts, [weight for weight, _ in folds], share, act)
 
 
 def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
@@ -135,37 +137,49 @@ def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
 
 def _run_branches(x: Tensor, branches: Sequence[nn.Module]) -> list[Tensor]:
     """The concatenated maps of the branches, (N, sum of channels, H, W), or one map each if they are not one op."""
-    parts = [_dense(branch) for branch in branches]
-    why = next((part for part in parts if isinstance(part, str)), "") or _different(parts)
+    parts, why = [], ""
+    for branch in branches:
+        parts.append(_dense(branch))
+        if not why and isinstance(parts[-1], str):
+            why = parts[-1]
+    why = why or _different(parts)
     if why:
         record_reference("aspp", x, why)
         return [
-            run_conv_norm_act(x, *part, "relu") if isinstance(part, _Dense) else branch(x)
+            branch(x) if isinstance(part, str) else run_conv_norm_act(x, part.conv, part.norm, "relu")
             for part, branch in zip(parts, branches, strict=True)
         ]
-    convs, norms = zip(*parts, strict=True)
-    dilations = [conv.dilation[0] for conv in convs]
     own = kernels_run(x)  # else plain PyTorch would put the unfolded maps side by side for their norm
+    if not foldable(x, parts, always=not own):
+        return _joint_norm(x, parts, own)
+    weights, biases = zip(*fold_all(x, parts), strict=True)
+    return atrous_maps(x, weights, biases, _dilations(parts), "relu")
+
+
+def _dilations(parts: Sequence[Source]) -> list[int]:
+    dilations = []
     for part in parts:
-        if not can_fold(x, *part, always=not own):
-            return _joint_norm(x, convs, norms, dilations, own)
-    weights, biases = zip(*[folded(x, *part) for part in parts], strict=True)
-    return atrous_maps(x, weights, biases, dilations, "relu")
+        dilations.append(part.conv.dilation[0])
+    return dilations
 
 
-def _joint_norm(x: Tensor, convs, norms, dilations: list[int], own: bool) -> list[Tensor]:
+def _joint_norm(x: Tensor, parts: Sequence[Source], own: bool) -> list[Tensor]:
     """All branches as one map, and one norm over its channels; where a library writes several, each by itself."""
-    weights, biases = zip(*[conv_tensors(conv) for conv in convs], strict=True)
-    if own and not are_one_map(x, weights, dilations):
-        return [run_conv_norm_act(x, conv, norm, "relu") for conv, norm in zip(convs, norms, strict=True)]
-    return [_norm_relu(atrous_branches(x, weights, None if biases[0] is None else biases, dilations, None), norms)]
+    _, norms, weights, biases, *_ = zip(*parts, strict=True)
+    args = (x, weights, None if biases[0] is None else biases, _dilations(parts))
+    z = atrous_map(*args) if own else atrous_branches(*args, None)
+    if z is None:
+        return [run_conv_norm_act(x, part.conv, part.norm, "relu") for part in parts]
+    return [_norm_relu(z, norms, parts)]
 
 
-def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d], parts: Sequence[Source]) -> Tensor:
     """ReLU and several norms with equal options as one op over the channels of ``z``; statistics are per channel."""
-    each = [batch_norm_args(norm) for norm in norms]
-    first, (means, variances, weights, biases, *_) = each[0], zip(*each, strict=True)
-    joint = [None] * 4
+    first = batch_norm_args(norms[0])
+    for norm in norms[1:] if norms[0].training else ():
+        batch_norm_args(norm)  # counts the batch
+    *_, means, variances, weights, biases, _ = zip(*parts, strict=True)
+    joint: list[Tensor | None] = [None] * 4
     if first.weight is not None:
         joint[2:] = torch.cat(weights), torch.cat(biases)
     if first.running_mean is not None:
@@ -178,8 +192,8 @@ def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
     return y
 
 
-def _dense(branch: nn.Module) -> _Dense | str:
-    """Convolution and norm of a branch that ends with a ReLU, or why the branch must be called."""
+def _dense(branch: nn.Module) -> Source | str:
+    """What folding reads of a branch of convolution, norm and ReLU, or why the branch must be called."""
     if isinstance(branch, SeparableConv2d):
         return "a separable branch"
     layers = opened(branch)
@@ -188,14 +202,16 @@ def _dense(branch: nn.Module) -> _Dense | str:
     if layers is None or len(layers) != 3 or type(layers[2]) is not nn.ReLU:
         return f"a branch is {type(branch).__name__}, not convolution, norm and ReLU, or watched"
     conv, norm, relu = layers
-    why = watched(norm, nn.BatchNorm2d) or watched(relu, nn.ReLU) or _not_plain(conv)
-    return why or _Dense(conv, norm)
+    why = watched(norm, nn.BatchNorm2d, relu, nn.ReLU, conv, nn.Conv2d) or _uneven(conv)
+    return why or source_of(conv, norm)
 
 
 def _not_plain(conv: nn.Module) -> str:
     """Why ``atrous_branches`` cannot replace the convolution, or ""."""
-    if why := watched(conv, nn.Conv2d):
-        return why
+    return watched(conv, nn.Conv2d) or _uneven(conv)
+
+
+def _uneven(conv: nn.Conv2d) -> str:
     (size, across), rate = conv.kernel_size, conv.dilation
     same = conv.padding == (rate[0] * (size // 2),) * 2 and conv.padding_mode == "zeros"
     if (
@@ -210,14 +226,15 @@ def _not_plain(conv: nn.Module) -> str:
     return ""
 
 
-def _different(parts: Sequence[_Dense]) -> str:
+def _different(parts: Sequence[Source]) -> str:
     """Why the branches cannot share one op and one norm, or ""."""
     first = None
-    for conv, norm in parts:
+    for part in parts:
+        norm = part.norm
         # A momentum of None is a cumulative average, which counts for itself.
         kind = (
-            conv_tensors(conv)[1] is None, norm.training, norm.eps, norm.momentum, norm.track_running_stats,
-            norm.affine, norm_tensors(norm)[0] is None,
+            part.bias is None, norm.training, norm.eps, norm.momentum, norm.track_running_stats, norm.affine,
+            part.mean is None,
         )  # fmt: skip
         first = kind if first is None else first
         if norm.momentum is None or kind != first:

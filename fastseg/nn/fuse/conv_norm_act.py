@@ -1,5 +1,8 @@
 """Fold a batch norm into the convolution before it, in evaluation; modules and ``state_dict`` do not change."""
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -7,37 +10,70 @@ from fastseg.nn.fuse.children import Act, conv_tensors, norm_tensors
 from fastseg.nn.fuse.norm import run_norm_act, watched_norm
 from fastseg.nn.fuse.watch import apply_act, rewritten, split_act, watched
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.dispatch import autocast_dtype, followed
-from fastseg.ops.core.kept import eager_keeper, made_once
+from fastseg.ops.core.dispatch import autocast_dtype, followed, kernels_run_eagerly
+from fastseg.ops.core.kept import eager_keeper, keepers, made_once
 from fastseg.ops.core.norm import activate, add_residual
 from fastseg.ops.core.recompute import kept_as_recipe
 from fastseg.ops.cpu.packed import conv2d, packing
-from fastseg.ops.registered.fold_norm import fold_norm
+from fastseg.ops.registered.fold_norm import fold_norms
 
 
-def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, always: bool = False) -> bool:
-    """True if the norm has fixed statistics, nobody wants a gradient or watches either module, and folding pays.
+class Source(NamedTuple):
+    """A convolution, the norm after it, and the tensors that folding reads."""
+
+    conv: nn.Conv2d
+    norm: nn.BatchNorm2d
+    weight: Tensor
+    bias: Tensor | None
+    mean: Tensor | None
+    var: Tensor | None
+    gamma: Tensor | None
+    beta: Tensor | None
+    eps: float
+
+
+def source_of(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Source:
+    """The tensors as the modules hold them now."""
+    mean, var, gamma, beta = norm_tensors(norm)
+    return Source(conv, norm, *conv_tensors(conv), mean, var, gamma, beta, norm.eps)
+
+
+def foldable(x: Tensor, sources: Sequence[Source], *, always: bool = False) -> bool:
+    """True if all norms have fixed statistics, nobody wants a gradient, and folding pays; nobody watches a module.
 
     ``always``: whatever it costs, for what saves more than a pass over the map.
     """
-    if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm) or norm_tensors(norm)[0] is None:
-        return False
-    sources = _sources(conv, norm)
-    tensors = (x, *sources[:4])
+    tensors: list[Tensor | None] = [x]
+    for source in sources:
+        if source.norm.training or source.mean is None:
+            return False
+        tensors += source[2:4]
+        tensors += source[6:8]
     # A compiler folds by itself; in a trace or a transform the weights are variables.
     if followed(*tensors) or (torch.is_grad_enabled() and _differentiated(*tensors)):
         return False
     if always:
         return True
-    # Folding costs less than a pass over the map: it is done once, or the map is larger than the weight.
-    down, across = conv.stride
-    pixels = x.shape[0] * (x.shape[-2] // down) * (x.shape[-1] // across)
-    return sources[0].shape[1:].numel() <= pixels or eager_keeper(sources) is not None
+    for source in sources:
+        # Folding costs less than a pass over the map: it is done once, or the map is larger than the weight.
+        down, across = source.conv.stride
+        pixels = x.shape[0] * (x.shape[-2] // down) * (x.shape[-1] // across)
+        if source.weight.shape[1:].numel() > pixels and eager_keeper(source[2:8]) is None:
+            return False
+    return True
 
 
-def _sources(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
-    mean, var, weight, bias = norm_tensors(norm)
-    return *conv_tensors(conv), weight, bias, mean, var
+def source_if_foldable(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, always: bool = False) -> Source | None:
+    """What folding reads, if the norm can be folded into the convolution, and nobody watches either."""
+    if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm):
+        return None
+    source = source_of(conv, norm)
+    return source if foldable(x, (source,), always=always) else None
+
+
+def can_fold(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, always: bool = False) -> bool:
+    """True if ``source_if_foldable`` finds one."""
+    return source_if_foldable(x, conv, norm, always=always) is not None
 
 
 def _differentiated(*tensors: Tensor | None) -> bool:
@@ -56,17 +92,31 @@ def folded(
     The result is computed at each call, because writes to a weight may go uncounted. It is kept inside
     ``fastseg.frozen`` and in a ``Runner``.
     """
-    dtype = autocast_dtype(x)
-    last = x.is_contiguous(memory_format=torch.channels_last)
-    sources = weight, bias, gamma, beta, mean, var = _sources(conv, norm)
+    return fold_all(x, (source_of(conv, norm),), (inputs,))[0]
 
+
+def fold_all(
+    x: Tensor, sources: Sequence[Source], inputs: Sequence[tuple[int, int] | None] = ()
+) -> list[tuple[Tensor, Tensor]]:
+    """``folded`` of each, in eager code; ``inputs`` are of each, or () for all channels."""
+    dtype, last = autocast_dtype(x), x.is_contiguous(memory_format=torch.channels_last)
+    channels = inputs or [None] * len(sources)
+    if keepers.get():
+        return [_fold_once(*each, dtype, last) for each in zip(sources, channels, strict=True)]
+    folds: list = []
+    for source, part in zip(sources, channels, strict=True):
+        folds.append(source[2:] if part is None else (source.weight[:, slice(*part)], *source[3:]))
+    return fold_norms(folds, dtype, last, kernels_run_eagerly(sources[0].weight))
+
+
+def _fold_once(source: Source, inputs: tuple[int, int] | None, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
     def fold() -> tuple[Tensor, Tensor]:
-        part = weight if inputs is None else weight[:, slice(*inputs)]
-        return fold_norm(part, bias, mean, var, gamma, beta, norm.eps, dtype, last)
+        weight = source.weight if inputs is None else source.weight[:, slice(*inputs)]
+        return fold_norms([(weight, *source[3:])], dtype, last, kernels_run_eagerly(weight))[0]
 
-    if rewritten(conv) or rewritten(norm):
+    if rewritten(source.conv, source.norm):
         return fold()
-    return made_once(sources, ("folded", norm.eps, dtype, last, inputs), fold)
+    return made_once(source[2:8], ("folded", source.eps, dtype, last, inputs), fold)
 
 
 def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
@@ -98,16 +148,20 @@ def run_conv_norm_act(
         act, module = split_act(act)
         if module is not None:
             return module(run_conv_norm_act(x, conv, norm, None, residual))
-    if norm is not None and not can_fold(x, conv, norm):
+    source = None if norm is None else source_if_foldable(x, conv, norm)
+    if norm is not None and source is None:
         return run_norm_act(convolve(conv, x), norm, act, residual)
     if norm is None and watched(conv, nn.Conv2d):
         y = convolve(conv, x)
         return apply_act(act, y if residual is None else y + residual)
-    own = (x, conv.weight, conv.bias)
-    as_it_is = norm is None and (followed(*own) or _differentiated(*own))
-    if conv.padding_mode == "zeros" and not as_it_is:
-        weight, bias = (conv.weight, conv.bias) if norm is None else folded(x, conv, norm)
-        options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)
-        return conv2d_act(x, weight, bias, *options, residual=residual)
-    y = convolve(conv, x) if norm is None else run_conv(x, conv, norm)
+    options = (act, conv.stride, conv.padding, conv.dilation, conv.groups)
+    if source is not None:
+        if conv.padding_mode == "zeros":
+            return conv2d_act(x, *fold_all(x, (source,))[0], *options, residual=residual)
+        y = run_conv(x, conv, norm)
+    else:
+        own = (x, conv.weight, conv.bias)
+        if conv.padding_mode == "zeros" and not (followed(*own) or _differentiated(*own)):
+            return conv2d_act(*own, *options, residual=residual)
+        y = convolve(conv, x)
     return activate(add_residual(y, residual), act, inplace=True)

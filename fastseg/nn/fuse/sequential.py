@@ -65,7 +65,9 @@ def run_layers(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     while place < len(layers):
         conv, norm, act, stop = next_group(layers, place)
         if stop == place:
-            x, stop = layers[place](x), place + 1
+            layer, stop = layers[place], place + 1
+            idle = type(layer) is nn.Dropout and not layer.training and not watched(layer, nn.Dropout)
+            x = x if idle else layer(x)
         elif conv is None:
             x = run_norm_act(x, norm, act)
         elif stop == place + 1:

@@ -5,6 +5,7 @@ wrapper, a parametrisation, another norm), a forward replaced on the instance, o
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
@@ -27,31 +28,38 @@ FUSED_ACTS: dict[type[nn.Module], Activation] = {nn.ReLU: "relu", nn.ReLU6: "rel
 SLOPE = 0.01  # of the fused leaky ReLU
 
 
-def watched(module: nn.Module | None, plain: type[nn.Module]) -> str:
-    """Why ``module`` must be called rather than read for its parameters, or ""."""
-    if module is None:
-        return ""
-    if UNFUSED_DEPTH[0] and in_unfused():
-        return IN_UNFUSED
-    if type(module) is not plain:
-        return f"a child is {type(module).__name__}, not {plain.__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        return "a child has hooks"
-    if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
-        return "a child's forward was replaced"
-    if module._compiled_call_impl is not None:
-        return "a child is compiled by itself"
-    if any(_ON_ALL_MODULES):
-        return "all modules have hooks"
+def watched(*pairs: Any) -> str:
+    """Why a module must be called rather than read for its parameters, or "".
+
+    Args:
+        pairs: a module, or None, and the class that it must be of; the next module and its class; and so on.
+    """
+    unfused = UNFUSED_DEPTH[0] and in_unfused()
+    for i in range(0, len(pairs), 2):
+        module, plain = pairs[i], pairs[i + 1]
+        if module is None:
+            continue
+        if unfused:
+            return IN_UNFUSED
+        if type(module) is not plain:
+            return f"a child is {type(module).__name__}, not {plain.__name__}"
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            return "a child has hooks"
+        if "forward" in vars(module):  # replaced on the instance, as offloading and adapter libraries do
+            return "a child's forward was replaced"
+        if module._compiled_call_impl is not None:
+            return "a child is compiled by itself"
+        if any(_ON_ALL_MODULES):
+            return "all modules have hooks"
     return ""
 
 
-def rewritten(module: nn.Module) -> bool:
-    """True if version counters may miss writes to its parameters: FSDP writes gathered values uncounted.
+def rewritten(*modules: nn.Module) -> bool:
+    """True if version counters may miss writes to their parameters: FSDP writes gathered values uncounted.
 
     ``fully_shard`` is recognised by the hook that it puts on each module whose parameters it shards.
     """
-    return bool(module._load_state_dict_post_hooks)
+    return any(module._load_state_dict_post_hooks for module in modules)
 
 
 def split_act(act: "nn.Module | Activation | None") -> tuple[Activation | None, Callable[[Tensor], Tensor] | None]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core import dispatch
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, followed
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, what_follows
 from fastseg.ops.core.norm import activate, add_residual
 
 if HAS_TRITON:
@@ -35,8 +35,8 @@ class ConvRequest(NamedTuple):
     """Everything that the decision depends on. Sizes and the like are 0 or empty where ``plain`` is False."""
 
     device: str  # "cuda", "cpu" ...
-    cudnn: bool  # True if torch has the fused call and cuDNN to run it
-    deterministic: bool  # True if only deterministic algorithms may run
+    cudnn: bool  # on CUDA, True if torch has the fused call and cuDNN to run it
+    deterministic: bool  # on CUDA, True if only deterministic algorithms may run
     plain: bool  # 4-D tensors of torch's own type, without gradient or tangent
     dtypes: tuple[torch.dtype, ...]  # of input, weight, and the other tensors
     act: str | None
@@ -63,7 +63,7 @@ class ConvRequest(NamedTuple):
 
 
 def request_of(call: ConvCall, *, far: bool = False) -> ConvRequest:
-    """The request of a call in eager mode."""
+    """The request of a call in eager mode: no compiler follows it."""
     x, weight, bias, act, stride, padding, dilation, groups, residual, image_bias, packed = call
     plain, wanted, dtypes = x.dim() == 4, False, []
     for t in (x, weight, residual, bias, image_bias):
@@ -72,13 +72,13 @@ def request_of(call: ConvCall, *, far: bool = False) -> ConvRequest:
             wanted = wanted or t.requires_grad
             dtypes.append(t.dtype)
     plain = plain and not (wanted and torch.is_grad_enabled())
-    plain = plain and not followed(x, weight, residual, bias, image_bias)
+    plain = plain and not what_follows(x, weight, residual, bias, image_bias)
     device, stride, dilation = x.device, tuple(stride), tuple(dilation)
-    padding = padding if isinstance(padding, str) else tuple(padding)
+    padding, on_cuda = padding if isinstance(padding, str) else tuple(padding), device.type == "cuda"
     known = (
         device.type,
-        _FUSED_CALL and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available(),
-        torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled(),
+        on_cuda and _FUSED_CALL and torch.backends.cudnn.enabled and torch.backends.cudnn.is_available(),
+        on_cuda and (torch.backends.cudnn.deterministic or torch.are_deterministic_algorithms_enabled()),
         plain, tuple(dtypes), act, padding,
     )  # fmt: skip
     if not plain:

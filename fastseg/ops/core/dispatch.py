@@ -2,14 +2,14 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.explain import IN_REFERENCE, _in_reference, _report, in_reference, record
-from fastseg.ops.core.forms import IN_FORCE, _forced, forced_to_reference
+from fastseg.ops.core.forms import IN_FORCE, Form, Forms, OneKernel, _forced, forced_to_reference
 from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -39,7 +39,7 @@ def use_kernel(
     device = x.device
     for t in others:
         if t is not None and t.device != device:
-            raise ValueError(f"{op}: tensors on {device} and {t.device}; move them to one device")
+            raise _elsewhere(op, x, t)
     if torch.compiler.is_compiling():
         return not (in_reference() or unsupported or _no_kernel(x))
     why = IN_REFERENCE if _in_reference.get() and in_reference() else ""
@@ -56,6 +56,54 @@ def use_kernel(
     return not why
 
 
+def runs_kernel(forms: Forms, x: Tensor, sizes: tuple, *others: Tensor | None, name: str = "") -> bool:
+    """Ask the list of an op that has one kernel. True if the registered op computes the call, False if torch's ops.
+
+    A graph holds the registered op, which asks the list when it runs: of symbolic sizes nothing is known before.
+
+    Args:
+        forms: a ``KernelForm`` and torch's own ops.
+        x: the tensor whose device and dtype decide.
+        sizes: what the kernel's ``unsupported`` takes.
+        others: further tensors, which must be on the device of ``x``; None is skipped.
+        name: of the op in error messages and ``explain``, if not the list's own.
+
+    Raises:
+        ValueError: the tensors are on different devices.
+    """
+    if others:
+        one_device(name or forms.op, x, others)
+    why = _no_kernel(x)
+    if torch.compiler.is_compiling():
+        return forms.in_graph(OneKernel(why, () if why else sizes)) is forms.forms[0]
+    if not why and (transforms_active() or is_tracing() or forward_ad_level() >= 0):
+        why = _follower((x, *others))
+    return forms.decide(OneKernel(why, () if why else sizes), x, name) is forms.forms[0]
+
+
+def what_follows(*tensors: Tensor | None) -> str:
+    """Name what follows an eager call on these tensors and understands torch's own ops only, or ""."""
+    watched = transforms_active() or is_tracing() or forward_ad_level() >= 0
+    return _follower(tensors) if watched else ""
+
+
+def form_of(forms: Forms, request: Hashable, x: Tensor) -> Form:
+    """The form for this request, chosen and recorded for ``explain`` as a call on ``x``; the caller runs it."""
+    return forms.in_graph(request) if torch.compiler.is_compiling() else forms.decide(request, x)
+
+
+def one_device(op: str, x: Tensor, others: Iterable[Tensor | None]) -> None:
+    """Raise unless all tensors are on the device of ``x``; None is skipped."""
+    device = x.device
+    for t in others:
+        if t is not None and t.device != device:
+            raise _elsewhere(op, x, t)
+
+
+def _elsewhere(op: str, x: Tensor, t: Tensor) -> ValueError:
+    return ValueError(f"{op}: tensors on {x.device} and {t.device}; move them to one device")
+
+
 def is_torchs(x: Tensor) -> bool:
     """Whether torch's own op is all there is for ``x``, and nobody asks why: on a CPU, not compiled by Dynamo.
 
@@ -70,6 +118,11 @@ def kernels_run(x: Tensor) -> bool:
     """True if Triton kernels can run on tensors like ``x``."""
     if torch.compiler.is_compiling():  # a captured graph holds the registered op
         return not (in_reference() or _no_kernel(x))
+    return kernels_run_eagerly(x)
+
+
+def kernels_run_eagerly(x: Tensor) -> bool:
+    """``kernels_run``, where no compiler looks on."""
     return not ((_in_reference.get() and in_reference()) or _no_kernel(x) or _follower((x,)))
 
 

@@ -118,7 +118,11 @@ class Forms:
         if _in_reference.get() and in_reference():
             return Choice(self.forms[-1], (), IN_REFERENCE)
         blocks = _forced.get()
-        return self._choice(request, _asked_for(self.op, blocks) if blocks else ())
+        forced = _asked_for(self.op, blocks) if blocks else ()
+        try:
+            return self._choice(request, forced)
+        except TypeError:  # the sizes of a graph are symbols, which have no hash
+            return self._ask(request, forced)
 
     def _ask(self, request: Hashable, forced: tuple[str, ...]) -> Choice:
         for name in forced:
@@ -139,10 +143,27 @@ class Forms:
 
     def decide(self, request: Hashable, recorded: Tensor, name: str = "") -> Form:
         """Choose a form and record it for ``explain``, as a call of ``name`` on ``recorded``; the caller runs it."""
-        choice, report = self.choose(request), _report.get()
+        report = _report.get()
+        if report is None and not _forced.get() and not _in_reference.get():  # as ``choose``, in one call less
+            try:
+                return self._choice(request, ()).form
+            except TypeError:
+                pass
+        choice = self.choose(request)
         if report is not None:
             self._record(choice, request, recorded, name, len(report))
         return choice.form
+
+    def in_graph(self, request: Any) -> Form:
+        """The same choice in code that is compiled: a compiler follows neither what is remembered nor ``force``."""
+        if in_reference():
+            return self.forms[-1]
+        for form in self.forms[:-1]:
+            if not form.refuses(request):
+                cost = form.cost(request)
+                if cost is None or cost.pays:
+                    return form
+        return self.forms[-1]
 
     def __call__(self, request: Hashable, *args: Any, recorded: Tensor | None = None) -> Any:
         """Choose a form and return ``form.run(*args)``.
@@ -176,14 +197,28 @@ class Forms:
         record(name or self.op, x, form.path, why, form.name, us, refused, place)
 
 
-class _Kernel(Form):
+class OneKernel(NamedTuple):
+    """The request of an op that is one kernel or torch's own ops."""
+
+    no_kernel: str  # why no kernel can run on such tensors, or what follows the call and needs torch's ops; or ""
+    sizes: tuple  # what ``KernelForm.unsupported`` takes; () where ``no_kernel`` decides
+
+
+class KernelForm(Form):
+    """The one kernel of an op.
+
+    Args:
+        run: launches it.
+        unsupported: ``(*sizes) -> why``: why the kernel cannot take these sizes or options, or "".
+    """
+
     name = "kernel"
 
+    def __init__(self, run: Callable, unsupported: Callable[..., str]):
+        self.run, self.unsupported = run, unsupported
 
-def two_forms(*ops: str) -> None:
-    """Name ops that have one kernel and torch's own ops: ``use_kernel`` chooses between the two by what it refuses."""
-    for op in ops:
-        Forms(op, [_Kernel(), Reference(NotImplemented)])
+    def refuses(self, request: OneKernel) -> str:
+        return request.no_kernel or self.unsupported(*request.sizes)
 
 
 def forced_to_reference(op: str) -> bool:

@@ -2,16 +2,18 @@
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, has_tangent
+from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, has_tangent, no_kernel
+from fastseg.ops.core.forms import Forms, KernelForm, OneKernel, Reference
 from fastseg.ops.core.torch_private import forward_ad_level, inside_jvp, is_bare
 
 NAMESPACE = "fastseg"
 DECOMPOSITIONS: dict = {}  # registered op -> the same result in plain PyTorch; for export (`run_decompositions`)
+KERNELS: dict = {}  # registered op -> what it does on a GPU; for export with kernels
 
 
 def qualified(name: str) -> str:
@@ -19,8 +21,32 @@ def qualified(name: str) -> str:
     return f"{NAMESPACE}::{name}"
 
 
+def one_kernel(
+    op: str, launch: Callable, plain: Callable, unsupported: Callable[..., str], *, aliases: Sequence[str] = (),
+    backward: bool = False,
+) -> Forms:  # fmt: skip
+    """The list of an op that is one kernel or torch's own ops.
+
+    Args:
+        op: name of the op in ``force`` and ``explain``.
+        launch: computes the registered op with the kernel.
+        plain: the same in plain PyTorch.
+        unsupported: ``(*sizes) -> why``, as of ``KernelForm``.
+        aliases, backward: as of ``Forms``.
+    """
+    return Forms(op, [KernelForm(launch, unsupported), Reference(plain)], aliases=aliases, backward=backward)
+
+
 def register(
-    schema: str, launch: Callable, plain: Callable, fake: Callable, *, refuses: Callable[..., str] | None = None
+    schema: str,
+    launch: Callable,
+    plain: Callable,
+    fake: Callable,
+    *,
+    refuses: Callable[..., str] | None = None,
+    forms: Forms | None = None,
+    request: Callable[..., Hashable] | None = None,
+    asked: bool = False,
 ):
     """Define and register one op.
 
@@ -30,7 +56,10 @@ def register(
             tensors when interpreted.
         plain: the same in plain PyTorch; runs on CPU tensors, and in exported programs that must hold no custom op.
         fake: output shapes, dtypes and strides.
-        refuses: of an op with two forms, one kernel and ``plain``: why the kernel cannot take these arguments, or "".
+        refuses: of an op without a list, one kernel and ``plain``: why the kernel cannot take these arguments, or "".
+        forms: the op's list; it is asked at each call, and ``launch`` is what its kernel runs.
+        request: the list's request, of the op's arguments.
+        asked: True if eager callers have asked the list before: a call that skips the dispatcher asks no second time.
 
     Returns:
         A callable. ``.op`` is its default overload, ``.direct`` maps a device type to its implementation.
@@ -39,12 +68,17 @@ def register(
     if refuses is not None:
         launch = _kernel_or_plain(launch, plain, refuses)
     torch.library.define(qualified(name), schema.removeprefix(name))
-    direct = {"cuda": launch if HAS_TRITON else plain, "cpu": launch if INTERPRETED else plain}
-    for device, implementation in direct.items():
-        torch.library.impl(qualified(name), device.upper(), _refusing_tangents(name, implementation))
+    asks = launch if forms is None or request is None else _asking(forms, request)
+    kernels = {"cuda": HAS_TRITON, "cpu": INTERPRETED}
+    direct = {device: (launch if asked else asks) if runs else plain for device, runs in kernels.items()}
+    for device, runs in kernels.items():
+        implementation = _refusing_tangents(name, asks if runs else plain)
+        torch.library.impl(qualified(name), device.upper(), implementation)
     torch.library.register_fake(qualified(name), fake)
     op = getattr(getattr(torch.ops, NAMESPACE), name).default
     DECOMPOSITIONS[op] = plain
+    if HAS_TRITON:
+        KERNELS[op] = asks
 
     @functools.wraps(launch)
     def call(*args):
@@ -62,6 +96,18 @@ def _kernel_or_plain(launch: Callable, plain: Callable, refuses: Callable[..., s
         return plain(*args) if refuses(*args) else launch(*args)
 
     return call
+
+
+def _asking(forms: Forms, request: Callable[..., Hashable]) -> Callable:
+    def call(*args):
+        return forms(request(*args), *args)
+
+    return call
+
+
+def of_sizes(sizes: Callable[..., tuple]) -> Callable[..., OneKernel]:
+    """The request of an op with one kernel: ``sizes`` are what ``unsupported`` takes, of the op's arguments."""
+    return lambda *args: OneKernel(no_kernel(args[0]), sizes(*args))
 
 
 def _have_tangents(args: Iterable) -> bool:

@@ -36,6 +36,7 @@ __all__ = [
     "end_allocate_to_pool",
     "foreach_copy_",
     "forward_ad_level",
+    "functional_mode",
     "hooks_enabled",
     "inductor_patch",
     "inside_jvp",
@@ -54,6 +55,7 @@ __all__ = [
     "tree_leaves",
     "tree_map_only",
     "unpool_to",
+    "wrap_triton",
 ]  # fmt: skip
 
 _always = lambda *args: True
@@ -254,6 +256,16 @@ def aoti_compiler() -> Callable[..., str] | None:
 def aoti_loader() -> Callable[[str], Any] | None:
     """``(path) -> a package of AOTInductor as a callable``; None where this torch has none."""
     return find("torch._inductor.aoti_load_package", None)
+
+
+def functional_mode() -> Any:
+    """The mode in which ``torch.export`` makes a graph functional; None where this torch has none."""
+    return find("torch._subclasses.functional_tensor.FunctionalTensorMode", None)
+
+
+def wrap_triton() -> Callable[[Any], Any] | None:
+    """``torch.library.wrap_triton``, which puts a launch into a graph; None where this torch has none."""
+    return find("torch.library.wrap_triton", None)
 
 
 def inductor_patch(**options: object) -> AbstractContextManager:

@@ -69,7 +69,7 @@ def unsupported(x: Tensor, H: int, W: int) -> str:
     if any(isinstance(n, torch.SymInt) for n in (*x.shape, H, W)):
         return ""
     last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    too_large = last >= 2**31 or x[:1].numel() >= 2**31 or H * W >= 2**31
+    too_large = last >= 2**31 or math.prod(x.shape[1:]) >= 2**31 or H * W >= 2**31
     return "an image of 2^31 elements or more" if too_large else ""
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import HAS_TRITON, autocasts
+from fastseg.ops.core.dispatch import HAS_TRITON, autocasts, no_kernel
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict, forced_blocks, forcing
 from fastseg.ops.core.layout import channels_last, like, memory_format_of
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, Activation, activate, stats_dtype_of
@@ -59,11 +59,15 @@ class Request(NamedTuple):
     dilations: tuple[int, ...]
     passes: int  # over the output, of activation and residual, that a library needs
     ieee: bool  # fp32 that is not rounded to tf32
+    no_kernel: str  # why no kernel can run on such tensors, or what follows the call; or ""
 
 
-def request_of(shape, dtype, COUT: int, kernels, dilations, passes: int = 0) -> Request:
-    ieee = dtype == torch.float32 and not tf32(dtype)
-    return Request(tuple(shape), dtype, COUT, tuple(kernels), tuple(dilations), passes, ieee)
+def request_of(
+    shape: Sequence[int], dtype: torch.dtype, COUT: int, kernels: Sequence[int], dilations: Sequence[int],
+    passes: int = 0, why: str = "",
+) -> Request:  # fmt: skip
+    ieee = not why and dtype == torch.float32 and not tf32(dtype)
+    return Request(tuple(shape), dtype, COUT, tuple(kernels), tuple(dilations), passes, ieee, why)
 
 
 def not_taken(kernels: Sequence[int]) -> str:
@@ -82,7 +86,7 @@ class KernelForm(Form):
         self.run = run
 
     def refuses(self, r: Request) -> str:
-        if why := not_taken(r.kernels):
+        if why := r.no_kernel or not_taken(r.kernels):
             return why
         N, C, H, W = r.shape
         if 0 in r.shape or not r.COUT:
@@ -110,19 +114,21 @@ def _forms(kernel: Callable, plain: Callable, *, backward: bool = False) -> Form
 
 def settled(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """As the kernel reads them: dense, channels innermost, aligned (a slice of a larger buffer may not be)."""
-    weights = [w.to(dtype).contiguous(memory_format=torch.channels_last) for w in weights]
-    return [w.clone() if w.data_ptr() % 16 else w for w in weights]
+    made = []
+    for w in weights:
+        w = w.to(dtype).contiguous(memory_format=torch.channels_last)
+        made.append(w.clone() if w.data_ptr() % 16 else w)
+    return made
 
 
-def _launch_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
+def _request_fwd(x, weights, biases, residual, dilations, act) -> Request:
     passes, kernels = (act != "none") + (residual is not None), [w.shape[-1] for w in weights]
-    request = request_of(x.shape, x.dtype, weights[0].shape[0], kernels, dilations, passes)
-    return FORMS(request, x, weights, biases, residual, dilations, act)
+    return request_of(x.shape, x.dtype, weights[0].shape[0], kernels, dilations, passes, no_kernel(x))
 
 
 def _kernel_fwd(x, weights, biases, residual, dilations, act) -> Tensor:
     residual = None if residual is None else channels_last(residual)
-    biases = [b.contiguous() for b in biases]
+    biases = list(map(Tensor.contiguous, biases))
     return atrous_conv_fwd(channels_last(x), settled(weights, x.dtype), biases, residual, dilations, act)
 
 
@@ -193,9 +199,12 @@ WEIGHT_FORMS = _forms(_kernel_weight, _plain_weight, backward=True)
 
 fwd_op = register(
     f"{NAME}(Tensor x, Tensor[] weights, Tensor[] biases, Tensor? residual, int[] dilations, str act) -> Tensor",
-    _launch_fwd,
+    _kernel_fwd,
     _plain_fwd,
     _fake_fwd,
+    forms=FORMS,
+    request=_request_fwd,
+    asked=True,
 )
 input_op = register(
     f"{NAME}_input(Tensor dy, Tensor[] weights, int[] dilations) -> Tensor", _launch_input, _plain_input, _fake_input

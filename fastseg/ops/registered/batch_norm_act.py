@@ -3,12 +3,16 @@
 They are separate ops so that processes can exchange statistics and sums of gradients between them.
 """
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON
-from fastseg.ops.core.layout import like
+from fastseg.ops.core.forms import Forms
+from fastseg.ops.core.layout import like, memory_format_of
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, plain_norm_bwd, plain_stats, stats_dtype_of
-from fastseg.ops.core.register import register
+from fastseg.ops.core.register import of_sizes, one_kernel, register
 
 if HAS_TRITON:
     from fastseg.kernels.batch_norm.bwd import batch_norm_act_bwd_input, batch_norm_act_bwd_reduce
@@ -30,8 +34,10 @@ def _launch_stats(x):
 
 
 def _launch_fwd(x, mean, var, weight, bias, residual, batch, eps, act):
-    residual = None if residual is None else like(x, residual)
-    return batch_norm_act_fwd(like(x, x), _norm(mean, var, weight, bias, eps, batch), act, residual)
+    layout = memory_format_of(x)
+    residual = None if residual is None else residual.contiguous(memory_format=layout)
+    norm = _norm(mean, var, weight, bias, eps, batch)
+    return batch_norm_act_fwd(x.contiguous(memory_format=layout), norm, act, residual)
 
 
 def _launch_bwd_reduce(dy, x, mean, var, weight, bias, y, eps, act, fixed):
@@ -90,29 +96,54 @@ def _fake_bwd_reduce(dy, x, mean, var, weight, bias, y, eps, act, fixed):
     return sums, none() if y is None else _map(x), _map(x) if fixed else none()
 
 
+MOST_CHANNELS = 65535  # blocks lie along a grid axis of CUDA, one channel to a block
+
+
+def _unsupported(
+    shape: torch.Size, dtype: torch.dtype, residual: torch.dtype | None = None, grouped: bool = False
+) -> str:
+    """Why the kernels cannot take a map of this shape and dtype, or a residual of that dtype, or "".
+
+    ``grouped``: among processes that share statistics; the map of one of them may be empty.
+    """
+    if residual is not None and residual != dtype:
+        return f"a residual of {residual} beside x of {dtype}"
+    if shape[1] > MOST_CHANNELS:
+        return f"{shape[1]} channels > {MOST_CHANNELS}"
+    return "empty input" if 0 in shape and not grouped else ""
+
+
+def _sizes_fwd(x: Tensor, mean, var, weight, bias, residual: Tensor | None, *_) -> tuple:
+    return x.shape, x.dtype, None if residual is None else residual.dtype, False
+
+
+def _listed(launch: Callable, plain: Callable, backward: bool = True) -> Forms:
+    return one_kernel("batch_norm_act", launch, plain, _unsupported, backward=backward)
+
+
+FORMS = _listed(_launch_fwd, _plain_fwd, backward=False)
+_first = lambda x, *_: (x.shape, x.dtype)
+_second = lambda dy, x, *_: (x.shape, x.dtype)
+
 _NORM = "Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias"
+# Eager callers have asked FORMS before the statistics, and hold the map of the forward in its backward.
 stats_op = register(
-    "batch_norm_stats(Tensor x) -> Tensor",
-    _launch_stats,
-    plain_stats,
+    "batch_norm_stats(Tensor x) -> Tensor", _launch_stats, plain_stats,
     lambda x: x.new_empty((3, x.shape[1]), dtype=stats_dtype_of(x)),
-)
+    forms=_listed(_launch_stats, plain_stats), request=of_sizes(_first), asked=True,
+)  # fmt: skip
 fwd_op = register(
-    f"batch_norm_act({_NORM}, Tensor? residual, bool batch, float eps, str act) -> Tensor",
-    _launch_fwd,
-    _plain_fwd,
+    f"batch_norm_act({_NORM}, Tensor? residual, bool batch, float eps, str act) -> Tensor", _launch_fwd, _plain_fwd,
     lambda x, *_: _map(x),
-)
+    forms=FORMS, request=of_sizes(_sizes_fwd), asked=True,
+)  # fmt: skip
 bwd_reduce_op = register(
     f"batch_norm_act_bwd_reduce(Tensor dy, {_NORM}, Tensor? y, float eps, str act, bool fixed) "
-    "-> (Tensor, Tensor, Tensor)",
-    _launch_bwd_reduce,
-    _plain_bwd_reduce,
-    _fake_bwd_reduce,
-)
+    "-> (Tensor, Tensor, Tensor)", _launch_bwd_reduce, _plain_bwd_reduce, _fake_bwd_reduce,
+    forms=_listed(_launch_bwd_reduce, _plain_bwd_reduce), request=of_sizes(_second), asked=True,
+)  # fmt: skip
 bwd_input_op = register(
     f"batch_norm_act_bwd_input(Tensor g, {_NORM}, Tensor sums, bool means, float eps, str act) -> Tensor",
-    _launch_bwd_input,
-    _plain_bwd_input,
-    lambda g, x, *_: _map(x),
-)
+    _launch_bwd_input, _plain_bwd_input, lambda g, x, *_: _map(x),
+    forms=_listed(_launch_bwd_input, _plain_bwd_input), request=of_sizes(_second), asked=True,
+)  # fmt: skip

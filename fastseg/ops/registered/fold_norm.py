@@ -1,5 +1,7 @@
 """Fold a fixed batch norm into the weight and bias of the convolution before it, as one registered op."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,9 @@ from fastseg.ops.core.register import register
 
 if HAS_TRITON:
     from fastseg.kernels.batch_norm.fold import fold_norm_fwd
+
+# Weight, bias, mean, variance, gamma, beta, eps.
+Fold = tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None, float]
 
 
 def fold_norm(
@@ -30,11 +35,18 @@ def fold_norm(
         dtype: of the results.
         last: True for a channels_last weight, False for a contiguous one.
     """
-    args = (weight, bias, mean, var, gamma, beta, eps, dtype, last)
-    if not torch.is_grad_enabled():
-        return (_fold if kernels_run(weight) and weight.numel() else _plain)(*args)
-    with torch.no_grad():
-        return fold_norm(*args)
+    return fold_norms([(weight, bias, mean, var, gamma, beta, eps)], dtype, last, kernels_run(weight))[0]
+
+
+def fold_norms(folds: Sequence[Fold], dtype: torch.dtype, last: bool, kernel: bool) -> list[tuple[Tensor, Tensor]]:
+    """``fold_norm`` of each; a fold is its first arguments. ``kernel``: True if kernels run on such weights."""
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return fold_norms(folds, dtype, last, kernel)
+    made = []
+    for fold in folds:
+        made.append((_fold if kernel and fold[0].numel() else _plain)(*fold, dtype, last))
+    return made
 
 
 def pays_on_cpu(weight: Tensor, values: int) -> bool:

@@ -22,7 +22,7 @@ from fastseg.kernels.runtime.sizes import layout_of, memoized
 from fastseg.ops.core.autograd import run
 from fastseg.ops.core.dispatch import HAS_TRITON, followed_eagerly
 from fastseg.ops.core.layout import memory_format_of, new_map
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
 from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.pool_indices import PoolIndices, encode, pack
 
@@ -59,15 +59,15 @@ class Geometry(NamedTuple):
 
     def pooling(self, N: int, C: int, channels_last: bool) -> "Pooling":
         """The sizes as the kernels take them, in three dimensions."""
-        return _lifted(self, N, C, channels_last)
+        return _lifted(N, C, channels_last, *self)
 
 
 @memoized
-def _lifted(geometry: Geometry, N: int, C: int, channels_last: bool) -> "Pooling":
-    dims = len(geometry.size)
+def _lifted(N: int, C: int, channels_last: bool, *sizes: tuple[int, ...]) -> "Pooling":
+    dims = len(sizes[0])
     ones, zeros = (1,) * (3 - dims), (0,) * (3 - dims)
     fills = (ones, ones, ones, ones, zeros, ones)
-    return Pooling(N, C, *(fill + v for fill, v in zip(fills, geometry, strict=True)), channels_last, dims)
+    return Pooling(N, C, *(fill + v for fill, v in zip(fills, sizes, strict=True)), channels_last, dims)
 
 
 def is_last(x: Tensor) -> bool:
@@ -79,9 +79,10 @@ def is_last(x: Tensor) -> bool:
 
 
 def _launch_pool(x, size, out, kernel, stride, padding, dilation, bits):
-    g, last = Geometry.of(size, out, kernel, stride, padding, dilation), is_last(x)
-    x = x.contiguous(memory_format=memory_format_of(x))
-    return max_pool_fwd(x, g.pooling(*x.shape[:2], last), bits)
+    layout, shape = memory_format_of(x), x.shape
+    sizes = map(tuple, (size, out, kernel, stride, padding, dilation))
+    pool = _lifted(shape[0], shape[1], layout != _CONTIGUOUS, *sizes)
+    return max_pool_fwd(x.contiguous(memory_format=layout), pool, bits)
 
 
 def _launch_unpool(v, index, size, out, kernel, stride, padding, dilation, bits, last, add, sync):
@@ -214,28 +215,54 @@ def _fake_pool(x, *sizes):
     return new_map(x, (*x.shape[:2], *sizes[1])), fake_index(x, is_last(x), *sizes)
 
 
+def unsupported(geometry: Geometry | None, shape: Sequence[int]) -> str:
+    """Why the kernels cannot pool, or unpool, a map of this shape, or "".
+
+    Args:
+        geometry: None if torch must raise the error.
+        shape: (N, C, *spatial) or (C, *spatial).
+    """
+    if geometry is None:
+        return "torch's own checks"
+    if 0 in shape or 0 in geometry.size:
+        return "empty input or output"
+    N, C = shape[:2] if len(shape) == len(geometry.size) + 2 else (1, shape[0])
+    return geometry.pooling(N, C, False).unsupported()
+
+
+def _sizes(x: Tensor, *sizes: Sequence[int]) -> tuple:
+    return Geometry.of(*sizes[:6]), x.shape
+
+
+def _sizes_of_index(v: Tensor, index: Tensor, *sizes: Sequence[int]) -> tuple:
+    return Geometry.of(*sizes[:6]), v.shape
+
+
+POOL_FORMS = one_kernel("max_pool2d", _launch_pool, plain_pool, unsupported, aliases=("max_pool1d", "max_pool3d"))
+UNPOOL_FORMS = one_kernel(
+    "max_unpool2d", _launch_unpool, plain_unpool, unsupported, aliases=("max_unpool1d", "max_unpool3d")
+)
+PICK_FORMS = one_kernel("max_unpool2d", _launch_pick, plain_pick, unsupported, backward=True)
+
 _SIZES = "SymInt[] size, SymInt[] out, int[] kernel, int[] stride, int[] padding, int[] dilation, int bits"
-pool_op = register(f"max_pool(Tensor x, {_SIZES}) -> (Tensor, Tensor)", _launch_pool, plain_pool, _fake_pool)
+# Eager callers have asked the list of the pooling; its gradients are of the same geometry.
+pool_op = register(
+    f"max_pool(Tensor x, {_SIZES}) -> (Tensor, Tensor)", _launch_pool, plain_pool, _fake_pool,
+    forms=POOL_FORMS, request=of_sizes(_sizes), asked=True,
+)  # fmt: skip
 unpool_op = register(
-    f"max_unpool(Tensor v, Tensor index, {_SIZES}, bool last, bool add, bool sync) -> Tensor",
-    _launch_unpool,
-    plain_unpool,
-    lambda v, index, size, *_: new_map(v, (*v.shape[:2], *size)),
-)
+    f"max_unpool(Tensor v, Tensor index, {_SIZES}, bool last, bool add, bool sync) -> Tensor", _launch_unpool,
+    plain_unpool, lambda v, index, size, *_: new_map(v, (*v.shape[:2], *size)),
+    forms=UNPOOL_FORMS, request=of_sizes(_sizes_of_index), asked=True,
+)  # fmt: skip
 pick_op = register(
-    f"max_unpool_bwd(Tensor dy, Tensor index, {_SIZES}, bool last) -> Tensor",
-    _launch_pick,
-    plain_pick,
+    f"max_unpool_bwd(Tensor dy, Tensor index, {_SIZES}, bool last) -> Tensor", _launch_pick, plain_pick,
     lambda dy, index, size, out, *_: new_map(dy, (*dy.shape[:2], *out)),
-)
+    forms=PICK_FORMS, request=of_sizes(_sizes_of_index), asked=True,
+)  # fmt: skip
 
 
 # --- autograd
-
-
-def pool(x: Tensor, geometry: Geometry, bits: int) -> tuple[Tensor, Tensor]:
-    """Maxima of the windows, and their index."""
-    return run(_MaxPool, pool_op, x, *geometry, bits)
 
 
 def unpool(
@@ -250,11 +277,11 @@ def pick(dy: Tensor, index: Tensor, geometry: Geometry, bits: int, last: bool) -
     return run(_MaxUnpoolBwd, pick_op, dy, index, *geometry, bits, last)
 
 
-class _MaxPool(torch.autograd.Function):
+class MaxPool(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, *args):
         y, index = pool_op(x, *args)
-        _MaxPool.save(ctx, (x, *args), (y, index))
+        MaxPool.save(ctx, (x, *args), (y, index))
         ctx.mark_non_differentiable(index)
         return y, index
 
@@ -309,5 +336,5 @@ class _MaxUnpoolBwd(torch.autograd.Function):
         return unpool(dx, index, Geometry(*geometry), bits, last, add=True), None, *(None for _ in ctx.args)
 
 
-for _name, _function in (("max_pool", _MaxPool), ("max_unpool", _MaxUnpool), ("max_unpool_bwd", _MaxUnpoolBwd)):
+for _name, _function in (("max_pool", MaxPool), ("max_unpool", _MaxUnpool), ("max_unpool_bwd", _MaxUnpoolBwd)):
     torch.library.register_autograd(qualified(_name), _function.backward, setup_context=_function.save)

@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 import fastseg
 from fastseg.ops import bilinear_conv_transpose2d, bilinear_kernel, upsample_bilinear
-from fastseg.ops.bilinear_conv_transpose import bilinear_conv_transpose2d_ref
+from fastseg.ops.bilinear_conv_transpose import FORMS, bilinear_conv_transpose2d_ref
 from fastseg.ops.core.dispatch import INTERPRETED
-from fastseg.ops.cpu import bilinear_taps
+from fastseg.ops.cpu.bilinear_taps import Request
 from fastseg.testing import check_op, guard, guarded
 
 if INTERPRETED:
@@ -133,9 +133,8 @@ def can(form, stride, K):
 
 @LAYOUT
 @pytest.mark.parametrize("form", ["grouped", "interpolated", "two_passes"])
-def test_reference_in_each_form(form, layout, monkeypatch):
+def test_each_cpu_form(form, layout):
     """What a CPU runs where no gradient is wanted: small and large strides, sizes past the kernel's reach, 16 bits."""
-    monkeypatch.setattr(bilinear_taps, "form", lambda C, values, S, K, last: form if can(form, S, K) else "grouped")
     sizes = [(None, *taps) for taps in TAPS] + [((7, 5), 8, 16, 31), ((50, 53), 8, 16, 0), ((5, 46), 8, 16, 3)]
     sizes += [((6, 60), 8, 13, 9), ((9, 3), 8, 15, 40), ((9, 3), 8, 16, 60)]
     for size, *taps in (row for row in sizes if can(form, *row[1:3])):
@@ -143,12 +142,15 @@ def test_reference_in_each_form(form, layout, monkeypatch):
             x, bias = draw(shape, layout).detach(), draw(shape[1:2]).detach()
             skip = draw((*shape[:2], *(n + 2 for n in dense(x, *taps, output_size=size).shape[2:])), layout).detach()
             options = {"bias": bias, "skip": skip, "skip_offset": 1, "output_size": size}
-            y = bilinear_conv_transpose2d_ref(x, *taps, **options)
+            with fastseg.force("bilinear_conv_transpose2d", form), fastseg.explain() as report:
+                y = bilinear_conv_transpose2d(x, *taps, **options)
+            assert report.decisions[0].form == form or (shape[0] == 0 and form == "interpolated")
             torch.testing.assert_close(y, dense(x, *taps, **options), atol=1e-6, rtol=1e-6)
             assert y.numel() == 0 or y.is_contiguous(memory_format=layout)
     half = draw((1, 3, 3, 4), layout, torch.bfloat16).detach()
     want = dense(half.double(), 8).to(torch.bfloat16)
-    torch.testing.assert_close(bilinear_conv_transpose2d_ref(half, 8), want)
+    with fastseg.force("bilinear_conv_transpose2d", form):
+        torch.testing.assert_close(bilinear_conv_transpose2d(half, 8), want)
 
 
 @pytest.mark.parametrize(("C", "side", "stride", "last", "one", "two"), [
@@ -165,17 +167,18 @@ def test_reference_in_each_form(form, layout, monkeypatch):
     (21, 16, 32, True, "grouped", "grouped"),
     (21, 256, 2, False, "grouped", "grouped"),
 ])  # fmt: skip
-def test_form_of_the_reference(C, side, stride, last, one, two):
-    before = torch.get_num_threads()
-    try:
-        for threads, want in ((1, one), (2, two)):
-            torch.set_num_threads(threads)
-            values = C * (side * stride) ** 2
-            assert bilinear_taps.form(C, values, stride, 2 * stride, last) == want
-            assert bilinear_taps.form(C, values, stride, 2 * stride + 1, last) == "grouped"
-            assert bilinear_taps.form(C, values, 3, 5, last) == "grouped"
-    finally:
-        torch.set_num_threads(before)
+def test_choice_on_a_cpu(C, side, stride, last, one, two):
+    """By shape, and by the number of threads."""
+    values = C * (side * stride) ** 2
+
+    def chosen(stride: int, K: int, threads: int) -> str:
+        shape = (1, C, side, side)
+        return FORMS.choose(Request("CPU tensor", "", True, shape, values, stride, K, last, threads)).form.name
+
+    for threads, want in ((1, one), (2, two)):
+        assert chosen(stride, 2 * stride, threads) == want
+        assert chosen(stride, 2 * stride + 1, threads) == "grouped"
+        assert chosen(3, 5, threads) == "grouped"
 
 
 @LAYOUT
@@ -192,16 +195,17 @@ def test_a_bare_call_is_checked(layout, device):
     with fastseg.explain() as report:
         bilinear_conv_transpose2d(x, 2)
     assert len(report.decisions) == 1
+    with fastseg.reference():
+        torch.testing.assert_close(bilinear_conv_transpose2d(x, 2), y)
 
 
-def test_reference_keeps_infinity_where_it_is():
+def test_infinity_stays_where_it_is():
     """A row at infinity reaches the outputs of its own taps, as one with neighbours at infinity does; none is NaN."""
     x = torch.zeros(1, 2, 4, 5)
     x[0, 0, 1:3] = torch.inf
     for taps in ((8,), (8, 15, 7), (9,), (2,), (32,)):
-        y = bilinear_conv_transpose2d_ref(x, *taps)
-        one_by_one = bilinear_conv_transpose2d_ref(x.clone().requires_grad_(), *taps).detach()
-        assert torch.equal(y == torch.inf, one_by_one == torch.inf)
+        y = bilinear_conv_transpose2d(x, *taps)
+        assert torch.equal(y == torch.inf, bilinear_conv_transpose2d_ref(x, *taps) == torch.inf)
         assert not y.isnan().any()
 
 

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fastseg
+from fastseg.kernels.runtime.launch import intercept, run
 from fastseg.nn.fuse.upsample_concat import run_upsample_concat_conv
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.core.register import DECOMPOSITIONS
@@ -67,10 +68,27 @@ def test_graphs_hold_the_op_exactly_where_kernels_run():
         with torch.set_grad_enabled(training):
             torch._dynamo.reset()
             torch.compile(net, fullgraph=True, backend=backend)(*inputs())
-        assert ("upsample_taps" in held(graphs[-1])) == (INTERPRETED and not training)
+        assert ("upsample_concat_conv2d" in held(graphs[-1])) == (INTERPRETED and not training)
     with fastseg.reference(), torch.no_grad():
         torch.compile(net, fullgraph=True, backend=backend)(*inputs())
     assert held(graphs[-1]) == set()
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are interpreted")
+@pytest.mark.parametrize("form", ["taps", "reference"])
+def test_a_graph_decides_as_eager_does(form):
+    """Of these sizes the model leaves the kernel out; forced, a graph that was captured before takes it."""
+    net, maps = Net().eval(), inputs()
+    compiled = torch.compile(net, fullgraph=True, backend="eager")
+    launches = []
+    watch = lambda *launch: (launches.append(launch[0].__name__), run(*launch))
+    with torch.no_grad(), intercept(watch):
+        compiled(*maps)
+        assert "_upsample_conv_fwd_kernel" not in launches
+        with fastseg.force("upsample_concat_conv2d", form):
+            launches.clear()
+            torch.testing.assert_close(compiled(*maps), net(*maps), atol=1e-5, rtol=1e-5)
+    assert launches.count("_upsample_conv_fwd_kernel") == 2 * (form == "taps")
 
 
 def test_exported():
@@ -80,4 +98,4 @@ def test_exported():
     for args in (example, inputs(2, 3)):
         torch.testing.assert_close(program.module()(*args), net(*args), atol=1e-5, rtol=1e-5)
     plain = program.run_decompositions(DECOMPOSITIONS)
-    assert "upsample_taps" not in held(plain.graph)
+    assert "upsample_concat_conv2d" not in held(plain.graph)
