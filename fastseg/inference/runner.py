@@ -18,6 +18,7 @@ from fastseg.io.images import first_line
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
 from fastseg.ops.core.marks import CHECKS, Check, Marks
 from fastseg.ops.core.torch_private import NORMS, tree_map_only
+from fastseg.ops.cpu.onednn import why_not
 from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 from fastseg.optimizing import Optimized
 from fastseg.optimizing.bound import may_bind
@@ -124,7 +125,14 @@ class Runner:
     def explain(self) -> str:
         """What the graph of the last shape that was prepared is made of; see ``fastseg.optimize``."""
         found = [] if self._state is None else [made for made, _ in self._state.shapes.values()]
-        return found[-1].explain() if found else "no graph: a model of fastseg, or one that was just changed"
+        text = found[-1].explain() if found else "no graph: a model of fastseg, or one that was just changed"
+        on_cpu = all(t.device.type == "cpu" for t in tensors_of(self.model))
+        why = why_not(self.dtype) if on_cpu and self.dtype is not None else ""
+        return (
+            f"{text}\n{self.dtype} is not packed on this processor and may be slower than float32: {why}"
+            if why
+            else text
+        )
 
     def refresh(self) -> None:
         """Copy the model again at the next call."""

@@ -105,3 +105,5 @@ def test_half_precision_on_a_cpu(model):
         want = model(x)
     for got in (runner(x), runner(x)):
         assert got.dtype == torch.bfloat16 and (got.float() - want).norm() < 0.05 * want.norm()
+    told = "torch.bfloat16 is not packed on this processor" in runner.explain()
+    assert told == bool(why_not(torch.bfloat16)) and "not packed" not in Runner(model, x).explain()
