@@ -48,7 +48,7 @@ def upsample_trilinear(
     target = None if is_torchs(x) else _target(x, size, scale_factor, recompute_scale_factor)
     if target is None or not runs_kernel(FORMS, x, (x.shape, target[0])):
         return upsample_trilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
-    return _in_two(x, *target, align_corners)
+    return _in_two(x, target[0], target[1], align_corners)
 
 
 def _in_two(x: Tensor, size: tuple[int, int, int], factors: tuple[float | None, ...], align_corners: bool) -> Tensor:
