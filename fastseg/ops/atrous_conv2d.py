@@ -173,6 +173,7 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     x, residual = x.to(dtype), None if residual is None else residual.to(autocast_dtype(residual))
     kernels = _check(name, x, weights, biases, dilations, act, residual)
     tensors = [*weights, *biases, residual]
+    ours: bool | None
     if is_torchs(x) and all(t is None or t.is_cpu for t in tensors):
         ours: bool | None = False
     else:

@@ -187,22 +187,26 @@ def _fake_bwd(dy, index, stats, x, mean, var, weight, *_):
     return torch.empty_like(x, memory_format=torch.channels_last), vector(), vector()
 
 
+NOT_LAST = "not channels_last: one after another"
+
+
 class OnePass(KernelForm):
     """Norm, activation and pooling in one pass."""
 
     def cost(self, request: OneKernel) -> Verdict | None:
         last = request.sizes[2]
-        return None if last else Verdict(False, None, "not channels_last: one after another")
+        return None if last else Verdict(False, None, NOT_LAST)
 
 
 def _unsupported(geometry: Geometry | None, shape: torch.Size, last: bool, wants_grad: bool, norm: bool) -> str:
     """Why the kernels cannot compute the op, or its gradient if it is wanted, or ""."""
     if (why := pooling_unsupported(geometry, shape)) or geometry is None or not wants_grad:
         return why
-    if not norm:
-        return "nothing is saved without a norm: one after another"
-    disjoint = geometry.pooling(shape[0], shape[1], True).disjoint
-    return "" if disjoint else "overlapping windows in training: one after another"
+    if norm and geometry.pooling(shape[0], shape[1], True).disjoint:
+        return ""
+    if not last:  # the reason that is named first
+        return NOT_LAST
+    return f"{'overlapping windows in training' if norm else 'nothing is saved without a norm'}: one after another"
 
 
 def _sizes_of(x: Tensor, *args) -> tuple:
