@@ -175,7 +175,7 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     tensors = [*weights, *biases, residual]
     ours: bool | None
     if is_torchs(x) and all(t is None or t.is_cpu for t in tensors):
-        ours: bool | None = False
+        ours = False
     else:
         one_device(name, x, tensors)
         ours = _is_ours(name, x, weights[0].shape[0], kernels, dilations, (act, residual), tensors, whole)
