@@ -4,10 +4,11 @@
     python -m benchmarks.studies.cpu_threads --busy 6 -o busy.md
 
 Each row is one case: the time of fastseg over that of eager PyTorch, by medians and by minima of samples taken in turn,
-for each number of threads. Eager has the same tensors in the same layout; ``other layout`` says what fastseg takes of
-eager's time on the same values in the other one. Ratios at most 1 are what is wanted. One thread is timed by what it
-computes, which other programs hardly disturb; several by the clock on the wall, or all of it with ``--busy``. A slow
-spell of the machine slows both alike; still, differences of a few percent are noise.
+for each number of threads; a summary by op stands before. Eager has the same tensors in the same layout; ``other
+layout`` says what fastseg takes of eager's time on the same values in the other one. Ratios at most 1 are what is
+wanted. One thread is timed by what it computes, which other programs hardly disturb; several by the clock on the wall,
+or all of it with ``--busy``. A slow spell of the machine slows both alike; still, differences of a few percent are
+noise.
 """
 
 import argparse
@@ -334,6 +335,22 @@ def table(rows: list[Row], counts: list[int]) -> str:
     return "\n".join(lines)
 
 
+def summary(rows: list[Row], counts: list[int]) -> str:
+    """Markdown: a line an op, with the range of its ratios, and the cases that take longer by medians and by minima."""
+    head = ["op", "cases", *(f"{n} thread{'s' * (n > 1)}: least, middle, most" for n in counts), "longer than eager"]
+    lines = ["| " + " | ".join(head) + " |", "| --- |" + " ---: |" * (len(counts) + 1) + " --- |"]
+    for op in dict.fromkeys(row.name.split()[0] for row in rows):
+        found = [row for row in rows if row.name.split()[0] == op]
+        cells = [op, str(len(found) // len(counts))]
+        for n in counts:
+            ratios = [row.median for row in found if row.threads == n]
+            cells.append(f"{min(ratios):.2f}, {statistics.median(ratios):.2f}, {max(ratios):.2f}")
+        longer = [row for row in found if min(row.median, row.least) > 1.02]
+        cells.append("; ".join(f"{row.name.partition(' ')[2]}, {row.threads}: {row.median:.2f}" for row in longer))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def about(busy: int) -> str:
     """What was compared, and on what machine."""
     cores, waiting = os.cpu_count(), os.getloadavg()[1]
@@ -373,9 +390,11 @@ def main() -> None:
                     with torch.set_grad_enabled(op in ("loss", "upsampling")):
                         rows += (found := [compare(case, n, args.seconds, args.busy > 0) for n in counts])
                     if args.output:  # as far as it is: a long run may be cut off
-                        args.output.write_text(f"{about(args.busy)}\n\n{table(rows, counts)}\n")
+                        args.output.write_text(
+                            f"{about(args.busy)}\n\n{summary(rows, counts)}\n\n{table(rows, counts)}\n"
+                        )
                     print(case.name, *(f"{r.median:.2f} ({r.least:.2f})" for r in found), sep="  ", flush=True)
-    print(f"\n{about(args.busy)}\n\n{table(rows, counts)}")
+    print(f"\n{about(args.busy)}\n\n{summary(rows, counts)}\n\n{table(rows, counts)}")
 
 
 if __name__ == "__main__":

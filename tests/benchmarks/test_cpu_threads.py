@@ -45,3 +45,10 @@ def test_a_row_is_of_its_number_of_threads(monkeypatch):
     assert set(seen) == {1, 2} and torch.get_num_threads() == before
     assert [row.threads for row in rows] == [1, 2] and all(row.median > 0 for row in rows)
     assert cpu_threads.table(rows, [1, 2]).splitlines()[-1].startswith("| case | ")
+
+
+def test_the_summary_names_what_takes_longer():
+    row = lambda name, threads, median: cpu_threads.Row(name, threads, median, median, None, 1.0)
+    rows = [row("argmax a", 1, 0.5), row("argmax a", 2, 1.2), row("argmax b", 1, 0.7), row("argmax b", 2, 0.6)]
+    last = cpu_threads.summary(rows, [1, 2]).splitlines()[-1]
+    assert last == "| argmax | 2 | 0.50, 0.60, 0.70 | 0.60, 0.90, 1.20 | a, 2: 1.20 |"
