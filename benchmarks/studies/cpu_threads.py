@@ -368,9 +368,8 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--classes", nargs="+", type=int, default=[1, 2, 21, 150])
     parser.add_argument("--sides", nargs="+", type=int, default=[128, 512])
-    parser.add_argument(
-        "--threads", nargs="+", type=int, default=[1, torch.get_num_threads()], help="1 and the default"
-    )
+    default = [1, torch.get_num_threads()]
+    parser.add_argument("--threads", nargs="+", type=int, default=default, help="1 and the default")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each case and number of threads")
     parser.add_argument("--busy", type=int, default=0, metavar="N", help="processes that compute meanwhile")
     parser.add_argument("-o", "--output", type=Path, help="write the table here too, as markdown")
