@@ -189,7 +189,7 @@ def test_rehearsal(stage, tmp_path):
         }
         for row in rows:
             assert row["median_us"] > 0
-            assert row["path"].startswith("reference") == row["provider"].startswith("fastseg")
+            assert row["path"].startswith(("reference", "torch")) == row["provider"].startswith("fastseg")  # on a CPU
         providers = {row["provider"] for row in rows if row["op"] == bench_pooling.OP}
         assert providers == set(bench_pooling.PROVIDERS) - {"compile"}
     elif stage == "tune":

@@ -31,6 +31,7 @@ if INTERPRETED:
     from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
     from fastseg.kernels.upsample.loss_terms import CODES
     from fastseg.kernels.upsample.masks_to_classes import masks_to_classes_fwd
+    from fastseg.kernels.upsample.masks_to_queries import masks_to_queries_fwd
     from fastseg.kernels.upsample.sizes import Axis, Upsampling
     from fastseg.kernels.upsample.sum import upsample_sum_fwd
     from fastseg.kernels.upsample.volume_argmax import upsample_argmax3d_fwd
@@ -124,6 +125,13 @@ def sums():
     upsample_loss_inner(x, target, None, lse, torch.ones(1, 8, 2), up, spec, 255)
 
 
+def owners():
+    scores = torch.rand(1, 32)
+    masks_to_queries_fwd(
+        torch.randn(1, 32, 16, 16), scores, upsampling(16, 64), torch.uint8, 0.5, squash=True, weighted=True
+    )
+
+
 CASES = {
     batch_norm: (("batch_norm_tile_stats", "batch_stats", "batch_norm_act_bwd_input"), 24 << 10),
     fold: (("fold_norm_fwd",), 12 << 10),
@@ -136,6 +144,7 @@ CASES = {
     levels: (("upsample_sum_fwd",), 32 << 10),
     taps: (("upsample_conv_fwd",), 24 << 10),
     masks: (("masks_to_classes_fwd",), 12 << 10),
+    owners: (("masks_to_queries_fwd",), 20 << 10),
     sums: (("upsample_loss_sums", "upsample_loss_inner"), 64 << 10),
 }
 

@@ -235,8 +235,8 @@ def test_segnet_basic_in_bfloat16_on_a_cpu():
 
 def test_graphs_fold_norms_once(monkeypatch):
     """Once a model, not once a replay; the path holds what its graph reads."""
-    folds, own = [], conv_norm_act.fold_norm
-    monkeypatch.setattr(conv_norm_act, "fold_norm", lambda *args: folds.append(1) or own(*args))
+    folds, own = [], conv_norm_act.fold_norms
+    monkeypatch.setattr(conv_norm_act, "fold_norms", lambda *args: folds.append(1) or own(*args))
     model, x = create("segnet_basic", 3, channels=8).eval(), torch.randn(1, 3, 32, 32)
     built = paths.frozen_call(model, x, torch.float32)
     results = [built.call() for _ in range(3)]

@@ -12,8 +12,9 @@ from fastseg.ops.core.torch_private import forward_ad_level, is_batched, is_trac
 
 def run(function: type[torch.autograd.Function], op: Callable, *args):
     """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
-    watched = torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0 or is_tracing()
-    if not watched or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return op(*args)
+    if not (torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0 or is_tracing()):
         return op(*args)
     tensors = [a for a in args if isinstance(a, Tensor)]
     if followed(*tensors):
