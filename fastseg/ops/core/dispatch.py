@@ -14,9 +14,8 @@ from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transfo
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
-CPU_IS_TORCHS = (
-    not INTERPRETED
-)  # the second checker of tests, whose CUDA tensors say they are on the CPU, sets it False
+# False also in the second checker of tests, whose CUDA tensors say that they are on the CPU.
+CPU_IS_TORCHS = not INTERPRETED
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
