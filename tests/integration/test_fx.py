@@ -158,7 +158,7 @@ FUNCTIONS = {
     "batch_norm_act": lambda net, x: ops.batch_norm_act(x, net.norm, "relu", x.neg()),
     "batch_norm_act_max_pool2d": lambda net, x: ops.batch_norm_act_max_pool2d(x, net.norm, kernel_size=3, stride=2),
     "bilinear_conv_transpose2d": lambda net, x: ops.bilinear_conv_transpose2d(x, 2, bias=net.bias),
-    "masks_to_classes": lambda net, x: ops.masks_to_classes(x.flatten(2), x, scale_factor=2),
+    "masks_to_classes": lambda net, x: ops.masks_to_classes(x.flatten(2)[..., :4], x, scale_factor=2),
     "masks_to_queries": lambda net, x: ops.masks_to_queries(x[:, :, 0, 0], x, 9)[2],
     "max_pool1d": lambda net, x: ops.max_pool1d(x.flatten(2), 2),
     "max_pool2d": lambda net, x: ops.max_pool2d(x, kernel_size=2),
