@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 from foreign import declare_operators
 
 
-def _smp(architecture: str, encoder: str, **options: object) -> nn.Module:
+def smp_model(architecture: str, encoder: str, **options: object) -> nn.Module:
     import segmentation_models_pytorch as smp
 
     return smp.create_model(architecture, encoder, encoder_weights=None, classes=21, **options)
@@ -42,7 +42,7 @@ def _segformer(depths: list[int], widths: list[int], width: int) -> nn.Module:
     return hf.SegformerForSemanticSegmentation(config)
 
 
-def _torchvision(name: str) -> nn.Module:
+def torchvision_model(name: str) -> nn.Module:
     import torchvision
 
     return getattr(torchvision.models.segmentation, name)(weights=None, weights_backbone=None, num_classes=21)
@@ -51,21 +51,21 @@ def _torchvision(name: str) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "SegFormer-B0": lambda: _segformer([2, 2, 2, 2], [32, 64, 160, 256], 256),
     "SegFormer-B2": lambda: _segformer([3, 4, 6, 3], [64, 128, 320, 512], 768),
-    "smp segformer mit_b0": lambda: _smp("segformer", "mit_b0"),
-    "smp upernet resnet34": lambda: _smp("upernet", "resnet34"),
-    "smp unet resnet34": lambda: _smp("unet", "resnet34"),
-    "smp unet mobilenet_v2": lambda: _smp("unet", "mobilenet_v2"),
-    "smp unet efficientnet-b0": lambda: _smp("unet", "efficientnet-b0"),
-    "smp fpn resnet34": lambda: _smp("fpn", "resnet34"),
-    "smp pspnet resnet34": lambda: _smp("pspnet", "resnet34"),
-    "smp deeplabv3plus resnet34": lambda: _smp("deeplabv3plus", "resnet34"),
-    "torchvision fcn_resnet50": lambda: _torchvision("fcn_resnet50"),
-    "torchvision deeplabv3_resnet50": lambda: _torchvision("deeplabv3_resnet50"),
+    "smp segformer mit_b0": lambda: smp_model("segformer", "mit_b0"),
+    "smp upernet resnet34": lambda: smp_model("upernet", "resnet34"),
+    "smp unet resnet34": lambda: smp_model("unet", "resnet34"),
+    "smp unet mobilenet_v2": lambda: smp_model("unet", "mobilenet_v2"),
+    "smp unet efficientnet-b0": lambda: smp_model("unet", "efficientnet-b0"),
+    "smp fpn resnet34": lambda: smp_model("fpn", "resnet34"),
+    "smp pspnet resnet34": lambda: smp_model("pspnet", "resnet34"),
+    "smp deeplabv3plus resnet34": lambda: smp_model("deeplabv3plus", "resnet34"),
+    "torchvision fcn_resnet50": lambda: torchvision_model("fcn_resnet50"),
+    "torchvision deeplabv3_resnet50": lambda: torchvision_model("deeplabv3_resnet50"),
 }
 
 
-class _Logits(nn.Module):
-    """A model whose output is the map of logits, for onnx."""
+class Logits(nn.Module):
+    """A model that returns the map of logits alone, which every peer can export."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -89,7 +89,7 @@ def providers(model: nn.Module, x: Tensor, compiled: bool, onnx: bool, threads: 
         import onnxruntime
 
         file, options = io.BytesIO(), onnxruntime.SessionOptions()
-        torch.onnx.export(_Logits(model), (x.contiguous(),), file, dynamo=False)
+        torch.onnx.export(Logits(model), (x.contiguous(),), file, dynamo=False)
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
         feed = {session.get_inputs()[0].name: x.contiguous().numpy()}

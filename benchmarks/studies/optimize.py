@@ -23,14 +23,13 @@ from torch import Tensor, nn
 
 import fastseg
 from benchmarks.studies.convert import MODELS as CONVERTED
-from benchmarks.studies.convert import _smp, _torchvision, declare_operators
+from benchmarks.studies.convert import Logits, declare_operators, smp_model, torchvision_model
 from fastseg.inference import Runner
 from fastseg.io.quiet import quiet
 from fastseg.measure.comparison import eager_form
 from fastseg.measure.machine import machine
 from fastseg.measure.paths import PATHS, Unavailable
 from fastseg.measure.timing import interleaved, medians
-from fastseg.ops.logits import logits_of
 
 SMP = ("unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
        "segformer")  # fmt: skip
@@ -38,12 +37,12 @@ VIT = "tu-vit_tiny_patch16_224.augreg_in21k"
 MODELS: dict[str, Callable[[], nn.Module]] = {
     **CONVERTED,
     **{
-        f"smp {name} {encoder}": lambda name=name, encoder=encoder: _smp(name, encoder)
+        f"smp {name} {encoder}": lambda name=name, encoder=encoder: smp_model(name, encoder)
         for name in SMP
         for encoder in ("resnet34", "mobilenet_v2")
     },
-    "smp dpt vit_tiny": lambda: _smp("dpt", VIT, dynamic_img_size=True),
-    "torchvision lraspp_mobilenet_v3_large": lambda: _torchvision("lraspp_mobilenet_v3_large"),
+    "smp dpt vit_tiny": lambda: smp_model("dpt", VIT, dynamic_img_size=True),
+    "torchvision lraspp_mobilenet_v3_large": lambda: torchvision_model("lraspp_mobilenet_v3_large"),
 }
 OWN = {
     "fastseg unet": ("unet", {"padding": "same"}),
@@ -51,17 +50,6 @@ OWN = {
     "fastseg fcn resnet18": ("fcn", {"backbone": "resnet18"}),
 }
 PEERS = ("optimized", "exact", "onnxruntime", "openvino", "compile")
-
-
-class Logits(nn.Module):
-    """A model that returns the map of logits alone, which every peer can export."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.model(x))
 
 
 def make(name: str) -> nn.Module:

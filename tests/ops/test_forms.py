@@ -9,6 +9,7 @@ import torch
 
 import fastseg
 from fastseg import ops
+from fastseg.kernels.runtime.verdict import verdict
 from fastseg.ops import conv_act
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.core.forms import FORMS, Form, Forms, Reference, Refused, Verdict, forced_blocks, forcing
@@ -210,3 +211,9 @@ def test_every_op_is_forced_to_torchs(op):
     assert report.decisions[1].why == "inside fastseg.force()" and "fastseg" not in type(y.grad_fn).__name__.lower()
     torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-5)
     assert "Backward0" in type(y.grad_fn).__name__
+
+
+def test_a_verdict_asked_about_the_other_form():
+    fused = verdict(False, "fused", 2e-6, "split", 1e-6, "split", "an H200")
+    assert str(fused) == "split: model says fused 2.0 us, split 1.0 us on an H200"
+    assert fused.reversed() == Verdict(True, 1.0, fused.says, 2.0) and fused.reversed().reversed() == fused

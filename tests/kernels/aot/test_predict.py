@@ -105,6 +105,8 @@ def test_the_fused_kernel_asks_for_the_next_taps_before_its_product():
     loads = [i for i, one in enumerate(inside) if one.opcode == "LDG" and "128" in one.suffixes]
     assert len(loads) >= 9 and max(loads) < product  # ptxas moves most of them up, in front of this step's sums
     assert sum(i > first_sum for i in loads) >= 5
+    before = listing.instructions[: min(sass.own(loop))]  # the first step's: only a loop that loads ahead needs them
+    assert sum(one.opcode == "LDG" and "128" in one.suffixes for one in before) >= 9
 
 
 # (N, C, H, W, COUT) -> the least and the most of split over fused by the static model. Where split is the faster by it
