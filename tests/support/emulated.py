@@ -27,7 +27,7 @@ def launchers_for_all() -> Iterator[None]:
         torch.library.impl = impl
     for table in _direct_calls():  # a gradient that the autograd engine made says that it is on the CPU
         table["cpu"] = table["cuda"]
-    sys.modules["fastseg.ops.core.dispatch"].CPU_IS_TORCHS = False
+    sys.modules["fastseg.ops.core.dispatch"].EMULATED = True
 
 
 def _direct_calls() -> Iterator[dict]:

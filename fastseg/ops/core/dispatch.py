@@ -14,8 +14,7 @@ from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transfo
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
-# False also in the second checker of tests, whose CUDA tensors say that they are on the CPU.
-CPU_IS_TORCHS = not INTERPRETED
+EMULATED = False  # True in the second checker of tests, whose CUDA tensors say that they are on the CPU
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -111,7 +110,7 @@ def is_torchs(x: Tensor) -> bool:
 
     Small maps take a CPU so few microseconds that more questions would cost as much as the answer.
     """
-    if not CPU_IS_TORCHS or type(x) is not Tensor or not x.is_cpu:
+    if INTERPRETED or EMULATED or type(x) is not Tensor or not x.is_cpu:
         return False
     return not torch.compiler.is_dynamo_compiling() and _report.get() is None and not _forced.get()
 
