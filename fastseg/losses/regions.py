@@ -58,6 +58,8 @@ class Tversky(Term):
         loss = -score.clamp_min(1e-7).log() if self.log else 1 - score
         if self.gamma != 1:
             loss = loss.clamp_min(1e-7) ** self.gamma  # the power's slope is infinite at 0
+        if self.weight is None and not self.skip_absent:
+            return (loss if self.include_background or table.classes == 1 else loss[:, 1:]).mean()
         weight = self.factors(table).expand_as(loss)
         if self.skip_absent:
             weight = weight * (target > 0)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Table
+from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastseg.ops.upsample_loss import upsample_loss
 
 ClassWeights = Tensor | Sequence[float] | None
@@ -114,6 +115,21 @@ class CrossEntropy(Term):
     def columns(self) -> Sequence[Column]:
         smooth = [Column("all")] if self.label_smoothing > 0 else []
         return [Column("nll"), Column("target"), Column("count"), *smooth]
+
+    def alone(self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor | None:
+        """The loss of classes in one walk forward; None where only sums give it."""
+        if target.is_floating_point() or target.dtype == torch.bool or type(self).value is not CrossEntropy.value:
+            return None
+        if self.weight is not None and (self.weight.shape != logits.shape[1:2] or self.weight.requires_grad):
+            return None
+        if target.dim() == logits.dim() and target.shape[1] == 1:
+            target = target[:, 0]
+        if target.dim() != logits.dim() - 1:
+            return None
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32)) if logits.is_floating_point() else logits
+        return upsample_cross_entropy(
+            wide, target, self.weight, ignore_index, self.reduction, self.label_smoothing, align_corners=align_corners
+        )
 
     def value(self, table: Table) -> Tensor:
         weight, smoothing = self.factors(table), self.label_smoothing

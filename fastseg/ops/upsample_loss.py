@@ -1,5 +1,6 @@
 """A weighted sum of losses on bilinearly upsampled logits, of one head or several."""
 
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Protocol
@@ -88,10 +89,14 @@ def upsample_loss(
     if len(weights) != len(heads):
         raise ValueError(f"upsample_loss: head_weights are {tuple(weights)}; give {len(heads)}, one for each head")
     ignored = ignored_label(terms, ignore_index)
-    total: Tensor | float = 0.0
-    for head, weight in zip(heads, weights, strict=True):
-        total = total + weight * _of_head(head, target, terms, ignored, pixel_weight, align_corners, across_processes)
-    return total
+    options = (target, terms, ignored, pixel_weight, align_corners, across_processes)
+    return _total([(weight, _of_head(head, *options)) for head, weight in zip(heads, weights, strict=True)])
+
+
+def _total(losses: Sequence[tuple[float, Tensor]]) -> Tensor:
+    """The sum of weights times losses; a weight of 1 is no step for autograd."""
+    scaled = [loss if isinstance(weight, (int, float)) and weight == 1 else weight * loss for weight, loss in losses]
+    return functools.reduce(torch.add, scaled)
 
 
 def ignored_label(terms: Sequence[tuple[float, Term]], ignore_index: int | None) -> int:
@@ -108,11 +113,11 @@ def _of_head(
     """The weighted sum of one head: a table for each activation and form of the target."""
     groups: dict[tuple, list[tuple[float, Term]]] = {}
     prepared: dict[tuple, tuple[Tensor, Tensor, Tensor | None]] = {}
-    total: Tensor | float = 0.0
+    found: list[tuple[float, Tensor]] = []
     for weight, term in _parts(terms, logits):
         own = ignored if term.ignore_index is None else term.ignore_index
         if hasattr(term, "direct"):
-            total = total + weight * term.direct(logits, target, own, pixel_weight, align_corners)
+            found.append((weight, term.direct(logits, target, own, pixel_weight, align_corners)))
             continue
         x = term.inputs(logits)
         labels, mask = term.labels(logits, target)
@@ -125,6 +130,13 @@ def _of_head(
         prepared[key] = x, labels, mask
     for key, members in groups.items():
         x, labels, mask = prepared[key]
+        if len(members) == 1 and hasattr(members[0][1], "alone") and mask is None and pixel_weight is None:
+            weight, term = members[0]
+            alone = not (across_processes or term.across_processes)
+            loss = term.alone(x, labels, key[1], align_corners) if alone else None
+            if loss is not None:
+                found.append((weight, loss))
+                continue
         columns = tuple(dict.fromkeys(column for _, term in members for column in term.columns()))
         factor = pixel_weight if mask is None else mask if pixel_weight is None else mask * pixel_weight
         sums = upsample_loss_sums(
@@ -137,8 +149,8 @@ def _of_head(
             across = across_processes or term.across_processes
             if not term.per_image and across not in whole:
                 whole[across] = _over_batch(table, across)
-            total = total + weight * term.value(table if term.per_image else whole[across])
-    return total.to(torch.promote_types(logits.dtype, torch.float32))
+            found.append((weight, term.value(table if term.per_image else whole[across])))
+    return _total(found).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _parts(terms: Sequence[tuple[float, Term]], logits: Tensor) -> Iterator[tuple[float, Term]]:

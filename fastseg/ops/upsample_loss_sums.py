@@ -5,19 +5,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
-from fastseg.ops.core.labels import LABEL_DTYPES, check_targets
+from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.upsample import is_finite
-from fastseg.ops.cpu import loss_rows
+from fastseg.ops.cpu.loss_sums import check_labels, sums_on_cpu
 from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
 from fastseg.ops.volume_loss import sums_of_volume
-
-_LEAST, _PLANE = 2**18, 2**17  # upsampled logits, of one class; from here on strips beat torch's own steps
-_MANY = 5  # classes; from here on strips are faster, and with one; 3 and 4 are planes
 
 
 def upsample_loss_sums(
@@ -75,18 +70,10 @@ def upsample_loss_sums(
 
 
 def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None = None) -> Tensor:
-    """``upsample_loss_sums`` in plain PyTorch; on a CPU it takes a few rows at a time where that is faster."""
-    by_rows = logits.device.type == "cpu" and not followed(logits, pixel_weight)
-    by_rows = by_rows and not (pixel_weight is not None and pixel_weight.requires_grad)
-    if by_rows:
-        if not check_labels(target, logits.shape[1], sums.ignore_index):
-            sums = sums._replace(ignore_index=None)
-        C, pixels = logits.shape[1], target.shape[0] * target.shape[-1] * target.shape[-2]
-        if C == 2 and pixels >= _PLANE and sums.activation == SOFTMAX and target.dim() == 3 and is_finite(logits):
-            return _of_two(logits, target, sums, pixel_weight)
-        large = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
-        if large and is_finite(logits):
-            return _Rows.apply(logits, target, pixel_weight, sums)
+    """``upsample_loss_sums`` in plain PyTorch; on a CPU ``cpu/loss_sums.py`` has what is faster."""
+    on_cpu = logits.device.type == "cpu" and not followed(logits, pixel_weight)
+    if on_cpu and not (pixel_weight is not None and pixel_weight.requires_grad):
+        return sums_on_cpu(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
 
@@ -121,85 +108,7 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
         return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
 
 
-def _of_two(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
-    """Two finite classes, by the sigmoid of their difference: one plane, and the other class is what is left of 1."""
-    needed: dict[Column, None] = dict.fromkeys([Column("count"), Column("target")])
-    for kind, gamma, _ in sums.columns:
-        needed.update(dict.fromkeys(Column(name, gamma if name in _FOCAL else 0.0) for name in _OF_TWO.get(kind, ())))
-    kind = torch.promote_types(logits.dtype, torch.float32)
-    difference = logits[:, 1:].to(kind) - logits[:, :1].to(kind)
-    one = Sums(tuple(needed), SIGMOID, sums.ignore_index, sums.align_corners)
-    at = dict(
-        zip(needed, upsample_loss_sums_ref(difference, target[:, None], one, pixel_weight).unbind(2), strict=True)
-    )
-    of = lambda name, gamma=0.0: at[Column(name, gamma)]
-    count, second = of("count"), of("target")
-    pairs = {
-        "count": lambda _: (count, count),
-        "target": lambda _: (count - second, second),
-        "target_square": lambda _: (count - second, second),
-        "inter": lambda _: (count - second - of("prob") + of("inter"), of("inter")),
-        "least": lambda _: (count - second - of("prob") + of("inter"), of("inter")),
-        "prob": lambda _: (count - of("prob"), of("prob")),
-        "square": lambda _: (count - 2 * of("prob") + of("square"), of("square")),
-        "nll": lambda _: (of("neg"), of("pos")),
-        "all": lambda _: (of("neg") + of("pos_flip"), of("pos") + of("neg_flip")),
-        "focal": lambda gamma: (of("focal_neg", gamma), of("focal_pos", gamma)),
-    }
-    return torch.stack([torch.cat(pairs[name](gamma), 1) for name, gamma, _ in sums.columns], 2)
-
-
-_FOCAL = ("focal_pos", "focal_neg")
-_OF_TWO = {  # columns of softmax -> those of sigmoid that they are made of, besides count and target
-    "inter": ("inter", "prob"), "least": ("inter", "prob"), "prob": ("prob",), "square": ("square", "prob"),
-    "nll": ("pos", "neg"), "all": ("pos", "neg", "pos_flip", "neg_flip"), "focal": _FOCAL,
-}  # fmt: skip
-
-
-class _Rows(torch.autograd.Function):
-    """The sums by strips of rows."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
-        ctx.sums = sums
-        ctx.save_for_backward(x, target, pixel_weight)
-        with torch.autocast("cpu", enabled=False):
-            return loss_rows.Walk(x, target, pixel_weight, sums).forward()
-
-    @staticmethod
-    def gradients(ctx, saved, slopes: Tensor):
-        x, target, pixel_weight = saved
-        with torch.autocast("cpu", enabled=False):
-            dx = loss_rows.Walk(x, target, pixel_weight, ctx.sums).backward(slopes)
-        return loss_rows.like(x, dx), None, None, None
-
-    @staticmethod
-    def again(ctx, saved, slopes: Tensor):
-        x, *others = saved
-        with torch.autocast("cpu", enabled=False):
-            forward = lambda x: at_full_size(x, *others, ctx.sums)
-            return *derived(forward, (x,), ctx.needs_input_grad[:1], slopes), None, None, None
-
-    backward = staticmethod(differentiable(gradients, again))
-
-
 # --- arguments
-
-
-def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> bool:
-    """Raise torch's error for a label that is no class; labels of each class are 0 or 1. Reads the values.
-
-    Returns:
-        False if no label is ignored.
-    """
-    if target.numel() == 0:
-        return False
-    if target.dtype == torch.bool:
-        return ignore_index in (0, 1)
-    least, most = (value.item() for value in target.aminmax())
-    if target.dtype in LABEL_DTYPES and (least < 0 or most >= (2 if target.dim() == 4 else classes)):
-        check_targets(target, 2 if target.dim() == 4 else classes, -1 if ignore_index is None else ignore_index)
-    return ignore_index is not None and least <= ignore_index <= most
 
 
 def checked(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:

@@ -61,6 +61,7 @@ class Table:
     ):  # fmt: skip
         self._at = {column: k for k, column in enumerate(columns)}
         self.columns, self.sums, self.pixels, self.probabilities = columns, sums, pixels, probabilities
+        self._each: tuple[Tensor, ...] | None = None
         self.images, self.axes = sums.shape[0] if images is None else images, axes
 
     @property
@@ -69,7 +70,9 @@ class Table:
 
     def __call__(self, kind: str, gamma: float = 0.0, threshold: float = 0.0) -> Tensor:
         """(N, C), one column."""
-        return self.sums[..., self._at[Column(kind, gamma, threshold)]]
+        if self._each is None:
+            self._each = self.sums.unbind(-1)  # one step for autograd, not one for each column
+        return self._each[self._at[Column(kind, gamma, threshold)]]
 
     def over_batch(self, sums: Tensor, images: int) -> "Table":
         """The same with other sums."""

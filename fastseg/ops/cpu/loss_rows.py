@@ -5,38 +5,15 @@ neighbours and classes are lines, so that maxima and sums over classes are vecto
 logits' own precision, at least fp32, and added up in fp64.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from fastseg.ops.core.layout import memory_format_of
-from fastseg.ops.core.loss_columns import (
-    LABELS,
-    SIGMOID,
-    Column,
-    Sums,
-    factor,
-    factor_slope,
-    sigmoid_slope,
-    sigmoid_term,
-    softmax_slope,
-    softmax_term,
-)
-from fastseg.ops.core.loss_full import is_ignored
+from fastseg.ops.core.loss_columns import LABELS, SIGMOID, Sums, softmax_slope, softmax_term
 from fastseg.ops.core.upsample import along_x
+from fastseg.ops.cpu.loss_blocks import Block, activated, block_of, slope_of, sums_of
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
-
-FOCAL = ("focal_pos", "focal_neg")
-
-
-class Block(NamedTuple):
-    """The labels of a block of pixels, and what they count."""
-
-    classes: Tensor | None  # int64 (rows, 1, W), 0 where ignored; None: there are labels for each class
-    labels: Tensor | None  # (rows, C, W), 0 where ignored; None: there are classes, and the activation is softmax
-    counts: Tensor | None  # factors (rows, 1, W) or (rows, C, W); None: 1
 
 
 class Walk:
@@ -85,7 +62,7 @@ class Walk:
             v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
             block = self._block(strip, rows)
             if self.sums.activation == SIGMOID or block.classes is None:
-                self._add_dense(total, v, block)
+                total += sums_of(activated(v, self.sums), block, self.sums, (0, 2), named=False, hard=self.hard)
             else:
                 self._add_softmax(total, v, block)
         return total
@@ -97,7 +74,8 @@ class Walk:
             v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
             block = self._block(strip, rows)
             if self.sums.activation == SIGMOID or block.classes is None:
-                dv = self._slope_dense(slopes, v, block)
+                a = activated(v, self.sums)
+                dv = slope_of(slopes[None], a, block, self.sums, named=False, hard=self.hard)
             else:
                 dv = self._slope_softmax(slopes, v, block)
             dwide.addmm_(strip.matrix[rows].t(), dv.view(dv.shape[0], -1))
@@ -109,21 +87,12 @@ class Walk:
 
     def _block(self, strip: Strip, rows: slice) -> Block:
         within = slice(strip.start + rows.start, strip.start + rows.stop)
-        counts = None if self.pixel_weight is None else self.pixel_weight[strip.image, within, None].to(self.kind)
-        each_class = self.target.dim() == 4
-        target = self.target[strip.image, :, within].transpose(0, 1) if each_class else (
-            self.target[strip.image, within, None])  # fmt: skip
-        if self.sums.ignore_index is not None:
-            ignored = is_ignored(target, self.sums.ignore_index)
-            counts = (~ignored).to(self.kind) if counts is None else counts.where(~ignored, 0)
-            target = target.masked_fill(ignored, 0)
-        if each_class:
-            return Block(None, target.to(self.kind).contiguous(), counts)
-        classes, labels = target.long(), None
-        if self.sums.activation == SIGMOID:
-            shape = (classes.shape[0], self.x.shape[1], classes.shape[2])
-            labels = torch.zeros(shape, dtype=self.kind, device="cpu").scatter_(1, classes, 1.0)
-        return Block(classes, labels, counts)
+        factors = None if self.pixel_weight is None else self.pixel_weight[strip.image, within, None]
+        if self.target.dim() == 4:
+            labels = self.target[strip.image, :, within].transpose(0, 1)
+            return block_of(labels, factors, self.sums, self.kind)
+        classes = self.x.shape[1] if self.sums.activation == SIGMOID else -1
+        return block_of(self.target[strip.image, within, None], factors, self.sums, self.kind, classes)
 
     # --- softmax of class indices: what a class has of its own pixels is gathered
 
@@ -192,84 +161,6 @@ class Walk:
         if v.shape[1] == 1:  # one class is certain: exactly 0, without rounding
             v.zero_()
         return v
-
-    # --- labels of each class
-
-    def _add_dense(self, total: Tensor, v: Tensor, block: Block) -> None:
-        y, counts = block.labels, block.counts
-        weigh = (lambda f: f) if counts is None else counts.mul
-        if self.sums.activation == SIGMOID:
-            p, other, term = v.sigmoid(), v, sigmoid_term
-        else:
-            other = v.log_softmax(1)
-            p, term = other.exp(), softmax_term
-        kinds = {column.kind for column in self.sums.columns}
-        own: dict[tuple, Tensor] = {}
-        rest = None  # log(1 + exp -|v|): accurate for sure pixels of both labels, where torch's own is not
-        if kinds & {"bce", "pos", "neg"} and self.sums.activation == SIGMOID:
-            rest = v.abs().neg_().exp_().log1p_()
-        for k, column in enumerate(self.sums.columns):
-            if column.kind == "bce":
-                f = v.clamp_min(0).addcmul_(v, y, value=-1).add_(rest)
-            elif column.kind == "pos":
-                f = v.clamp_max(0).neg_().add_(rest).mul_(y)
-            elif column.kind == "neg":
-                f = v.clamp_min(0).add_(rest).mul_(1 - y)
-            elif column.kind in FOCAL and self.hard:  # of the pixel's own label: one evaluation for both columns
-                key = column[1:]
-                if key not in own:
-                    z = v * (1 - 2 * y)  # the logit of the other label
-                    own[key] = factor(z.sigmoid(), column).mul_(_softplus(z))
-                f = own[key] * (y if column.kind == "focal_pos" else 1 - y)
-            elif column.kind == "count" and counts is None:
-                total[:, k] += v.numel() // v.shape[1]
-                continue
-            else:
-                f = term(column, p, other, y)
-            total[:, k] += weigh(f).sum((0, 2))
-
-    def _slope_dense(self, slopes: Tensor, v: Tensor, block: Block) -> Tensor:
-        y = block.labels
-        if self.sums.activation == SIGMOID:
-            p, other, slope_of = v.sigmoid(), v, sigmoid_slope
-        else:
-            other = v.log_softmax(1)
-            p, slope_of = other.exp(), softmax_slope
-        by_p = by_y = None  # what is to be multiplied by p's own slope: a line for each class, and one times y
-        h = None
-        pairs: dict[tuple, dict[str, Tensor]] = {}
-        for slope, column in zip(slopes[:, :, None].unbind(1), self.sums.columns, strict=True):
-            if column.kind == "prob":
-                by_p = slope
-            elif column.kind == "inter":
-                by_y = slope
-            elif column.kind in FOCAL and self.hard:
-                pairs.setdefault(column[1:], {})[column.kind] = slope
-            elif column.kind not in LABELS:
-                f = slope_of(column, p, other, y).mul_(slope)
-                h = f if h is None else h.add_(f)
-        for key, pair in pairs.items():
-            pos, neg = (pair.get(kind, torch.zeros_like(v[:1, :, :1])[0]) for kind in FOCAL)
-            column, sign = Column("focal_pos", *key), 1 - 2 * y
-            z = v * sign  # the logit of the other label, and q its probability
-            q = z.sigmoid()
-            f = _softplus(z).mul_(factor_slope(q, column)).mul_(1 - q)
-            f = f.addcmul_(factor(q, column), q).mul_(sign).mul_(torch.addcmul(neg, y, pos - neg))
-            h = f if h is None else h.add_(f)
-        if by_p is not None or by_y is not None:
-            f = by_p.expand_as(v) if by_y is None else y * by_y if by_p is None else torch.addcmul(by_p, y, by_y)
-            f = f * p if self.sums.activation != SIGMOID else torch.addcmul(p, p, p, value=-1).mul_(f)
-            h = f if h is None else h.add_(f)
-        if h is None:
-            return torch.zeros_like(v)
-        if block.counts is not None:
-            h *= block.counts
-        return h if self.sums.activation == SIGMOID else h.sub_(p * h.sum(1, keepdim=True))
-
-
-def _softplus(v: Tensor) -> Tensor:
-    """log(1 + exp v), in half the time of torch's logsigmoid; without a gradient."""
-    return v.abs().neg_().exp_().log1p_().add_(v.clamp_min(0))
 
 
 def like(x: Tensor, dx: Tensor) -> Tensor:
