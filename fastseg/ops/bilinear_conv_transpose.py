@@ -21,8 +21,7 @@ from fastseg.ops.core.dispatch import (
     one_device,
     what_follows,
 )
-from fastseg.ops.core.explain import Refusal
-from fastseg.ops.core.forms import Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
@@ -303,13 +302,6 @@ class KernelForm(Form):
 
     def run(self, x: Tensor, stride: int, K: int, padding: int, bias, skip, skip_offset: int, size) -> Tensor:
         return _launch_fwd(x, skip, bias, size, stride, K, padding, skip_offset)
-
-
-class Torchs(Reference):
-    """Torch's own lines; with gradients, and where something follows."""
-
-    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
-        return refused[0].why
 
 
 def _convolved(

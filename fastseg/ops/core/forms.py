@@ -64,6 +64,13 @@ class Reference(Form):
         return refused[-1].why if refused else ""
 
 
+class Torchs(Reference):
+    """Torch's own ops behind a kernel and forms for a CPU: they run for the reason that refused the kernel."""
+
+    def why(self, request: Any, refused: Sequence[Refusal]) -> str:
+        return refused[0].why if refused else ""
+
+
 class Refused(Exception):
     """Raised by ``Form.run``: a library has no way to compute this request; the form remembers it."""
 
