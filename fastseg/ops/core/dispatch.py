@@ -112,7 +112,9 @@ def is_torchs(x: Tensor) -> bool:
     """
     if INTERPRETED or EMULATED or type(x) is not Tensor or not x.is_cpu:
         return False
-    if transforms_active() or is_tracing() or forward_ad_level() >= 0 or torch.compiler.is_dynamo_compiling():
+    if torch.compiler.is_dynamo_compiling():  # first: it follows none of the next questions
+        return False
+    if transforms_active() or is_tracing() or forward_ad_level() >= 0:
         return False
     return _report.get() is None and not _forced.get()
 
