@@ -91,7 +91,7 @@ def labels(kind, *, ignored=None, absent=None, share=0.3, classes=C, full=FULL):
 
 def check(ours, theirs, target, classes=C, their_target=None, steep=3.0):
     """Values to 1e-10 and gradients to 1e-9 of the library's own on upsampled logits, NaN where it has NaN."""
-    volume = target.dim() == 5
+    volume = tuple(target.shape[-3:]) == VOLUME
     x = (steep * torch.randn(N, classes, *(DEEP if volume else LOW), dtype=torch.float64)).requires_grad_()
     full = F.interpolate(x, target.shape[-3:], mode="trilinear") if volume else F.interpolate(x, FULL, mode="bilinear")
     with warnings.catch_warnings():
