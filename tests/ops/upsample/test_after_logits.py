@@ -129,7 +129,8 @@ def test_bad_arguments():
         ("Target 9 is out of bounds", IndexError, lambda: upsample_confusion(logits, target + 9, 3)),
         ("Target 9 is out of bounds; classes are 0 to 2", ValueError,
          lambda: confusion.update(logits=logits, target=target + 9)),
-        ("one of pred and logits", TypeError, lambda: confusion.update(target, target, logits=logits)),
+        ("pred and logits given; give pred, or logits", TypeError,
+         lambda: confusion.update(target, target, logits=logits)),
         ("target is torch.float32", TypeError, lambda: upsample_confusion(logits, target.float(), 3)),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
