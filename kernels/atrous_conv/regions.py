@@ -157,23 +157,10 @@ def region_rows(regions: list[Region], W: int, branches: tuple[Branch, ...], *, 
     return rows
 
 
-def weight_rows(H: int, W: int, branches: tuple[Branch, ...], channels: int, sources: int) -> list[list[int]]:
-    """One row for each branch and tap: the output pixels where it is valid (y, x, h - 1, w - 1), how far it reads
-    (pixels), its branch, its place among the weights, the stride of an output channel's weights, and 1 where it is
-    valid anywhere, else 0.
+def by_pixels(branches: tuple[Branch, ...]) -> tuple[int, ...]:
+    """The taps of all branches, numbered one branch after the other, by falling pixels where they are valid.
 
-    ``channels``: of each branch's output; ``sources``: of the input. The weights stand one branch after the other,
-    each (channels, K, K, sources).
+    For any square map larger than all distances: (S - a) (S - b) pixels at distances a and b.
     """
-    rows, start = [], 0
-    for b, branch in enumerate(branches):
-        for ky in range(branch.K):
-            for kx in range(branch.K):
-                (y, h), (x, w) = valid(branch, ky, H), valid(branch, kx, W)
-                known = h > 0 and w > 0
-                y, x, h, w = (y, x, h, w) if known else (0, 0, 1, 1)
-                shift = distance(branch, ky) * W + distance(branch, kx)
-                place = start + (ky * branch.K + kx) * sources
-                rows.append([y, x, h - 1, w - 1, shift, b, place, branch.K**2 * sources, int(known)])
-        start += channels * branch.K**2 * sources
-    return rows
+    away = [(abs(distance(b, ky)), abs(distance(b, kx))) for b in branches for ky in range(b.K) for kx in range(b.K)]
+    return tuple(sorted(range(len(away)), key=lambda tap: (sum(away[tap]), -away[tap][0] * away[tap][1])))

@@ -1,6 +1,7 @@
 """The planner of the atrous convolution against brute force: which taps, which pixels, how much work, what order."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import pytest
@@ -10,13 +11,14 @@ from fastseg.kernels.atrous_conv.cost import plan
 from fastseg.kernels.atrous_conv.regions import (
     Branch,
     Region,
+    by_pixels,
     dense,
     distance,
     executed,
     executed_fraction,
     forward_regions,
     input_regions,
-    weight_rows,
+    valid,
     work_items,
 )
 
@@ -88,8 +90,6 @@ def test_work_is_what_brute_force_counts(H, W, branches, N, block_m):
     assert done == tiled if block_m > 1 and all(b.K < 5 for b in branches) else done >= exact
     if block_m == 1:
         assert done == exact == executed(input_regions(H, W, branches), N, 1)
-        rows = weight_rows(H, W, branches, 8, 16)
-        assert N * sum((h + 1) * (w + 1) for _, _, h, w, *_, known in rows if known) == exact
     assert executed_fraction(H, W, branches, N, block_m) == Fraction(done, dense(H, W, branches, N))
 
 
@@ -115,12 +115,15 @@ def test_items_cover_every_row_long_ones_first():
         assert images == sorted(images)
 
 
-def test_weight_rows_name_the_taps():
-    rows = weight_rows(5, 4, ASPP(4), 8, 16)
-    assert len(rows) == 10
-    assert rows[0] == [0, 0, 4, 3, 0, 0, 0, 16, 1]  # the 1x1: the map
-    assert rows[1] == [0, 0, 0, 0, -4 * 4 - 4, 1, 8 * 16, 9 * 16, 0]  # 4 columns to the left of 4: nowhere
-    assert rows[2] == [4, 0, 0, 3, -4 * 4, 1, 8 * 16 + 16, 9 * 16, 1]  # 4 rows up: the last row alone
+def test_taps_of_large_rectangles_come_first():
+    """The 1x1 and the three centres, then edges and corners by their distance: 14 x 14 pixels at rate 18 are last."""
+    branches = ASPP(6, 12, 18)
+    order = by_pixels(branches)
+    away = [(b, ky, kx) for b, branch in enumerate(branches) for ky in range(branch.K) for kx in range(branch.K)]
+    size = lambda tap: math.prod(valid(branches[away[tap][0]], axis, 32)[1] for axis in away[tap][1:])
+    assert sorted(order) == list(range(28)) and order[0] == 0
+    sizes = [size(tap) for tap in order]
+    assert sizes == sorted(sizes, reverse=True) and sizes[3] == 32 * 32 and sizes[-1] == 14 * 14
 
 
 def test_the_cost_model_decides():
