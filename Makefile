@@ -71,6 +71,21 @@ test-emulated: $(READY)
 	then TRITON_INTERPRET=0 $(BIN)/python -m ttsem.sanitize pytest -q -m 'not gpu' $(EMULATED); \
 	else echo 'ttsem does not install here: the second checker is skipped'; fi
 
+# Conversion and losses beside the libraries themselves, which lie in an environment of their own, on top of .venv: torch
+# stays that of .venv. CONTRIBUTING.md says why `make test` is without it.
+CONVERT_ENV := .venv-convert
+BESIDE = import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))
+$(CONVERT_ENV)/.ready: setup.py constraints-ci.txt
+	$(PYTHON) -m venv $(CONVERT_ENV)
+	$(BIN)/python -c '$(BESIDE)' > $$($(CONVERT_ENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth
+	$(CONVERT_ENV)/bin/pip install -q --disable-pip-version-check --no-compile -c constraints-ci.txt 'fastseg-kernels[convert-test]'
+	@touch $@
+
+.PHONY: test-converting
+test-converting: setup
+	$(MAKE) --no-print-directory $(CONVERT_ENV)/.ready
+	TRITON_INTERPRET=0 $(CONVERT_ENV)/bin/python -m pytest -q $(LONG) tests/converting tests/losses
+
 # All of `make test` but the lint, on the oldest and on the newest supported versions: 10 GB of environments.
 PYTHON312 ?= python3.12
 PYTHON313 ?= python3.13

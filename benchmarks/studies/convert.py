@@ -42,6 +42,27 @@ def _segformer(depths: list[int], widths: list[int], width: int) -> nn.Module:
     return hf.SegformerForSemanticSegmentation(config)
 
 
+class Head(nn.Module):
+    """SegFormer's head alone, on the four maps that its encoder gives for an image."""
+
+    def __init__(self, widths: list[int], width: int):
+        super().__init__()
+        import transformers as hf
+        from transformers.models.segformer.modeling_segformer import SegformerDecodeHead
+
+        config = hf.SegformerConfig(hidden_sizes=widths, decoder_hidden_size=width, num_labels=150)
+        self.decode_head = SegformerDecodeHead(config)
+        self.widths = widths
+
+    def inputs(self, side: int) -> tuple[Tensor, ...]:
+        """Maps of an image of ``side`` x ``side`` pixels."""
+        maps = [torch.randn(1, width, side >> i, side >> i) for i, width in enumerate(self.widths, 2)]
+        return tuple(m.to(memory_format=torch.channels_last) for m in maps)
+
+    def forward(self, *maps: Tensor) -> Tensor:
+        return self.decode_head(maps)
+
+
 def torchvision_model(name: str) -> nn.Module:
     import torchvision
 
@@ -51,6 +72,8 @@ def torchvision_model(name: str) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "SegFormer-B0": lambda: _segformer([2, 2, 2, 2], [32, 64, 160, 256], 256),
     "SegFormer-B2": lambda: _segformer([3, 4, 6, 3], [64, 128, 320, 512], 768),
+    "SegFormer-B0, its head": lambda: Head([32, 64, 160, 256], 256),
+    "SegFormer-B2, its head": lambda: Head([64, 128, 320, 512], 768),
     "smp segformer mit_b0": lambda: smp_model("segformer", "mit_b0"),
     "smp upernet resnet34": lambda: smp_model("upernet", "resnet34"),
     "smp unet resnet34": lambda: smp_model("unet", "resnet34"),
@@ -71,28 +94,31 @@ class Logits(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        return logits_of(self.model(x))
+    def forward(self, *x: Tensor) -> Tensor:
+        return logits_of(self.model(*x))
 
 
-def providers(model: nn.Module, x: Tensor, compiled: bool, onnx: bool, threads: int) -> dict[str, Callable[[], object]]:
+def providers(
+    model: nn.Module, x: tuple[Tensor, ...], compiled: bool, onnx: bool, threads: int
+) -> dict[str, Callable[[], object]]:
     converted = fastseg.convert(copy.deepcopy(model), x)
     frozen = fastseg.frozen(converted)
     frozen.__enter__()  # for the whole row; what is not the converted model's is not in it
-    found: dict[str, Callable[[], object]] = {"eager": lambda: model(x), "frozen": lambda: converted(x)}
+    found: dict[str, Callable[[], object]] = {"eager": lambda: model(*x), "frozen": lambda: converted(*x)}
     twin = copy.deepcopy(converted)
-    found["converted"] = lambda: twin(x)
+    found["converted"] = lambda: twin(*x)
     if compiled:
         fast = torch.compile(copy.deepcopy(model))
-        found["compile"] = lambda: fast(x)
+        found["compile"] = lambda: fast(*x)
     if onnx:
         import onnxruntime
 
         file, options = io.BytesIO(), onnxruntime.SessionOptions()
-        torch.onnx.export(Logits(model), (x.contiguous(),), file, dynamo=False)
+        dense = tuple(t.contiguous() for t in x)
+        torch.onnx.export(Logits(model), dense, file, dynamo=False)
         options.intra_op_num_threads = threads
         session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
-        feed = {session.get_inputs()[0].name: x.contiguous().numpy()}
+        feed = {given.name: t.numpy() for given, t in zip(session.get_inputs(), dense, strict=True)}
         found["onnxruntime"] = lambda: session.run(None, feed)
     return found
 
@@ -101,7 +127,8 @@ def row(name: str, threads: int, args: argparse.Namespace) -> dict[str, object]:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     model = MODELS[name]().eval().to(memory_format=torch.channels_last)
-    x = torch.randn(1, 3, args.side, args.side).to(memory_format=torch.channels_last)
+    x = (torch.randn(1, 3, args.side, args.side).to(memory_format=torch.channels_last),)
+    x = model.inputs(args.side) if isinstance(model, Head) else x
     with torch.no_grad():
         calls = providers(model, x, args.compile, args.onnx, threads)
         times = medians(interleaved(calls, repetitions=args.repetitions, warmup=2))

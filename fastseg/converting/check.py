@@ -7,6 +7,7 @@ Dropout is off in the copies. In the model's own dtype the output must keep its 
 """
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -65,7 +66,7 @@ def check(model: nn.Module, example: Any, placed: Sequence[nn.Module]) -> dict[i
     try:
         for module in placed:
             module.__class__ = classes[type(module)]
-        with evaluating(model), torch.no_grad(), seeded(), fused_everywhere():
+        with evaluating(model), torch.no_grad(), seeded(), fused_everywhere(), _uncompiled():
             run_example(model, example)
     finally:
         back = {check: made for made, check in classes.items()}
@@ -86,6 +87,16 @@ def seeded() -> Iterator[None]:
     """Inside the block, random numbers are those of seed 0; outside they go on as they were."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
+        yield
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Inside the block, compiled parts run as they are written: a compiler would capture the check as well."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
         yield
 
 

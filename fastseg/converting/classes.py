@@ -58,7 +58,7 @@ def converted_class(original: type[nn.Module], rule: Rule) -> type[nn.Module]:
 
         @functools.wraps(own)
         def forward(self, *args, **kwargs):
-            if in_reference() or rule.refuses(self) or _traced(args, kwargs) or _costs_more(rule, args):
+            if in_reference() or _costs_more(rule, args) or rule.refuses(self) or _traced(args, kwargs):
                 return own(self, *args, **kwargs)
             return rule.run(self, functools.partial(own, self), *args, **kwargs)
 

@@ -177,6 +177,7 @@ class Request(NamedTuple):
     plain_cpu: bool  # CPU tensors of torch's own type
     finite: bool  # looked at where it decides
     chip: "Chip | None"
+    threads: int = 1  # of a CPU
 
 
 def _wanted(*tensors: Tensor | None) -> bool:
@@ -198,7 +199,8 @@ def request_of(deep: Tensor, CL: int, COUT: int, size: tuple[int, int], tensors:
     plain = deep.is_cpu and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
     chip = None if why else chip_of(deep.device)
     sizes = (N, C, CL, COUT, h, w, *size)
-    return Request(sizes, deep.dtype, why, _wanted(*tensors), followed(*tensors), plain, True, chip)
+    threads = torch.get_num_threads() if plain else 1
+    return Request(sizes, deep.dtype, why, _wanted(*tensors), followed(*tensors), plain, True, chip, threads)
 
 
 class TapsForm(Form):
@@ -241,7 +243,7 @@ class LowResolutionForm(Form):
         return "" if r.finite else "NaN or infinity, which a strip's GEMM would spread: upsampling, then convolution"
 
     def cost(self, r: Request) -> Verdict:
-        return plan_cpu(*r.sizes)
+        return plan_cpu(*r.sizes, threads=r.threads)
 
     def run(self, *args) -> Tensor:
         return at_low_resolution(*args)
@@ -261,18 +263,22 @@ def _decided(deep, low, weight, bias, act, align_corners: bool, up_first: bool, 
     return FORMS(request, deep, low, weight, bias, act, align_corners, up_first, recorded=recorded)
 
 
-# Cost of an element of a strip, updated by a short GEMM, and of an element written by interpolation or ``cat``, in
-# floating-point operations of a long GEMM. Fitted to times of 11 shapes on a busy machine, one thread, channels_last.
+# Cost of an element of a strip, updated by a short GEMM, of an element written by interpolation or ``cat``, and of one
+# of the filter, brought into the order of the taps at each call, in floating-point operations of a long GEMM. Threads
+# share long GEMMs and copies alone. Fitted to times of 11 shapes on a busy machine, one thread, channels_last.
 # Low resolution took 0.27 of the plain form's time for 256 + 48 -> 256 channels, 32^2 to 128^2; 0.68 for 64 + 16 -> 64;
 # 1.2 for 32 + 16 -> 64. From 32^2 to 64^2 it took 1.05 for 128 + 16 -> 64 and 1.4 for 64 + 16 -> 64. With the backward
-# it gained more: 0.20, 0.27 and (32 + 16 -> 32) 0.52.
-STRIP_ELEMENT, COPY_ELEMENT = 260, 70
+# it gained more: 0.20, 0.27 and (32 + 16 -> 32) 0.52. On two threads, nothing beside: 1.2 for 256 -> 128 and 1.5 for
+# 128 -> 128, 8^2 to 16^2; 1.26 and 0.75, 16^2 to 32^2; 0.39 for 256 -> 256, 16^2 to 64^2; 0.70 for 128 -> 128, 32^2 to
+# 128^2. On one, of the first two: 0.78, 0.91.
+STRIP_ELEMENT, COPY_ELEMENT, FILTER_ELEMENT = 260, 70, 150
 
 
-def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int) -> Verdict:
-    """The faster form on one CPU thread; both include the convolution of ``low``."""
-    taps = 18 * N * h * w * C * COUT + STRIP_ELEMENT * 3 * N * (H + h) * W * COUT
-    plain = 18 * N * H * W * C * COUT + COPY_ELEMENT * N * H * W * (2 * C + CL)
+def plan_cpu(N: int, C: int, CL: int, COUT: int, h: int, w: int, H: int, W: int, *, threads: int = 1) -> Verdict:
+    """The faster form on a CPU; both include the convolution of ``low``."""
+    taps = 18 * N * h * w * C * COUT / threads + STRIP_ELEMENT * 3 * N * (H + h) * W * COUT
+    taps += FILTER_ELEMENT * 9 * C * COUT
+    plain = (18 * N * H * W * C * COUT + COPY_ELEMENT * N * H * W * (2 * C + CL)) / threads
     form = "nine taps at low resolution" if taps < plain else "upsampling, then convolution"
     says = f"{form}: model says {taps * 1e-9:.3g} against {plain * 1e-9:.3g} GFLOP's worth of time"
     return Verdict(taps < plain, None, says)

@@ -1,20 +1,16 @@
 """Models of other libraries, converted, against themselves: values and gradients in float64, even and odd sizes."""
 
-import copy
 import functools
-from collections import Counter
 
 import pytest
 import torch
 from foreign import foreign
-from nets_of_libraries import SMP, errors, hf_segformer, hf_upernet, run, smp_net, timm_net, torchvision_net
+from nets_of_libraries import SMP, hf_segformer, hf_upernet, ready, same_converted, smp_net, timm_net, torchvision_net
 from torch import nn
 
 import fastseg
-from fastseg.converting.classes import fused_everywhere
 from fastseg.measure.counting import products_and_bytes
 
-TOLERANCE = 1e-10
 EVEN, ODD = (64, 96), (75, 83)
 MOBILE = {"tv_inverted_residual": 17}  # SMP's MobileNetV2
 RULES = {
@@ -33,26 +29,10 @@ RULES = {
 }
 
 
-def same(model: nn.Module, size: tuple[int, int], *, training: bool = True, example: bool = False) -> Counter:
-    """Convert a copy, compare, revert; returns how often each rule was taken."""
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    converted = fastseg.convert(copy.deepcopy(model), x if example else None)
-    taken = Counter(row.rule for row in fastseg.conversion(converted).converted)
-    for grad, mode in ((False, False), (True, False), (True, True))[: 3 if training else 2]:
-        want = run(model, x, grad=grad, training=mode)
-        with fused_everywhere():  # also what on a CPU would run as it is written
-            got = run(converted, x, grad=grad, training=mode)
-        assert errors(got[0], want[0]) < TOLERANCE
-        assert errors(got[1], want[1]) < TOLERANCE
-    kinds = [type(m) for m in model.modules()]
-    assert [type(m) for m in fastseg.revert(converted).modules()] == kinds
-    return taken
-
-
 @pytest.mark.parametrize("architecture", SMP)
 def test_smp(architecture):
     size = (128, 128) if architecture == "pan" else (96, 64)  # PAN pools what is left three times
-    taken = same(smp_net(architecture), size, training=False)
+    taken = same_converted(smp_net(architecture), size, training=False)
     want = RULES[architecture] if architecture == "dpt" else MOBILE | RULES[architecture]
     assert {rule: count for rule, count in taken.items() if rule != "sequential"} == want
 
@@ -63,13 +43,13 @@ def test_smp(architecture):
 def test_smp_on_other_encoders(architecture, encoder):
     if encoder == "mit_b0" and architecture in ("unetplusplus", "linknet", "deeplabv3", "deeplabv3plus", "pan"):
         pytest.skip("the library does not build it")
-    same(smp_net(architecture, encoder), (128, 128) if architecture == "pan" else EVEN, example=True)
+    same_converted(smp_net(architecture, encoder), (128, 128) if architecture == "pan" else EVEN, example=True)
 
 
 @pytest.mark.parametrize("size", [EVEN, ODD])
 @pytest.mark.parametrize(("make", "rule"), [(hf_segformer, "hf_segformer_head"), (hf_upernet, "hf_upernet_head")])
 def test_hugging_face(make, rule, size):
-    assert same(make(), size, example=size == ODD)[rule] == 1
+    assert same_converted(make(), size, example=size == ODD)[rule] == 1
 
 
 @pytest.mark.parametrize(
@@ -88,21 +68,40 @@ def test_hugging_face(make, rule, size):
     ids=lambda value: value.args[0] if isinstance(value, functools.partial) else "",
 )
 def test_torchvision_and_timm(make, want):
-    taken = same(make(), (65, 64), training=False)
+    taken = same_converted(make(), (65, 64), training=False)
     assert {rule: taken[rule] for rule in want} == want
+
+
+@pytest.mark.parametrize("act", ["ReLU", "SiLU", "Hardswish", "GELU"])
+def test_blocks_of_timm(act):
+    """With a squeeze-and-excite between depthwise and pointwise, and without; a norm by itself."""
+    foreign("timm")
+    from timm.layers import BatchNormAct2d, ConvNormAct, SqueezeExcite
+    from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual
+
+    layer = getattr(nn, act)
+    blocks = [
+        ConvNormAct(3, 8, 3, act_layer=layer),
+        *(made(8, 8, act_layer=layer, se_layer=se) for made in (DepthwiseSeparableConv, InvertedResidual)
+          for se in (None, SqueezeExcite)),
+        BatchNormAct2d(8, act_layer=layer),
+    ]  # fmt: skip
+    taken = same_converted(ready(nn.Sequential(*blocks)), (9, 12))
+    want = {"timm_conv": 1, "timm_separable": 2, "timm_inverted_residual": 2, "timm_norm": 1}
+    assert taken == (want if act == "ReLU" else {k: n for k, n in want.items() if k != "timm_norm"})
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["fcn_resnet50", "deeplabv3_resnet50"])
 def test_torchvision_segmentation(name):
-    assert same(torchvision_net(name), ODD)["tv_bottleneck"] == 16
+    assert same_converted(torchvision_net(name), ODD)["tv_bottleneck"] == 16
 
 
 def test_odd_maps_in_nearest_decoders_are_interpolated():
     """SMP lets Unet take sides that do not halve, if its check is not asked."""
     model = smp_net("unet")
     model.requires_divisible_input_shape = False
-    same(model, ODD, training=False)
+    same_converted(model, ODD, training=False)
 
 
 # --- products, as counted in the project's table: 512^2, batch 1

@@ -53,6 +53,20 @@ def test_compile_without_breaks(training):
             torch.testing.assert_close(p.grad, q.grad, rtol=1e-3, atol=1e-4)
 
 
+def test_a_compiled_part_is_converted_inside_and_the_check_is_not_compiled():
+    graphs = []
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), Block()).eval()
+    model[1] = torch.compile(model[1], backend=lambda graph, inputs: graphs.append(1) or graph.forward)
+    x = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        want = model(x)
+        before = len(graphs)
+        fastseg.convert(model, x)
+        assert len(graphs) == before
+        assert [row.module for row in fastseg.conversion(model).converted] == ["1._orig_mod.stem", "1._orig_mod.deep"]
+        torch.testing.assert_close(model(x), want, rtol=1e-4, atol=1e-5)
+
+
 def test_export_at_any_batch_and_size():
     model, x = made()
     dims = {0: torch.export.Dim("n", max=64), 2: 4 * torch.export.Dim("h", min=2, max=64),

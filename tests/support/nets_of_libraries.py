@@ -1,5 +1,7 @@
 """Small models of other libraries, with weights and statistics that tell layers apart; float64, in evaluation."""
 
+import copy
+from collections import Counter
 from collections.abc import Callable
 
 import torch
@@ -7,6 +9,10 @@ from foreign import foreign
 from nets import unsettle
 from torch import Tensor, nn
 
+import fastseg
+from fastseg.converting.classes import fused_everywhere
+
+TOLERANCE = 1e-10
 SMP = ("unet", "unetplusplus", "manet", "linknet", "fpn", "pspnet", "deeplabv3", "deeplabv3plus", "pan", "upernet",
        "segformer", "dpt")  # fmt: skip
 NARROW = {
@@ -97,3 +103,19 @@ def errors(got: list, want: list) -> float:
 
 
 Maker = Callable[[], nn.Module]
+
+
+def same_converted(model: nn.Module, size: tuple[int, int], *, training: bool = True, example: bool = False) -> Counter:
+    """Convert a copy, compare, revert; returns how often each rule was taken."""
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    converted = fastseg.convert(copy.deepcopy(model), x if example else None)
+    taken = Counter(row.rule for row in fastseg.conversion(converted).converted)
+    for grad, mode in ((False, False), (True, False), (True, True))[: 3 if training else 2]:
+        want = run(model, x, grad=grad, training=mode)
+        with fused_everywhere():  # also what on a CPU would run as it is written
+            got = run(converted, x, grad=grad, training=mode)
+        assert errors(got[0], want[0]) < TOLERANCE
+        assert errors(got[1], want[1]) < TOLERANCE
+    kinds = [type(m) for m in model.modules()]
+    assert [type(m) for m in fastseg.revert(converted).modules()] == kinds
+    return taken

@@ -10,7 +10,7 @@ from fastseg.converting.rule import Rule
 from fastseg.converting.rules.blocks import NOTHING, block_of, is_sequential, nothing_taken
 from fastseg.nn.fuse.aspp import run_aspp
 from fastseg.nn.fuse.conv_norm_act import run_conv_norm_act
-from fastseg.nn.fuse.resize import not_same_size, run_nearest_concat_conv
+from fastseg.nn.fuse.resize import nearest_pays, not_same_size, run_nearest_concat_conv
 from fastseg.nn.fuse.sequential import run_layers
 from fastseg.nn.fuse.watch import watched
 
@@ -60,12 +60,14 @@ def _after(module: nn.Module, x: Tensor, skip: Tensor | None, size) -> Tensor:
 def _unet_block(
     module: nn.Module, original: Callable, feature_map: Tensor, target_height, target_width, skip_connection=None
 ) -> Tensor:
+    if not nearest_pays(feature_map, module.conv1[0]):
+        return original(feature_map, target_height, target_width, skip_connection)
     y = _after(module, feature_map, skip_connection, (target_height, target_width))
     return module.attention2(y)
 
 
 def _doubling_block(module: nn.Module, original: Callable, x: Tensor, skip: Tensor | None = None) -> Tensor:
-    if getattr(module, "is_empty", False):
+    if getattr(module, "is_empty", False) or not nearest_pays(x, module.conv1[0]):
         return original(x, skip)
     y = _after(module, x, skip, (2 * x.shape[2], 2 * x.shape[3]))
     attention = getattr(module, "attention2", None)
@@ -92,6 +94,8 @@ def _gated_refuses(module: nn.Module) -> str:
 
 def _gated_block(module: nn.Module, original: Callable, x: Tensor, skip: Tensor | None = None) -> Tensor:
     """The gate scales channels by the mean of the doubled map, which is that of the small one: both before doubling."""
+    if not nearest_pays(x, module.conv1[0]):
+        return original(x, skip)
     x = module.hl_conv(x)
     if skip is not None:
         x = x * (module.SE_hl(x) + module.SE_ll(skip))

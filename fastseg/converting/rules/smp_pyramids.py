@@ -9,7 +9,7 @@ from fastseg.converting.rule import Rule
 from fastseg.converting.rules.blocks import NOTHING, block_of, is_sequential
 from fastseg.converting.rules.smp import LIBRARY, parts, taking
 from fastseg.nn.fuse.norm import run_norm_act
-from fastseg.nn.fuse.resize import not_same_size, run_linear_fuse, run_resize_concat_conv
+from fastseg.nn.fuse.resize import not_same_size, run_linear_fuse, run_resize_concat_conv, taps_pay
 from fastseg.nn.fuse.watch import apply_act, watched
 
 
@@ -131,12 +131,19 @@ def _segmentation_refuses(module: nn.Module) -> str:
 def _segmentation(module: nn.Module, original: Callable, x: Tensor) -> Tensor:
     doubled = False
     for level in _levels(module):
-        size = [2 * n for n in x.shape[2:]] if doubled else x.shape[2:]
+        size = (2 * x.shape[2], 2 * x.shape[3])
         conv, norm, act, _ = block_of(level.block)
-        x = apply_act(act, run_norm_act(run_resize_concat_conv([x], size, conv, None, None, align_corners=True),
-                                        norm, None))  # fmt: skip
+        if doubled and taps_pay(x, size, conv):
+            x = run_resize_concat_conv([x], size, conv, None, None, align_corners=True)
+            x = apply_act(act, run_norm_act(x, norm, None))
+        else:
+            x = level.block(_doubled(x) if doubled else x)
         doubled = level.upsample
-    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True) if doubled else x
+    return _doubled(x) if doubled else x
+
+
+def _doubled(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2.0, mode="bilinear", align_corners=True)
 
 
 # --- DPT

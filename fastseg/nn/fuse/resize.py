@@ -11,8 +11,12 @@ from fastseg.nn.fuse.children import Act
 from fastseg.nn.fuse.conv_norm_act import can_fold, folded, run_conv_norm_act
 from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.watch import split_act, watched
+from fastseg.ops.core.dispatch import kernels_run
 from fastseg.ops.core.kept import keeper, made_once
+from fastseg.ops.nearest_conv import choose
 from fastseg.ops.pointwise import compose_pointwise
+from fastseg.ops.upsample_concat_conv import FORMS as UPSAMPLED
+from fastseg.ops.upsample_concat_conv import request_of
 
 
 def not_same_size(conv: nn.Module, sizes: tuple[int, ...] = (1, 3)) -> str:
@@ -48,7 +52,7 @@ def run_resize_concat_conv(
     run = lambda weight, bias, name: ops.resize_concat_conv2d(
         maps, weight, bias, size=size, mode=mode, align_corners=align_corners, act=name
     )
-    return _folded_or_after(maps, conv, norm, act, run)
+    return _folded_or_after(maps, size, conv, norm, act, run)
 
 
 def run_nearest_concat_conv(
@@ -69,7 +73,19 @@ def run_nearest_concat_conv(
     run = lambda weight, bias, name: ops.upsample_nearest_conv2d(
         x, skip, weight, bias, size=size, act=name, up_first=up_first
     )
-    return _folded_or_after([x] if skip is None else [x, skip], conv, norm, act, run)
+    return _folded_or_after([x] if skip is None else [x, skip], size, conv, norm, act, run)
+
+
+def taps_pay(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> bool:
+    """True if a 3x3 convolution of ``x``, resized bilinearly to ``size``, is computed from taps of ``x``."""
+    tensors = [t for t in (x, conv.weight, conv.bias) if t is not None]
+    return UPSAMPLED.choose(request_of(x, 0, conv.out_channels, size, tensors)).form.path != "reference"
+
+
+def nearest_pays(x: Tensor, conv: nn.Conv2d) -> bool:
+    """False where ``run_nearest_concat_conv`` has the products of the plain form, and a CPU folds at each call."""
+    kept = not x.is_cpu or kernels_run(x) or keeper((conv.weight,)) is not None
+    return kept or choose(x, conv.weight) != "upsampled"
 
 
 def run_linear_fuse(
@@ -110,7 +126,7 @@ def run_linear_fuse(
             inputs, torch.cat(weights, 1), bias, size=size, align_corners=align_corners, act=name
         )
 
-    return _folded_or_after(maps, conv, norm, act, run)
+    return _folded_or_after(maps, size, conv, norm, act, run)
 
 
 def _composing_pays(m: Tensor, linear: nn.Linear, outer: Tensor) -> bool:
@@ -122,14 +138,24 @@ def _composing_pays(m: Tensor, linear: nn.Linear, outer: Tensor) -> bool:
     return COUT * M * C + pixels * C * COUT <= pixels * (C * M + M * COUT)
 
 
-def _folded_or_after(maps: Sequence[Tensor], conv: nn.Conv2d, norm, act: Act, run: Callable[..., Tensor]) -> Tensor:
+def _folded_or_after(
+    maps: Sequence[Tensor], size: tuple[int, int], conv: nn.Conv2d, norm, act: Act, run: Callable[..., Tensor]
+) -> Tensor:
     """``run(weight, bias, activation)`` with the norm folded into both, else with norm and activation after it."""
     name, module = split_act(act)
     if module is not None:
-        return module(_folded_or_after(maps, conv, norm, None, run))
+        return module(_folded_or_after(maps, size, conv, norm, None, run))
     if norm is None:
         return run(conv.weight, conv.bias, name)
     wanted = torch.is_grad_enabled() and any(m.requires_grad for m in maps)
-    if not wanted and can_fold(maps[0], conv, norm, always=True):
+    if not wanted and _folding_pays(maps[0], size, conv) and can_fold(maps[0], conv, norm, always=True):
         return run(*folded(maps[0], conv, norm), name)
     return run_norm_act(run(conv.weight, conv.bias, None), norm, name)
+
+
+def _folding_pays(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> bool:
+    """False where a CPU, at each call, would write more numbers of the filter than the norm writes of the map."""
+    pixels = x.shape[0] * size[0] * size[1]
+    if not x.is_cpu or isinstance(pixels, torch.SymInt) or keeper((conv.weight,)) is not None:
+        return True
+    return kernels_run(x) or conv.weight[0].numel() <= pixels

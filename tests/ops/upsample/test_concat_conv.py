@@ -177,6 +177,8 @@ def test_the_cost_models_decide():
     assert upsample_concat_conv.plan_cpu(*decoder).pays
     assert not upsample_concat_conv.plan_cpu(1, 8, 8, 8, 16, 16, 32, 32).pays
     assert not upsample_concat_conv.plan_cpu(1, 256, 48, 256, 32, 32, 16, 16).pays
+    for threads in (1, 2):  # which share the convolution, and not the short products of strips
+        assert upsample_concat_conv.plan_cpu(1, 128, 0, 128, 16, 16, 32, 32, threads=threads).pays == (threads == 1)
     if upsample_concat_conv.HAS_TRITON:
         plan = upsample_concat_conv.plan
         for N in (1, 16):
