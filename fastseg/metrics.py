@@ -3,13 +3,15 @@
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from fastseg.ops.core.pairs import add_pairs, no_pairs
+from fastseg.ops.masks_to_classes import masks_to_classes
 from fastseg.ops.upsample_confusion import upsample_confusion
 
 ArrayLike = Tensor | np.ndarray | Sequence | int
@@ -103,25 +105,43 @@ class ConfusionMatrix:
         target: ArrayLike | None = None,
         *,
         logits: Tensor | None = None,
+        class_scores: Tensor | None = None,
+        mask_logits: Tensor | None = None,
+        scores_size: int | tuple[int, int] | None = None,
         align_corners: bool = False,
     ) -> None:
         """Count the pixels of a batch.
 
         Args:
             pred: predicted class indices, of any shape and integer dtype: a tensor, or an array, a list, a number.
-            target: true class indices or ``ignore_index``, same shape and device; with ``logits`` (N, H, W).
+            target: true class indices or ``ignore_index``, same shape and device; in place of ``pred`` with logits of
+                any kind (N, H, W).
             logits: in place of ``pred``, (N, C, h, w) of any resolution; ``upsample_confusion`` counts their classes.
+            class_scores: in place of ``pred``, with ``mask_logits``: of a mask classifier, (N, Q, C + 1), the last
+                class "no object". ``masks_to_classes`` gives the classes of one image at a time.
+            mask_logits: (N, Q, h, w) of any resolution.
+            scores_size: where the sums over queries are taken, as in ``masks_to_classes``.
             align_corners: of the logits' interpolation.
 
         Raises:
-            TypeError: they are not integers, or rows differ in length.
+            TypeError: they are not integers, rows differ in length, or not one prediction is given.
             ValueError: shapes or devices differ, or an index is out of range. On the CPU no pixel of the batch is then
                 counted; on other devices, to avoid a synchronisation, ``compute`` and ``matrix`` raise instead.
         """
+        queries = class_scores is not None or mask_logits is not None
+        given = [pred is not None, logits is not None, queries]
+        if sum(given) > 1 or (class_scores is None) != (mask_logits is None):
+            names = ("pred", "logits", "class_scores", "mask_logits")
+            here = [n for n, t in zip(names, (pred, logits, class_scores, mask_logits), strict=True) if t is not None]
+            raise TypeError(
+                f"ConfusionMatrix.update: {' and '.join(here)} given; give pred, or logits, or class_scores with "
+                "mask_logits"
+            )
         if logits is not None:
-            if pred is not None:
-                raise TypeError("ConfusionMatrix.update: pred and logits are given; give one of pred and logits")
             self._add(logits, _indices("target", target), align_corners)
+            return
+        if class_scores is not None and mask_logits is not None:
+            self._add_queries(class_scores, mask_logits, _indices("target", target), scores_size, align_corners)
             return
         pred, target = _indices("pred", pred), _indices("target", target)
         if pred.shape != target.shape:
@@ -143,20 +163,51 @@ class ConfusionMatrix:
             self._counts.scatter_add_(0, bins, torch.ones_like(bins))
 
     def _add(self, logits: Tensor, target: Tensor, align_corners: bool) -> None:
-        if logits.device != target.device:
-            raise ValueError(f"ConfusionMatrix.update: logits are on {logits.device}, target on {target.device}")
+        self._same_device("logits", logits, target)
         C = self.num_classes
         try:
             counts = upsample_confusion(
                 logits, target, C, ignore_index=self.ignore_index, align_corners=align_corners
             ).flatten()
         except IndexError as error:
-            raise ValueError(
-                f"ConfusionMatrix.update: {str(error).rstrip('.')}; classes are 0 to {C - 1}, ignore_index is "
-                f"{self.ignore_index}"
-            ) from None
+            raise self._no_class(error) from None
         ignored = 0 if self.ignore_index is None else (target == self.ignore_index).sum()
         outside = target.numel() - ignored - counts.sum()  # of a GPU: the CPU has raised
+        self._sum(counts, ignored, outside)
+
+    def _add_queries(
+        self, class_scores: Tensor, mask_logits: Tensor, target: Tensor, scores_size: Any, align_corners: bool
+    ) -> None:
+        self._same_device("mask logits", mask_logits, target)
+        C, size = self.num_classes, tuple(target.shape[1:])
+        if target.dim() != 3 or class_scores.dim() != 3 or len(target) != len(class_scores):
+            raise ValueError(
+                f"ConfusionMatrix.update: class scores are {tuple(class_scores.shape)}, target is "
+                f"{tuple(target.shape)}; give (N, Q, C + 1) and (N, H, W)"
+            )
+        if class_scores.shape[2] > C + 1:
+            raise ValueError(f"ConfusionMatrix.update: class scores of {class_scores.shape[2] - 1} classes; {self}")
+        counts = no_pairs(C, mask_logits.device)
+        options = {"scores_size": scores_size, "align_corners": align_corners}
+        try:
+            for i, labels in enumerate(target):
+                classes = masks_to_classes(class_scores[i : i + 1], mask_logits[i : i + 1], size, **options)
+                counts = add_pairs(counts, classes, labels, C, self.ignore_index)
+        except IndexError as error:
+            raise self._no_class(error) from None
+        self._sum(counts[:-2], *counts[-2:])
+
+    def _same_device(self, name: str, predicted: Tensor, target: Tensor) -> None:
+        if predicted.device != target.device:
+            raise ValueError(f"ConfusionMatrix.update: {name} are on {predicted.device}, target on {target.device}")
+
+    def _no_class(self, error: IndexError) -> ValueError:
+        return ValueError(
+            f"ConfusionMatrix.update: {str(error).rstrip('.')}; classes are 0 to {self.num_classes - 1}, ignore_index "
+            f"is {self.ignore_index}"
+        )
+
+    def _sum(self, counts: Tensor, ignored: Tensor | int, outside: Tensor) -> None:
         more = [torch.as_tensor(n, device=counts.device).view(1) for n in (ignored, outside, 0)]
         self._counts = self._counts.to(counts.device) + torch.cat([counts, *more])
 

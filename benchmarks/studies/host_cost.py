@@ -18,8 +18,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastseg import nn as fnn
-from fastseg.kernels.runtime.launch import intercept
+from fastseg.kernels.runtime.launch import intercept, launch
 from fastseg.measure.timing import interleaved, medians
+from fastseg.ops.core.autograd import run
+from fastseg.ops.core.dispatch import runs_kernel
+from fastseg.ops.core.torch_private import is_bare
+from fastseg.ops.max_pool import pool_geometry
+from fastseg.ops.registered.pooling import INT64, POOL_FORMS, pool_op
+from fastseg.ops.upsample_bilinear import FORMS, fwd_op, target_of
 
 
 class EagerASPP(nn.Module):
@@ -83,8 +89,43 @@ def python_calls(f: Callable[[], object], named: str = "") -> int:
     return calls
 
 
+def parts() -> dict[str, dict[str, Callable]]:
+    """What the two cheapest modules do on their way, each part by itself: name -> part -> a call."""
+    x, size, identity = sample(), (16, 16), nn.Identity()
+    sizes = (2, 2, 0, 1, False, 2)
+    geometry = pool_geometry(x.shape, *sizes)
+    assert geometry is not None
+    y = torch.empty(1, 16, 4, 4).to(memory_format=torch.channels_last)
+    last = {"memory_format": torch.channels_last}
+    guard = lambda *tensors: launch(None, (1,), *tensors)
+    return {
+        "MaxPool2d, indices": {
+            "call of a module": lambda: identity(x),
+            "checks and sizes": lambda: pool_geometry(x.shape, *sizes),
+            "decision": lambda: runs_kernel(POOL_FORMS, x, (geometry, x.shape)),
+            "who follows, what is bare": lambda: (run(None, bare, x), is_bare((x, *geometry, INT64))),
+            "launcher": lambda: pool_op.direct["cpu"](x, *geometry, INT64),
+            "  of it outputs": lambda: (torch.empty(y.shape, **last), torch.empty(y.shape, dtype=torch.int64, **last)),
+            "  of it launch guard": lambda: guard(x, y, y),
+        },
+        "UpsamplingBilinear2d": {
+            "call of a module": lambda: identity(x),
+            "checks and sizes": lambda: target_of(x.shape, size, None, None),
+            "decision": lambda: runs_kernel(FORMS, x, (x.shape[1], x.shape[2:], size)),
+            "who follows, what is bare": lambda: (run(None, bare, x), is_bare((x, size, True, None, None))),
+            "launcher": lambda: fwd_op.direct["cpu"](x, size, True, None, None),
+            "  of it outputs": lambda: torch.empty((1, 16, 16, 16), **last),
+            "  of it launch guard": lambda: guard(x, y),
+        },
+    }
+
+
+def bare(x: torch.Tensor) -> None:
+    """An op that does nothing."""
+
+
 def main() -> None:
-    """Print a line for each module."""
+    """Print a line for each module, and what two of them spend it on."""
     torch.set_num_threads(1)
     x = sample()
     with intercept(lambda *launch: None), torch.no_grad():
@@ -96,6 +137,9 @@ def main() -> None:
                 f"{name:22} {us['ours']:6.1f} us, eager {us['eager']:6.1f}: {ratio:.2f}; "
                 f"{calls[0]:3} calls in Python, eager {calls[1]:3}"
             )
+        for name, found in parts().items():
+            times = medians(interleaved(found, repetitions=400, warmup=20))
+            print(name, *(f"{part} {1e6 * t:.1f}" for part, t in times.items()), sep=", ")
 
 
 if __name__ == "__main__":

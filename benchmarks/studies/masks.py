@@ -153,7 +153,7 @@ def main() -> int:
             (theirs,), (ours,) = run("0"), run("1")
             a, b, ratio, differ = run("times")
             shown = threads or torch.get_num_threads()
-            print(f"| {way} | {shown} | {a:.2f} | {b:.2f} | {ratio:.2f} | {theirs:.0f} | {ours:.0f} | {differ:.1e} |",
+            print(f"| {way} | {shown} | {a:.4g} | {b:.4g} | {ratio:.2f} | {theirs:.0f} | {ours:.0f} | {differ:.1e} |",
                   flush=True)  # fmt: skip
     facts = machine(torch.device("cpu"))
     print(f"\n{facts['chip']}; torch {facts['torch']}; {facts['date'][:10]}")

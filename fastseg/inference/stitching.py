@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Blend = Literal["gaussian", "constant", "crop"]
-BLENDS = ("gaussian", "constant", "crop")
+Blend = Literal["gaussian", "linear", "constant", "crop"]
+BLENDS = ("gaussian", "linear", "constant", "crop")
 PANEL = 16  # tile columns; one more is computed for each panel after the first, 6 %
 
 
@@ -58,7 +58,12 @@ class Axis(NamedTuple):
             high = self.core if i + 1 == self.count else step + (self.core - step) // 2
             return ((pixels >= low) & (pixels < high)).double()
         centre, deviation = (self.core - 1) / 2, self.core / 8
-        profile = torch.exp(-(((pixels - centre) / deviation) ** 2) / 2) if blend == "gaussian" else pixels.fill_(1)
+        if blend == "gaussian":
+            profile = torch.exp(-(((pixels - centre) / deviation) ** 2) / 2)
+        elif blend == "linear":  # one at the border: where two tiles overlap, one weight falls as the other rises
+            profile = torch.minimum(pixels + 1, self.core - pixels)
+        else:
+            profile = torch.ones_like(pixels)
         total = profile.clone()
         for neighbours in (range(i - 1, -1, -1), range(i + 1, self.count)):
             for k in neighbours:

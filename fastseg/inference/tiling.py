@@ -56,9 +56,9 @@ def overlap_tile(
         progress: show a bar on stderr.
         overlap: least overlap of the outputs of neighbouring tiles, in pixels. None means 0 for a net with a margin,
             else a quarter of the tile. With 0 nothing is blended.
-        blend: weights in the overlap: "gaussian" (deviation an eighth of the tile), "constant", or "crop", which takes
-            each pixel from the tile whose border is farther. Where ``overlap`` is twice a net's reach, "crop" gives the
-            result of the whole image.
+        blend: weights in the overlap: "gaussian" (deviation an eighth of the tile), "linear" (the distance to the
+            tile's border), "constant", or "crop", which takes each pixel from the tile whose border is farther. Where
+            ``overlap`` is twice a net's reach, "crop" gives the result of the whole image.
         argmax: return class maps instead of logits.
         out: receives the result, and has its shape; integers with ``argmax``, else floating point.
 

@@ -2,7 +2,8 @@
 
 ``loss(pred, target)`` equals the library's loss of ``interpolate(pred, target.shape[-2:], mode="bilinear")``, and but
 for ``SemanticSegmentationLoss`` is a term of ``fastseg.nn.UpsampleLoss`` too. ``BCEDiceLoss`` there shrinks the target
-to logits of another size; here the logits grow to the target's.
+to logits of another size; here the logits grow to the target's. Volumes are for ``FocalLoss`` alone, as in the library:
+the others unpack or permute four axes, and ``MultiChannelDiceLoss`` would sum over two of three.
 """
 
 import torch
@@ -30,7 +31,16 @@ class _EachClass(Term):
         return target, None
 
 
-class MultiChannelDiceLoss(_EachClass):
+class _OfMaps(_EachClass):
+    """A loss whose sums are over height and width."""
+
+    def labels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = super().labels(logits, target)
+        check_maps(self._name, logits)
+        return found
+
+
+class MultiChannelDiceLoss(_OfMaps):
     """``ultralytics.utils.loss.MultiChannelDiceLoss``."""
 
     per_image = True
@@ -48,8 +58,10 @@ class MultiChannelDiceLoss(_EachClass):
         return loss.mean() if self.reduction == "mean" else loss.sum() if self.reduction == "sum" else loss
 
 
-class _MeanBCE(_EachClass):
-    """``torch.nn.BCEWithLogitsLoss()``."""
+class _MeanBCE(_OfMaps):
+    """``torch.nn.BCEWithLogitsLoss()``, a part of ``BCEDiceLoss``."""
+
+    _name = "BCEDiceLoss"
 
     def columns(self) -> list[Column]:
         return [Column("bce")]
@@ -148,6 +160,7 @@ class SemanticSegmentationLoss(nn.Module):
         auxiliary = None
         if isinstance(preds, tuple):
             preds, auxiliary = preds
+        check_maps(type(self).__name__, preds)
         masks = batch["semantic_mask"].to(preds.device)
         masks = masks.long() if masks.is_floating_point() else masks
         parts: dict[str, Tensor] = {}
@@ -159,6 +172,15 @@ class SemanticSegmentationLoss(nn.Module):
             total = total + aux_loss
         parts = {name: value.detach().to(total.dtype) for name, value in parts.items()}
         return total * preds.shape[0], parts | {"aux_loss": aux_loss.detach()}
+
+
+def check_maps(name: str, logits: Tensor) -> None:
+    """Raise the error of an unpacking into four unless these are logits of maps."""
+    if logits.dim() != 4:
+        many = "too many" if logits.dim() > 4 else "not enough"
+        raise ValueError(
+            f"{name}: {many} values to unpack (expected 4): logits are {tuple(logits.shape)}; give (N, C, h, w)"
+        )
 
 
 class _Noted:

@@ -114,7 +114,7 @@ class ASPP(nn.Module):
         """(N, in_channels, H, W) -> (N, out_channels, H, W)."""
         if self.fusion == SUM:
             return self.project(run_aspp_sum(x, list(self.convs)))
-        branches = list(self.convs)
+        branches = list(self.convs._modules.values())  # what ``list`` of a ModuleList gives, in two calls less
         pool = branches.pop() if self.image_pool else None
         return run_aspp(x, branches, pool, self.project, pool_first=self.pool_first)
 

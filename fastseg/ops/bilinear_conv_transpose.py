@@ -1,5 +1,6 @@
 """Transposed convolution with a fixed bilinear kernel per channel: FCN's upsampling, four taps per output pixel."""
 
+import functools
 from collections.abc import Sequence
 from contextlib import nullcontext
 
@@ -20,13 +21,14 @@ from fastseg.ops.core.dispatch import (
     one_device,
     what_follows,
 )
-from fastseg.ops.core.explain import Refusal
-from fastseg.ops.core.forms import Form, Forms, Reference
+from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.cpu.bilinear_taps import CPU_FORMS, Request
+from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
+from fastseg.ops.core.upsample import is_finite
+from fastseg.ops.cpu.bilinear_taps import CPU_FORMS, CpuForm, Request, by_matrices
 from fastseg.ops.upsample_bilinear import unsupported
 
 if HAS_TRITON:
@@ -134,11 +136,16 @@ def bilinear_conv_transpose2d(
 
     Reference: Long et al., Fully convolutional networks for semantic segmentation, arXiv:1411.4038.
     """
+    if bias is None and skip is None and output_size is None and is_torchs(x) and _is_bare(x):
+        found = _at_once(x.shape, x.stride(), stride, kernel_size, padding, torch.get_num_threads())
+        if found is not None:
+            request, K, padding = found
+            request = request._replace(finite=is_finite(x)) if by_matrices(request) else request
+            form = FORMS.decide(request, x)
+            upsample = form.upsample if isinstance(form, CpuForm) else form.run
+            return upsample(x, stride, K, padding)
     stride, skip_offset = whole(stride), whole(skip_offset)
     K, padding = bilinear_geometry(stride, kernel_size, padding)
-    if bias is None and skip is None and output_size is None and is_torchs(x) and _is_bare(x, stride, K, padding):
-        size = natural_size(x, stride, K, padding)
-        return FORMS(_request("CPU tensor", "", True, x, size, stride, K), x, stride, K, padding)
     if x.dim() == 4 and x.is_floating_point():
         x = x.to(autocast_dtype(x))
         skip = None if skip is None else skip.to(autocast_dtype(skip))
@@ -161,20 +168,41 @@ def _request(why: str, large: str, plain: bool, x: Tensor, size: tuple[int, int]
         return Request(why, large, False, (), 0, stride, K, False, 0)
     values = x.shape[0] * x.shape[1] * size[0] * size[1]
     last = memory_format_of(x) == torch.channels_last
-    return Request(why, large, True, tuple(x.shape), values, stride, K, last, torch.get_num_threads())
+    request = Request(why, large, True, tuple(x.shape), values, stride, K, last, torch.get_num_threads())
+    looked_at = by_matrices(request) or "matrices" in FORMS.forced()
+    return request._replace(finite=is_finite(x)) if looked_at else request
 
 
 def _wanted(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _is_bare(x: Tensor, stride: int, K: int, padding: int) -> bool:
-    """Whether nothing is left to check, to cast or to record: a small map takes a CPU as long as the questions."""
-    if x.dtype not in (torch.float32, torch.float64) or x.dim() != 4 or 0 in x.shape:
+def _is_bare(x: Tensor) -> bool:
+    """Whether nothing of ``x`` is to be cast or recorded: a small map takes a CPU as long as the questions."""
+    if x.dtype not in (torch.float32, torch.float64) or (x.requires_grad and torch.is_grad_enabled()):
         return False
-    if torch.is_autocast_enabled("cpu") or (x.requires_grad and torch.is_grad_enabled()):
-        return False
-    return min(natural_size(x, stride, K, padding)) >= 1 and not followed(x)
+    watched = transforms_active() or is_tracing() or forward_ad_level() >= 0
+    return not (watched or torch.is_autocast_enabled("cpu"))
+
+
+@functools.lru_cache(maxsize=4096, typed=True)
+def _at_once(
+    shape: torch.Size, strides: tuple[int, ...], stride: int, kernel_size: int | None, padding: int | None, threads: int
+) -> tuple[Request, int, int] | None:
+    """The request of an ordinary CPU map, the size of the kernel and the padding; None if something is to be checked.
+
+    It asks nothing of the tensor but its sizes, so it is remembered.
+    """
+    whole_numbers = type(stride) is int and all(n is None or type(n) is int for n in (kernel_size, padding))
+    if not whole_numbers or len(shape) != 4 or 0 in shape:
+        return None
+    K, padding = bilinear_geometry(stride, kernel_size, padding)
+    x = torch.empty_strided(shape, strides, device="meta")
+    size = natural_size(x, stride, K, padding)
+    if min(size) < 1:
+        return None
+    values, last = shape[0] * shape[1] * size[0] * size[1], memory_format_of(x) == torch.channels_last
+    return Request("CPU tensor", "", True, tuple(shape), values, stride, K, last, threads), K, padding
 
 
 def bilinear_conv_transpose2d_ref(
@@ -274,13 +302,6 @@ class KernelForm(Form):
 
     def run(self, x: Tensor, stride: int, K: int, padding: int, bias, skip, skip_offset: int, size) -> Tensor:
         return _launch_fwd(x, skip, bias, size, stride, K, padding, skip_offset)
-
-
-class Torchs(Reference):
-    """Torch's own lines; with gradients, and where something follows."""
-
-    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
-        return refused[0].why
 
 
 def _convolved(

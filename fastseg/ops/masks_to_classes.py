@@ -12,7 +12,7 @@ from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import Factors, interpolate, is_finite, output_size, unsupported, upsampling
-from fastseg.ops.cpu.masks_to_classes import classes_by_rows, classes_of_scores_by_rows
+from fastseg.ops.cpu.masks_to_classes import classes_by_rows, classes_of_few, classes_of_scores_by_rows
 from fastseg.ops.upsample_argmax import UINT8_CLASSES, upsample_argmax
 
 if HAS_TRITON:
@@ -23,8 +23,9 @@ NAME = "masks_to_classes"
 Size = int | tuple[int, int] | None
 
 # Values of the larger map, of queries or of classes, from which a CPU works in blocks of rows: fewer stay in caches. On
-# two threads blocks take 0.8 of torch's steps from 64^2 pixels of 100 queries on. Where the sums have a size of their
-# own, torch's steps and ``upsample_argmax`` are as fast up to the second limit.
+# two threads blocks take 0.8 of torch's steps from 64^2 pixels of 100 queries on; below, the steps with queries and
+# classes innermost take 0.5 to 0.75 of them (19 and 150 classes, 32^2 pixels). Where the sums have a size of their own,
+# torch's steps and ``upsample_argmax`` are as fast up to the second limit.
 _LARGE, _LARGE_SCORED = 2**18, 2**20
 SHARE_OPS = 24  # of a GPU's lanes for one sigmoid of an interpolated logit, four gathers included
 
@@ -223,6 +224,23 @@ class _ClassRows(Rows):
         return classes_of_scores_by_rows(p, masks, at, H, W, align_corners, dtype)
 
 
+class _Few(Form):
+    """On a CPU, torch's steps with queries and classes innermost: for what stays in the caches."""
+
+    name, path = "few", "torch"
+
+    def refuses(self, r: Request) -> str:
+        if not r.cpu or r.large:
+            return "more values than stay in a CPU's caches" if r.cpu else "not on a CPU"
+        return "the sums have a size of their own" if r.scored else ""
+
+    def run(
+        self, p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, factors: Factors,
+        align_corners: bool, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        return classes_of_few(p, masks, H, W, factors, align_corners, dtype)
+
+
 def _steps(
     p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, factors: Factors, align_corners: bool,
     dtype: torch.dtype,
@@ -237,7 +255,7 @@ def _steps(
     return torch.cat([_lines(q, m, *args) for q, m in zip(p.split(1), masks.split(1), strict=True)])
 
 
-FORMS = Forms(NAME, [_Kernel(), _ClassRows(), Reference(_steps)])
+FORMS = Forms(NAME, [_Kernel(), _ClassRows(), _Few(), Reference(_steps)])
 
 
 # --- the registered op

@@ -107,9 +107,10 @@ def separable_conv2d(
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given))
     batch = (mid_norm is not None and mid_norm.training) or (post_norm is not None and post_norm.training)
     if not wants_grad and not batch:
-        depthwise_weight, depthwise_bias, mid_norm = _taps(x, depthwise_weight, depthwise_bias, mid_norm)
-        tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
-        given = (*tensors, *norm_tensors(mid_norm), *post, residual)
+        taps = _kept_taps(x, depthwise_weight, depthwise_bias, mid_norm, mid)
+        if taps is not None:
+            mid_norm = None
+            given = (taps[0], pointwise_weight, taps[1], pointwise_bias, *norm_tensors(None), *post, residual)
     options = (
         *sizes, pre_act or "none", mid_act or "none", post_act or "none",
         *norm_options(mid_norm), *norm_options(post_norm),
@@ -127,18 +128,18 @@ def separable_conv2d(
     return activate(y, out_act)
 
 
-def _taps(
-    x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None
-) -> tuple[Tensor, Tensor | None, BatchNormArgs | None]:
-    """Depthwise weight and bias, and the norm behind them, for a call without gradients and with fixed statistics.
+def _kept_taps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None, of_norm: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor | None] | None:
+    """Inside ``frozen``, depthwise weight and bias with the norm behind them, for a call without gradients.
 
-    Inside ``frozen`` the norm is folded in, so that no program computes its scale, and the weight lies as (K, K, C) in
-    memory, as kernels read it best: one layout for maps of any size.
+    No program then computes the norm's scale, and the weight lies as (K, K, C) in memory, as kernels read it best: one
+    layout for maps of any size. None outside. The norm, whose tensors are ``of_norm``, has fixed statistics.
     """
-    sources = (weight, bias, *norm_tensors(norm))
+    sources = (weight, bias, *of_norm)
     kept = keeper(sources)
     if kept is None:
-        return weight, bias, norm
+        return None
 
     def make() -> tuple[Tensor, Tensor | None]:
         taps, shift = weight.to(x.dtype), bias
@@ -147,7 +148,7 @@ def _taps(
         return taps.flatten(1).t().contiguous().t().view_as(weight), shift
 
     key = ("taps", x.dtype, None if norm is None else norm.eps)
-    return *kept.made(sources, key, make), None
+    return kept.made(sources, key, make)
 
 
 def separable_conv2d_ref(

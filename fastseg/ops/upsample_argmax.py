@@ -1,17 +1,20 @@
 """Class map from low-resolution logits."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, form_of, is_torchs, no_kernel, what_follows
+from fastseg.ops.core.explain import Refusal
+from fastseg.ops.core.forms import Form, Forms
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
-from fastseg.ops.core.upsample import output_size, unsupported, upsampling
+from fastseg.ops.core.upsample import Factors, output_size, too_large, unsupported, upsampling, upsampling_of
 from fastseg.ops.core.volume import argmax as volume_in_torch
 from fastseg.ops.core.volume import resize_of
-from fastseg.ops.cpu.argmax import CPU_FORMS, argmax, request_of
+from fastseg.ops.cpu.argmax import CPU_FORMS, Request, argmax, request_of
 from fastseg.ops.upsample_confidence import upsample_confidence
 from fastseg.ops.volume_argmax import volume_argmax
 
@@ -85,14 +88,21 @@ def upsample_argmax(
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     args = (H, W, factors, align_corners, dtype)
     if is_torchs(logits):
-        return CPU_FORMS(request_of(logits, H, W), logits.detach(), *args)
-    form = lambda: "pruned" if prunes(logits, upsampling(logits, H, W, factors, align_corners)) else "all classes"
-    if not use_kernel("upsample_argmax", logits, unsupported=unsupported(logits, H, W), form=form):
-        logits = logits.detach()
-        if not logits.is_cpu or followed(logits):  # a graph holds torch's own ops; its values cannot be read
-            return argmax(logits, *args)
-        return CPU_FORMS(request_of(logits, H, W), logits, *args)
-    return _op(logits.detach(), H, W, *factors, align_corners, dtype == torch.int64)
+        form = FORMS.decide(request_of(logits, H, W), logits)
+    else:
+        form = form_of(FORMS, _request(logits, H, W, factors, align_corners), logits)
+    return form.run(logits.detach() if logits.requires_grad else logits, *args)
+
+
+def _request(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Request:
+    why = no_kernel(logits)
+    compiling = torch.compiler.is_compiling()
+    why = why or ("" if compiling else what_follows(logits))
+    if why == "CPU tensor" and not followed(logits):  # in a graph there are no values to read
+        return request_of(logits, H, W)
+    symbolic = compiling or why
+    sizes = () if symbolic else (tuple(logits.shape), logits.stride(), H, W, factors, align_corners)
+    return Request(1, logits.shape[1], False, False, False, why, sizes)
 
 
 def _into(
@@ -148,7 +158,7 @@ def _launch(logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, al
     up = upsampling(logits, H, W, (factor_h, factor_w), align_corners)
     # Without pruning, neighbouring pixels of one class are read together: with classes innermost they lie C elements
     # apart.
-    x = logits if prunes(logits, up) else logits.contiguous()
+    x = logits if prunes(logits.shape[1], up) else logits.contiguous()
     return upsample_argmax_fwd(x, up, torch.int64 if wide else torch.uint8)
 
 
@@ -160,6 +170,24 @@ def _fake(logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, alig
     return logits.new_empty((logits.shape[0], H, W), dtype=torch.int64 if wide else torch.uint8)
 
 
+class KernelForm(Form):
+    """Our kernel, through the registered op; a graph asks for sizes when it runs."""
+
+    name = "kernel"
+
+    def refuses(self, r: Request) -> str:
+        return r.no_kernel or (too_large(*r.sizes) if r.sizes else "")
+
+    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        shape, _, *size_and_place = r.sizes
+        return "pruned" if prunes(shape[1], upsampling_of(shape[2:], *size_and_place)) else "all classes"
+
+    def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype) -> Tensor:
+        return _op(logits, H, W, *factors, align_corners, dtype == torch.int64)
+
+
+FORMS = Forms("upsample_argmax", [KernelForm(), *CPU_FORMS])
+
 _op = register(
     "upsample_argmax(Tensor logits, SymInt H, SymInt W, float factor_h, float factor_w, bool align_corners, bool wide) "
     "-> Tensor",
@@ -167,4 +195,5 @@ _op = register(
     _plain,
     _fake,
     refuses=lambda logits, H, W, *_: unsupported(logits, H, W),
+    asked=True,
 )

@@ -52,7 +52,7 @@ def upsample_bilinear(
     """
     if is_torchs(x) and scale_factor is None and not recompute_scale_factor and _is_exact(size):
         return F.interpolate(x, size, None, "bilinear", align_corners)
-    target = _target(x.shape, size, scale_factor, recompute_scale_factor) if x.is_floating_point() else None
+    target = target_of(x.shape, size, scale_factor, recompute_scale_factor) if x.is_floating_point() else None
     if target is None:  # torch takes it or raises
         return upsample_bilinear_ref(x, size, scale_factor, align_corners, recompute_scale_factor)
     if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16) and torch.is_autocast_enabled("cuda"):
@@ -82,7 +82,7 @@ def upsample_bilinear_ref(
 
 
 @memoized_as_given
-def _target(shape: torch.Size, size, scale_factor, recompute_scale_factor):
+def target_of(shape: torch.Size, size, scale_factor, recompute_scale_factor):
     """Return the output's (height, width) and the scale factors, or None if torch must check the arguments."""
     if len(shape) != 4 or (size is None) == (scale_factor is None):
         return None

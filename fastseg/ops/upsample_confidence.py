@@ -2,15 +2,25 @@
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, form_of, no_kernel, record_reference, what_follows
+from fastseg.ops.core.forms import Form, Forms, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
-from fastseg.ops.core.upsample import Factors, along_x, interpolate, is_finite, output_size, unsupported, upsampling
+from fastseg.ops.core.upsample import (
+    Factors,
+    along_x,
+    interpolate,
+    is_finite,
+    output_size,
+    too_large,
+    unsupported,
+    upsampling,
+)
 from fastseg.ops.core.volume import Resize, resize_of
 from fastseg.ops.core.volume import interpolate as interpolate_volume
 from fastseg.ops.cpu.threads import each
@@ -80,21 +90,35 @@ def upsample_confidence(
         )
         return _of_volume(name, of_maps, found, logits, to, (dtype, torch.float32), ((), ()))
     H, W, factors = output_size(name, logits, size, scale_factor)
-    if use_kernel(name, logits, unsupported=unsupported(logits, H, W)):
-        classes, values = _op(logits, H, W, *factors, align_corners, measure, dtype == torch.int64)
-    else:
-        classes, values = upsample_confidence_ref(logits, H, W, factors, align_corners, measure)
+    form = form_of(FORMS, _request(logits, H, W), logits)
+    classes, values = form.run(logits, H, W, factors, align_corners, measure, dtype == torch.int64)
     return classes.to(dtype), values.float()
 
 
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    no_kernel: str  # as of ``OneKernel``
+    sizes: tuple  # of the map, its strides, and the output; () where ``no_kernel`` decides, or a graph asks later
+    large: bool
+    walks: bool  # a finite map on a CPU that nothing follows; looked at where it decides
+
+
+def _request(logits: Tensor, H: int, W: int) -> Request:
+    why, compiling = no_kernel(logits), torch.compiler.is_compiling()
+    why = why or ("" if compiling else what_follows(logits))
+    sizes = () if why or compiling else (tuple(logits.shape), logits.stride(), H, W)
+    plain = logits.is_cpu and not followed(logits)
+    large = plain and logits.shape[0] * logits.shape[1] * H * W >= _LARGE
+    looked_at = (large and bool(why)) or (plain and bool(forced_blocks()))
+    return Request(why, sizes, large, looked_at and is_finite(logits))
+
+
 def upsample_confidence_ref(
-    logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str
+    logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str, wide: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """``upsample_confidence`` in plain PyTorch; on a CPU large maps are walked in strips of rows."""
-    found = lambda v: _measured(v, measure)
-    if _walks(logits, H, W):
-        return _by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (1, 1), squeeze=True)
-    return found(_full(logits, H, W, factors, align_corners))
+    """``upsample_confidence`` of a map in torch's own lines; the classes are int64."""
+    return _measured(_full(logits, H, W, factors, align_corners), measure)
 
 
 @overridable
@@ -233,8 +257,7 @@ def _of_volume(
         classes, values = (t.to(dtype) for t, dtype in zip(found(interpolate_volume(_wide(logits), to)), dtypes,
                                                            strict=True))  # fmt: skip
         return classes, values
-    if not is_torchs(logits):
-        use_kernel(name, logits, unsupported="a volume: its slices are the op's own calls")
+    record_reference(name, logits, "a volume: its slices are the op's own calls")
     outs = tuple(
         torch.empty(logits.shape[0], *k, *to.size, dtype=dtype, device=logits.device)
         for dtype, k in zip(dtypes, channels, strict=True)
@@ -298,8 +321,6 @@ def _by_rows(
 def _launch(
     logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, measure: str, wide: bool
 ):
-    if unsupported(logits, H, W):
-        return _plain(logits, H, W, factor_h, factor_w, align_corners, measure, wide)
     up = upsampling(logits, H, W, (factor_h, factor_w), align_corners)
     return upsample_confidence_fwd(logits.contiguous(), up, torch.int64 if wide else torch.uint8, measure)
 
@@ -325,4 +346,37 @@ _op = register(
     _launch,
     _plain,
     _fake,
+    refuses=lambda logits, H, W, *_: unsupported(logits, H, W),
+    asked=True,
 )
+
+
+class KernelForm(Form):
+    """Our kernel, through the registered op; a graph asks for sizes when it runs."""
+
+    name = "kernel"
+
+    def refuses(self, r: Request) -> str:
+        return r.no_kernel or (too_large(*r.sizes) if r.sizes else "")
+
+    def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str, wide: bool):
+        return _op(logits, H, W, *factors, align_corners, measure, wide)
+
+
+class RowsForm(Form):
+    """A CPU's strips of rows; nothing of full size is stored."""
+
+    name, path = "rows", "torch"
+
+    def refuses(self, r: Request) -> str:
+        return "" if r.walks else "not a map of finite numbers on a CPU, or a small one"
+
+    def cost(self, r: Request) -> Verdict:
+        return Verdict(r.large, None, "few upsampled logits: they stay in the caches")
+
+    def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str, wide: bool):
+        found, dtypes = lambda v: _measured(v, measure), (torch.int64, torch.float32)
+        return _by_rows(found, logits, H, W, factors, align_corners, dtypes, (1, 1), squeeze=True)
+
+
+FORMS = Forms("upsample_confidence", [KernelForm(), RowsForm(), Torchs(upsample_confidence_ref)])

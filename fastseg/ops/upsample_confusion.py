@@ -1,14 +1,12 @@
 """Confusion matrix of low-resolution logits against labels of full size."""
 
-import torch
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.override import overridable
+from fastseg.ops.core.pairs import add_pairs, no_pairs
 from fastseg.ops.upsample_argmax import upsample_argmax
-
-_PIECE = 2**22  # pixels that are counted together: their bins are int64
 
 
 @overridable
@@ -52,22 +50,8 @@ def upsample_confusion(
     if not 1 <= logits.shape[1] <= num_classes:
         raise ValueError(f"{name}: {logits.shape[1]} classes of logits, num_classes is {num_classes}")
     C = num_classes
-    counts = torch.zeros(C * C + 2, dtype=torch.int64, device=logits.device)  # and ignored, and out of range
+    counts, follow = no_pairs(C, logits.device), followed(logits)
     for image, labels in zip(logits.split(1), target.split(1), strict=True):
-        classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners).flatten()
-        pieces = [(classes, labels.flatten())]
-        if not followed(logits):
-            pieces = list(zip(classes.split(_PIECE), labels.flatten().split(_PIECE), strict=True))
-        for pred, true in pieces:
-            true = true.long()
-            bins = torch.where((true < 0) | (true >= C), C * C + 1, true * C + pred.long())
-            if ignore_index is not None:
-                bins = torch.where(true == ignore_index, C * C, bins)
-            if bins.device.type == "cpu" and not followed(logits):
-                found = torch.bincount(bins, minlength=C * C + 2)
-                if found[-1] > 0:
-                    raise IndexError(f"Target {int(true[bins == C * C + 1][0])} is out of bounds.")
-                counts += found
-            else:  # bincount would wait for the device
-                counts = counts.scatter_add(0, bins, torch.ones_like(bins))
+        classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners)
+        counts = add_pairs(counts, classes, labels, C, ignore_index, followed=follow)
     return counts[: C * C].view(C, C)

@@ -3,15 +3,27 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import (
+    autocasts,
+    form_of,
+    is_torchs,
+    needs_grad,
+    no_kernel,
+    one_device,
+    record_reference,
+    what_follows,
+)
+from fastseg.ops.core.forms import Form, Forms
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.upsample import cross_entropy, unsupported
-from fastseg.ops.cpu.cross_entropy import CPU_FORMS, composed, request_of
+from fastseg.ops.core.upsample import cross_entropy, too_large
+from fastseg.ops.cpu.cross_entropy import CPU_FORMS, Request, request_of
 from fastseg.ops.cpu.cross_entropy_rows import Criterion
 from fastseg.ops.registered.upsample_cross_entropy import Call, UpsampleCrossEntropy, fwd_op
 from fastseg.ops.volume_loss import volume_cross_entropy
+
+NAME = "upsample_cross_entropy"
 
 
 @overridable
@@ -58,36 +70,35 @@ def upsample_cross_entropy(
 
     Reference: ``torch.nn.functional.interpolate`` and ``torch.nn.functional.cross_entropy``.
     """
-    ignore_index, label_smoothing = whole(ignore_index), float(label_smoothing)
+    ignore_index = ignore_index if type(ignore_index) is int else whole(ignore_index)
+    label_smoothing = float(label_smoothing)
     _check(logits, target, weight, reduction, label_smoothing)
     if logits.dim() == 5:
-        if not is_torchs(logits):
-            use_kernel(
-                "upsample_cross_entropy", logits, target, weight,
-                unsupported="a volume: its slices are the op's own calls",
-            )  # fmt: skip
+        one_device(NAME, logits, (target, weight))
+        if not torch.compiler.is_compiling():
+            record_reference(NAME, logits, "a volume: its slices are the op's own calls")
         return volume_cross_entropy(
             upsample_cross_entropy, logits, target, weight, ignore_index, reduction, label_smoothing, align_corners
         )
-    if not _takes_kernel(logits, target, weight):
-        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
-        if not logits.is_cpu or followed(logits, weight):  # a graph holds torch's own ops; its values cannot be read
-            return composed(logits, target, weight, criterion)
-        out = torch.promote_types(logits.dtype, torch.float32) if torch.is_autocast_enabled("cpu") else logits.dtype
-        return CPU_FORMS(request_of(logits, target, weight, criterion), logits, target, weight, criterion, out)
-    save_lse = torch.is_grad_enabled() and logits.requires_grad
-    call = Call(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners,
-                _autocast(logits), save_lse)  # fmt: skip
-    return (UpsampleCrossEntropy.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
-
-
-def _takes_kernel(logits: Tensor, target: Tensor, weight: Tensor | None) -> bool:
+    criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
     if is_torchs(logits) and target.is_cpu and (weight is None or weight.is_cpu):
-        return False
-    why = unsupported(logits, *target.shape[1:])
+        form = FORMS.decide(request_of(logits, target, weight, criterion), logits)
+    else:
+        one_device(NAME, logits, (target, weight))
+        form = form_of(FORMS, _request(logits, target, weight, criterion), logits)
+    return form.run(logits, target, weight, criterion)
+
+
+def _request(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
+    why, compiling = no_kernel(logits), torch.compiler.is_compiling()
+    follows = "" if compiling else what_follows(logits, target, weight)
+    if logits.is_cpu and why and not compiling and not follows:
+        return request_of(logits, target, weight, criterion)._replace(no_kernel=why)
+    why = why or follows
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         why = why or "the class weights require a gradient"
-    return use_kernel("upsample_cross_entropy", logits, target, weight, unsupported=why)
+    sizes = () if why or compiling else (tuple(logits.shape), logits.stride(), *target.shape[1:])
+    return Request(why or "not an ordinary CPU map", "", False, why, sizes)
 
 
 def upsample_cross_entropy_ref(
@@ -104,13 +115,25 @@ def upsample_cross_entropy_ref(
     return cross_entropy(logits, target, weight, ignore_index, reduction, label_smoothing, align_corners)
 
 
-def _autocast(logits: Tensor) -> bool:
-    kind = logits.device.type
-    return kind != "meta" and torch.is_autocast_enabled(kind)
+class KernelForm(Form):
+    """Our kernels, through the registered ops; a graph asks for sizes when it runs."""
+
+    name = "kernel"
+
+    def refuses(self, r: Request) -> str:
+        return r.no_kernel or (too_large(*r.sizes) if r.sizes else "")
+
+    def run(self, logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
+        call = Call(logits, target, weight, *criterion, autocasts(logits),
+                    torch.is_grad_enabled() and logits.requires_grad)  # fmt: skip
+        return (UpsampleCrossEntropy.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
+
+
+FORMS = Forms(NAME, [KernelForm(), *CPU_FORMS])
 
 
 def _check(logits: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float) -> None:
-    name, shape, pixels = "upsample_cross_entropy", logits.shape, target.shape
+    name, shape, pixels = NAME, logits.shape, target.shape
     if len(shape) not in (4, 5) or len(pixels) != len(shape) - 1 or shape[0] != pixels[0] or shape[1] == 0:
         raise ValueError(
             f"{name}: logits are {tuple(shape)} and target is {tuple(pixels)}; give (N, C, h, w) and (N, H, W), or "

@@ -12,7 +12,7 @@ from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.register import register
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.core.volume import Resize, Slices, argmax, blended, distinct, slices_of
-from fastseg.ops.cpu.argmax import CPU_FORMS
+from fastseg.ops.cpu.argmax import SLICES
 from fastseg.ops.cpu.argmax import Request as MapRequest
 from fastseg.ops.cpu.threads import each
 
@@ -94,7 +94,7 @@ def volume_on_cpu(logits: Tensor, to: Resize, out: Tensor, slices: Slices | None
     """``by_slabs`` with the form of the map's op that suits a slice; ``slices`` replace the trilinear ones."""
     kind = torch.promote_types(logits.dtype, torch.float32)
     finite = all_finite(logits)
-    form = CPU_FORMS.choose(MapRequest(1, logits.shape[1], True, finite)).form
+    form = SLICES.choose(MapRequest(1, logits.shape[1], True, finite)).form
     whole = finite and logits.shape[3:] == to.size[1:]  # an interpolation to the same size is a copy
 
     def classes_of(slab: Tensor) -> tuple[Tensor]:

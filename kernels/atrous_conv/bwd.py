@@ -67,8 +67,8 @@ def _atrous_conv_bwd_weight_kernel(
     # is valid nowhere.
     per_part = tl.cdiv(N * H, parts)
     top, bottom = tl.minimum(part * per_part, N * H), tl.minimum((part + 1) * per_part, N * H)
-    begin = (top // H * h + tl.minimum(tl.maximum(top % H - y0, 0), h)) * w * known.to(tl.int32)
-    end = (bottom // H * h + tl.minimum(tl.maximum(bottom % H - y0, 0), h)) * w * known.to(tl.int32)
+    begin = (top // H * h + clamp_index(top % H - y0, h)) * w * known.to(tl.int32)
+    end = (bottom // H * h + clamp_index(bottom % H - y0, h)) * w * known.to(tl.int32)
     dy_ptr += branch.to(tl.int64) * COUT
     x_ptr += shift * C
 

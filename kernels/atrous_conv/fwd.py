@@ -16,6 +16,8 @@ and branches re-read A from the cache (``regions.work_items`` gives the order). 
 masked taps, executes 0.72 to 0.79 at that size: a tile rarely misses the map as a whole.
 """
 
+import functools
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -132,7 +134,7 @@ def atrous_conv_fwd(
 
     Weights begin at multiples of 16 bytes. Biases (COUT,): all or none.
     """
-    branches = tuple([Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True)])
+    branches = _branches_of(weights, dilations)
     COUT, C = weights[0].shape[:2]
     y = _nhwc(x, COUT * len(weights))
     _launch(x, weights, biases, residual, y, branches, act, C=C, COUT=COUT, mirrored=False)
@@ -141,11 +143,23 @@ def atrous_conv_fwd(
 
 def atrous_conv_bwd_input(dy: Tensor, weights: list[Tensor], dilations: list[int]) -> Tensor:
     """dy (N, B COUT, H, W), weights (COUT, C, K, K), NHWC in memory -> dx (N, C, H, W), NHWC."""
-    branches = tuple(Branch(w.shape[-1], d) for w, d in zip(weights, dilations, strict=True))
+    branches = _branches_of(weights, dilations)
     COUT, C = weights[0].shape[:2]
     dx = _nhwc(dy, C)
     _launch(dy, weights, [], None, dx, branches, "none", C=COUT, COUT=C, mirrored=True)
     return dx
+
+
+def _branches_of(weights: list[Tensor], dilations: list[int]) -> tuple[Branch, ...]:
+    sizes = []
+    for w in weights:
+        sizes.append(w.shape[-1])
+    return _branches(tuple(sizes), tuple(dilations))
+
+
+@functools.lru_cache(maxsize=256)
+def _branches(sizes: tuple[int, ...], dilations: tuple[int, ...]) -> tuple[Branch, ...]:
+    return tuple(map(Branch, sizes, dilations))
 
 
 def _launch(x, weights, biases, residual, y, branches, act, *, C, COUT, mirrored) -> None:

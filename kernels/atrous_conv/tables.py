@@ -8,6 +8,8 @@ Every branch has three pieces an axis in the forward, all branches together 2 B 
 cuts fall together or outside the map, pieces are empty, and have no items.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -165,15 +167,22 @@ def tables(
     B, items = len(branches), _items(H, W, branches, N, block_m, mirrored)
     regions, width = ((2 * B + 1) ** 2, REGION + B * TAPS) if mirrored else (9 * B, REGION + TAPS)
     table = x.new_empty(items, 2, dtype=torch.int32), x.new_empty(regions, width, dtype=torch.int32)
+    sizes, dilations = _constants(branches)
     block_r = next_power_of_2(regions)
     block_t = max(2048 // block_r, 1)
     launch(
         _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m, together,
-        KERNELS=tuple([b.K for b in branches]), DILATIONS=tuple([min(b.dilation, FAR) for b in branches]),
-        BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width, REGIONS=regions,
-        BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=8, enable_fp_fusion=True,
+        KERNELS=sizes, DILATIONS=dilations, BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width,
+        REGIONS=regions, BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=8,
+        enable_fp_fusion=True,
     )  # fmt: skip
     return table
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(branches: tuple[Branch, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What the kernel is compiled for: the size of each branch's kernel, and its dilation."""
+    return tuple(b.K for b in branches), tuple(min(b.dilation, FAR) for b in branches)
 
 
 @memoized

@@ -56,7 +56,8 @@ def fold_norm_fwd(
     shift = y.new_empty(COUT)
     launch(
         _fold_norm_fwd_kernel, (COUT, cdiv(columns, MOST)),
-        weight, *[mean if t is None else t for t in (bias, mean, var, gamma, beta)], y, shift, row, columns, eps,
+        weight, mean if bias is None else bias, mean, var, mean if gamma is None else gamma,
+        mean if beta is None else beta, y, shift, row, columns, eps,
         HAS_BIAS=bias is not None, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None,
         ACC=acc_dtype(y if y.dtype == torch.float64 else weight), BLOCK=MOST, num_warps=4, num_stages=1,
     )  # fmt: skip

@@ -211,7 +211,7 @@ def tap_weights(dw: Tensor, g: Geometry) -> Tensor:
     taps = dw.reshape(g.C, g.K * g.K)
     if taps.t().is_contiguous():  # given so, as inside ``frozen``
         return taps
-    return taps.t().contiguous().t() if g.pixels * g.C >= 2**22 else taps.contiguous()
+    return taps.t().contiguous().t() if g.N * g.OH * g.OW * g.C >= 2**22 else taps.contiguous()
 
 
 class Acts(NamedTuple):
@@ -269,7 +269,8 @@ def separable_conv_fwd_fused(
     y, z, tile_stats, counts = _outputs(x, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, x)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, x)
-    dw_bias, pw_bias, skip = [x if t is None else t for t in (w.dw_bias, w.pw_bias, residual)]  # never read
+    dw_bias = x if w.dw_bias is None else w.dw_bias  # never read, as the next two
+    pw_bias, skip = x if w.pw_bias is None else w.pw_bias, x if residual is None else residual
     launch(
         _separable_conv_fwd_fused_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
         x, w.dw, dw_bias, *mid_vectors, w.pw, pw_bias, *post_vectors, skip,
@@ -312,7 +313,8 @@ def separable_conv_fwd_pw(
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
-    pw_bias, own_bias, skip = [u if t is None else t for t in (w.pw_bias, image_bias, residual)]  # never read
+    pw_bias = u if w.pw_bias is None else w.pw_bias  # never read, as the next two
+    own_bias, skip = u if image_bias is None else image_bias, u if residual is None else residual
     unit, unit_out = unit_of(g.C), unit_of(g.COUT)
     launch(
         _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),

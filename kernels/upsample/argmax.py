@@ -35,7 +35,7 @@ from fastseg.kernels.common.bilinear import (
 )
 from fastseg.kernels.runtime.config import candidates, heuristic, select
 from fastseg.kernels.runtime.launch import launch
-from fastseg.kernels.runtime.sizes import bits_of, cdiv, next_power_of_2
+from fastseg.kernels.runtime.sizes import bits_of, cdiv, memoized, next_power_of_2
 from fastseg.kernels.runtime.tensors import acc_dtype
 from fastseg.kernels.upsample.sizes import Upsampling, row_block, row_splits
 
@@ -135,9 +135,10 @@ def _able_classes(
     return tl.sum(able, axis=0) > 0
 
 
-def prunes(x: Tensor, up: Upsampling) -> bool:
+@memoized
+def prunes(C: int, up: Upsampling) -> bool:
     """Whether the kernel looks for the classes that can win; the header has the costs."""
-    return up.y.outputs * up.x.outputs >= PRUNED_OUTPUTS and 8 <= x.shape[1] <= PRUNED_CLASSES
+    return up.y.outputs * up.x.outputs >= PRUNED_OUTPUTS and 8 <= C <= PRUNED_CLASSES
 
 
 def upsample_argmax_fwd(x: Tensor, up: Upsampling, dtype: torch.dtype) -> Tensor:
@@ -146,7 +147,7 @@ def upsample_argmax_fwd(x: Tensor, up: Upsampling, dtype: torch.dtype) -> Tensor
     y = torch.empty(N, up.y.full, up.x.full, dtype=dtype, device=x.device)
     if y.numel() == 0:
         return y
-    prune = prunes(x, up)
+    prune = prunes(C, up)
     cfg = select("upsample_argmax_fwd", size=y.numel(), device=x.device, C=C, dtype=x.dtype, factor=up.factor)
     splits = row_splits(up)
     launch(

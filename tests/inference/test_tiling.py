@@ -175,11 +175,8 @@ def _naive(model: nn.Module, image: Tensor, rows, columns, profile) -> Tensor:
     weight = profile(rows.side)[:, None] * profile(columns.side)
     total, weights = torch.zeros(1, 2, tall, wide, dtype=torch.float64), torch.zeros(tall, wide, dtype=torch.float64)
     for i, j in itertools.product(range(rows.count), range(columns.count)):
-        place = (
-            ...,
-            slice(rows.start(i), rows.start(i) + rows.side),
-            slice(columns.start(j), columns.start(j) + columns.side),
-        )
+        top, left = rows.start(i), columns.start(j)
+        place = (..., slice(top, top + rows.side), slice(left, left + columns.side))
         total[place] += weight * model(padded[place]).detach()
         weights[place] += weight
     return (total / weights)[..., : rows.extent, : columns.extent]
@@ -194,7 +191,17 @@ def _ones(side: int) -> Tensor:
     return torch.ones(side, dtype=torch.float64)
 
 
-@pytest.mark.parametrize(("blend", "profile"), [("gaussian", _gaussian), ("constant", _ones)])
+def _tent(side: int) -> Tensor:
+    return side / 2 + 0.5 - (torch.arange(side, dtype=torch.float64) - (side - 1) / 2).abs()
+
+
+def test_linear_weights_fall_as_the_next_tiles_rise():
+    axis = stitching.Axis(28, 16, 0, 1, 12)
+    first, second = (axis.weights(i, "linear").tolist() for i in range(2))
+    assert first == pytest.approx([1.0] * 12 + [0.8, 0.6, 0.4, 0.2]) and second == pytest.approx(first[::-1])
+
+
+@pytest.mark.parametrize(("blend", "profile"), [("gaussian", _gaussian), ("linear", _tent), ("constant", _ones)])
 @pytest.mark.parametrize("overlap", [3, 5, 8, 11])  # of 16: the last two put three and four tiles on a pixel
 @pytest.mark.parametrize("panel", [2, 100])
 def test_blending_is_the_weighted_mean(blend, profile, overlap, panel, monkeypatch):
@@ -355,7 +362,7 @@ def test_memory_is_that_of_the_tile(padding, tmp_path, monkeypatch):
         ({"overlap": 17}, "overlap is 17; tiles of 60 pixels with margin 20 and phase 4 overlap by at most 16"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"pad_mode": "circular"}, "pad_mode is 'circular'; use one of reflect, replicate, constant"),
-        ({"blend": "linear"}, "blend is 'linear'; use one of gaussian, constant, crop"),
+        ({"blend": "mean"}, "blend is 'mean'; use one of gaussian, linear, constant, crop"),
         ({"image": torch.zeros(2, 9, 9)}, r"image is \(2, 9, 9\); give \(N, C, H, W\)"),
         ({"image": torch.zeros(1, 2, 0, 9)}, r"image is \(1, 2, 0, 9\)"),
         (

@@ -67,7 +67,7 @@ def test_tiles_of_a_valid_net_equal_the_whole(pad_mode):
     assert (classes == want.argmax(1).numpy()).mean() > 0.999
 
 
-@pytest.mark.parametrize("blend", ["gaussian", "constant", "crop"])
+@pytest.mark.parametrize("blend", ["gaussian", "linear", "constant", "crop"])
 @pytest.mark.parametrize("shape", [(13, 9, 17), (5, 20, 8), (8, 8, 8)], ids=str)
 def test_weights_sum_to_one(blend, shape):
     volume = torch.randn(1, 1, *shape)

@@ -1,7 +1,7 @@
 """torch.compile of every public op, without graph breaks, of one size and of any, forward and backward.
 
 Runs in two processes: with the interpreter graphs hold the registered ops, and these the kernels; without it they hold
-the references.
+the references, torch's own ops, which torch.compile's first half alone captures: `test_every_model.py` has the second.
 """
 
 import pytest
@@ -24,9 +24,11 @@ from fastseg.ops import (
     upsample_threshold,
     upsample_topk,
 )
+from fastseg.ops.core.dispatch import INTERPRETED
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")
 CLASSES = {"BatchNormArgs", "PoolIndices"}
+BACKEND = "aot_eager" if INTERPRETED else "eager"
 
 
 def _aspp(d: Draw) -> Drawn:
@@ -127,7 +129,7 @@ def test_compiled(name, dynamic):
     layout = "slice of channels" if dynamic and "slice of channels" in row.layouts else row.layouts[0]
     for grad in (False, True)[: 1 + row.grad]:
         run, _ = row.draw(Draw(LAYOUTS[layout]))
-        compiled = torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+        compiled = torch.compile(run, fullgraph=True, backend=BACKEND, dynamic=dynamic)
         for times in (1, 2)[: 1 + dynamic]:
             with torch.compiler.set_stance("fail_on_recompile" if times == 2 else "default"):
                 got = outcome(compiled, row, layout, times, grad)

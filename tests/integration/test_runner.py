@@ -20,6 +20,9 @@ from fastseg.ops.core.kept import Kept
 from fastseg.ops.cpu import packed as _cpu_conv
 from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 
+# Interpreted, a convolution takes seconds: what a Runner does around it is tested once, in the plain process.
+around = pytest.mark.skipif(INTERPRETED, reason="the same whatever computes a convolution")
+
 
 class Net(nn.Module):
     """Convolutions of each kind, without a kernel of ours."""
@@ -67,6 +70,7 @@ def test_equals_the_model():
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
+@around
 def test_shapes_that_return_are_packed(monkeypatch):
     made, transform = [], _cpu_conv.transform
     monkeypatch.setattr(_cpu_conv, "transform", lambda *args: made.append(args[4]) or transform(*args))
@@ -103,6 +107,7 @@ def test_a_convolution_of_any_geometry_is_packed(mode):
         torch.testing.assert_close(convolve(conv, x), conv(x))
 
 
+@around
 def test_the_budget_is_for_all_shapes():
     model = net()
     runner = Runner(model, image(), winograd_bytes=5 * model.wide.conv.weight.nbytes)
@@ -127,6 +132,7 @@ def test_results_are_the_callers():
     first.requires_grad_().sum().backward()  # an ordinary tensor
 
 
+@around
 def test_dtypes():
     model, x = net(), image()
     close(Runner(model, x)(x.double()), plain(model, x))  # converted
@@ -159,6 +165,7 @@ def test_threads():
         close(got, plain(model, x))
 
 
+@around
 def test_errors():
     model, x = net(), image()
     for bad, error, message in (
@@ -235,6 +242,7 @@ def graphs(monkeypatch):
     return Graph
 
 
+@around
 def test_a_graph_for_each_shape_and_method(graphs):
     """From the second call of a shape on; shapes are counted, not graphs; all share one pool."""
     model, x, wide = net(), image(), image(1, 3, 24, 32)
@@ -253,6 +261,7 @@ def test_a_graph_for_each_shape_and_method(graphs):
     assert graphs.captured[-1] == (2, 3, 24, 24) and len(graphs.captured) == 6
 
 
+@around
 def test_a_graphs_results_are_the_callers(graphs):
     model, x, y = net(), image(), image()
     runner = Runner(model, x)
@@ -273,6 +282,7 @@ def test_a_graph_of_old_weights_is_not_replayed(graphs):
     assert len(graphs.captured) == 2
 
 
+@around
 def test_out_of_memory_drops_the_other_graphs(graphs):
     model, x, wide = net(), image(), image(1, 3, 24, 32)
     runner = Runner(model, x)
@@ -282,6 +292,7 @@ def test_out_of_memory_drops_the_other_graphs(graphs):
     assert list(runner._state.graphs) == [(1, 3, 24, 32)]
 
 
+@around
 @pytest.mark.parametrize(
     "errors, message",
     [
@@ -303,6 +314,7 @@ def test_what_cannot_be_captured_runs_without(graphs, errors, message):
     assert len(graphs.captured) == count
 
 
+@around
 @pytest.mark.skipif(_cpu_conv.why_not() != "", reason="nothing is packed")
 def test_a_model_of_the_library():
     model = unsettle(create("fcn", 5, backbone="resnet18", stride=4, width=0.25)).float().eval()

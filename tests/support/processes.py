@@ -1,27 +1,72 @@
 """Processes of their own: two ranks of a gloo group that run one script, and ``python -m fastseg`` under torchrun."""
 
+import atexit
+import json
 import os
+import select
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-# Gloo's threads may abort an interpreter that shuts down ("terminate called without an active exception").
-LEAVE = "\nimport os, sys\nsys.stdout.flush(), sys.stderr.flush()\nos._exit(0)\n"
+# Reads scripts, imports what they import, and forks two processes that run them: torch is imported once for all tests.
+# No script runs here, so no thread is there to be lost by a fork. The two end without Python's shutdown, which gloo's
+# threads may abort ("terminate called without an active exception").
+FORKS = """
+import ast, json, os, sys, traceback
+answers = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+for line in sys.stdin:
+    script, folder = json.loads(line)
+    heads = [node for node in ast.parse(script).body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    exec(compile(ast.Module(heads, []), "imports", "exec"), {})
+    workers = []
+    for rank in range(2):
+        workers.append(os.fork())
+        if workers[-1] == 0:
+            status = 1
+            try:
+                os.chdir(folder)
+                sys.argv = ["-c", str(rank), folder + "/store", folder]
+                exec(compile(script, f"rank {rank}", "exec"), {"__name__": "__main__"})
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    print([os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) for worker in workers], file=answers, flush=True)
+"""
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+_forks: list[subprocess.Popen] = []  # the one that runs
 
 
 def run_two(script: str, folder: Path) -> None:
     """``script`` gets its rank, the group's store and ``folder`` as arguments; both must end with 0, or all end."""
-    command = [sys.executable, "-W", "ignore", "-c", script + LEAVE]
-    workers = [
-        subprocess.Popen([*command, str(rank), str(folder / "store"), str(folder)], cwd=folder) for rank in range(2)
-    ]
+    if not _forks:
+        command = [sys.executable, "-P", "-W", "ignore", "-c", FORKS]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        _forks.append(subprocess.Popen(command, text=True, start_new_session=True, **pipes))
+        atexit.register(_end_forks)
+    (forks,) = _forks
     try:
-        assert [worker.wait(timeout=120) for worker in workers] == [0, 0]
-    finally:
-        for worker in workers:
-            worker.kill()
+        print(json.dumps([script, str(folder)]), file=forks.stdin, flush=True)
+        ready, _, _ = select.select([forks.stdout], [], [], 300)
+        assert ready, "two processes took more than five minutes"
+        assert forks.stdout.readline() == "[0, 0]\n"
+    except BaseException:
+        _end_forks()
+        raise
+
+
+def _end_forks() -> None:
+    while _forks:
+        forks = _forks.pop()
+        os.killpg(forks.pid, signal.SIGKILL)
+        forks.wait()
+        forks.stdin.close(), forks.stdout.close()
 
 
 def start_fastseg(*arguments: object, cwd: Path, torchrun: bool = False) -> subprocess.Popen:

@@ -17,7 +17,7 @@ from fastseg.nn.fuse.conv_norm_act import (
     source_if_foldable,
     source_of,
 )
-from fastseg.nn.fuse.sequential import next_group, opened, run_layers
+from fastseg.nn.fuse.sequential import PLAIN_FORWARDS, next_group, opened, run_layers
 from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.ops import BatchNormArgs, batch_norm_act
 from fastseg.ops.aspp import pool_share, project, split_projection
@@ -196,13 +196,11 @@ def _dense(branch: nn.Module) -> Source | str:
     """What folding reads of a branch of convolution, norm and ReLU, or why the branch must be called."""
     if isinstance(branch, SeparableConv2d):
         return "a separable branch"
-    layers = opened(branch)
-    if layers is None and isinstance(branch, nn.Sequential):
-        return watched(branch, type(branch)) or f"a branch is {type(branch).__name__}"
-    if layers is None or len(layers) != 3 or type(layers[2]) is not nn.ReLU:
-        return f"a branch is {type(branch).__name__}, not convolution, norm and ReLU, or watched"
+    layers = tuple(branch._modules.values()) if type(branch).forward in PLAIN_FORWARDS else ()
+    if len(layers) != 3 or type(layers[2]) is not nn.ReLU:
+        return watched(branch, type(branch)) or f"a branch is {type(branch).__name__}, not convolution, norm and ReLU"
     conv, norm, relu = layers
-    why = watched(norm, nn.BatchNorm2d, relu, nn.ReLU, conv, nn.Conv2d) or _uneven(conv)
+    why = watched(branch, type(branch), norm, nn.BatchNorm2d, relu, nn.ReLU, conv, nn.Conv2d) or _uneven(conv)
     return why or source_of(conv, norm)
 
 

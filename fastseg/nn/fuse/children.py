@@ -54,8 +54,8 @@ def check_activations(name: str, **acts: str | None) -> None:
 
 def not_fusible(depthwise: nn.Module, mid_norm: nn.Module | None, pointwise: nn.Module, post_norm) -> str:
     """Why these modules must be called as they are, or ""."""
-    why = watched(depthwise, nn.Conv2d) or watched(mid_norm, nn.BatchNorm2d)
-    if why := why or watched(pointwise, nn.Conv2d) or watched(post_norm, nn.BatchNorm2d):
+    norm, conv = nn.BatchNorm2d, nn.Conv2d
+    if why := watched(depthwise, conv, mid_norm, norm, pointwise, conv, post_norm, norm):
         return why
     d, p = depthwise, pointwise
     (K, across), (s, s2), (e, e2) = d.kernel_size, d.stride, d.dilation

@@ -106,13 +106,17 @@ def _elsewhere(op: str, x: Tensor, t: Tensor) -> ValueError:
 
 
 def is_torchs(x: Tensor) -> bool:
-    """Whether torch's own op is all there is for ``x``, and nobody asks why: on a CPU, not compiled by Dynamo.
+    """Whether torch's own ops are all there is for ``x``, and nobody asks why: on a CPU, and nothing follows the call.
 
     Small maps take a CPU so few microseconds that more questions would cost as much as the answer.
     """
     if INTERPRETED or EMULATED or type(x) is not Tensor or not x.is_cpu:
         return False
-    return not torch.compiler.is_dynamo_compiling() and _report.get() is None and not _forced.get()
+    if torch.compiler.is_dynamo_compiling():  # first: it follows none of the next questions
+        return False
+    if transforms_active() or is_tracing() or forward_ad_level() >= 0:
+        return False
+    return _report.get() is None and not _forced.get()
 
 
 def kernels_run(x: Tensor) -> bool:

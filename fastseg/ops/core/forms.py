@@ -64,6 +64,13 @@ class Reference(Form):
         return refused[-1].why if refused else ""
 
 
+class Torchs(Reference):
+    """Torch's own ops behind a kernel and forms for a CPU: they run for the reason that refused the kernel."""
+
+    def why(self, request: Any, refused: Sequence[Refusal]) -> str:
+        return refused[0].why if refused else ""
+
+
 class Refused(Exception):
     """Raised by ``Form.run``: a library has no way to compute this request; the form remembers it."""
 
@@ -117,8 +124,7 @@ class Forms:
         """The form for this request; in ``reference()`` the last, in ``force`` the one that is named."""
         if _in_reference.get() and in_reference():
             return Choice(self.forms[-1], (), IN_REFERENCE)
-        blocks = _forced.get()
-        forced = _asked_for(self.op, blocks) if blocks else ()
+        forced = self.forced()
         try:
             return self._choice(request, forced)
         except TypeError:  # the sizes of a graph are symbols, which have no hash
@@ -136,6 +142,11 @@ class Forms:
                 return Choice(form, tuple(refused))
             refused.append(Refusal(form.name, why or str(cost.says), cost and cost.microseconds))
         raise AssertionError(f"{self.op}: {self.forms[-1].name}, the last form, refused {request}: {refused}")
+
+    def forced(self) -> tuple[str, ...]:
+        """The forms that ``force`` blocks ask for, the innermost first."""
+        blocks = _forced.get()
+        return _asked_for(self.op, blocks) if blocks else ()
 
     def forget(self) -> None:
         """Ask again at the next request."""

@@ -65,10 +65,10 @@ def register(
         A callable. ``.op`` is its default overload, ``.direct`` maps a device type to its implementation.
     """
     name = schema.partition("(")[0]
-    if refuses is not None:
-        launch = _kernel_or_plain(launch, plain, refuses)
     torch.library.define(qualified(name), schema.removeprefix(name))
-    asks = launch if forms is None or request is None else _asking(forms, request)
+    asks = launch if refuses is None else _kernel_or_plain(launch, plain, refuses)
+    if forms is not None and request is not None:
+        asks = _asking(forms, request)
     kernels = {"cuda": HAS_TRITON, "cpu": INTERPRETED}
     direct = {device: (launch if asked else asks) if runs else plain for device, runs in kernels.items()}
     for device, runs in kernels.items():

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.kernels.runtime.sizes import source_scale
+from fastseg.kernels.runtime.sizes import memoized, memoized_as_given, source_scale
 from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.sizes import whole
@@ -21,10 +21,17 @@ def output_size(
     name: str, x: Tensor, size: int | tuple[int, ...] | None, scale_factor: float | tuple[float, ...] | None
 ) -> tuple[int, int, Factors]:
     """Return the output's height and width, as ``torch.nn.functional.interpolate``, and the given factors."""
-    if (size is None) == (scale_factor is None):
-        raise ValueError(f"{name}: size={size}, scale_factor={scale_factor}; give exactly one of them")
     if x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f"{name}: logits are {tuple(x.shape)}; there is no pixel to interpolate")
+    if isinstance(size, Tensor) or isinstance(scale_factor, Tensor):  # its value may change
+        return _output_size.__wrapped__(name, x.shape[2:], size, scale_factor)
+    return _output_size(name, x.shape[2:], size, scale_factor)
+
+
+@memoized_as_given
+def _output_size(name: str, lows: torch.Size, size, scale_factor) -> tuple[int, int, Factors]:
+    if (size is None) == (scale_factor is None):
+        raise ValueError(f"{name}: size={size}, scale_factor={scale_factor}; give exactly one of them")
     factors: Factors = (0.0, 0.0)
     if size is not None:
         H, W = map(whole, _pair(name, "size", size))
@@ -34,7 +41,7 @@ def output_size(
         factors = tuple(float(f) for f in _pair(name, "scale_factor", scale_factor))
         if not all(0 < f < math.inf for f in factors):
             raise ValueError(f"{name}: scale_factor is {scale_factor}; it must be positive and finite")
-        H, W = (math.floor(low * f) for low, f in zip(x.shape[2:], factors, strict=True))
+        H, W = (math.floor(low * f) for low, f in zip(lows, factors, strict=True))
     known = [n for n in (H, W) if isinstance(n, int)]
     if not all(0 < n < 2**31 for n in known):
         raise ValueError(f"{name}: the output would be {H} x {W} pixels; both must be at least 1 and below 2^31")
@@ -54,9 +61,15 @@ def _pair(name: str, label: str, value) -> tuple:
 
 def upsampling(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> "Upsampling":
     """The argument of the launchers that describes the upsampling of a map x."""
+    return upsampling_of(tuple(x.shape[2:]), H, W, factors, align_corners)
+
+
+@memoized
+def upsampling_of(lows: tuple[int, int], H: int, W: int, factors: Factors, align_corners: bool) -> "Upsampling":
+    """``upsampling`` of a map of these sizes."""
     axes = [
         Axis(low, full, source_scale(low, full, align_corners, factor))
-        for low, full, factor in zip(x.shape[2:], (H, W), factors, strict=True)
+        for low, full, factor in zip(lows, (H, W), factors, strict=True)
     ]
     return Upsampling(*axes, align_corners)
 
@@ -66,11 +79,19 @@ def unsupported(x: Tensor, H: int, W: int) -> str:
 
     A graph is taken at any size, because a guard would bound its sizes; its ops check each size again.
     """
-    if any(isinstance(n, torch.SymInt) for n in (*x.shape, H, W)):
-        return ""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape[1:], x.stride()[1:], strict=True))
-    too_large = last >= 2**31 or math.prod(x.shape[1:]) >= 2**31 or H * W >= 2**31
-    return "an image of 2^31 elements or more" if too_large else ""
+    for n in (*x.shape, H, W):
+        if isinstance(n, torch.SymInt):
+            return ""
+    return too_large(tuple(x.shape), x.stride(), H, W)
+
+
+def too_large(shape: tuple[int, ...], strides: tuple[int, ...], H: int, W: int, *_) -> str:
+    """``unsupported`` of sizes that are known; a list takes further arguments for what ``explain`` says."""
+    last = 0
+    for size, stride in zip(shape[1:], strides[1:], strict=True):
+        last += (size - 1) * stride
+    large = last >= 2**31 or math.prod(shape[1:]) >= 2**31 or H * W >= 2**31
+    return "an image of 2^31 elements or more" if large else ""
 
 
 def interpolate(x: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:

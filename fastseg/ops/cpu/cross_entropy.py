@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.core.explain import Refusal
-from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
+from fastseg.ops.core.forms import Form, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.labels import equal, outside
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.upsample import cross_entropy
@@ -19,9 +19,11 @@ from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, fastest, wal
 class Request(NamedTuple):
     """What decides between the forms."""
 
-    torchs: str  # why torch's own lines must run, or ""
+    torchs: str  # why torch's own lines must run where no kernel does, or ""
     fastest: str
     walks: bool  # rows can be taken
+    no_kernel: str = "CPU tensor"  # as of ``OneKernel``
+    sizes: tuple = ()  # of the map, its strides, and of the target
 
 
 def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
@@ -33,7 +35,7 @@ def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion:
     if weight is not None and _weightless(target, weight, criterion.ignore_index, criterion.reduction):
         return Request("the weights of the mean may sum to 0", "", False)
     name = fastest(logits.shape[1], target.numel())
-    return Request("", name, name == "rows" and can_walk(logits, target))
+    return Request("", name, (name == "rows" or bool(forced_blocks())) and can_walk(logits, target))
 
 
 class TwoStepsForm(Form):
@@ -65,13 +67,19 @@ class RowsForm(Form):
     def refuses(self, r: Request) -> str:
         return r.torchs or ("" if r.walks else "not finite, or rows that cannot be walked")
 
-    def run(self, *args) -> Tensor:
-        return walk(*args)
+    def cost(self, r: Request) -> Verdict:
+        return Verdict(r.fastest == self.name, None, f"{r.fastest} are faster")
+
+    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        return ""
+
+    def run(self, logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
+        kind = torch.promote_types(logits.dtype, torch.float32)
+        out = kind if torch.is_autocast_enabled("cpu") else logits.dtype
+        return walk(logits, target, weight, criterion, out)
 
 
-def composed(
-    logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion, out: torch.dtype | None = None
-) -> Tensor:
+def composed(logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion) -> Tensor:
     """Torch's two steps."""
     return cross_entropy(logits, target, weight, c.ignore_index, c.reduction, c.label_smoothing, c.align_corners)
 
@@ -86,12 +94,13 @@ def _weightless(target: Tensor, weight: Tensor, ignore_index: int, reduction: st
 
 
 def in_two_steps(
-    logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, out: torch.dtype, *, side_by_side: bool
+    logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion, *, side_by_side: bool
 ) -> Tensor:
     """Torch's two steps for few classes or small maps; ``side_by_side``: the classes of a pixel are neighbours."""
     ignore_index, reduction, label_smoothing, align_corners = criterion
     kind = torch.promote_types(logits.dtype, torch.float32)
     autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
+    out = kind if autocast else logits.dtype
     with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
         wide, pixels = logits if logits.dtype == kind else logits.to(kind), target.long()
         wide = wide.contiguous(memory_format=torch.channels_last if side_by_side else torch.contiguous_format)
@@ -112,6 +121,4 @@ def in_two_steps(
     return loss if loss.dtype == out else loss.to(out)
 
 
-CPU_FORMS = Forms(
-    "upsample_cross_entropy", [TwoStepsForm("planes"), TwoStepsForm("pixels"), RowsForm(), Reference(composed)]
-)
+CPU_FORMS: list[Form] = [TwoStepsForm("planes"), TwoStepsForm("pixels"), RowsForm(), Torchs(composed)]

@@ -5,7 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.upsample import Factors, along_x, neighbours
+from fastseg.ops.core.layout import channels_last
+from fastseg.ops.core.upsample import Factors, along_x, interpolate, neighbours
 from fastseg.ops.cpu.argmax import rows_argmax
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, strips_of
@@ -39,6 +40,15 @@ def classes_by_rows(
 
     each(strip, strips_of(masks.shape, H, W, align_corners, p.dtype, factors[0]))
     return classes
+
+
+def classes_of_few(
+    p: Tensor, masks: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    """As ``classes_by_rows`` in torch's steps, with queries and classes innermost, which those steps are faster on."""
+    wide = interpolate(channels_last(masks.to(p.dtype)), H, W, factors, align_corners)
+    shares = wide.permute(0, 2, 3, 1).flatten(1, 2).sigmoid_()
+    return torch.bmm(shares, p).max(2).indices.view(-1, H, W).to(dtype)
 
 
 def classes_of_scores_by_rows(

@@ -19,15 +19,19 @@ def queries_by_rows(
     rows_at = None if at is None else shares_at(masks, at, align_corners, kind)
     queries = torch.empty(N, H, W, dtype=dtype, device="cpu")
     inside = torch.empty(N, H, W, dtype=torch.bool, device="cpu")
+    strips = strips_of((N, Q, *(at or masks.shape[2:])), H, W, align_corners, kind)
+    # Made before the walk: what a strip would leave behind pins the memory that it freed, and the heap grows with each.
+    areas = torch.zeros(len(strips), Q, dtype=torch.int64, device="cpu")
 
-    def strip(part: Strip) -> Tensor:
+    def strip(numbered: tuple[int, Strip]) -> None:
+        i, part = numbered
         n = part.image
         if rows_at is None:
             low = masks[n, :, part.first : part.last].to(kind)
         else:
             low = rows_at(n, part.first, part.last).transpose(0, 1)
         wide = along_x(low, W, align_corners)
-        step, areas = max(1, BLOCK // (Q * W)), torch.zeros(Q, dtype=torch.int64, device="cpu")
+        step = max(1, BLOCK // (Q * W))
         for start in range(0, part.stop - part.start, step):
             rows = slice(start, min(start + step, part.stop - part.start))
             shares = torch.mm(part.matrix[rows], wide).view(-1, Q, W)
@@ -36,13 +40,9 @@ def queries_by_rows(
             largest, owner = weights.max(1)
             if not weighted:
                 largest = shares.gather(1, owner[:, None])[:, 0]
-            areas += ((weights if weighted else shares) >= threshold).sum((0, 2))
+            areas[i] += ((weights if weighted else shares) >= threshold).sum((0, 2))
             there = slice(part.start + rows.start, part.start + rows.stop)
             queries[n, there], inside[n, there] = owner, largest >= threshold
-        return areas
 
-    strips = strips_of((N, Q, *(at or masks.shape[2:])), H, W, align_corners, kind)
-    areas = torch.zeros(N, Q, dtype=torch.int64, device="cpu")
-    for part, counted in zip(strips, each(strip, strips), strict=True):
-        areas[part.image] += counted
-    return queries, inside, areas
+    each(strip, list(enumerate(strips)))
+    return queries, inside, areas.view(N, len(strips) // max(N, 1), Q).sum(1)

@@ -71,7 +71,9 @@ def _launch(weight, bias, mean, var, gamma, beta, eps, dtype, last) -> tuple[Ten
     if not slice_of_1x1 and not weight.is_contiguous(memory_format=form):
         weight = weight.contiguous(memory_format=form)
         row = weight[0].numel()
-    vectors = [None if t is None else t.contiguous() for t in (bias, mean, var, gamma, beta)]
+    vectors = []
+    for t in (bias, mean, var, gamma, beta):
+        vectors.append(None if t is None else t.contiguous())
     y = torch.empty(weight.shape, dtype=dtype, device=weight.device, memory_format=form)
     return y, fold_norm_fwd(weight, row, *vectors, eps, y)
 

@@ -118,7 +118,10 @@ class KernelForm(Form):
 
 def _kernel_args(a: Call, g: "Geometry") -> tuple:
     """Convert the schema's arguments to the launchers': settled layouts, grouped norms and sizes."""
-    pw, dw_bias, pw_bias, *stats = [None if t is None else t.contiguous() for t in (*a[2:5], *a[5:13])]
+    dense = []
+    for t in a[2:13]:
+        dense.append(None if t is None else t.contiguous())
+    pw, dw_bias, pw_bias, *stats = dense
     mid = None if a.mid == "none" else Norm(*stats[:4], a.mid_eps, a.mid == "batch")
     post = None if a.post == "none" else Norm(*stats[4:], a.post_eps, a.post == "batch")
     weights = Weights(tap_weights(a.dw, g), pw, dw_bias, pw_bias)

@@ -161,7 +161,7 @@ def _refuses(*args) -> str:
 
 fwd_op = register(
     f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd,
-    refuses=_refuses,
+    refuses=_refuses, asked=True,
 )  # fmt: skip
 bwd_op = register(
     f"upsample_cross_entropy_bwd(Tensor dloss, Tensor lse, Tensor total, {_SCHEMA}) -> Tensor",

@@ -89,8 +89,6 @@ def _dense(a: Call) -> tuple[Tensor, Tensor, Tensor | None]:
 
 def launch_fwd(*args) -> tuple[Tensor, Tensor]:
     a = Call(*args)
-    if not_taken(a.logits, a.target, a.sums):
-        return _plain_fwd(*args)
     if a.target.numel() == 0:
         return a.logits.new_zeros((*a.logits.shape[:2], len(a.kinds)), dtype=torch.float64), _fake_fwd(*args)[1]
     x, target, weight = _dense(a)
@@ -110,8 +108,6 @@ def launch_fwd(*args) -> tuple[Tensor, Tensor]:
 
 def launch_bwd(slopes: Tensor, lse: Tensor, *args) -> Tensor:
     a = Call(*args)
-    if not_taken(a.logits, a.target, a.sums):
-        return _plain_bwd(slopes, lse, *args)
     x, target, weight = _dense(a)
     up = upsampling(x, *target.shape[-2:], (0.0, 0.0), a.align_corners)
     layout = memory_format_of(a.logits)
@@ -152,10 +148,18 @@ def _fake_bwd(slopes: Tensor, lse: Tensor, *args) -> Tensor:
     return new_map(Call(*args).logits, Call(*args).logits.shape)
 
 
-fwd_op = register(f"upsample_loss_sums({_SCHEMA}) -> (Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd)
-bwd_op = register(
-    f"upsample_loss_sums_bwd(Tensor slopes, Tensor lse, {_SCHEMA}) -> Tensor", launch_bwd, _plain_bwd, _fake_bwd
+def _refuses(*args) -> str:
+    a = Call(*args)
+    return not_taken(a.logits, a.target, a.sums)
+
+
+fwd_op = register(
+    f"upsample_loss_sums({_SCHEMA}) -> (Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd, refuses=_refuses
 )
+bwd_op = register(
+    f"upsample_loss_sums_bwd(Tensor slopes, Tensor lse, {_SCHEMA}) -> Tensor", launch_bwd, _plain_bwd, _fake_bwd,
+    refuses=lambda slopes, lse, *args: _refuses(*args),
+)  # fmt: skip
 
 
 class UpsampleLossSums(torch.autograd.Function):

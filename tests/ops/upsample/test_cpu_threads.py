@@ -11,9 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
 from fastseg.ops.core import dispatch
-from fastseg.ops.cpu.argmax import CPU_FORMS, request_of
+from fastseg.ops.cpu.argmax import request_of
 from fastseg.ops.cpu.cross_entropy_rows import fastest
 from fastseg.ops.cpu.threads import each
+from fastseg.ops.upsample_argmax import FORMS
 
 CLASSES = [1, 2, 3, 21, 150]
 
@@ -146,7 +147,7 @@ def test_loss_of_one_class(bad):
 ])  # fmt: skip
 def test_argmax_in_strips(classes, side, one, two, threads):
     """Large maps only: torch's two steps are as fast as eager for others, whatever the layout."""
-    chosen = CPU_FORMS.choose(request_of(torch.zeros(1, classes, 2, 2), side, side)).form.name
+    chosen = FORMS.choose(request_of(torch.zeros(1, classes, 2, 2), side, side)).form.name
     assert (chosen == "rows") == (one if threads == 1 else two)
 
 

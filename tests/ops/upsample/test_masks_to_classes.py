@@ -5,6 +5,7 @@ import torch
 from head_inputs import AC, allocations
 
 import fastseg
+from fastseg.metrics import ConfusionMatrix
 from fastseg.ops import masks_to_classes
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.testing import guard, guarded
@@ -54,6 +55,61 @@ def test_sums_of_a_size_of_their_own(at, align_corners, device):
     classes = masks_to_classes(scores, masks, (9, 7), scores_size=at, align_corners=align_corners)
     at = (at, at) if isinstance(at, int) else at
     assert_best(classes, sums(scores, masks, (9, 7), align_corners, at))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="kernels run on a CPU only under the interpreter")
+def test_few_values_have_queries_innermost():
+    """Also of masks of the output's size, which stay as they were, and with NaN, the largest of a pixel."""
+    for low, size in (((4, 3), (9, 7)), ((5, 6), (5, 6))):
+        scores, masks = inputs(2, 5, 4, low)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            given = masks.contiguous(memory_format=layout)
+            before = given.clone()
+            with fastseg.explain() as report:
+                classes = masks_to_classes(scores, given, size)
+            assert [d.form for d in report] == ["few"] and torch.equal(given, before)
+            assert_best(classes, sums(scores, masks, size))
+    masks[1, 3, 2, 2] = NAN
+    with fastseg.reference():
+        want = masks_to_classes(scores, masks, (5, 6))
+    assert torch.equal(masks_to_classes(scores, masks, (5, 6)), want) and want[1, 2, 2] == 0
+
+
+def test_confusion_is_counted_image_by_image(monkeypatch, device):
+    """Of queries as of the class maps; a target that is no class leaves the counts as they were on a CPU."""
+    scores, masks = inputs(3, 5, 4, (4, 3), device)
+    target = torch.randint(4, (3, 9, 7), dtype=torch.uint8, device=device)
+    target[:, 2] = 255
+    want, got = ConfusionMatrix(5, ignore_index=255), ConfusionMatrix(5, ignore_index=255)
+    want.update(masks_to_classes(scores, masks, (9, 7), scores_size=(6, 8)), target)
+    images = []
+    one = lambda s, m, *args, **options: images.append(len(m)) or masks_to_classes(s, m, *args, **options)
+    monkeypatch.setattr("fastseg.metrics.masks_to_classes", one)
+    for _ in range(2):
+        got.update(class_scores=scores, mask_logits=masks, target=target, scores_size=(6, 8))
+    assert torch.equal(got.matrix, 2 * want.matrix) and images == [1] * 6
+    if masks.is_cpu:
+        target[2, 0, 0] = 9
+        with pytest.raises(ValueError, match="update: Target 9 is out of bounds; classes are 0 to 4"):
+            got.update(class_scores=scores, mask_logits=masks, target=target)
+        assert torch.equal(got.matrix, 2 * want.matrix)
+
+
+def test_confusion_of_what_does_not_match():
+    (scores, masks), target, confusion = inputs(2, 3, 4, (2, 2)), torch.zeros(2, 4, 4), ConfusionMatrix(3)
+    target = target.long()
+    for message, error, call in (
+        ("mask_logits given; give pred", TypeError, lambda: confusion.update(target=target, mask_logits=masks)),
+        ("pred and class_scores and mask_logits given", TypeError,
+         lambda: confusion.update(target, target, class_scores=scores, mask_logits=masks)),
+        ("class scores of 4 classes; ConfusionMatrix.num_classes=3", ValueError,
+         lambda: confusion.update(class_scores=scores, mask_logits=masks, target=target)),
+        (r"target is \(1, 4, 4\); give \(N, Q, C \+ 1\) and \(N, H, W\)", ValueError,
+         lambda: confusion.update(class_scores=scores[..., :4], mask_logits=masks, target=target[:1])),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            call()
+    assert confusion.matrix.sum() == 0
 
 
 def test_the_two_sizes_differ():
