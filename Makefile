@@ -116,10 +116,12 @@ bench: setup
 kernel-report: setup
 	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.tools.report
 
-# Times by a static model of the compiled code: docs/predicted.md. TUNE=1: configurations, into kernels/tuned. Minutes.
+# Times by a static model of the compiled code: docs/predicted.md, of the cases whose code has changed; SECONDS=600 of it.
+# TUNE=1: configurations, into kernels/tuned. Minutes.
 TUNE ?=
+SECONDS ?=
 predict: setup
-	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.tools.predict $(if $(TUNE),--tune)
+	TRITON_INTERPRET=0 $(BIN)/python -P -m fastseg.kernels.tools.predict $(if $(TUNE),--tune) $(if $(SECONDS),--seconds $(SECONDS))
 
 roofline: setup
 	$(BIN)/python -m benchmarks.roofline

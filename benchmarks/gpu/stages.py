@@ -230,7 +230,7 @@ def _path(problem: Problem, provider: str) -> str:
         return ""
     with explain() as report:
         problem.functions(provider)[provider]()
-    return "; ".join(f"{decision.path}: {decision.why}" for decision in report)
+    return "; ".join(f"{decision.path}: {decision.why}" for decision in report) or "torch: no kernel of its own"
 
 
 # tune: launch configurations.

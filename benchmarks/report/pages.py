@@ -39,9 +39,16 @@ KERNELS: dict[str, tuple[tuple[str, ...], str]] = {
     "upsample_heads": (
         (
             "upsample/argmax",
-            "upsample/volume_argmax",
             "upsample/cross_entropy_fwd",
             "upsample/cross_entropy_bwd",
+        ),
+        "upsample_heads",
+    ),
+    "heads_and_losses": (
+        (
+            "upsample/confidence",
+            "upsample/loss_sums",
+            "upsample/volume_argmax",
             "upsample/masks_to_classes",
             "upsample/masks_to_queries",
         ),

@@ -5,14 +5,28 @@ from collections import Counter
 
 import pytest
 import torch
+import triton
 
 from fastseg.kernels.runtime.ceilings import CHIPS, Core
-from fastseg.kernels.tools.predict import sass, warp
-from fastseg.kernels.tools.predict.__main__ import HEAD, page, write
+from fastseg.kernels.runtime.launch import launch
+from fastseg.kernels.tools.predict import fresh, sass, warp
+from fastseg.kernels.tools.predict.__main__ import HEAD, Old, page, write
 from fastseg.kernels.tools.predict.model import Counts, seconds
 from fastseg.kernels.tools.predict.program import SECTOR, Kernel, mean
 
 H200 = CHIPS["H200"]
+
+
+@triton.jit
+def _inner(x):
+    return x
+
+
+@triton.jit
+def _outer(x_ptr, n):
+    _inner(x_ptr)
+
+
 CORE = Core(alu=4, l2=200, shared=30, barrier=20)
 
 # A loop over k (line 10) around a loop over rows (line 20), then a loop that ptxas unrolled four times (line 30).
@@ -237,6 +251,38 @@ def test_latency_counts_waves():
 def test_more_bytes_never_take_less():
     longest = [max(seconds(counts(dram=n, l2=2 * n, alone=10**5), H200).values()) for n in (0, 10**6, 10**8, 10**9)]
     assert longest == sorted(longest) and longest[-1] > longest[0]
+
+
+def test_a_digest_follows_the_code_and_what_it_runs_on(monkeypatch):
+    """Another chip, another shape, another device function: not the place in the file."""
+    rows = lambda n: torch.empty(n, 4, device="meta")
+    of = lambda n=8, chip=H200: fresh.digests(lambda: launch(_outer, (2,), rows(n), n, num_warps=4), chip)
+    first = of()
+    assert first == of() and len({*first, *of(9), *of(chip=CHIPS["A100"])}) == 3
+    text = fresh._text
+    for changed in (_outer, _inner):
+        for new, same in (("def k(): 1", False), (f"# further down\n{text(changed)}", True)):
+            fresh._source.cache_clear()
+            monkeypatch.setattr(fresh, "_text", lambda each, new=new, at=changed: new if each is at else text(each))
+            assert (of() == first) == same
+    fresh._source.cache_clear()
+
+
+def test_only_rows_of_earlier_code_are_old(monkeypatch):
+    monkeypatch.setattr(fresh, "digests", lambda fn, chip: ["a", "b"])
+    rows = [{"case": "SegNet stage", "chip": "H200", "code": code} for code in "ab"]
+    assert not Old(rows)("SegNet stage", "H200") and Old(rows)("SegNet stage", "A100")
+    assert Old(rows[:1])("SegNet stage", "H200") and Old([rows[0] | {"code": "c"}, rows[1]])("SegNet stage", "H200")
+    one = rows[0] | {"kernel": "k", "config": {}, "us": 1.0, "bound": "dram", "programs": 1, "assumed": False}
+    assert "| 1.0* |" in page([one | {"terms": {"dram": 1.0}}], lambda case, chip: True)
+
+
+def test_a_trip_of_another_name_is_an_error():
+    """A loop's variable was renamed, and its trips were taken as 1: the case has to name it."""
+    arguments = {"x": torch.empty(4, device="meta"), "y": torch.empty(4, device="meta"), "rows": 100}
+    assert Kernel(TTIR).work(arguments, (4,), 0, {"m": 3}).assumed
+    with pytest.raises(RuntimeError, match=r"the loop over m are not given, but those over \['i'"):
+        Kernel(TTIR).work(arguments, (4,), 0, {"i": 3})
 
 
 def test_the_page_says_first_that_nothing_is_measured(tmp_path):

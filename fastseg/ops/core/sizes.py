@@ -7,7 +7,8 @@ import torch
 
 def whole(n):
     """``n`` as an int if it is a whole number, numpy's included; else unchanged, for the caller to report."""
-    if isinstance(n, (int, float, torch.SymInt, torch.SymFloat)):  # Dynamo cannot ask a symbol for its index
+    # Dynamo cannot ask a symbol for its index, and torch 2.11's not None either: the error ends its trace.
+    if n is None or isinstance(n, (int, float, torch.SymInt, torch.SymFloat)):
         return n
     try:
         return operator.index(n)

@@ -57,4 +57,4 @@ def trips(case: str, config: Mapping[str, object]) -> dict[str, float]:
     branches = (Branch(3, 12),) if one else (Branch(1, 1), Branch(3, 6), Branch(3, 12), Branch(3, 18))
     pairs = executed(forward_regions(H, W, branches), 1, int(config.get("BLOCK_M", 64)))
     blocks = cdiv(int(config.get("C", 1)), int(config.get("BLOCK_K", 1)))
-    return {"j": len(branches) if config.get("MIRRORED") else 1, "i": pairs / (H * W * len(branches)) * blocks}
+    return {"j": len(branches) if config.get("MIRRORED") else 1, "_": pairs / (H * W * len(branches)) * blocks}

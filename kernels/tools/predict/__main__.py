@@ -1,14 +1,16 @@
 """The table of predicted times: every kernel of the report's cases, in bf16, on each chip.
 
-    TRITON_INTERPRET=0 python -P -m fastseg.kernels.tools.predict [--chip H200] [--case NAME] [--tune]
+    TRITON_INTERPRET=0 python -P -m fastseg.kernels.tools.predict [--chip H200] [--case NAME] [--seconds N] [--tune]
 
-Rows are written as they come, and replace those of the same case and chip; the page is made of all of them.
+Rows are written as they come, and replace those of the same case and chip; the page is made of all of them. A row holds
+a digest of what it was made from (``fresh.py``): only cases whose code has changed are compiled.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,8 +18,8 @@ import torch
 
 from fastseg.kernels.runtime.ceilings import CHIPS
 from fastseg.kernels.tools import cases
-from fastseg.kernels.tools.predict import choose
-from fastseg.kernels.tools.predict.model import BAND, Prediction, predict_launches
+from fastseg.kernels.tools.predict import choose, fresh
+from fastseg.kernels.tools.predict.model import BAND, Prediction, predict_on
 from fastseg.kernels.tools.report import TARGETS, Launched
 
 DTYPE = torch.bfloat16
@@ -31,7 +33,7 @@ a device has calibrated it. `make predict` writes the page; `kernels/tools/predi
 Cases are those of `make kernel-report`, all of them on an H200 and some on other chips, in bf16, with Triton's code for
 the chip. Some hold thousands of images, so that a map has more than 2^31 elements: take the share of yours. A row is
 one launch. What binds is the longest of the model's terms, whose share of the time stands behind it; then the next
-longest. `~`: how often a loop runs is decided by what memory holds, and is assumed.
+longest. `~`: how often a loop runs is decided by what memory holds, and is assumed. `*`: of earlier code.
 
 """
 
@@ -42,13 +44,13 @@ def trips(case: str, launched: Launched) -> Mapping[str, float]:
     return topic.trips(case, launched.report.config) if hasattr(topic, "trips") else {}
 
 
-def row(case: str, chip: str, prediction: Prediction) -> dict[str, object]:
+def row(case: str, chip: str, prediction: Prediction, code: str) -> dict[str, object]:
     terms = sorted(prediction.terms, key=prediction.terms.__getitem__, reverse=True)
     return {
         "case": case, "chip": chip, "kernel": prediction.kernel.strip("_").removesuffix("_kernel"),
         "config": {k: v for k, v in prediction.config.items() if k.startswith(("BLOCK", "num_"))},
         "us": round(prediction.us, 1), "bound": prediction.bound, "programs": prediction.programs,
-        "blocks": prediction.blocks, "assumed": prediction.assumed,
+        "blocks": prediction.blocks, "assumed": prediction.assumed, "code": code,
         "terms": {name: round(prediction.terms[name] * 1e6, 1) for name in terms if prediction.terms[name]},
     }  # fmt: skip
 
@@ -79,15 +81,15 @@ def read(path: Path) -> list[dict]:
 
 def write(path: Path, rows: Iterable[dict], case: str, chip: str) -> list[dict]:
     """Put the rows of a case and chip into the file, in the order of the cases."""
-    kept = [r for r in read(path) if (r["case"], r["chip"]) != (case, chip)] + list(rows)
     order = {name: i for i, name in enumerate(cases.CASES)}
-    kept.sort(key=lambda r: (list(CHIPS).index(r["chip"]), order.get(r["case"], len(order))))
+    kept = [r for r in read(path) if (r["case"], r["chip"]) != (case, chip) and r["case"] in order] + list(rows)
+    kept.sort(key=lambda r: (list(CHIPS).index(r["chip"]), order[r["case"]]))
     path.write_text("[\n" + ",\n".join(json.dumps(r) for r in kept) + "\n]\n")
     return kept
 
 
-def page(rows: Sequence[Mapping]) -> str:
-    """The rows as a page, a table for each chip."""
+def page(rows: Sequence[Mapping], old: Callable[[str, str], bool] = lambda case, chip: False) -> str:
+    """The rows as a page, a table for each chip; ``old``: whether those of a case and chip are of earlier code."""
     parts = [HEAD]
     for chip in dict.fromkeys(r["chip"] for r in rows):
         source = CHIPS[chip]
@@ -99,7 +101,7 @@ def page(rows: Sequence[Mapping]) -> str:
             config = " ".join(f"{_short(name)}{value}" for name, value in r["config"].items())
             longest = list(r["terms"].items())[:2]
             binds = ", ".join(f"{name} {us / max(r['us'], 0.1):.0%}" for name, us in longest)
-            us = f"{'~' * r['assumed']}{r['us']:,}"
+            us = f"{'~' * r['assumed']}{r['us']:,}{'*' * old(r['case'], r['chip'])}"
             parts.append(f"| {r['case']} | {r['kernel']} | {config} | {r['programs']} | {us} | {binds} |\n")
         parts.append("\n")
     return "".join(parts).rstrip() + "\n"
@@ -129,28 +131,60 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--case", action="append", choices=cases.CASES, help="may be repeated; all without it")
     parser.add_argument("--rows", type=Path, default=Path("docs/predicted.json"), help="file of rows")
     parser.add_argument("--page", type=Path, default=Path("docs/predicted.md"), help="page made of the rows")
-    parser.add_argument("--missing", action="store_true", help="only what the file of rows lacks")
+    parser.add_argument("--all", action="store_true", help="cases whose code is unchanged too")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="after which no case is begun")
     parser.add_argument("--tune", action="store_true", help="write configurations that are clearly better instead")
     options = parser.parse_args(argv)
     if options.tune:
         return tune(options.chip or [FIRST])
-    there = {(r["case"], r["chip"]) for r in read(options.rows)} if options.missing else set()
-    failed = False
-    for chip in options.chip or PREDICTABLE:
-        for case in options.case or (cases.CASES if chip == FIRST else first_cases()):
-            if (case, chip) in there:
+    deadline, failed, left = time.monotonic() + options.seconds, False, 0
+    firsts = first_cases()
+    old = Old(read(options.rows))
+    for case in options.case or sorted(cases.CASES, key=lambda case: case not in firsts):
+        names = PREDICTABLE if case in firsts or options.case else [FIRST]
+        names = [n for n in names if n in (options.chip or names) and (options.all or old(case, n))]
+        for arch in dict.fromkeys(CHIPS[name].arch for name in names):
+            chips = [CHIPS[name] for name in names if CHIPS[name].arch == arch]
+            if time.monotonic() > deadline:
+                left += len(chips)
                 continue
-
+            launch = partial(cases.CASES[case], DTYPE)
             try:
-                found = predict_launches(partial(cases.CASES[case], DTYPE), CHIPS[chip], partial(trips, case))
+                found = predict_on(launch, chips, partial(trips, case))
             except RuntimeError as error:
-                print(f"{case} on {chip}: {error}", file=sys.stderr, flush=True)
+                print(f"{case} for {arch}: {error}", file=sys.stderr, flush=True)
                 failed = True
                 continue
-            rows = write(options.rows, (row(case, chip, p) for p in found), case, chip)
-            options.page.write_text(page(rows))
-            print(f"{case} on {chip}: " + ", ".join(f"{p.us:.1f} us ({p.bound})" for p in found), flush=True)
+            for chip in chips:
+                codes = old.digests(case, chip.name)
+                made = [row(case, chip.name, p, code) for p, code in zip(found[chip.name], codes, strict=True)]
+                old.take(write(options.rows, made, case, chip.name))
+                said = ", ".join(f"{p.us:.1f} us ({p.bound})" for p in found[chip.name])
+                print(f"{case} on {chip.name}: {said}", flush=True)
+            options.page.write_text(page(read(options.rows), old))
+    print(f"{left} cases and chips are left: no time" if left else "every row is of the code that is there")
     return int(failed)
+
+
+class Old:
+    """Whether the rows of a case and chip are not of the code that is there; none is old too."""
+
+    def __init__(self, rows: Iterable[Mapping]):
+        self._digests: dict[tuple[str, str], list[str]] = {}
+        self.take(rows)
+
+    def take(self, rows: Iterable[Mapping]) -> None:
+        self._codes: dict[tuple[str, str], list[str]] = {}
+        for r in rows:
+            self._codes.setdefault((r["case"], r["chip"]), []).append(r.get("code", ""))
+
+    def __call__(self, case: str, chip: str) -> bool:
+        return self._codes.get((case, chip)) != self.digests(case, chip)
+
+    def digests(self, case: str, chip: str) -> list[str]:
+        if (case, chip) not in self._digests:
+            self._digests[case, chip] = fresh.digests(partial(cases.CASES[case], DTYPE), CHIPS[chip])
+        return self._digests[case, chip]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Times of launches from counts: ``predict`` of one, ``predict_launches`` of all that a function makes."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -140,17 +140,28 @@ def predict_launches(
     wanted: Callable[[str], bool] = lambda kernel: True,
 ) -> list[Prediction]:
     """Of all launches of the kernels wanted that ``fn()`` makes with ``meta`` tensors, in their order."""
-    found: list[Prediction] = []
-    known: dict[object, Prediction] = {}
+    return predict_on(fn, [chip], trips, wanted)[chip.name]
+
+
+def predict_on(
+    fn: Callable[[], object],
+    chips: Sequence[Chip],
+    trips: Callable[[Launched], Mapping[str, float]] = lambda launched: {},
+    wanted: Callable[[str], bool] = lambda kernel: True,
+) -> dict[str, list[Prediction]]:
+    """``predict_launches`` for chips of one architecture, by their names: its code is compiled once."""
+    found: dict[str, list[Prediction]] = {chip.name: [] for chip in chips}
+    known: dict[object, list[Prediction]] = {}
 
     def on_launch(launched: Launched) -> None:
         like = lambda a: (a.shape, a.stride(), a.dtype) if isinstance(a, Tensor) else a
         key = (launched.cubin, launched.grid, *(repr(like(a)) for a in launched.arguments.values()))
         if key not in known:
-            known[key] = predict(launched, chip, trips(launched))
-        found.append(known[key])
+            known[key] = [predict(launched, chip, trips(launched)) for chip in chips]
+        for chip, prediction in zip(chips, known[key], strict=True):
+            found[chip.name].append(prediction)
 
-    compile_launches(fn, chip.arch, each=on_launch, wanted=wanted)
+    compile_launches(fn, chips[0].arch, each=on_launch, wanted=wanted)
     return found
 
 

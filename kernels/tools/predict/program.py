@@ -262,7 +262,12 @@ class _Run:
         now = [self.env.get(source) for _, source in carried]
         known = None not in (lo, hi, step)
         self.assumed |= not known
-        named = self.trips.get(re.sub(r"_\d+$", "", head[1][1:]), 1)
+        variable = re.sub(r"_\d+$", "", head[1][1:])
+        if not known and self.trips and variable not in self.trips:
+            raise RuntimeError(
+                f"predict: trips of the loop over {variable} are not given, but those over {[*self.trips]}"
+            )
+        named = self.trips.get(variable, 1)
         trips = max(0, -(-(hi - lo) // step)) if known else named
         self.bodies[id(op)] += trips * self.weight * self.taken
         if not trips:
