@@ -229,3 +229,15 @@ def test_under_a_default_device():
         got = upsample_cross_entropy(logits, target), upsample_argmax(logits, 300)
         torch.autograd.grad(got[0], logits)
     assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("classes", [1, 2, 3])
+def test_values_are_not_read_while_something_follows(classes):
+    """A transform, which has none to read, and a trace, which holds for other values."""
+    logits = torch.randn(3, 1, classes, 4, 4)
+    want = torch.stack([upsample_argmax(each, 8) for each in logits])
+    assert torch.equal(torch.func.vmap(lambda each: upsample_argmax(each, 8))(logits), want)
+    traced = torch.jit.trace(lambda each: upsample_argmax(each, 8), logits[0])
+    broken = logits[1].clone()
+    broken[0, 0, 1, 1] = float("nan")
+    assert torch.equal(traced(broken), upsample_argmax(broken, 8))
