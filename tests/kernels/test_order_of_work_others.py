@@ -4,6 +4,7 @@ Each launch moves maps several times as large as the cache that it is replayed t
 that run at once touch, as an H200's does: a pair of lines of each plane, two rows of tiles with their borders.
 """
 
+from typing import NamedTuple
 from unittest import mock
 
 import pytest
@@ -86,7 +87,8 @@ def atrous(cache: int = 64 << 10):
     """A group of images is a quarter of the cache, on this chip as on others. As of an ASPP, its tiles run at once, and
     rectangles end with an image's rows: a tile of several images would read the groups behind its own."""
     x, weights = nhwc(8, 32, 16, 16), [nhwc(16, 32, 3, 3)]
-    chip = mock.patch.object(tables, "chip_of", lambda device: H200._replace(l2_bytes=cache))
+    like: NamedTuple = H200
+    chip = mock.patch.object(tables, "chip_of", lambda device: like._replace(l2_bytes=cache))
     with chip, override("atrous_conv_fwd", BLOCK_M=16, BLOCK_N=16, BLOCK_K=32):
         atrous_conv_fwd(x, weights, [], None, [4], "relu")
 
