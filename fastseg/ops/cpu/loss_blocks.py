@@ -74,10 +74,10 @@ def block_of(target: Tensor, factors: Tensor | None, sums: Sums, kind: torch.dty
     return Block(None, labels.scatter_(1, target.long(), 1.0), counts)
 
 
-def activated(v: Tensor, sums: Sums) -> Activated:
-    """Of logits (rows, C, pixels)."""
+def activated(v: Tensor, sums: Sums, *, named: bool) -> Activated:
+    """Of logits (rows, C, pixels); ``named`` as in ``sums_of``."""
     kinds = {column.kind for column in sums.columns}
-    asked = bool(kinds & _OF_P)
+    asked = bool(kinds & _OF_P) or ("focal" in kinds and not named)
     if sums.activation == SIGMOID:
         return Activated(v.sigmoid() if asked else None, v)
     if kinds & _OF_LOGARITHM:

@@ -27,7 +27,7 @@ def forward(x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) 
     """
     kind = torch.promote_types(x.dtype, torch.float32)
     named = target.dim() == 3
-    a = activated(_upsampled(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners), sums)
+    a = activated(_upsampled(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners), sums, named=named)
     factors = None if pixel_weight is None else pixel_weight.flatten(1)[:, None]
     labels = target.flatten(1)[:, None] if named else target.flatten(2)
     block = block_of(labels, factors, sums, kind, x.shape[1] if named else 0)

@@ -62,7 +62,9 @@ class Walk:
             v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
             block = self._block(strip, rows)
             if self.sums.activation == SIGMOID or block.classes is None:
-                total += sums_of(activated(v, self.sums), block, self.sums, (0, 2), named=False, hard=self.hard)
+                total += sums_of(
+                    activated(v, self.sums, named=False), block, self.sums, (0, 2), named=False, hard=self.hard
+                )
             else:
                 self._add_softmax(total, v, block)
         return total
@@ -74,7 +76,7 @@ class Walk:
             v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
             block = self._block(strip, rows)
             if self.sums.activation == SIGMOID or block.classes is None:
-                a = activated(v, self.sums)
+                a = activated(v, self.sums, named=False)
                 dv = slope_of(slopes[None], a, block, self.sums, named=False, hard=self.hard)
             else:
                 dv = self._slope_softmax(slopes, v, block)
