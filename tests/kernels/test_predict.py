@@ -259,13 +259,13 @@ def test_a_digest_follows_the_code_and_what_it_runs_on(monkeypatch):
     of = lambda n=8, chip=H200: fresh.digests(lambda: launch(_outer, (2,), rows(n), n, num_warps=4), chip)
     first = of()
     assert first == of() and len({*first, *of(9), *of(chip=CHIPS["A100"])}) == 3
-    text = fresh._text
+    text = fresh.text_of
     for changed in (_outer, _inner):
         for new, same in (("def k(): 1", False), (f"# further down\n{text(changed)}", True)):
-            fresh._source.cache_clear()
-            monkeypatch.setattr(fresh, "_text", lambda each, new=new, at=changed: new if each is at else text(each))
+            fresh.source_of.cache_clear()
+            monkeypatch.setattr(fresh, "text_of", lambda each, new=new, at=changed: new if each is at else text(each))
             assert (of() == first) == same
-    fresh._source.cache_clear()
+    fresh.source_of.cache_clear()
 
 
 def test_only_rows_of_earlier_code_are_old(monkeypatch):

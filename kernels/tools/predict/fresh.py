@@ -26,7 +26,7 @@ def digests(fn: Callable[[], object], chip: Chip, wanted: Callable[[str], bool] 
 
     def on_launch(kernel, grid: tuple[int, ...], args: tuple, kwargs: dict) -> None:
         if wanted(kernel.fn.__name__):
-            said = (_source(kernel), grid, *map(_like, args), *sorted((k, _like(v)) for k, v in kwargs.items()))
+            said = (source_of(kernel), grid, *map(_like, args), *sorted((k, _like(v)) for k, v in kwargs.items()))
             found.append(hashlib.sha256(repr((said, chip, chip.core, _model())).encode()).hexdigest()[:12])
 
     with intercept(on_launch):
@@ -41,12 +41,12 @@ def _like(value: object) -> object:
 
 
 @functools.cache
-def _source(kernel) -> str:
+def source_of(kernel) -> str:
     """The code of a kernel and of all that it calls, comments left out."""
-    return "\n".join(ast.dump(ast.parse(_text(each))) for each in _reached(kernel, {}))
+    return "\n".join(ast.dump(ast.parse(text_of(each))) for each in _reached(kernel, {}))
 
 
-def _text(kernel) -> str:
+def text_of(kernel) -> str:
     return textwrap.dedent(inspect.getsource(kernel.fn))
 
 
