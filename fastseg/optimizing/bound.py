@@ -17,6 +17,7 @@ from fastseg.ops.core.conv_request import finish
 from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.forms import watched_or_changed
 from fastseg.ops.cpu import depthwise
+from fastseg.ops.cpu.matrix import Matrix
 from fastseg.ops.cpu.onednn import Packed, PackedTransposed
 from fastseg.ops.cpu.packed import PackedWeights, packed_run
 from fastseg.ops.cpu.winograd import Filters, winograd_conv2d
@@ -32,7 +33,7 @@ FUSED: dict[Any, str] = {
 class Convolution:
     """``conv2d_act`` with packed weights: ``(x, residual) -> y``."""
 
-    def __init__(self, run: Packed | PackedTransposed | Dilated, act: str | None):
+    def __init__(self, run: Packed | PackedTransposed | Matrix | Dilated, act: str | None):
         self.run, self.act, self.__name__ = run, act, "packed_convolution"
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -89,8 +89,12 @@ def test_shapes_that_return_are_packed(monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="a CPU's own path, in minutes")
 @pytest.mark.parametrize("name, head", [("unet", "outc.conv"), ("segnet", "classifier"), ("deeplabv3plus", "cls_conv")])
 def test_classifiers_are_packed(name, head, monkeypatch):
-    made, pack = [], _cpu_conv.pack
-    monkeypatch.setattr(_cpu_conv, "pack", lambda weight, *args: made.append(weight.shape[0]) or pack(weight, *args))
+    made = []
+    for kind in ("pack", "Matrix"):
+        make = getattr(_cpu_conv, kind)
+        monkeypatch.setattr(
+            _cpu_conv, kind, lambda weight, *args, make=make: made.append(weight.shape[0]) or make(weight, *args)
+        )
     model, x = create(name, 7).eval(), image(1, 3, 188, 188)
     Runner(model, x)
     assert made.count(7) == 1

@@ -20,7 +20,8 @@ from fastseg.ops.core.forms import Form, Forms, Reference
 from fastseg.ops.core.kept import Kept, keeping
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.norm import Activation, activate
-from fastseg.ops.cpu import depthwise
+from fastseg.ops.cpu import depthwise, matrix
+from fastseg.ops.cpu.matrix import Matrix
 from fastseg.ops.cpu.onednn import DTYPES as PACKED_DTYPES
 from fastseg.ops.cpu.onednn import Packed, PackedTransposed, pack, pack_transposed, why_not
 from fastseg.ops.cpu.winograd import Filters, plan, transform, transformed_bytes, winograd_conv2d
@@ -28,6 +29,7 @@ from fastseg.ops.cpu.winograd_dilated import Dilated, plan_dilated, transform_di
 
 MOST_BYTES = 512 * 2**20
 MOST_SHAPES = 16  # maps that one weight is packed for
+Run = Packed | Matrix | Filters | Dilated  # a convolution with its weight made ready
 LEAST_IN_NCHW = 96  # channels; with fewer, the copy to channels_last costs more than it saves: 1.1 to 1.4 of the time
 
 
@@ -42,12 +44,10 @@ class PackedWeights:
 
     def __init__(self, kept: Kept, *, winograd: bool = True, most_bytes: int = MOST_BYTES):
         self.kept, self.winograd, self.most_bytes, self.transformed = kept, winograd, most_bytes, 0
-        self._runs: dict[tuple, dict[tuple, Packed | Filters | Dilated]] = {}
+        self._runs: dict[tuple, dict[tuple, Run]] = {}
         self._transposed: dict[tuple, dict[tuple, PackedTransposed | None]] = {}
 
-    def convolution(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple
-    ) -> Packed | Filters | Dilated | None:
+    def convolution(self, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: tuple) -> Run | None:
         """The convolution for maps like ``x``, or None for torch's."""
         if not self.kept.knows((weight, bias)):
             return None
@@ -69,9 +69,7 @@ class PackedWeights:
             runs[key] = pack_transposed(weight, bias, *geometry, x) if len(runs) < MOST_SHAPES else None
         return runs[key]
 
-    def _convolution(
-        self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple
-    ) -> Packed | Filters | Dilated:
+    def _convolution(self, shape: tuple, dtype: torch.dtype, weight, bias, geometry: tuple) -> Run:
         if self.winograd and dtype == torch.float32 and weight.shape[2:] == (3, 3) and geometry == _SAME_3X3:
             tiles, size = (
                 plan(shape[1], weight.shape[0], *shape[2:], torch.get_num_threads()),
@@ -86,6 +84,8 @@ class PackedWeights:
             if tiles is not None and self.transformed + size <= self.most_bytes:
                 self.transformed += size
                 return transform_dilated(weight, bias, tiles, *shape[2:], rate)
+        if matrix.pays(shape, weight, geometry):
+            return Matrix(weight, bias)
         return pack(weight.detach(), None if bias is None else bias.detach(), *geometry, shape)
 
 
@@ -193,7 +193,7 @@ def conv_transpose2d(
     return F.conv_transpose2d(x, weight, bias, stride, padding) if run is None else run(x)
 
 
-def packed_run(x, weight, bias, stride, padding, dilation, groups: int) -> "Packed | Filters | Dilated | None":
+def packed_run(x, weight, bias, stride, padding, dilation, groups: int) -> Run | None:
     """The convolution with packed weights, where this thread packs and has packed these."""
     packs = _packs()
     if packs is None or not _packable(x, weight, bias, padding):

@@ -10,11 +10,13 @@ import fastseg
 from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops.core.kept import Kept, keeping, made_once
 from fastseg.ops.cpu import packed as _cpu_conv
+from fastseg.ops.cpu.matrix import PLAIN, Matrix, pays
 from fastseg.ops.cpu.onednn import why_not
 from fastseg.ops.cpu.packed import PackedWeights, conv2d, packed_weights
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
 CL = torch.channels_last
+POINTWISE = "matrix" if torch.backends.mkl.is_available() else "packed"  # how a 1x1 of few pixels runs
 
 
 @pytest.fixture(autouse=True)
@@ -27,8 +29,9 @@ def _without_gradients():
 def taken(monkeypatch) -> list[str]:
     """Which convolutions ran packed."""
     names = []
-    pack, transform = _cpu_conv.pack, _cpu_conv.transform
+    pack, transform, product = _cpu_conv.pack, _cpu_conv.transform, _cpu_conv.Matrix
     monkeypatch.setattr(_cpu_conv, "pack", lambda *a: names.append("packed") or pack(*a))
+    monkeypatch.setattr(_cpu_conv, "Matrix", lambda *a: names.append("matrix") or product(*a))
     monkeypatch.setattr(_cpu_conv, "transform", lambda *a: names.append("winograd") or transform(*a))
     return names
 
@@ -38,6 +41,7 @@ def taken(monkeypatch) -> list[str]:
     "C, COUT, K, geometry",
     [
         (8, 12, 1, ((1, 1), (0, 0), (1, 1), 1)),
+        (8, 12, 1, ((2, 2), (0, 0), (1, 1), 1)),
         (8, 12, 3, ((2, 2), (1, 1), (1, 1), 1)),
         (8, 8, 3, ((1, 1), (4, 4), (4, 4), 8)),  # depthwise, dilated
         (8, 12, 3, ((1, 1), (1, 1), (1, 1), 2)),
@@ -55,18 +59,42 @@ def test_equals_torch(C, COUT, K, geometry, act, taken):
         with packed_weights(packed):
             y = conv2d(x, weight, bias, *geometry, act=act)
         torch.testing.assert_close(y.double(), want, rtol=0, atol=4e-6 * scale)
-    assert taken == ["winograd" if C == 64 else "packed"]  # once for both calls
+    assert taken == [
+        "winograd" if C == 64 else "matrix" if pays(x.shape, weight, geometry) else "packed"
+    ]  # once for both calls
 
 
-def test_nan_stays_nan(taken):
+@pytest.mark.parametrize("layout", [CL, torch.contiguous_format])
+def test_a_product_for_few_pixels(layout, monkeypatch):
+    """With and without bias, of maps in either order, of one pixel, and with a large matrix for that alone."""
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    for shape, COUT in (((2, 130, 3, 4), 7), ((2, 130, 1, 1), 140), ((1, 512, 1, 1), 512)):
+        x, weight, bias = (
+            torch.randn(shape).contiguous(memory_format=layout),
+            *map(torch.randn, ((COUT, shape[1], 1, 1), COUT)),
+        )
+        assert pays(shape, weight, PLAIN)
+        for b in (bias, None):
+            y = Matrix(weight, b)(x)
+            want = F.conv2d(x.double(), weight.double(), None if b is None else b.double())
+            torch.testing.assert_close(y.double(), want, rtol=0, atol=4e-6 * want.abs().max().item())
+            assert y.is_contiguous(memory_format=CL)
+    assert not pays((1, 512, 2, 2), weight, PLAIN) and not pays((1, 512, 1, 1), weight.bfloat16(), PLAIN)
+    assert not pays((1, 512, 1, 1), weight, ((2, 2), *PLAIN[1:]))
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    assert not pays((1, 512, 1, 1), weight, PLAIN)
+
+
+@pytest.mark.parametrize("K, reached", [(1, 1), (3, 9)])
+def test_nan_stays_nan(K, reached, taken):
     """oneDNN's own ReLU would make it 0."""
-    x = torch.randn(1, 8, 4, 4)
+    x = torch.randn(1, 8, 4, 4).contiguous(memory_format=CL)
     x[0, 3, 1, 2] = torch.nan
-    weight = torch.randn(5, 8, 1, 1)
+    weight = torch.randn(5, 8, K, K)
     with packed_weights(PackedWeights(Kept([weight]))):
-        y = conv2d(x, weight, None, act="relu")
-    assert taken == ["packed"]
-    assert y[0, :, 1, 2].isnan().all() and y.isnan().sum() == 5
+        y = conv2d(x, weight, None, padding=(K // 2, K // 2), act="relu")
+    assert taken == [POINTWISE if K == 1 else "packed"]
+    assert y[0, :, 1, 2].isnan().all() and y.isnan().sum() == 5 * reached
 
 
 def test_what_torch_runs(taken):
@@ -85,7 +113,7 @@ def test_what_torch_runs(taken):
         with pytest.raises(RuntimeError, match="type"):  # in torch's words
             run(x, w.double())
         assert taken == []
-        run(x, w)
+        run(x, w, None, (2, 2))
         assert run(x.bfloat16(), half).dtype == torch.bfloat16
     assert taken == ["packed"] * (1 if why_not(torch.bfloat16) else 2)
 
@@ -135,7 +163,7 @@ def test_what_is_not_the_models_is_not_packed(taken):
         assert taken == [] and not packed._runs
         conv2d(x, weight, bias)
         conv2d(x, weight)
-    assert taken == ["packed", "packed"]
+    assert taken == [POINTWISE, POINTWISE]
 
 
 def test_a_written_weight_is_not_packed_again(taken):
@@ -144,7 +172,7 @@ def test_a_written_weight_is_not_packed_again(taken):
         for write in (lambda: None, lambda: weight.mul_(2), lambda: setattr(weight, "data", weight * 3)):
             write()
             torch.testing.assert_close(conv2d(x, weight), F.conv2d(x, weight))
-    assert taken == ["packed"]
+    assert taken == [POINTWISE]
 
 
 def test_shapes_of_a_weight_are_bounded(taken):
