@@ -30,12 +30,13 @@ def test_compile_in_one_graph(model):
         torch.testing.assert_close(p.grad, want[key], rtol=1e-4, atol=1e-5 * float(want[key].abs().max()) + 1e-7)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="without kernels: test_every_model.py")
 def test_export(model):
     """Other sizes than the traced one; the graph holds the transposed convolution as one op, not as a dense one."""
     sides = {0: Dim("n", max=8), 2: 32 * Dim("h", min=2, max=16), 3: 32 * Dim("w", min=2, max=16)}
     program = torch.export.export(model, (torch.randn(2, 3, 64, 96),), dynamic_shapes=(sides,))
     names = [str(node.target) for node in program.graph.nodes]
-    assert any("bilinear" in name for name in names) == INTERPRETED
+    assert any("bilinear" in name for name in names)
     x = torch.randn(3, 3, 96, 128)
     with torch.no_grad():  # where norms are folded, and in the graph are not
         torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)

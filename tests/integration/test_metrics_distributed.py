@@ -1,5 +1,7 @@
 """The confusion matrix summed over two processes."""
 
+import re
+
 import pytest
 import torch
 from processes import run_two
@@ -48,6 +50,15 @@ def test_two_processes(tmp_path):
     for rank in range(2):
         assert torch.equal(torch.load(tmp_path / f"matrix{rank}.pt", weights_only=True), first.matrix)
         assert torch.equal(torch.load(tmp_path / f"both{rank}.pt", weights_only=True), whole.matrix)
+
+
+def test_a_process_that_fails_is_seen(tmp_path):
+    for script, statuses in (
+        ("assert False", "[1, 1]"),
+        ("import os, sys\nos.abort() if sys.argv[1] == '1' else 0", "[0, -6]"),
+    ):
+        with pytest.raises(AssertionError, match=re.escape(statuses)):
+            run_two(script, tmp_path)
 
 
 def test_one_process_needs_no_group():

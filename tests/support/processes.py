@@ -55,10 +55,11 @@ def run_two(script: str, folder: Path) -> None:
         print(json.dumps([script, str(folder)]), file=forks.stdin, flush=True)
         ready, _, _ = select.select([forks.stdout], [], [], 300)
         assert ready, "two processes took more than five minutes"
-        assert forks.stdout.readline() == "[0, 0]\n"
+        statuses = forks.stdout.readline()
     except BaseException:
         _end_forks()
         raise
+    assert statuses == "[0, 0]\n", f"the two ended with {statuses}"
 
 
 def _end_forks() -> None:

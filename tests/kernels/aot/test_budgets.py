@@ -6,6 +6,7 @@ the chips beside these the heaviest kernel. The rest with ``--long``.
 """
 
 import ast
+import contextlib
 import functools
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import torch
 from fastseg.kernels.atrous_conv.regions import Branch
 from fastseg.kernels.atrous_conv.tables import tables
 from fastseg.kernels.runtime.launch import intercept
-from fastseg.kernels.tools import cases
+from fastseg.kernels.tools import cases, machine_code, report
 from fastseg.kernels.tools.report import COMMON, TARGETS, KernelReport, broken_claims, compile_launches
 
 KERNELS = Path(cases.__file__).parents[2]
@@ -42,6 +43,40 @@ def rows():
 @functools.cache
 def reports(case: str, dtype, target: str) -> list[KernelReport]:
     return compile_launches(lambda: cases.CASES[case](dtype), target)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _read_together(request) -> None:
+    """Compiles the rows that will run, and reads their machine code in one process for each chip."""
+    chosen: dict[str, list] = {}
+    for item in request.session.items:
+        if item.nodeid.partition("[")[0].endswith("test_budgets.py::test_claims"):
+            case, dtype, target = (item.callspec.params[name] for name in ("case", "dtype", "target"))
+            chosen.setdefault(target, []).append((case, dtype))
+    for target, calls in chosen.items():
+        cubins = []
+
+        def kept(asm, cubins=cubins):
+            cubins.append(asm.get("cubin", b""))
+            return machine_code.Code(registers=1, spills=0, stack=0, instructions=1)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(report, "read_code", kept)
+            for case, dtype in calls:
+                with contextlib.suppress(RuntimeError):  # of a row, which says so
+                    compile_launches(lambda case=case, dtype=dtype: cases.CASES[case](dtype), target)
+        if TARGETS[target].gpu.backend == "cuda":
+            machine_code.read_together(cubins, TARGETS[target].gpu.arch)
+
+
+def test_read_together_or_alone_the_counts_are_the_same():
+    cubins, listed = [], list(cases.CASES)[::20]
+    for case in listed:
+        compile_launches(lambda case=case: cases.CASES[case](torch.bfloat16), "sm_90",
+                         each=lambda one: cubins.append(one.cubin))  # fmt: skip
+    assert len(set(cubins)) > 2
+    for cubin in set(cubins):
+        assert machine_code.read_code({"cubin": cubin}) == machine_code.read_sass(machine_code.dump(cubin))
 
 
 @pytest.mark.parametrize("case, dtype, target", rows())

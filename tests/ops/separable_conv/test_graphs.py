@@ -76,7 +76,12 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         torch.testing.assert_close(g, want[name], atol=2e-5, rtol=2e-5, msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+SIZES = pytest.mark.parametrize(  # a size of its own is the easier half: with --long
+    "dynamic", [pytest.param(False, marks=pytest.mark.long), True], ids=["static", "dynamic"]
+)
+
+
+@SIZES
 def test_compiled_training(dynamic):
     eager, net = Net(), Net()
     net.load_state_dict(eager.state_dict())
@@ -86,7 +91,7 @@ def test_compiled_training(dynamic):
         assert_same(step(compiled, net, x), step(eager, eager, x))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@SIZES
 def test_compiled_inference(dynamic):
     net = Net().eval()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -161,7 +166,8 @@ def test_exported_program_is_saved_and_loaded_with_dynamic_sizes():
     torch.testing.assert_close(loaded(x), net(x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("layout", [NCHW, CL], ids=str)
+@pytest.mark.skipif(not INTERPRETED, reason="without kernels: integration/test_every_model.py")
+@pytest.mark.parametrize("layout", [pytest.param(NCHW, marks=pytest.mark.long), CL], ids=str)
 def test_onnx(layout, tmp_path):
     for module in ("onnx", "onnxscript"):
         pytest.importorskip(module)
@@ -267,6 +273,7 @@ assert kernels <= names, kernels  # numbers and names of torch, no Triton
 """
 
 
+@pytest.mark.skipif(INTERPRETED, reason="a process of its own: once, in the plain process")
 def test_runs_without_triton():
     command = [sys.executable, "-P", "-c", WITHOUT_TRITON]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
