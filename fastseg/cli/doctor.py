@@ -13,7 +13,7 @@ import fastseg
 from fastseg import ops
 from fastseg.cli.common import say
 from fastseg.io.files import first_line, printable
-from fastseg.losses import CrossEntropy
+from fastseg.losses import Dice
 from fastseg.measure.comparison import op_cases
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.core.explain import Report
@@ -174,7 +174,7 @@ def other_calls(device: torch.device, dtype: torch.dtype) -> list[tuple[str, Cal
         ("masks_to_classes", lambda: ops.masks_to_classes(low.flatten(2), low, 16)),
         ("masks_to_queries", lambda: ops.masks_to_queries(low[:, :, 0, 0], low, 16)),
         ("paste_masks", lambda: ops.paste_masks(low[0, :, None], low[0, :, 0], (8, 8))),
-        ("upsample_loss", lambda: ops.upsample_loss(low, labels, [(1.0, CrossEntropy())])),
+        ("upsample_loss", lambda: ops.upsample_loss(low, labels, [(1.0, Dice())])),
     ]
 
 
