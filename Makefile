@@ -13,10 +13,11 @@ LONG ?=
 INTERPRETED := TRITON_INTERPRET=1 $(BIN)/pytest -q --durations=5 $(LONG)
 COMPILED := TRITON_INTERPRET=0 $(BIN)/pytest -q
 # Tests among torch's tools (opcheck, torch.compile, export, processes), and all others but those of compiled code.
-GRAPHS = tests/integration $(wildcard tests/ops/*/test_graphs*.py)
+OPS_GRAPHS = $(wildcard tests/ops/*/test_graphs*.py)
+GRAPHS = tests/integration $(OPS_GRAPHS)
 NOT_GRAPHS := tests --ignore=tests/kernels/aot --ignore=tests/integration --ignore-glob='*/test_graphs*.py'
 
-.PHONY: setup demo doctor test test-all test-fast test-kernels test-emulated test-compiled test-cpu test-matrix lint bench kernel-report predict roofline gpu gpu-env gpu-rehearse warm-cache tune figures docs
+.PHONY: setup demo doctor test test-all test-fast test-kernels test-graphs test-emulated test-compiled test-cpu test-matrix lint bench kernel-report predict roofline gpu gpu-env gpu-rehearse warm-cache tune figures docs
 
 $(VENV)/.ready: setup.py constraints-ci.txt
 	@$(PYTHON) -c 'import sys; sys.exit("fastseg needs Python 3.11 or later, this is %s; set PYTHON=" % sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
@@ -48,11 +49,16 @@ test-fast: setup
 
 test-kernels: setup
 	$(INTERPRETED) $(NOT_GRAPHS)
-	$(INTERPRETED) $(GRAPHS)
+	$(INTERPRETED) tests/integration
+
+# Of `test-kernels` by kind; in the other chain, which is as long with it.
+test-graphs: setup
+	$(INTERPRETED) $(OPS_GRAPHS)
 
 .PHONY: test-compiled-and-cpu
 test-compiled-and-cpu: setup
 	$(MAKE) --no-print-directory test-compiled
+	$(MAKE) --no-print-directory test-graphs
 	$(MAKE) --no-print-directory test-cpu
 	$(MAKE) --no-print-directory test-emulated EMULATED='tests/ops -k "(every_order and aspp) or (half and bfloat16) or duplicates"'
 
@@ -98,7 +104,7 @@ test-matrix: test-matrix-oldest test-matrix-newest
 test-matrix-oldest:
 	$(PYTHON312) -m venv .venv-oldest
 	$(call MATRIX_ENV,.venv-oldest,torch==2.11.0 triton==3.6.0)
-	$(MAKE) --no-print-directory VENV=.venv-oldest -j2 test-kernels test-compiled test-cpu
+	$(MAKE) --no-print-directory VENV=.venv-oldest -j2 test-kernels test-compiled test-graphs test-cpu
 
 test-matrix-newest:
 	$(PYTHON313) -m venv .venv-newest
