@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from torch import nn
 from torch.nn import functional as F
 
@@ -129,8 +130,12 @@ def test_a_file_as_a_model(folder):
     np.testing.assert_allclose(sure, values, atol=1e-4)
 
 
-def test_a_package(tmp_path):
-    """One compilation: the command writes it, a process without Python's model runs it."""
+def test_a_package(tmp_path, monkeypatch):
+    """One compilation: the command writes it, a process without Python's model runs it.
+
+    Without vectors, whose choice takes Inductor most of the time.
+    """
+    monkeypatch.setattr(torch._inductor.config.cpp, "vec_isa_ok", False)
     (tmp_path / "toy.py").write_text(f"import sys\nsys.path.insert(0, {str(__file__.rpartition('/')[0])!r})\n")
     x = torch.randn(3, 3, 19, 26)
     net = Net(classes=300)
