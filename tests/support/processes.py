@@ -12,7 +12,8 @@ from pathlib import Path
 
 # Reads scripts, imports what they import, and forks two processes that run them: torch is imported once for all tests.
 # No script runs here, so no thread is there to be lost by a fork. The two end without Python's shutdown, which gloo's
-# threads may abort ("terminate called without an active exception").
+# threads may abort ("terminate called without an active exception"), and keep what a script has made until then: a group
+# that dies with the lock of Python held may wait for ever for a thread of its own that asks for it.
 FORKS = """
 import ast, json, os, sys, traceback
 answers = os.fdopen(os.dup(1), "w")
@@ -29,7 +30,8 @@ for line in sys.stdin:
             try:
                 os.chdir(folder)
                 sys.argv = ["-c", str(rank), folder + "/store", folder]
-                exec(compile(script, f"rank {rank}", "exec"), {"__name__": "__main__"})
+                scope = {"__name__": "__main__"}
+                exec(compile(script, f"rank {rank}", "exec"), scope)
                 status = 0
             except BaseException:
                 traceback.print_exc()
