@@ -54,14 +54,14 @@ def read_code(asm: Mapping[str, str | bytes]) -> Code:
     return _read_cubin(asm["cubin"]) if "cubin" in asm else read_amdgcn(asm["amdgcn"])
 
 
-_known: dict[bytes, Code] = {}  # digest of a cubin -> its counts: disassembling takes as long as compiling
+known: dict[bytes, Code] = {}  # digest of a cubin -> its counts: disassembling takes as long as compiling
 
 
 def _read_cubin(cubin: bytes) -> Code:
     key = hashlib.sha256(cubin).digest()
-    if key not in _known:
-        _known[key] = read_sass(dump(cubin))
-    return _known[key]
+    if key not in known:
+        known[key] = read_sass(dump(cubin))
+    return known[key]
 
 
 def read_together(cubins: Iterable[bytes], arch: int) -> None:
@@ -74,7 +74,7 @@ def read_together(cubins: Iterable[bytes], arch: int) -> None:
         arch: the chip's compute capability, 90 for sm_90.
     """
     new = {hashlib.sha256(cubin).digest(): cubin for cubin in cubins}
-    codes = {key: _instructions(cubin) for key, cubin in new.items() if key not in _known}
+    codes = {key: _instructions(cubin) for key, cubin in new.items() if key not in known}
     if not codes:
         return
     chip = f"SM{arch}a" if arch >= 90 else f"SM{arch}"
@@ -85,7 +85,7 @@ def read_together(cubins: Iterable[bytes], arch: int) -> None:
         after = re.compile(rf"^\s*/\*{address:04x}\*/", re.MULTILINE).search(raw, place)
         end = after.start() if after else len(raw)
         usage = _USAGE.search(_run(CUOBJDUMP, "-res-usage", content=new[key]))
-        _known[key] = read_sass(f"{usage[0] if usage else ''}\n{raw[place:end]}")
+        known[key] = read_sass(f"{usage[0] if usage else ''}\n{raw[place:end]}")
         place = end
 
 

@@ -74,9 +74,9 @@ def test_read_together_or_alone_the_counts_are_the_same(monkeypatch):
     for case in list(cases.CASES)[::20]:
         compile_launches(lambda case=case: cases.CASES[case](torch.bfloat16), "sm_90",
                          each=lambda one: cubins.update({one.cubin: None}))  # fmt: skip
-    monkeypatch.setattr(machine_code, "_known", {})
+    monkeypatch.setattr(machine_code, "known", {})
     machine_code.read_together(cubins, 90)
-    assert len(machine_code._known) == len(cubins) > 2
+    assert len(machine_code.known) == len(cubins) > 2
     for cubin in cubins:
         assert machine_code.read_code({"cubin": cubin}) == machine_code.read_sass(machine_code.dump(cubin))
 
