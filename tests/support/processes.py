@@ -12,8 +12,8 @@ from pathlib import Path
 
 # Reads scripts, imports what they import, and forks two processes that run them: torch is imported once for all tests.
 # No script runs here, so no thread is there to be lost by a fork. The two end without Python's shutdown, which gloo's
-# threads may abort ("terminate called without an active exception"), and keep what a script has made until then: a group
-# that dies with the lock of Python held may wait for ever for a thread of its own that asks for it.
+# threads may abort ("terminate called without an active exception"), and keep what a script has made until then: a
+# group that dies with Python's lock held may wait for ever for a thread of its own that asks for it.
 FORKS = """
 import ast, json, os, sys, traceback
 answers = os.fdopen(os.dup(1), "w")
