@@ -12,8 +12,8 @@ from fastseg.ops.core.autograd import run
 from fastseg.ops.core.dispatch import is_torchs, is_tracing, runs_kernel
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import pool_with_index
-from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
-from fastseg.ops.registered.pooling import INT64, POOL, POOL_FORMS, Geometry, MaxPool, is_last, pool_in_windows, pool_op
+from fastseg.ops.pool_indices import POOL, PoolIndices, bits_of, encode, is_last, pack, pool_in_windows
+from fastseg.ops.registered.pooling import INT64, POOL_FORMS, Geometry, MaxPool, pool_op
 
 IndexFormat = Literal["int64", "compact"]
 Sizes = int | tuple[int, ...] | list[int]
@@ -134,7 +134,7 @@ def max_pool_ref(
     input: Tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format, geometry, dims: int
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
     """``max_pool1d``, ``2d`` and ``3d`` in plain PyTorch; without a ``geometry``, torch raises its own errors."""
-    if dims == 1 and not torch.compiler.is_compiling():
+    if dims == 1:
         input = input.resolve_neg()  # without gradients, torch's max_pool1d ignores the lazy negation
     if geometry is not None:
         kernel_size, stride, padding, dilation = geometry[2:]

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops.core.dispatch import followed, followed_eagerly, is_torchs, needs_grad, runs_kernel
+from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, runs_kernel, what_follows
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import deterministic, unpool_to
 from fastseg.ops.max_pool import Sizes, spatial
-from fastseg.ops.pool_indices import PoolIndices
-from fastseg.ops.registered.pooling import INT64, UNPOOL, UNPOOL_FORMS, Geometry, spread_ref, unpool
+from fastseg.ops.pool_indices import UNPOOL, PoolIndices
+from fastseg.ops.registered.pooling import INT64, UNPOOL_FORMS, Geometry, spread_ref, unpool
 
 CheckIndices = Literal["async", "sync"]
 
@@ -219,7 +219,7 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
     cpu = v.device.type == "cpu" and not followed()
     dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
     # Traces and transforms: torch's own function looks at sizes and values, and supports neither vmap nor ONNX.
-    composed = dropped or followed_eagerly()
+    composed = dropped or bool(what_follows())
     if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
         checked = not trusted and 0 not in geometry.size  # into an empty plane torch looks at no index
         return spread_ref(v, index, geometry.size, add=False, checked=checked, sync=sync)

@@ -7,7 +7,7 @@ neither the resized maps nor their concatenation is written.
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.dispatch import autocast_dtype, followed, kernels_run, needs_grad
-from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
+from fastseg.ops.core.explain import Refusal, in_reference
+from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
@@ -31,7 +32,7 @@ from fastseg.ops.upsample_sum import upsample_sum
 
 NAME = "resize_concat_conv2d"
 Mode = Literal["bilinear", "nearest"]
-Form = Literal["small", "resized"]
+Name = Literal["small", "resized"]
 
 
 @overridable
@@ -44,7 +45,7 @@ def resize_concat_conv2d(
     mode: Mode = "bilinear",
     align_corners: bool = False,
     act: Activation | None = None,
-    form: Form | None = None,
+    form: Name | None = None,
 ) -> Tensor:
     """``act(conv2d(cat([interpolate(m, size) for m in maps], 1), weight, bias, padding="same"))``, 1x1 or 3x3.
 
@@ -81,17 +82,9 @@ def resize_concat_conv2d(
     maps, weight = [m.to(dtype) for m in maps], weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
     resize = _Resize(size, mode, align_corners)
-    if in_reference() or form == "resized":
-        _record(maps[0], "reference", IN_REFERENCE if in_reference() else "asked for")
-        return _resized(maps, weight, bias, act, resize)
-    if weight.shape[2:] == (1, 1):
-        _record(maps[0], "torch", "1x1: each map is multiplied at its own size")
-        return like(maps[0], _pointwise(maps, weight, bias, act, resize))
-    small, why = _small(maps, weight, bias, resize, form == "small")
-    _record(maps[0], "torch" if any(small) else "reference", why)
-    if not any(small):
-        return _resized(maps, weight, bias, act, resize)
-    return like(maps[0], _taps(maps, weight, bias, act, resize, small))
+    small, why = _small(maps, weight, bias, resize, form)
+    y: Tensor = FORMS.decide(Request(tuple(small), why), maps[0]).run(maps, weight, bias, act, resize, small)
+    return y
 
 
 def resize_concat_conv2d_ref(
@@ -134,7 +127,31 @@ class _Resize:
         return upsample_bilinear(x, self.size, align_corners=self.align_corners).to(x.dtype)
 
 
-def _resized(maps, weight, bias, act, resize: _Resize) -> Tensor:
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    small: tuple[bool, ...]  # which maps are multiplied at their own size, if any is
+    why: str
+
+
+class SmallForm(Form):
+    """Small maps are multiplied at their own size."""
+
+    name, path = "small", "torch"
+
+    def refuses(self, r: Request) -> str:
+        return "" if any(r.small) else r.why
+
+    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        return r.why
+
+    def run(self, maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
+        if weight.shape[2:] == (1, 1):
+            return like(maps[0], _pointwise(maps, weight, bias, act, resize))
+        return like(maps[0], _taps(maps, weight, bias, act, resize, small))
+
+
+def _resized(maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
     x = torch.cat([resize(m) for m in maps], 1) if len(maps) > 1 else resize(maps[0])
     return conv2d_act(x, weight, bias, act, (1, 1), (weight.shape[-1] // 2,) * 2, (1, 1), 1)
 
@@ -169,12 +186,16 @@ def _pointwise(maps, weight, bias, act, resize: _Resize) -> Tensor:
 # --- 3x3: nine taps of each small map
 
 
-def _small(maps, weight, bias, resize: _Resize, forced: bool) -> tuple[list[bool], str]:
+def _small(maps, weight, bias, resize: _Resize, form: Name | None) -> tuple[list[bool], str]:
     """Which maps are multiplied at their own size, and why."""
     nothing = [False] * len(maps)
+    if in_reference() or form == "resized":
+        return nothing, "asked for"
+    if weight.shape[2:] == (1, 1):
+        return [True] * len(maps), "1x1: each map is multiplied at its own size"
     if resize.mode != "bilinear":
         return nothing, "nearest neighbours: resized first"
-    if forced:
+    if form == "small":
         return [not resize.keeps(m) for m in maps], "asked for"
     tensors = [t for t in (*maps, weight, bias) if t is not None]
     if followed(*tensors):
@@ -217,9 +238,7 @@ def _taps(maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor
     return activate(base, act, inplace=True)
 
 
-def _record(x: Tensor, path: str, why: str) -> None:
-    if not torch.compiler.is_compiling():
-        record(NAME, x, path, why)
+FORMS = Forms(NAME, [SmallForm(), Torchs(_resized, "resized")])
 
 
 def _check(maps, weight, bias, size, mode, act, form) -> None:

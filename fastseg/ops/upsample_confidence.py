@@ -7,10 +7,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, form_of, no_kernel, record_reference, what_follows
+from fastseg.ops.core.dispatch import (
+    HAS_TRITON,
+    followed,
+    known,
+    no_kernel,
+    record_reference,
+    what_follows,
+)
 from fastseg.ops.core.forms import Form, Forms, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.register import register
+from fastseg.ops.core.register import one_launch, register
 from fastseg.ops.core.upsample import (
     Factors,
     along_x,
@@ -90,7 +97,7 @@ def upsample_confidence(
         )
         return _of_volume(name, of_maps, found, logits, to, (dtype, torch.float32), ((), ()))
     H, W, factors = output_size(name, logits, size, scale_factor)
-    form = form_of(FORMS, _request(logits, H, W), logits)
+    form = FORMS.decide(_request(logits, H, W), logits)
     classes, values = form.run(logits, H, W, factors, align_corners, measure, dtype == torch.int64)
     return classes.to(dtype), values.float()
 
@@ -105,9 +112,8 @@ class Request(NamedTuple):
 
 
 def _request(logits: Tensor, H: int, W: int) -> Request:
-    why, compiling = no_kernel(logits), torch.compiler.is_compiling()
-    why = why or ("" if compiling else what_follows(logits))
-    sizes = () if why or compiling else (tuple(logits.shape), logits.stride(), H, W)
+    why = no_kernel(logits) or what_follows(logits)
+    sizes = () if why else known(tuple(logits.shape), logits.stride(), H, W)
     plain = logits.is_cpu and not followed(logits)
     large = plain and logits.shape[0] * logits.shape[1] * H * W >= _LARGE
     looked_at = (large and bool(why)) or (plain and bool(forced_blocks()))
@@ -343,12 +349,9 @@ def _fake(
 _op = register(
     "upsample_confidence(Tensor logits, SymInt H, SymInt W, float factor_h, float factor_w, bool align_corners, "
     "str measure, bool wide) -> (Tensor, Tensor)",
-    _launch,
-    _plain,
-    _fake,
-    refuses=lambda logits, H, W, *_: unsupported(logits, H, W),
-    asked=True,
-)
+    _launch, _plain, _fake, asked=True,
+    **one_launch("upsample_confidence", _launch, _plain, lambda logits, H, W, *_: unsupported(logits, H, W)),
+)  # fmt: skip
 
 
 class KernelForm(Form):

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 from fastseg.kernels.runtime.sizes import source_scale
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, kernels_run, no_kernel, record_reference
+from fastseg.ops.core.dispatch import (
+    HAS_TRITON,
+    followed,
+    is_torchs,
+    kernels_run,
+    no_kernel,
+    record_reference,
+    what_follows,
+)
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
-from fastseg.ops.core.register import register
+from fastseg.ops.core.register import one_launch, register
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.core.volume import Resize, Slices, argmax, blended, distinct, slices_of
 from fastseg.ops.cpu.argmax import SLICES
@@ -76,7 +84,7 @@ def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | 
     if not is_torchs(logits):
         why = _unsupported(logits, to) or no_kernel(logits)
     if followed(logits):  # a graph holds the registered op, a transform torch's own ops
-        if torch.compiler.is_compiling() and not why and kernels_run(logits):
+        if not what_follows(logits) and not why and kernels_run(logits):
             classes = _op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(dtype))
         else:
             record_reference("upsample_argmax3d", logits, why or "a follower of torch's own ops")
@@ -192,8 +200,6 @@ def _fake(logits: Tensor, *args) -> Tensor:
 _op = register(
     "upsample_argmax3d(Tensor logits, SymInt D, SymInt H, SymInt W, float factor_d, float factor_h, float factor_w, "
     "bool align_corners, int kind) -> Tensor",
-    _launch,
-    _plain,
-    _fake,
-    refuses=lambda logits, *args: _unsupported(logits, _resize(args)[0]),
-)
+    _launch, _plain, _fake,
+    **one_launch("upsample_argmax3d", _launch, _plain, lambda x, *args: _unsupported(x, _resize(args)[0])),
+)  # fmt: skip

@@ -10,7 +10,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.layout import like, memory_format_of, new_map
 from fastseg.ops.core.loss_columns import SIGMOID, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size, slope_at_full_size
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import one_launch, qualified, register
 from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.core.upsample import unsupported, upsampling
 
@@ -21,6 +21,7 @@ if HAS_TRITON:
     from fastseg.kernels.upsample.loss_terms import CODES, COLUMNS
     from fastseg.kernels.upsample.sizes import Loss
 
+NAME = "upsample_loss_sums"
 NOTHING = -(2**62)  # a label that no target has: none is ignored
 TENSORS = 3  # tensor fields of Call; the rest are options
 
@@ -154,11 +155,12 @@ def _refuses(*args) -> str:
 
 
 fwd_op = register(
-    f"upsample_loss_sums({_SCHEMA}) -> (Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd, refuses=_refuses
-)
+    f"{NAME}({_SCHEMA}) -> (Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd,
+    **one_launch(NAME, launch_fwd, _plain_fwd, _refuses), asked=True,
+)  # fmt: skip
 bwd_op = register(
-    f"upsample_loss_sums_bwd(Tensor slopes, Tensor lse, {_SCHEMA}) -> Tensor", launch_bwd, _plain_bwd, _fake_bwd,
-    refuses=lambda slopes, lse, *args: _refuses(*args),
+    f"{NAME}_bwd(Tensor slopes, Tensor lse, {_SCHEMA}) -> Tensor", launch_bwd, _plain_bwd, _fake_bwd,
+    **one_launch(NAME, launch_bwd, _plain_bwd, lambda slopes, lse, *args: _refuses(*args)),
 )  # fmt: skip
 
 
@@ -192,6 +194,4 @@ class UpsampleLossSums(torch.autograd.Function):
     backward = staticmethod(differentiable(gradients, again))
 
 
-torch.library.register_autograd(
-    qualified("upsample_loss_sums"), UpsampleLossSums.backward, setup_context=UpsampleLossSums.save
-)
+torch.library.register_autograd(qualified(NAME), UpsampleLossSums.backward, setup_context=UpsampleLossSums.save)

@@ -133,12 +133,12 @@ def test_of_a_few_pixels_the_filters_are_not_summed():
     for size in (8, 24):
         with fastseg.explain() as report:
             ops.upsample_nearest_conv2d(torch.randn(1, 4, size, size), None, weight)
-        forms.append(report.decisions[0].why)
+        forms.append(report.decisions[0].form)
     assert forms == ["upsampled", "transposed"]
     conv = torch.nn.Conv2d(4, 4, 3)
     with torch.no_grad(), fastseg.frozen(conv), fastseg.explain() as report:
         ops.upsample_nearest_conv2d(torch.randn(1, 4, 16, 16), None, conv.weight)
-    assert report.decisions[0].why == "transposed"
+    assert report.decisions[0].form == "transposed"
 
 
 def test_filters_are_summed_in_fp32_under_autocast():
