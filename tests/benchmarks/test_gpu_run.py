@@ -19,7 +19,9 @@ from benchmarks.gpu import gpu_tests, stages
 from benchmarks.gpu import ops as op_modules
 from benchmarks.problem import Case
 from benchmarks.report import record
+from fastseg.kernels.runtime import config
 from fastseg.kernels.runtime.launch import intercept, run
+from fastseg.ops.core.dispatch import INTERPRETED
 
 CPU = torch.device("cpu")
 
@@ -172,7 +174,8 @@ def _gpu(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False, cwd=record.ROOT)
 
 
-@pytest.mark.parametrize("stage", ["env", "ops", "tune"])
+# Tuning: the stage itself, below.
+@pytest.mark.parametrize("stage", ["env", "ops", pytest.param("tune", marks=pytest.mark.long)])
 def test_rehearsal(stage, tmp_path):
     done = _gpu("--stage", stage, "--results", str(tmp_path), "--budget", "220")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -198,6 +201,21 @@ def test_rehearsal(stage, tmp_path):
         assert {row["row"].partition("[")[0] for row in rows if row["best"]} == set(table["configs"])
     else:
         assert {"copy", "eager op, host"} <= {row["what"] for row in rows}
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the rehearsal's kernels are interpreted")
+def test_the_tuning_stage_writes_a_table(monkeypatch, tmp_path):
+    """Of the first candidates: interpreted, each takes most of a second."""
+    every = config.candidates_of
+    monkeypatch.setattr(config, "candidates_of", lambda *args, **key: every(*args, **key)[:2])
+    log = record.Log(tmp_path / "cpu.json", "tune", 220, {})
+    stages.STAGES["tune"](log, CPU, tiny=True)
+    (row,) = record.read(log.path)["tune"]["rows"]
+    assert row["row"].startswith("separable_conv_fwd_fused[") and row["tried"] in (2, 3) and row["best_us"] > 0
+    assert log.left_out == [] and log.errors == 0
+    table = json.loads((tmp_path / "tuned" / "cpu.json").read_text())
+    (sizes,) = table["configs"]["separable_conv_fwd_fused"].values()
+    assert [row["best"].items() <= entry.items() for entry in sizes.values()] == [True]
 
 
 def _run_with(monkeypatch, tmp_path, workers, seconds=100):
