@@ -5,6 +5,7 @@ its memory is that of a slab and of the gradient at the small logits. Determinis
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -12,15 +13,16 @@ from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import followed, kernels_run
-from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
+from fastseg.ops.core.forms import Form, Forms, Reference, forced_blocks
 from fastseg.ops.core.labels import equal
-from fastseg.ops.core.volume import Resize, Slices, blended, cross_entropy, interpolate, slices_of, voxel_entropy
+from fastseg.ops.core.volume import Resize, Slices, blended, cross_entropy, interpolate, slices_of
 from fastseg.ops.cpu.cross_entropy import request_of
 from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, walk
-from fastseg.ops.cpu.upsampled_slabs import upsampled
 
 SLAB = 2**22  # upsampled logits that a slab stands for
-_SMALL = 2**15  # upsampled logits; fewer are faster in torch's two steps (``benchmarks.studies.volumes_cpu``)
+# Upsampled logits, and voxels of two classes and of one, below which torch's two steps are faster on a CPU
+# (``benchmarks.studies.volumes_cpu``).
+_FEW, _FEW_OF_TWO = 3 * 2**14, 2**14
 
 Sums = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # maps (S, C, h, w), target, factors -> sums (S, ...)
 
@@ -151,7 +153,7 @@ class Request(NamedTuple):
 
     torchs: str  # why torch's own lines must run, or ""
     blocks: str  # why a CPU cannot walk over blocks, or ""
-    values: int = 0  # upsampled logits, where blocks can be walked over
+    few: bool = False  # so few voxels that torch's steps on a CPU are faster
 
 
 def _request(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
@@ -163,29 +165,32 @@ def _request(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: C
         return Request("no volume", "")
     if not logits.is_cpu or kernels_run(logits):
         return Request("", "not on a CPU, or a kernel runs")
+    few, forced = _few(logits.shape[1], target.numel()), bool(forced_blocks())
+    if few and not forced:
+        return Request("", "few voxels", few)
     maps = request_of(logits, target, weight, criterion)
-    why = maps.torchs or ("" if can_walk(logits, target) else "NaN or infinity")
-    return Request("", why, 0 if why else logits.shape[1] * target.numel())
+    return Request("", maps.torchs or ("" if can_walk(logits, target) else "NaN or infinity"), few)
 
 
-class ProductsForm(Form):
-    """On a CPU, torch's two steps with three products as the interpolation, for few values."""
+def _few(classes: int, voxels: int) -> bool:
+    return voxels < _FEW_OF_TWO if classes <= 2 else classes * voxels < _FEW
 
-    name, path = "products", "torch"
+
+class FewForm(Form):
+    """On a CPU, torch's two steps for few voxels, which an ordinary call costs less than blocks."""
+
+    name, path = "few", "torch"
 
     def refuses(self, request: Request) -> str:
-        return request.torchs or request.blocks
-
-    def cost(self, request: Request) -> Verdict:
-        return Verdict(request.values < _SMALL, None, "many values: they do not stay in the caches")
+        return request.torchs or ("" if request.few else "many voxels, or not on a CPU")
 
     def run(
         self, of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion
     ) -> Tensor:
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        with torch.autocast("cpu", enabled=False):
-            full = upsampled(wide, target.shape[1:], c.align_corners)
-            return voxel_entropy(full, target, weight, *c[:3]).to(_dtype_of_loss(logits))
+        autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
+        with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+            return cross_entropy(wide, target, weight, *c).to(_dtype_of_loss(logits))
 
 
 class BlocksForm(Form):
@@ -241,7 +246,7 @@ def _lines(
     return cross_entropy(logits, target, weight, *c)
 
 
-CROSS_ENTROPY = Forms("upsample_cross_entropy3d", [ProductsForm(), BlocksForm(), SlabsForm(), Reference(_lines)])
+CROSS_ENTROPY = Forms("upsample_cross_entropy3d", [FewForm(), BlocksForm(), SlabsForm(), Reference(_lines)])
 
 
 def _dtype_of_loss(logits: Tensor) -> torch.dtype:

@@ -74,16 +74,10 @@ def cross_entropy(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
     align_corners: bool,
 ) -> Tensor:  # fmt: skip
-    """Cross entropy of volumes in torch's two steps."""
+    """Cross entropy of volumes in torch's two steps, for labels and weights of any dtype."""
     D, H, W = target.shape[1:]
-    wide = interpolate(logits, Resize((D, H, W), (0.0, 0.0, 0.0), align_corners))
-    return voxel_entropy(wide, target, weight, ignore_index, reduction, label_smoothing)
-
-
-def voxel_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float
-) -> Tensor:
-    """Torch's cross entropy of logits of the target's size, for labels and weights of any dtype."""
+    if logits.shape[2:] != target.shape[1:]:  # else a copy
+        logits = interpolate(logits, Resize((D, H, W), (0.0, 0.0, 0.0), align_corners))
     weight = None if weight is None else weight.to(logits.dtype)
     options: dict = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
     return F.cross_entropy(logits, target.long(), weight, **options)
