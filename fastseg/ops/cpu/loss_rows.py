@@ -60,7 +60,11 @@ class Walk:
             block = self._block(strip, rows)
             if self.sums.activation == SIGMOID or block.classes is None:
                 total += sums_of(
-                    activated(v, self.sums, named=self.labelled), block, self.sums, (0, 2), named=self.labelled,
+                    activated(v, self.sums, named=self.labelled),
+                    block,
+                    self.sums,
+                    (0, 2),
+                    named=self.labelled,
                     hard=self.hard,
                 )
             else:
@@ -155,4 +159,3 @@ class Walk:
         if v.shape[1] == 1:  # one class is certain: exactly 0, without rounding
             v.zero_()
         return v
-

@@ -4,7 +4,7 @@ A strip interpolates its rows along x once (``along_x``); each block of output r
 matrix with them. The gradient goes back through the transposes of both. ``upsampled_slabs.py`` does so with volumes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -66,9 +66,10 @@ class Rows:
         kind: the dtype to compute in.
     """
 
-    def __init__(self, x: Tensor, size: torch.Size, align_corners: bool, kind: torch.dtype):
-        self.x, self.width, self.align_corners, self.kind = x.detach(), size[1], align_corners, kind
-        self.strips = strips_of(x.shape, *size, align_corners, kind)
+    def __init__(self, x: Tensor, size: Sequence[int], align_corners: bool, kind: torch.dtype):
+        H, W = size
+        self.x, self.width, self.align_corners, self.kind = x.detach(), W, align_corners, kind
+        self.strips = strips_of(x.shape, H, W, align_corners, kind)
 
     def results(self, function: Callable[[Strip], Result]) -> Iterator[tuple[Strip, Result]]:
         """Each strip with what ``function`` gives for it, computed on all threads, in the order of the strips."""

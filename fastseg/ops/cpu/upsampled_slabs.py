@@ -50,16 +50,22 @@ class Slabs:
         size: of the output, in voxels.
         align_corners: as in ``torch.nn.functional.interpolate``.
         kind: the dtype to compute in.
+        factors: of the interpolation where they were given, else zeros.
     """
 
-    def __init__(self, x: Tensor, size: torch.Size, align_corners: bool, kind: torch.dtype):
+    def __init__(
+        self, x: Tensor, size: Sequence[int], align_corners: bool, kind: torch.dtype,
+        factors: tuple[float, float, float] = (0.0, 0.0, 0.0),
+    ):  # fmt: skip
         self.x, self.size, self.align_corners, self.kind = x.detach(), tuple(size), align_corners, kind
         N, C, d, h, w = x.shape
         D, H, W = size
         deep, high = _cuts(D, H, max(1, BLOCK // (C * W)))
-        slices, rows = (_parts(*axis, align_corners, kind) for axis in ((d, D, deep), (h, H, high)))
+        slices = _parts(d, D, deep, align_corners, kind, factors[0])
+        rows = _parts(h, H, high, align_corners, kind, factors[1])
         self.strips = [Slab(n, z, y) for n in range(N) for z in slices for y in rows]
-        self.across = _matrix(w, W, align_corners, kind) if w != W and w <= _DENSE else None
+        self.across = _matrix(w, W, align_corners, kind, factors[2]) if w != W and w <= _DENSE else None
+        self.factor = factors[2] or None
 
     def results(self, function: Callable[[Slab], Result]) -> Iterator[tuple[Slab, Result]]:
         """Each strip with what ``function`` gives for it, computed on all threads, in the order of the strips."""
@@ -79,13 +85,14 @@ class Slabs:
         return there.permute(2, 0, 1, 3).flatten(2)
 
     def put(self, out: Tensor, strip: Slab, rows: slice, values: Tensor) -> None:
-        """Write values (rows, 1, S * W) of a block into (N, D, H, W)."""
+        """Write values (rows, 1, S * W) of a block into (N, D, H, W), or (rows, k, S * W) into (N, k, D, H, W)."""
         there = _within(out[strip.image], strip)
-        there.copy_(values.view(there.shape[1], there.shape[0], there.shape[2]).transpose(0, 1))
+        there = there[None] if out.dim() == 4 else there
+        there.copy_(values.unflatten(2, (there.shape[1], there.shape[3])).permute(1, 2, 0, 3))
 
     def wide(self, strip: Slab) -> Tensor:
         """The strip's logits, interpolated along the depth and along x: (last - first, C * S * W), in own memory."""
-        (_, C, _, _, w), W, z, y = self.x.shape, self.size[2], strip.slices, strip.rows
+        w, W, z, y = self.x.shape[4], self.size[2], strip.slices, strip.rows
         v = self.x[strip.image, :, z.first : z.last, y.first : y.last].permute(2, 0, 1, 3)
         v = torch.empty(v.shape, dtype=self.kind, device="cpu").copy_(v)
         if z.matrix is not None:
@@ -94,7 +101,7 @@ class Slabs:
         if self.across is not None:
             lines = torch.mm(lines, self.across.t())
         elif w != W:
-            lines = torch.ops.aten.upsample_linear1d(lines[None], [W], self.align_corners)
+            lines = torch.ops.aten.upsample_linear1d(lines[None], [W], self.align_corners, self.factor)
         return lines.view(y.last - y.first, -1)
 
     def up(self, wide: Tensor, strip: Slab, rows: slice) -> Tensor:
@@ -116,7 +123,7 @@ class Slabs:
             lines = torch.mm(lines, self.across)
         elif w != W:
             back = torch.ops.aten.upsample_linear1d_backward
-            lines = back(lines[None], [W], [1, lines.shape[0], w], self.align_corners)
+            lines = back(lines[None], [W], [1, lines.shape[0], w], self.align_corners, self.factor)
         part = lines.view(-1, z.stop - z.start, w)
         if z.matrix is not None:
             part = torch.matmul(z.matrix.t(), part)
@@ -178,14 +185,14 @@ def _cuts(D: int, H: int, lines: int) -> tuple[int, int]:
 
 
 @constant(maxsize=256)
-def _parts(low: int, full: int, count: int, align_corners: bool, kind: torch.dtype) -> list[Part]:
+def _parts(low: int, full: int, count: int, align_corners: bool, kind: torch.dtype, factor: float = 0.0) -> list[Part]:
     """About ``count`` parts of an axis, of equal lengths."""
     length = -(-full // count)
     ends = [(start, min(start + length, full)) for start in range(0, full, length)]
     if low == full:
         return [Part(start, stop, start, stop, None) for start, stop in ends]
-    matrix = _matrix(low, full, align_corners, kind)
-    first, second, _ = neighbours(low, full, align_corners, kind)
+    matrix = _matrix(low, full, align_corners, kind, factor)
+    first, second, _ = neighbours(low, full, align_corners, kind, factor)
     parts = []
     for start, stop in ends:
         begin, end = int(first[start]), int(second[stop - 1]) + 1
@@ -194,8 +201,8 @@ def _parts(low: int, full: int, count: int, align_corners: bool, kind: torch.dty
 
 
 @constant(maxsize=64)
-def _matrix(low: int, full: int, align_corners: bool, kind: torch.dtype) -> Tensor:
+def _matrix(low: int, full: int, align_corners: bool, kind: torch.dtype, factor: float = 0.0) -> Tensor:
     """(full, low), the interpolation along one axis."""
-    first, second, weight = neighbours(low, full, align_corners, kind)
+    first, second, weight = neighbours(low, full, align_corners, kind, factor)
     matrix = torch.zeros(full, low, dtype=kind, device="cpu").scatter_(1, first[:, None], (1 - weight)[:, None])
     return matrix.scatter_add_(1, second[:, None], weight[:, None])
