@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import followed, kernels_run
-from fastseg.ops.core.forms import Form, Forms, Reference, forced_blocks
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict, forced_blocks
 from fastseg.ops.core.labels import equal
 from fastseg.ops.core.volume import Resize, Slices, blended, cross_entropy, interpolate, slices_of
 from fastseg.ops.cpu.cross_entropy import request_of
@@ -154,6 +154,7 @@ class Request(NamedTuple):
     torchs: str  # why torch's own lines must run, or ""
     blocks: str  # why a CPU cannot walk over blocks, or ""
     few: bool = False  # so few voxels that torch's steps on a CPU are faster
+    kernels: bool = False  # they run on maps
 
 
 def _request(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
@@ -163,13 +164,15 @@ def _request(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: C
         return Request("a follower of torch's own ops", "")
     if logits.shape[0] == 0:
         return Request("no volume", "")
-    if not logits.is_cpu or kernels_run(logits):
-        return Request("", "not on a CPU, or a kernel runs")
-    few, forced = _few(logits.shape[1], target.numel()), bool(forced_blocks())
+    kernels, forced = kernels_run(logits), bool(forced_blocks())
+    if not logits.is_cpu or (kernels and not forced):
+        return Request("", "not on a CPU, or kernels run", False, kernels)
+    few = not kernels and _few(logits.shape[1], target.numel())
     if few and not forced:
         return Request("", "few voxels", few)
     maps = request_of(logits, target, weight, criterion)
-    return Request("", maps.torchs or ("" if can_walk(logits, target) else "NaN or infinity"), few)
+    why = maps.torchs or ("" if can_walk(logits, target) else "NaN or infinity")
+    return Request("", why, few, kernels)
 
 
 def _few(classes: int, voxels: int) -> bool:
@@ -200,6 +203,9 @@ class BlocksForm(Form):
 
     def refuses(self, request: Request) -> str:
         return request.torchs or request.blocks
+
+    def cost(self, request: Request) -> Verdict:
+        return Verdict(not request.kernels, None, "kernels run")
 
     def run(
         self, of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion

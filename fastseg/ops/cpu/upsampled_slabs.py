@@ -112,7 +112,7 @@ class Slabs:
 
     def down(self, dwide: Tensor | None, dv: Tensor, strip: Slab, rows: slice) -> Tensor:
         """The gradient at ``wide`` of a gradient at the strip's one block."""
-        dv, matrix = dv.view(dv.shape[0], -1), strip.rows.matrix
+        dv, matrix = dv.reshape(dv.shape[0], -1), strip.rows.matrix
         return dv if matrix is None else torch.mm(matrix.t(), dv)
 
     def narrow(self, dwide: Tensor, strip: Slab) -> Tensor:
