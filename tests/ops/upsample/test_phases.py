@@ -35,28 +35,30 @@ def test_what_a_blend_would_change_goes_to_torch(value):
 
 def test_what_it_takes():
     x = image(1, 21, 64, 64)
-    assert pays(x, (256, 256), False)
-    assert not pays(x, (256, 256), True)  # other positions
-    assert not pays(x, (250, 256), False)  # no whole factor
-    assert not pays(x, (64, 256), False)
-    assert not pays(x.contiguous(), (256, 256), False)
-    assert not pays(x.double(), (256, 256), False)
-    assert not pays(image(1, 24, 64, 64), (256, 256), False)  # torch takes eight channels at a time
+    assert pays(x, (512, 512), False)
+    assert not pays(x, (512, 512), True)  # other positions
+    assert not pays(x, (512, 500), False)  # no whole factor
+    assert not pays(x, (64, 512), False)
+    assert not pays(x.contiguous(), (512, 512), False)
+    assert not pays(x.double(), (512, 512), False)
+    assert not pays(image(1, 24, 64, 64), (512, 512), False)  # torch takes eight channels at a time
     assert not pays(image(1, 21, 8, 8), (16, 16), False)
+    assert not pays(image(1, 21, 128, 128), (256, 256), False)  # few rows for the same work
+    assert pays(image(1, 2, 64, 64), (256, 256), False)
 
 
 class Head(nn.Module):
     def __init__(self, **target):
         super().__init__()
-        self.conv, self.target = nn.Conv2d(3, 21, 3, 4, 1), target
+        self.conv, self.target = nn.Conv2d(3, 21, 3, 8, 1), target
 
     def forward(self, x):
         return F.interpolate(self.conv(x), **self.target, mode="bilinear")
 
 
 @pytest.mark.skipif(bool(why_not()), reason=why_not())
-@pytest.mark.parametrize("target, bound", [({"size": (96, 96)}, True), ({"scale_factor": 4.0}, True),
-                                           ({"scale_factor": 4.03}, False)])  # fmt: skip
+@pytest.mark.parametrize("target, bound", [({"size": (96, 96)}, True), ({"scale_factor": 8.0}, True),
+                                           ({"scale_factor": 8.03}, False)])  # fmt: skip
 def test_a_runner_takes_it_where_positions_follow_from_the_sizes(target, bound):
     model, x = Head(**target).eval(), torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0))
     runner = Runner(model, x)
