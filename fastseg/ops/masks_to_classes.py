@@ -160,9 +160,9 @@ class Request(NamedTuple):
 
 
 def _request(p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int) -> Request:
-    why, scored, dtype = no_kernel(masks) or what_follows(masks, p), at is not None, masks.dtype
-    sizes = known(*p.shape, H * W)
-    if not sizes:
+    follows, scored, dtype = what_follows(masks, p), at is not None, masks.dtype
+    why, sizes = no_kernel(masks) or follows, known(*p.shape, H * W)
+    if not sizes or follows:
         return Request(0, 0, 0, 0, scored, dtype, why, False, None, False, False, False)
     why, cpu = why or unsupported(masks, H, W), masks.is_cpu and not followed(masks, p)
     N, Q, K, pixels = sizes

@@ -137,8 +137,9 @@ class Request(NamedTuple):
 
 
 def _request(scores: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int) -> Request:
-    why, sizes = no_kernel(masks) or what_follows(masks, scores), known(*scores.shape, H * W)
-    if not sizes:
+    follows, sizes = what_follows(masks, scores), known(*scores.shape, H * W)
+    why = no_kernel(masks) or follows
+    if not sizes or follows:
         return Request(0, 0, 0, why, None, False, False, False)
     why, cpu = why or unsupported(masks, H, W), masks.is_cpu and not followed(masks, scores)
     large = cpu and math.prod(sizes) >= _LARGE

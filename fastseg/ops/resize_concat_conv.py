@@ -21,7 +21,7 @@ from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.sizes import same_number
+from fastseg.ops.core.sizes import is_open, same_number
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
@@ -33,6 +33,7 @@ from fastseg.ops.upsample_sum import upsample_sum
 NAME = "resize_concat_conv2d"
 Mode = Literal["bilinear", "nearest"]
 Name = Literal["small", "resized"]
+_NARROW = 32  # times as many channels out as in: a map that costs less to resize before than after
 
 
 @overridable
@@ -83,7 +84,9 @@ def resize_concat_conv2d(
     bias = None if bias is None else bias.to(dtype)
     resize = _Resize(size, mode, align_corners)
     small, why = _small(maps, weight, bias, resize, form)
-    y: Tensor = FORMS.decide(Request(tuple(small), why), maps[0]).run(maps, weight, bias, act, resize, small)
+    pointwise = weight.shape[2:] == (1, 1) and form != "resized"
+    chosen = FORMS.decide(Request(tuple(small), pointwise, why), maps[0])
+    y: Tensor = chosen.run(maps, weight, bias, act, resize, small)
     return y
 
 
@@ -115,7 +118,7 @@ class _Resize:
     def shrinks(self, x: Tensor) -> bool:
         """True if the map is larger than the result; unknown of symbolic sizes, which are taken to be smaller."""
         sizes = (*x.shape[2:], *self.size)
-        if any(isinstance(n, torch.SymInt) for n in sizes):
+        if any(map(is_open, sizes)):
             return False
         return x.shape[2] * x.shape[3] > self.size[0] * self.size[1]
 
@@ -130,7 +133,8 @@ class _Resize:
 class Request(NamedTuple):
     """What decides between the forms."""
 
-    small: tuple[bool, ...]  # which maps are multiplied at their own size, if any is
+    small: tuple[bool, ...]  # which maps are multiplied at their own size
+    pointwise: bool  # a 1x1: all are, but narrow ones
     why: str
 
 
@@ -140,20 +144,59 @@ class SmallForm(Form):
     name, path = "small", "torch"
 
     def refuses(self, r: Request) -> str:
-        return "" if any(r.small) else r.why
+        return "" if any(r.small) or r.pointwise else r.why
 
     def why(self, r: Request, refused: Sequence[Refusal]) -> str:
         return r.why
 
     def run(self, maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
         if weight.shape[2:] == (1, 1):
-            return like(maps[0], _pointwise(maps, weight, bias, act, resize))
+            terms = _with_narrow_maps_joined(maps, weight, resize, [not own for own in small])
+            return _in_format_of(maps[0], _pointwise(*terms, bias, act, resize))
         return like(maps[0], _taps(maps, weight, bias, act, resize, small))
 
 
 def _resized(maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
     x = torch.cat([resize(m) for m in maps], 1) if len(maps) > 1 else resize(maps[0])
     return conv2d_act(x, weight, bias, act, (1, 1), (weight.shape[-1] // 2,) * 2, (1, 1), 1)
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``; one image whose pixels are dense is channels_last by any batch stride."""
+    if followed(x) or x.shape[0] != 1 or x.is_contiguous():
+        return like(x, y)
+    return channels_last(y) if x.is_contiguous(memory_format=torch.channels_last) else like(x, y)
+
+
+def _narrow(maps: Sequence[Tensor], weight: Tensor, resize: _Resize) -> list[bool]:
+    """Which maps of a 1x1 on a CPU cost less to resize before than after.
+
+    8 channels that become 512 at 32x32 take, resized first and in one product with a map of full size, 0.3 of the time
+    on one thread and on two of an AVX2 processor; 32 take 2.3 and 0.7.
+    """
+    narrow = [not resize.keeps(m) and weight.shape[0] >= _NARROW * m.shape[1] for m in maps]
+    if not any(narrow) or not maps[0].is_cpu or followed(*maps, weight) or needs_grad(*maps, weight):
+        return [False] * len(maps)
+    return narrow
+
+
+def _with_narrow_maps_joined(
+    maps: list[Tensor], weight: Tensor, resize: _Resize, narrow: list[bool]
+) -> tuple[list[Tensor], Tensor]:
+    """The maps and filters of a 1x1, in which one map holds, at full size, what would be resized much wider."""
+    if not any(narrow):
+        return maps, weight
+    widths = [m.shape[1] for m in maps]
+    taken = tuple(one or resize.keeps(m) for one, m in zip(narrow, maps, strict=True))
+    order = sorted(range(len(maps)), key=lambda i: not taken[i])
+    joined = torch.cat([resize(maps[i]) for i in order if taken[i]], 1)
+
+    def ordered() -> Tensor:
+        parts = weight.split(widths, 1)
+        return torch.cat([parts[i] for i in order], 1)
+
+    new = ordered() if keeper((weight,)) is None else made_once((weight,), (NAME, "joined", taken), ordered)
+    return [joined, *(maps[i] for i in order if not taken[i])], new
 
 
 def _parts(weight: Tensor, widths: list[int]) -> Sequence[Tensor]:
@@ -192,7 +235,9 @@ def _small(maps, weight, bias, resize: _Resize, form: Name | None) -> tuple[list
     if in_reference() or form == "resized":
         return nothing, "asked for"
     if weight.shape[2:] == (1, 1):
-        return [True] * len(maps), "1x1: each map is multiplied at its own size"
+        narrow = nothing if form == "small" else _narrow(maps, weight, resize)
+        own = "1x1: each map is multiplied at its own size"
+        return [not one for one in narrow], "1x1: narrow maps are resized, the others not" if any(narrow) else own
     if resize.mode != "bilinear":
         return nothing, "nearest neighbours: resized first"
     if form == "small":

@@ -6,14 +6,23 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, why_torchs
+from fastseg.ops.core.dispatch import (
+    followed,
+    is_torchs,
+    kernels_run,
+    needs_grad,
+    no_kernel,
+    one_device,
+    record_reference,
+    why_torchs,
+)
 from fastseg.ops.core.explain import Refusal
 from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.cpu.loss_sums import check_labels, sums_on_cpu
+from fastseg.ops.cpu.loss_sums import check_labels, moderate, sums_on_cpu
 from fastseg.ops.registered.upsample_loss_sums import NAME, UpsampleLossSums, call_of, fwd_op, not_taken
 from fastseg.ops.volume_loss import sums_of_volume
 
@@ -100,7 +109,7 @@ class KernelForm(Form):
 
     def run(self, logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
         if logits.is_cpu and not followed(logits):
-            check_labels(target, logits.shape[1], sums.ignore_index)
+            check_labels(target, 2 if target.dim() == 4 else logits.shape[1], sums.ignore_index)
         call = call_of(logits, target, pixel_weight, sums)
         found: tuple[Tensor, Tensor] = UpsampleLossSums.apply(*call) if needs_grad(logits) else fwd_op(*call)
         return found[0]
@@ -123,7 +132,7 @@ class WalkForm(Form):
 
 def _lines(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
     if logits.is_cpu and not followed(logits, pixel_weight):
-        check_labels(target, logits.shape[1], sums.ignore_index)
+        check_labels(target, 2 if target.dim() == 4 else logits.shape[1], sums.ignore_index)
     return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
 
 
@@ -156,6 +165,10 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
 
     trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
     whole = trained or followed(logits, pixel_weight) or logits.shape[0] == 0
+    if not whole and logits.is_cpu and target.is_cpu and not kernels_run(logits) and moderate(logits):
+        one_device(NAME, logits, (target, pixel_weight))
+        record_reference(NAME, logits, no_kernel(logits))
+        return sums_on_cpu(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
 
