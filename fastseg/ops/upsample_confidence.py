@@ -148,23 +148,17 @@ def upsample_topk(
         raise ValueError(f"upsample_topk: k is {k}; give 1 to {logits.shape[1]}, the number of classes")
     logits = logits.detach()
 
-    def found(v: Tensor) -> tuple[Tensor, Tensor]:
-        values, classes = v.topk(k, 1)
-        largest = values[:, :1]
-        return classes, (values - largest).exp_() / (v - largest).exp_().sum(1, keepdim=True)
-
     def of_maps(maps: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> tuple[Tensor, ...]:
-        if _walks(maps, H, W):
-            return _by_rows(found, maps, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
-        images = (maps,) if followed(maps) else maps.split(1)  # a trace holds for any number of images
-        parts = [found(_full(image, H, W, factors, align_corners)) for image in images]
-        classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
-        return classes, values.float()
+        found: tuple[Tensor, ...] = TOPK.decide(_topk_request(maps, H, W), maps).run(
+            maps, H, W, factors, align_corners, k
+        )
+        return found
 
     if logits.dim() == 5:
         to = resize_of("upsample_topk", logits, size, scale_factor, align_corners)
         of_slab = lambda maps: of_maps(maps, *to.plane)
-        return of_volume("upsample_topk", of_slab, found, logits, to, (torch.int64, torch.float32), ((k,), (k,)))
+        whole = lambda v: _topk(v, k)
+        return of_volume("upsample_topk", of_slab, whole, logits, to, (torch.int64, torch.float32), ((k,), (k,)))
     H, W, factors = output_size("upsample_topk", logits, size, scale_factor)
     if logits.shape[0] == 0:
         return (logits.new_empty((0, k, H, W), dtype=torch.int64), logits.new_empty((0, k, H, W), dtype=torch.float32))
@@ -247,10 +241,27 @@ def _full(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool)
     return interpolate(_wide(logits), H, W, factors, align_corners)
 
 
-def _walks(logits: Tensor, H: int, W: int) -> bool:
-    if logits.device.type != "cpu" or followed(logits):
-        return False
-    return logits.shape[0] * logits.shape[1] * H * W >= _LARGE and is_finite(logits)
+def _topk(v: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Logits (N, C, H, W) -> classes and probabilities (N, k, H, W)."""
+    values, classes = v.topk(k, 1)
+    largest = values[:, :1]
+    return classes, (values - largest).exp_() / (v - largest).exp_().sum(1, keepdim=True)
+
+
+def _topk_request(logits: Tensor, H: int, W: int) -> Request:
+    plain = logits.is_cpu and not followed(logits)
+    large = plain and logits.shape[0] * logits.shape[1] * H * W >= _LARGE
+    looked_at = large or (plain and bool(forced_blocks()))
+    return Request("there is no kernel", (), large, looked_at and is_finite(logits))
+
+
+def _topk_by_image(
+    logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, k: int
+) -> tuple[Tensor, Tensor]:
+    images = (logits,) if followed(logits) else logits.split(1)  # a trace holds for any number of images
+    parts = [_topk(_full(image, H, W, factors, align_corners), k) for image in images]
+    classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
+    return classes, values.float()
 
 
 def _measured(v: Tensor, measure: str) -> tuple[Tensor, Tensor]:
@@ -360,3 +371,14 @@ class RowsForm(Form):
 
 
 FORMS = Forms("upsample_confidence", [KernelForm(), RowsForm(), Torchs(upsample_confidence_ref)])
+
+
+class TopkRowsForm(RowsForm):
+    """The same of the most probable classes."""
+
+    def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, k: int):  # type: ignore[override]
+        found = lambda v: _topk(v, k)
+        return _by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
+
+
+TOPK = Forms("upsample_topk", [TopkRowsForm(), Torchs(_topk_by_image)])
