@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Table
+from fastseg.ops.cpu.loss_alone import Alone
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastseg.ops.upsample_loss import upsample_loss
+from fastseg.ops.upsample_loss_sums import upsample_loss_alone
 
 ClassWeights = Tensor | Sequence[float] | None
 
@@ -169,6 +171,16 @@ class BinaryCrossEntropy(Term):
         plain = self.pos_weight is None and not self.label_smoothing
         return [*([Column("bce")] if plain else bce_columns(self.label_smoothing)), Column("count")]
 
+    def alone(self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor | None:
+        """The loss in one walk; None where only sums give it."""
+        if self.label_smoothing or type(self).value is not BinaryCrossEntropy.value:
+            return None
+        pos = self.weight if self.pos_weight is None else self.pos_weight
+        if self.weight is not None and self.pos_weight is not None:
+            pos = self.weight * self.pos_weight
+        loss = Alone(False, 0.0, pos, self.weight, ignore_index, self.reduction == "mean", align_corners)
+        return upsample_loss_alone(logits, target, self.columns(), loss)
+
     def value(self, table: Table) -> Tensor:
         if self.pos_weight is None and not self.label_smoothing:
             pos, neg = table("bce"), 0.0
@@ -228,6 +240,17 @@ class Focal(Term):
     def columns(self) -> Sequence[Column]:
         kinds = ("focal",) if self.activation == SOFTMAX else ("focal_pos", "focal_neg")
         return [*(Column(kind, self.gamma) for kind in kinds), Column("count")]
+
+    def alone(self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor | None:
+        """The loss in one walk; None where only sums give it."""
+        if type(self).value is not Focal.value or logits.dim() != 4:
+            return None
+        softmax, pos, neg = self.activation == SOFTMAX, self.weight, self.weight
+        if self.alpha is not None:
+            one = logits.new_ones(logits.shape[1]) if self.weight is None else self.weight
+            pos, neg = self.alpha * one, (1 - self.alpha) * one
+        loss = Alone(softmax, self.gamma, pos, neg, ignore_index, self.reduction == "mean", align_corners)
+        return upsample_loss_alone(logits, target, self.columns(), loss)
 
     def value(self, table: Table) -> Tensor:
         if self.activation == SOFTMAX:

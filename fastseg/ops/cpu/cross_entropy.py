@@ -24,6 +24,7 @@ class Request(NamedTuple):
     walks: bool  # rows can be taken
     no_kernel: str = "CPU tensor"  # as of ``OneKernel``
     sizes: tuple = ()  # of the map, its strides, and of the target
+    block: bool = False  # two classes of a reduced loss
 
 
 def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
@@ -35,7 +36,10 @@ def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion:
     if weight is not None and _weightless(target, weight, criterion.ignore_index, criterion.reduction):
         return Request("the weights of the mean may sum to 0", "", False)
     name = fastest(logits.shape[1], target.numel())
-    return Request("", name, (name == "rows" or bool(forced_blocks())) and can_walk(logits, target))
+    if name == "block" and criterion.reduction == "none":
+        name = "planes"
+    walks = (name in ("rows", "block") or bool(forced_blocks())) and can_walk(logits, target)
+    return Request("", name, walks, block=walks and logits.shape[1] == 2 and criterion.reduction != "none")
 
 
 class TwoStepsForm(Form):
@@ -76,7 +80,16 @@ class RowsForm(Form):
     def run(self, logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
         kind = torch.promote_types(logits.dtype, torch.float32)
         out = kind if torch.is_autocast_enabled("cpu") else logits.dtype
-        return walk(logits, target, weight, criterion, out)
+        return walk(logits, target, weight, criterion, out, at_once=self.name == "block")
+
+
+class BlockForm(RowsForm):
+    """All pixels of two classes at once, as one plane."""
+
+    name = "block"
+
+    def refuses(self, r: Request) -> str:
+        return r.torchs or ("" if r.block else "not two finite classes, or a loss for each pixel")
 
 
 def composed(logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion) -> Tensor:
@@ -121,4 +134,4 @@ def in_two_steps(
     return loss if loss.dtype == out else loss.to(out)
 
 
-CPU_FORMS: list[Form] = [TwoStepsForm("planes"), TwoStepsForm("pixels"), RowsForm(), Torchs(composed)]
+CPU_FORMS: list[Form] = [TwoStepsForm("planes"), TwoStepsForm("pixels"), RowsForm(), BlockForm(), Torchs(composed)]

@@ -27,7 +27,7 @@ def forward(x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) 
     """
     kind = torch.promote_types(x.dtype, torch.float32)
     named = target.dim() == 3
-    a = activated(_upsampled(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners), sums, named=named)
+    a = activated(upsampled(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners), sums, named=named)
     factors = None if pixel_weight is None else pixel_weight.flatten(1)[:, None]
     labels = target.flatten(1)[:, None] if named else target.flatten(2)
     block = block_of(labels, factors, sums, kind, x.shape[1] if named else 0)
@@ -40,14 +40,14 @@ def backward(slopes: Tensor, a: Activated, block: Block, shape: torch.Size, targ
     if kept is None:  # labels alone are summed
         return torch.zeros(shape, device="cpu")
     dv = slope_of(slopes.to(kept.dtype), a, block, sums, **_labels(target, sums))
-    return _transposed(dv, shape, target.shape[-2], target.shape[-1], sums.align_corners)
+    return transposed(dv, shape, target.shape[-2], target.shape[-1], sums.align_corners)
 
 
 def _labels(target: Tensor, sums: Sums) -> dict[str, bool]:
     return {"named": target.dim() == 3 and sums.activation == SOFTMAX, "hard": not target.is_floating_point()}
 
 
-def _upsampled(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:
+def upsampled(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:
     """(N, C, h, w) -> (N, C, H * W)."""
     N, C, h, w = x.shape
     x = x.contiguous()
@@ -57,8 +57,8 @@ def _upsampled(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:
     return torch.matmul(_matrix(h, H, align_corners, x.dtype), wide.view(N * C, h, W)).view(N, C, H * W)
 
 
-def _transposed(dv: Tensor, shape: torch.Size, H: int, W: int, align_corners: bool) -> Tensor:
-    """The transpose of ``_upsampled``: (N, C, H * W) -> (N, C, h, w)."""
+def transposed(dv: Tensor, shape: torch.Size, H: int, W: int, align_corners: bool) -> Tensor:
+    """The transpose of ``upsampled``: (N, C, H * W) -> (N, C, h, w)."""
     N, C, h, w = shape
     if max(h, w) > _BACKWARD:
         back = torch.ops.aten.upsample_bilinear2d_backward

@@ -38,12 +38,12 @@ def sums_on_cpu(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sum
         sums = sums._replace(ignore_index=None)
     autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
     with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        if _moderate(logits):
+        if is_moderate(logits):
             return _Sums.apply(logits, target, pixel_weight, sums)
         return at_full_size(logits, target, pixel_weight, sums)
 
 
-def _moderate(logits: Tensor) -> bool:
+def is_moderate(logits: Tensor) -> bool:
     """True if there are logits, and all are finite and none is huge."""
     if logits.numel() == 0:
         return False
