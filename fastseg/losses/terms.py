@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastseg.ops.core.dispatch import is_torchs
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Table
 from fastseg.ops.cpu.loss_alone import Alone
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
@@ -90,6 +91,8 @@ class Term(nn.Module):
 
 def ratio(total: Tensor, count: Tensor) -> Tensor:
     """total / count; NaN with gradient 0 where nothing is counted, as in torch's cross entropy."""
+    if count.numel() == 1 and is_torchs(count) and count.item() != 0:
+        return total / count
     some = count != 0
     return torch.where(some, total / torch.where(some, count, 1.0), torch.nan)
 
@@ -193,7 +196,8 @@ class BinaryCrossEntropy(Term):
                     f"{table.classes} channels"
                 )
             pos = pos * self.pos_weight.to(pos)
-        total = (self.factors(table) * (pos + neg)).sum()
+        losses = pos + neg if isinstance(neg, Tensor) else pos
+        total = (losses if self.weight is None else self.factors(table) * losses).sum()
         return total if self.reduction == "sum" else ratio(total, table("count").sum())
 
 

@@ -10,8 +10,9 @@ from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.upsample import is_moderate
 from fastseg.ops.cpu.loss_alone import Alone, loss_alone
-from fastseg.ops.cpu.loss_sums import check_labels, is_moderate, sums_on_cpu
+from fastseg.ops.cpu.loss_sums import check_labels, sums_on_cpu
 from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
 from fastseg.ops.volume_loss import sums_of_volume
 

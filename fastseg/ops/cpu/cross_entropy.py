@@ -12,7 +12,7 @@ from fastseg.ops.core.explain import Refusal
 from fastseg.ops.core.forms import Form, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.labels import equal, outside
 from fastseg.ops.core.layout import memory_format_of
-from fastseg.ops.core.upsample import cross_entropy
+from fastseg.ops.core.upsample import cross_entropy, is_moderate
 from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, fastest, walk
 
 
@@ -24,7 +24,7 @@ class Request(NamedTuple):
     walks: bool  # rows can be taken
     no_kernel: str = "CPU tensor"  # as of ``OneKernel``
     sizes: tuple = ()  # of the map, its strides, and of the target
-    block: bool = False  # two classes of a reduced loss
+    block: bool = False  # two classes of a reduced loss, no logit huge
 
 
 def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
@@ -38,8 +38,10 @@ def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion:
     name = fastest(logits.shape[1], target.numel())
     if name == "block" and criterion.reduction == "none":
         name = "planes"
-    walks = (name in ("rows", "block") or bool(forced_blocks())) and can_walk(logits, target)
-    return Request("", name, walks, block=walks and logits.shape[1] == 2 and criterion.reduction != "none")
+    forced = bool(forced_blocks())
+    two = logits.shape[1] == 2 and criterion.reduction != "none"
+    block = two and (name == "block" or forced) and is_moderate(logits)
+    return Request("", name, (name == "rows" or forced) and can_walk(logits, target), block=block)
 
 
 class TwoStepsForm(Form):

@@ -59,17 +59,19 @@ class _Walk:
             x = x.reshape(-1, 1, *x.shape[2:])
         self.x, self.target, self.loss, self.kind = x, target.reshape(-1, 1, *target.shape[-2:]), loss, kind
         self.weight = None if pos is None or not self.several else pos.detach().to(kind)
-        self.middle = self.half = None  # the factor of a label is middle + (1 - 2 y) half, (M, 1, 1)
+        self.middle: Tensor | None = None
+        self.half: Tensor | None = None  # the factor of a label is middle + (1 - 2 y) half, (M, 1, 1)
         if not self.several and (pos is not None or neg is not None):
             one = torch.ones(1, dtype=kind, device="cpu")
-            pos, neg = (one if f is None else f.detach().to(kind) for f in (pos, neg))
+            first, second = (one if f is None else f.detach().to(kind) for f in (pos, neg))
             planes = lambda f: f.expand(C if not loss.softmax else 1).repeat(N)[:, None, None]
-            self.middle, self.half = planes((pos + neg) / 2), planes((neg - pos) / 2)
+            self.middle, self.half = planes((first + second) / 2), planes((second - first) / 2)
 
     def run(self) -> tuple[float, float, Tensor]:
         """-> the sum of the losses, the number of labels that count, the gradient at x (M, C, h, w) of the sum."""
         M, C, h, w = self.x.shape
         H, W = self.target.shape[-2:]
+        found: list[tuple[float, float, Tensor]]
         if C * H * W <= 2 * BLOCK:
             step = max(1, BLOCK // (C * H * W))
             found = each(self._images, [slice(i, i + step) for i in range(0, M, step)])
@@ -191,7 +193,8 @@ class _Alone(torch.autograd.Function):
 def _composed(x: Tensor, target: Tensor, loss: Alone) -> Tensor:
     """The loss in torch's own lines."""
     kind = torch.promote_types(x.dtype, torch.float32)
-    v = interpolate(x.to(kind), *target.shape[-2:], (0.0, 0.0), loss.align_corners)
+    H, W = target.shape[-2:]
+    v = interpolate(x.to(kind), H, W, (0.0, 0.0), loss.align_corners)
     target = target[:, None] if loss.softmax else target
     counts = torch.ones_like(target, dtype=kind)
     if loss.ignore_index is not None:

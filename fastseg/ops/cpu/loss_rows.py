@@ -8,7 +8,6 @@ logits' own precision, at least fp32, and added up in fp64.
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.loss_columns import LABELS, SIGMOID, Sums, softmax_slope, softmax_term
 from fastseg.ops.core.upsample import along_x
 from fastseg.ops.cpu.loss_blocks import Block, activated, block_of, slope_of, sums_of
@@ -42,14 +41,14 @@ class Walk:
         return total
 
     def backward(self, slopes: Tensor) -> Tensor:
-        """slopes (N, C, columns), the derivative by each sum -> gradient at x, (N, h, C, w)."""
+        """slopes (N, C, columns), the derivative by each sum -> gradient at x."""
         N, C, h, w = self.x.shape
         slopes = slopes.to(self.kind)
         parts = each(lambda strip: self._gradient_of(strip, slopes[strip.image]), self.strips)
         dx = torch.zeros(N, h, C, w, dtype=self.kind, device="cpu")
         for strip, part in zip(self.strips, parts, strict=True):
             dx[strip.image, strip.first : strip.last] += part
-        return dx
+        return dx.permute(0, 2, 1, 3)
 
     def _wide(self, strip: Strip) -> Tensor:
         x = self.x[strip.image, :, strip.first : strip.last].to(self.kind)
@@ -163,8 +162,3 @@ class Walk:
         if v.shape[1] == 1:  # one class is certain: exactly 0, without rounding
             v.zero_()
         return v
-
-
-def like(x: Tensor, dx: Tensor) -> Tensor:
-    """dx (N, h, C, w) as a gradient of x (N, C, h, w): its dtype and layout."""
-    return dx.permute(0, 2, 1, 3).to(x.dtype).contiguous(memory_format=memory_format_of(x))
