@@ -27,6 +27,7 @@ class Term(nn.Module):
 
     Attributes:
         per_image: whether ``value`` gets the sums of each image, or those of the batch.
+        additive: declared beside a ``value`` that adds up all images' sums: it may get those of each image too.
 
     Raises:
         ValueError: the activation is none of the two.
@@ -110,6 +111,8 @@ class CrossEntropy(Term):
         ValueError: ``label_smoothing`` is outside [0, 1], the reduction is unknown, or weights are not one a class.
     """
 
+    additive = True  # the sums are added up: those of each image are as good as the batch's
+
     def __init__(
         self, weight: ClassWeights = None, ignore_index: int | None = None, label_smoothing: float = 0.0,
         reduction: str = "mean",
@@ -161,6 +164,8 @@ class BinaryCrossEntropy(Term):
         ValueError: ``label_smoothing`` is outside [0, 1], the reduction is unknown, or weights are not one a channel.
     """
 
+    additive = True  # the sums are added up: those of each image are as good as the batch's
+
     def __init__(
         self, weight: ClassWeights = None, ignore_index: int | None = None, pos_weight: ClassWeights = None,
         label_smoothing: float = 0.0, reduction: str = "mean",
@@ -180,6 +185,8 @@ class BinaryCrossEntropy(Term):
             return None
         pos = self.weight if self.pos_weight is None else self.pos_weight
         if self.weight is not None and self.pos_weight is not None:
+            if self.weight.shape != self.pos_weight.shape:
+                return None
             pos = self.weight * self.pos_weight
         loss = Alone(False, 0.0, pos, self.weight, ignore_index, self.reduction == "mean", align_corners)
         return upsample_loss_alone(logits, target, self.columns(), loss)
@@ -229,6 +236,8 @@ class Focal(Term):
     Raises:
         ValueError: gamma is negative, alpha is given with softmax, or the reduction is unknown.
     """
+
+    additive = True  # the sums are added up: those of each image are as good as the batch's
 
     def __init__(
         self, gamma: float = 2.0, alpha: float | None = None, ignore_index: int | None = None,
