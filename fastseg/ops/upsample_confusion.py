@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.dispatch import followed, followed_eagerly
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.pairs import add_pairs, no_pairs
@@ -56,7 +56,8 @@ def upsample_confusion(
     if one and logits.is_cpu and target.is_cpu and not follow:  # no pixel has a choice
         classes = torch.zeros(1, dtype=torch.int64, device="cpu").expand(target.numel())
         return add_pairs(counts, classes, target, C, ignore_index)[: C * C].view(C, C)
-    for image, labels in zip(logits.split(1), target.split(1), strict=True):
+    whole = [(logits, target)] if followed_eagerly(logits) else None  # a trace holds for batches of any size
+    for image, labels in whole or zip(logits.split(1), target.split(1), strict=True):
         classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners)
         counts = add_pairs(counts, classes, labels, C, ignore_index, followed=follow)
     return counts[: C * C].view(C, C)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import followed, is_torchs, kernels_run, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
@@ -66,7 +66,7 @@ def upsample_loss_sums(
     if not use_kernel("upsample_loss_sums", logits, target, pixel_weight, unsupported=why):
         return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(target, logits.shape[1], sums.ignore_index)
+        check_labels(target, 2 if target.dim() == 4 else logits.shape[1], sums.ignore_index)
     call = call_of(logits, target, pixel_weight, sums)
     return (UpsampleLossSums.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
 
@@ -107,7 +107,7 @@ def upsample_loss_alone(logits: Tensor, target: Tensor, columns: Sequence[Column
     for factor in (loss.pos, loss.neg):
         if factor is not None and (factor.requires_grad or not factor.is_cpu or factor.shape != (classes,)):
             return None
-    if not check_labels(target, classes, loss.ignore_index):
+    if not check_labels(target, classes if loss.softmax else 2, loss.ignore_index):
         loss = loss._replace(ignore_index=None)
     return loss_alone(logits, target, loss) if is_moderate(logits) else None
 
@@ -138,6 +138,9 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
 
     trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
     whole = trained or followed(logits, pixel_weight) or logits.shape[0] == 0
+    if not whole and logits.is_cpu and target.is_cpu and not kernels_run(logits) and is_moderate(logits):
+        use_kernel("upsample_loss_sums", logits, target, pixel_weight)
+        return sums_on_cpu(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
 

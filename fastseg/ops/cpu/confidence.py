@@ -22,6 +22,9 @@ def full_size(logits: Tensor, H: int, W: int, factors: Factors, align_corners: b
 
 def measured(v: Tensor, measure: str) -> tuple[Tensor, Tensor]:
     """Logits (N, C, H, W) -> classes and values (N, H, W)."""
+    if v.shape[1] == 1:  # certain, unless it is no number
+        nothing = v[:, 0] - v[:, 0]
+        return torch.zeros_like(nothing, dtype=torch.int64), nothing if measure == "entropy" else nothing + 1
     largest, classes = v.max(1, keepdim=True)
     v = v - largest
     e = v.exp()

@@ -22,7 +22,7 @@ from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.loss_columns import softplus
 from fastseg.ops.core.loss_full import is_ignored
 from fastseg.ops.core.upsample import along_x, interpolate
-from fastseg.ops.cpu.loss_planes import transposed, upsampled
+from fastseg.ops.cpu.loss_planes import maps_down, maps_up
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
 
@@ -87,9 +87,9 @@ class _Walk:
 
     def _images(self, images: slice) -> tuple[float, float, Tensor]:
         x, (H, W) = self.x[images], self.target.shape[-2:]
-        v, labels = upsampled(x, H, W, self.loss.align_corners), self.target[images].flatten(2)
+        v, labels = maps_up(x, H, W, self.loss.align_corners), self.target[images].flatten(2)
         total, count, dv = self._several(v, labels) if self.several else self._binary(v, labels, images)
-        return total, count, transposed(dv, x.shape, H, W, self.loss.align_corners)
+        return total, count, maps_down(dv, x.shape, H, W, self.loss.align_corners)
 
     def _strip(self, strip: Strip) -> tuple[float, float, Tensor]:
         n, begin, end, low, high, matrix = strip

@@ -14,6 +14,7 @@ from fastseg.ops.core.upsample import neighbours
 from fastseg.ops.cpu.loss_blocks import Activated, Block, activated, block_of, slope_of, sums_of
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK
+from fastseg.ops.cpu.upsampled_slabs import upsampled, upsampled_backward
 
 _FORWARD, _BACKWARD = 40, 200  # rows of logits up to which products are faster than torch's op
 
@@ -22,27 +23,34 @@ def forward(x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) 
     """The sums (N, C, columns), fp64, and what ``backward`` takes.
 
     Args:
-        x: (N, C, h, w), finite.
+        x: (N, C, h, w), finite; or small volumes (N, C, d, h, w), and then targets and factors have a depth too.
         target: class indices (N, H, W), or labels of each class (N, C, H, W).
         pixel_weight: (N, H, W), or None for 1.
         sums: what is summed; without an ``ignore_index`` where no label is ignored.
     """
     kind = torch.promote_types(x.dtype, torch.float32)
-    named = target.dim() == 3
-    a = activated(upsampled(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners), sums, named=named)
+    named = target.dim() == x.dim() - 1
+    if x.dim() == 5:
+        v = upsampled(x.to(kind), target.shape[-3:], sums.align_corners).flatten(2)
+    else:
+        v = maps_up(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners)
+    a = activated(v, sums, named=named)
     factors = None if pixel_weight is None else pixel_weight.flatten(1)[:, None]
     labels = target.flatten(1)[:, None] if named else target.flatten(2)
     block = block_of(labels, factors, sums, kind, x.shape[1] if named else 0)
-    return sums_of(a, block, sums, 2, **_labels(target, sums)), a, block
+    return sums_of(a, block, sums, 2, **_labels(target, sums, named)), a, block
 
 
 def backward(slopes: Tensor, a: Activated, block: Block, shape: torch.Size, target: Tensor, sums: Sums) -> Tensor:
-    """slopes (N, C, columns), the derivative by each sum -> gradient at the logits, (N, C, h, w)."""
+    """slopes (N, C, columns), the derivative by each sum -> gradient at the logits of ``shape``."""
     kept = a.p if a.other is None else a.other
     if kept is None:  # labels alone are summed
         return torch.zeros(shape, device="cpu")
-    dv = slope_of(slopes.to(kept.dtype), a, block, sums, **_labels(target, sums))
-    return transposed(dv, shape, target.shape[-2], target.shape[-1], sums.align_corners)
+    named = target.dim() == len(shape) - 1
+    dv = slope_of(slopes.to(kept.dtype), a, block, sums, **_labels(target, sums, named))
+    if len(shape) == 5:
+        return upsampled_backward(dv, shape, target.shape[-3:], sums.align_corners)
+    return maps_down(dv, shape, target.shape[-2], target.shape[-1], sums.align_corners)
 
 
 class Planes:
@@ -75,18 +83,18 @@ class Planes:
         def of(part: slice) -> Tensor:
             x, target = self.x[part], self.target[part]
             H, W = target.shape[2:]
-            a = activated(upsampled(x, H, W, self.sums.align_corners), self.sums, named=False)
+            a = activated(maps_up(x, H, W, self.sums.align_corners), self.sums, named=False)
             block = block_of(target.flatten(2), None, self.sums, x.dtype)
             return backward(slopes[part], a, block, x.shape, target, self.sums)
 
         return torch.cat(each(of, self.parts)).view(self.shape)
 
 
-def _labels(target: Tensor, sums: Sums) -> dict[str, bool]:
-    return {"named": target.dim() == 3 and sums.activation == SOFTMAX, "hard": not target.is_floating_point()}
+def _labels(target: Tensor, sums: Sums, named: bool) -> dict[str, bool]:
+    return {"named": named and sums.activation == SOFTMAX, "hard": not target.is_floating_point()}
 
 
-def upsampled(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:
+def maps_up(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:
     """(N, C, h, w) -> (N, C, H * W)."""
     N, C, h, w = x.shape
     x = x.contiguous()
@@ -96,8 +104,8 @@ def upsampled(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:
     return torch.matmul(_matrix(h, H, align_corners, x.dtype), wide.view(N * C, h, W)).view(N, C, H * W)
 
 
-def transposed(dv: Tensor, shape: torch.Size, H: int, W: int, align_corners: bool) -> Tensor:
-    """The transpose of ``upsampled``: (N, C, H * W) -> (N, C, h, w)."""
+def maps_down(dv: Tensor, shape: torch.Size, H: int, W: int, align_corners: bool) -> Tensor:
+    """The transpose of ``maps_up``: (N, C, H * W) -> (N, C, h, w)."""
     N, C, h, w = shape
     if max(h, w) > _BACKWARD:
         back = torch.ops.aten.upsample_bilinear2d_backward
