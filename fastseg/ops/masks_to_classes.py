@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastseg.kernels.runtime.ceilings import OWN_GEMM, OWN_LANES, Chip, chip_of
 from fastseg.kernels.runtime.verdict import verdict
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, no_kernel, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, no_kernel, use_kernel
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
@@ -82,6 +82,8 @@ def masks_to_classes(
     at = None if at == (H, W) else at
     masks, p = mask_logits.detach(), probabilities(class_scores.detach(), mask_logits)
     args = (p, masks, at, H, W, factors, align_corners, dtype)
+    if is_torchs(masks):  # small calls take a CPU less time than more questions
+        return FORMS(_request(*args[:5], "CPU tensor"), *args)
     eager = masks.is_cpu and not followed(masks, p)
     if eager and no_kernel(masks):
         return FORMS(_request(*args[:5]), *args, recorded=masks)
@@ -125,8 +127,11 @@ def check_queries(name: str, class_scores: Tensor, mask_logits: Tensor) -> None:
 
 def probabilities(class_scores: Tensor, mask_logits: Tensor) -> Tensor:
     """(N, Q, K + 1) -> (N, Q, K), "no object" left out, in the dtype to compute in."""
-    kind = torch.promote_types(torch.promote_types(class_scores.dtype, mask_logits.dtype), torch.float32)
-    return class_scores.to(kind).softmax(-1)[..., :-1]
+    kind = torch.float32
+    if not class_scores.dtype == mask_logits.dtype == kind:
+        kind = torch.promote_types(torch.promote_types(class_scores.dtype, mask_logits.dtype), kind)
+        class_scores = class_scores.to(kind)
+    return class_scores.softmax(-1)[..., :-1]
 
 
 def _sums(p: Tensor, masks: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
@@ -165,9 +170,9 @@ class Request(NamedTuple):
     finite: bool  # looked at where it decides
 
 
-def _request(p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int) -> Request:
+def _request(p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, why: str | None = None) -> Request:
     N, Q, K = p.shape
-    why = no_kernel(masks)
+    why = no_kernel(masks) if why is None else why
     large = masks.is_cpu and (N * max(Q, K) * H * W >= _LARGE if at is None else N * K * H * W >= _LARGE_SCORED)
     finite = large and bool(why) and is_finite(masks) and is_finite(p)
     halved = not why and tf32(masks.dtype, masks.device)
