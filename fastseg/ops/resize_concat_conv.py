@@ -20,7 +20,7 @@ from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.sizes import same_number
+from fastseg.ops.core.sizes import is_open, same_number
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
@@ -32,6 +32,7 @@ from fastseg.ops.upsample_sum import upsample_sum
 NAME = "resize_concat_conv2d"
 Mode = Literal["bilinear", "nearest"]
 Form = Literal["small", "resized"]
+_NARROW = 32  # times as many channels out as in: a map that costs less to resize before than after
 
 
 @overridable
@@ -85,8 +86,10 @@ def resize_concat_conv2d(
         _record(maps[0], "reference", IN_REFERENCE if in_reference() else "asked for")
         return _resized(maps, weight, bias, act, resize)
     if weight.shape[2:] == (1, 1):
-        _record(maps[0], "torch", "1x1: each map is multiplied at its own size")
-        return like(maps[0], _pointwise(maps, weight, bias, act, resize))
+        terms = (maps, weight) if form == "small" else _with_narrow_maps_joined(maps, weight, resize)
+        few = "1x1: each map is multiplied at its own size"
+        _record(maps[0], "torch", few if len(terms[0]) == len(maps) else "1x1: narrow maps are resized, the others not")
+        return _in_format_of(maps[0], _pointwise(*terms, bias, act, resize))
     small, why = _small(maps, weight, bias, resize, form == "small")
     _record(maps[0], "torch" if any(small) else "reference", why)
     if not any(small):
@@ -122,7 +125,7 @@ class _Resize:
     def shrinks(self, x: Tensor) -> bool:
         """True if the map is larger than the result; unknown of symbolic sizes, which are taken to be smaller."""
         sizes = (*x.shape[2:], *self.size)
-        if any(isinstance(n, torch.SymInt) for n in sizes):
+        if any(map(is_open, sizes)):
             return False
         return x.shape[2] * x.shape[3] > self.size[0] * self.size[1]
 
@@ -137,6 +140,35 @@ class _Resize:
 def _resized(maps, weight, bias, act, resize: _Resize) -> Tensor:
     x = torch.cat([resize(m) for m in maps], 1) if len(maps) > 1 else resize(maps[0])
     return conv2d_act(x, weight, bias, act, (1, 1), (weight.shape[-1] // 2,) * 2, (1, 1), 1)
+
+
+def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``; one image whose pixels are dense is channels_last by any batch stride."""
+    if followed(x) or x.shape[0] != 1 or x.is_contiguous():
+        return like(x, y)
+    return channels_last(y) if x.is_contiguous(memory_format=torch.channels_last) else like(x, y)
+
+
+def _with_narrow_maps_joined(maps: list[Tensor], weight: Tensor, resize: _Resize) -> tuple[list[Tensor], Tensor]:
+    """The maps and filters of a 1x1 on a CPU, in which one map holds, at full size, what would be resized much wider.
+
+    8 channels that become 512 at 32x32 take, resized first and in one product with a map of full size, 0.3 of the time
+    on one thread and on two of an AVX2 processor; 32 take 2.3 and 0.7.
+    """
+    widths, (cout, *_) = [m.shape[1] for m in maps], weight.shape
+    narrow = [not resize.keeps(m) and cout >= _NARROW * C for m, C in zip(maps, widths, strict=True)]
+    if not any(narrow) or not maps[0].is_cpu or followed(*maps, weight) or needs_grad(*maps, weight):
+        return maps, weight
+    taken = tuple(one or resize.keeps(m) for one, m in zip(narrow, maps, strict=True))
+    order = sorted(range(len(maps)), key=lambda i: not taken[i])
+    joined = torch.cat([resize(maps[i]) for i in order if taken[i]], 1)
+
+    def ordered() -> Tensor:
+        parts = weight.split(widths, 1)
+        return torch.cat([parts[i] for i in order], 1)
+
+    new = ordered() if keeper((weight,)) is None else made_once((weight,), (NAME, "joined", taken), ordered)
+    return [joined, *(maps[i] for i in order if not taken[i])], new
 
 
 def _parts(weight: Tensor, widths: list[int]) -> Sequence[Tensor]:

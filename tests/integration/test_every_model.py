@@ -58,15 +58,26 @@ def test_export_for_any_size(model):
 
 @pytest.mark.parametrize("recorded", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_jit_trace(model, recorded):
-    """In torch's own ops; parameters stay variables of the trace, with norms that could be folded too."""
+    """In torch's own ops, at other sizes too; parameters stay variables, with norms that could be folded too."""
     with torch.set_grad_enabled(recorded):
         traced = torch.jit.trace(model, torch.randn(1, 3, 48, 64), check_trace=False)
     assert "fastseg::" not in str(traced.inlined_graph)
-    x = torch.randn(1, 3, 48, 64)
     with torch.no_grad():
         for p in model.parameters():  # the trace shares them
             p *= 0.9 if p.requires_grad else 1
-        close(traced(x), model(x))
+        for size in ((1, 3, 48, 64), (2, 3, 35, 50)):
+            x = torch.randn(size)
+            close(traced(x), model(x))
+
+
+@pytest.mark.parametrize("model", ["deeplabv3", "fcn", "segnet", "unetplusplus"], indirect=True)
+def test_a_trace_of_a_class_map_holds_for_other_sizes(model):
+    model.requires_grad_(False)
+    predict = lambda x: model.predict(x)
+    traced = torch.jit.trace(predict, torch.randn(1, 3, 48, 64), check_trace=False)
+    x = torch.randn(2, 3, 35, 50)
+    got, want = traced(x), predict(x)
+    assert got.shape == want.shape and (got == want).float().mean() > 0.999
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
