@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.losses.terms import ClassWeights, Term
+from fastseg.ops.core.dispatch import followed_eagerly
 from fastseg.ops.core.labels import equal
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
@@ -65,7 +66,13 @@ class TopK(Term):
 
     def selected(self, losses: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         """The mean of the worst of the losses (N, H, W); those of ignored pixels are 0."""
-        count = int(self.fraction * int((~equal(target, ignore_index)).sum()))
+        pixels = (~equal(target, ignore_index)).sum()
+        if followed_eagerly(losses):  # no number may be read: a trace would keep that of its example
+            wanted = (pixels * self.fraction).floor()
+            largest = losses.flatten().sort(descending=True).values
+            kept = torch.arange(largest.shape[0], device=losses.device) < wanted
+            return torch.where(kept, largest, 0).sum() / wanted.clamp(min=1)
+        count = int(self.fraction * int(pixels))
         if count == 0:
             return losses.sum() * 0.0
         return losses.flatten().topk(count, sorted=False).values.mean()

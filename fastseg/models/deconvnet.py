@@ -104,12 +104,17 @@ class DeconvNet(SegmentationNet):
 
     def _through_the_bottleneck(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
-        if height < self.bottleneck or width < self.bottleneck:
-            x = F.pad(x, (0, max(0, self.bottleneck - width), 0, max(0, self.bottleneck - height)))
+        least = self.bottleneck
+        traced = isinstance(height, Tensor)  # by torch.jit.trace, which may be called at another size
+        if traced or height < least or width < least:
+            below, right = (
+                (least - n).clamp(min=0) if isinstance(n, Tensor) else max(0, least - n) for n in (height, width)
+            )
+            x = F.pad(x, (0, right, 0, below))
         x = run_conv_norm_act(x, self.fc6, self.bnfc6, "relu")
         x = run_conv_norm_act(x, self.fc7, self.bnfc7, "relu")
         x = run_norm_act(self.fc6_deconv(x), self.fc6_deconv_bn, "relu")
-        return x if x.shape[-2:] == (height, width) else x[..., :height, :width].contiguous()
+        return x if not traced and x.shape[-2:] == (height, width) else x[..., :height, :width].contiguous()
 
     def encoder_state(self) -> dict[str, Tensor]:
         """The tensors that a classifier has too, uncopied, in torchvision's names and shapes."""

@@ -45,6 +45,9 @@ class UShape(SegmentationNet):
     def logits(self, x: Tensor) -> Tensor:
         """(N, in_channels, sides) -> logits (N, num_classes, sides - 2 margin); two sides, of a volume three."""
         self._check(x)
+        if self.margin and isinstance(x.shape[2], Tensor):  # by torch.jit.trace, which records this view, and no check
+            sides = ((side + 4) // self.stride * self.stride - 4 for side in x.shape[2:])
+            x = x.view(*x.shape[:2], *sides)  # raises at sides that are not taken
         x = self.inc(innermost(x))
         skips = []
         for i in range(1, self.depth + 1):
@@ -75,7 +78,7 @@ class UShape(SegmentationNet):
         if self.padding == "same":
             if any(side < self.stride for side in sides):
                 raise ValueError(
-                    f"{name}: x is {tuple(x.shape)}; a side of {self.stride} {self.unit} or more is needed"
+                    f"{name}: x is {tuple(map(int, x.shape))}; a side of {self.stride} {self.unit} or more is needed"
                 )
             return
         least = 2 * self.margin + 1
@@ -83,8 +86,8 @@ class UShape(SegmentationNet):
         if any(side < least or (side + 4) % self.stride for side in sides):
             near = "x".join(str(max(least, side + -(side + 4) % self.stride)) for side in sides)
             raise ValueError(
-                f"{name}: x is {tuple(x.shape)}; without padding a side is {least} + a multiple of {self.stride}: pad "
-                f"to {near}, or use padding='same'"
+                f"{name}: x is {tuple(map(int, x.shape))}; without padding a side is {least} + a multiple of "
+                f"{self.stride}: pad to {near}, or use padding='same'"
             )
 
 

@@ -133,7 +133,7 @@ class _Up(nn.Module):
                 skip = skip.narrow(dim, (skip.shape[dim] - x.shape[dim]) // 2, x.shape[dim])
         else:
             missing = [skip.shape[dim] - x.shape[dim] for dim in (4, 3, 2)]
-            if any(missing):
+            if isinstance(missing[0], Tensor) or any(missing):  # a trace holds for sizes where some are missing
                 x = F.pad(x, [n for m in missing for n in (m // 2, m - m // 2)])
         return self.conv(torch.cat([skip, x], 1))
 

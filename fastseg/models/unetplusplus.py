@@ -182,7 +182,9 @@ class UNetPlusPlus(SegmentationNet):
     def _branches(self, x: Tensor, heads: Sequence[str]) -> list[Tensor]:
         """Logits of the heads; all nodes are computed."""
         if any(side < self.stride for side in x.shape[-2:]):
-            raise ValueError(f"UNetPlusPlus: x is {tuple(x.shape)}; a side of {self.stride} pixels or more is needed")
+            raise ValueError(
+                f"UNetPlusPlus: x is {tuple(map(int, x.shape))}; a side of {self.stride} pixels or more is needed"
+            )
         x = innermost(x)
         rows: list[list[Tensor]] = []  # row i holds X(i, 0), X(i, 1) ...
         for depth in range(self.levels + 1):

@@ -83,6 +83,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         group = self.process_group or dist.group.WORLD
         return group if dist.get_world_size(group) > 1 else None
 
+    def __dir__(self) -> list[str]:
+        return [name for name in super().__dir__() if name != "qconfig"]  # torch.jit.trace reads all that is listed
+
     @property
     def qconfig(self):
         """Read by torch's SyncBatchNorm converter, which copies it, and by torch's quantisation."""

@@ -220,7 +220,7 @@ def bilinear_conv_transpose2d_ref(
     K, padding = bilinear_geometry(stride, kernel_size, padding)
     dtype, wide, layout = x.dtype, torch.promote_types(x.dtype, torch.float32), memory_format_of(x)
     with torch.autocast(x.device.type, enabled=False) if autocasts(x) else nullcontext():
-        C = x.shape[1]
+        C = int(x.shape[1]) if isinstance(x.shape[1], Tensor) else x.shape[1]  # groups are a number in a trace
         weight = grouped_taps(K, C, x.new_empty(0, dtype=wide))
         y = sized_conv_transpose2d(x.to(wide), weight, stride, padding, C, output_size)
         y = y if bias is None else y + bias.to(wide)[:, None, None]

@@ -9,7 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastseg.kernels.runtime.sizes import memoized_as_given
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import is_torchs, is_tracing, runs_kernel
+from fastseg.ops.core.dispatch import is_torchs, runs_kernel
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import pool_with_index
 from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
@@ -111,6 +111,8 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
         raise ValueError(f'{name}: index_format is {index_format!r}; use "int64" or "compact"')
     stride = kernel_size if stride is None or (type(stride) is list and not stride) else stride
     arguments = (kernel_size, stride, padding, dilation)
+    if dims > 1 and index_format == "int64" and set(map(type, arguments)) == {int} and is_torchs(input):
+        return POOL[dims](input, *arguments, ceil_mode, return_indices)
     geometry = pool_geometry(input.shape, *arguments, ceil_mode, dims)
     if not runs_kernel(POOL_FORMS, input, (geometry, input.shape), name=name) or geometry is None:
         return max_pool_ref(input, *arguments, ceil_mode, return_indices, index_format, geometry, dims)
@@ -159,6 +161,8 @@ def spatial(value: Sizes, dims: int) -> tuple[int, ...] | None:
 
 def _least(a: int, b: int) -> int:
     """The minimum, without a guard on symbolic sizes. Dynamo turns only ``min`` into ``sym_min`` (torch 2.11)."""
+    if isinstance(a, Tensor):  # of a trace
+        return torch.minimum(a, b)
     return min(a, b) if torch.compiler.is_dynamo_compiling() else torch.sym_min(a, b)
 
 
@@ -167,8 +171,6 @@ def pool_geometry(
     shape: torch.Size, kernel_size: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, ceil_mode: bool, dims: int
 ) -> Geometry | None:
     """The sizes of a pooling of a map of this shape; None if torch must raise the error."""
-    if not torch.compiler.is_dynamo_compiling() and is_tracing():  # sizes are tensors; the example's stand for them
-        shape = torch.Size(map(int, shape))
     values = [spatial(v, dims) for v in (kernel_size, stride, padding, dilation)]
     size = tuple(shape[-dims:])
     if None in values or len(shape) not in (dims + 1, dims + 2) or 0 in shape[-dims - 1 :]:

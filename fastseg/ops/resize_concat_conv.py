@@ -20,7 +20,7 @@ from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.layout import channels_last, like
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.sizes import same_number
+from fastseg.ops.core.sizes import is_open, same_number
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
 from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
@@ -125,7 +125,7 @@ class _Resize:
     def shrinks(self, x: Tensor) -> bool:
         """True if the map is larger than the result; unknown of symbolic sizes, which are taken to be smaller."""
         sizes = (*x.shape[2:], *self.size)
-        if any(isinstance(n, torch.SymInt) for n in sizes):
+        if any(map(is_open, sizes)):
             return False
         return x.shape[2] * x.shape[3] > self.size[0] * self.size[1]
 

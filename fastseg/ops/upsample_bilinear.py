@@ -12,7 +12,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, runs_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
-from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.sizes import is_size, scaled, whole
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.bilinear import bilinear_fwd, held_channels, interpolation
@@ -92,7 +92,7 @@ def target_of(shape: torch.Size, size, scale_factor, recompute_scale_factor):
         return None
     if scale_factor is None:
         out, factors = pair, (None, None)
-        if not all(isinstance(n, (int, torch.SymInt)) for n in out):
+        if not all(map(is_size, out)):
             return None
     else:
         factors = tuple(float(f) for f in pair)
@@ -105,7 +105,7 @@ def target_of(shape: torch.Size, size, scale_factor, recompute_scale_factor):
             raise ValueError(
                 f"upsample_bilinear: scale_factor is {scale_factor}; the output has a side of 2^31 or more"
             )
-        out = tuple(torch.sym_int(n * f) for n, f in zip(shape[2:], factors, strict=True))
+        out = tuple(scaled(n, f) for n, f in zip(shape[2:], factors, strict=True))
         if recompute_scale_factor:
             factors = (None, None)
     if any(n < 1 for n in (*shape[1:], *out)):  # one by one: a minimum would order the sizes of an exported graph

@@ -1,13 +1,12 @@
 """Class map of low-resolution logits, and how sure each pixel is; of volumes too."""
 
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, form_of, no_kernel, record_reference, what_follows
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, form_of, no_kernel, what_follows
 from fastseg.ops.core.forms import Form, Forms, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
@@ -21,11 +20,11 @@ from fastseg.ops.core.upsample import (
     unsupported,
     upsampling,
 )
-from fastseg.ops.core.volume import Resize, resize_of
 from fastseg.ops.core.volume import interpolate as interpolate_volume
+from fastseg.ops.core.volume import resize_of
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, strips_of
-from fastseg.ops.volume_argmax import over_slices
+from fastseg.ops.volume_heads import of_volume
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.confidence import upsample_confidence_fwd
@@ -88,7 +87,7 @@ def upsample_confidence(
         of_maps = lambda maps: upsample_confidence(
             maps, **known, measure=measure, align_corners=align_corners, dtype=wide
         )
-        return _of_volume(name, of_maps, found, logits, to, (dtype, torch.float32), ((), ()))
+        return of_volume(name, of_maps, found, logits, to, (dtype, torch.float32), ((), ()))
     H, W, factors = output_size(name, logits, size, scale_factor)
     form = form_of(FORMS, _request(logits, H, W), logits)
     classes, values = form.run(logits, H, W, factors, align_corners, measure, dtype == torch.int64)
@@ -152,7 +151,8 @@ def upsample_topk(
 
     def found(v: Tensor) -> tuple[Tensor, Tensor]:
         values, classes = v.topk(k, 1)
-        return classes, (values - v.logsumexp(1, keepdim=True)).exp()
+        largest = values[:, :1]
+        return classes, (values - largest).exp_() / (v - largest).exp_().sum(1, keepdim=True)
 
     def of_maps(maps: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> tuple[Tensor, ...]:
         if _walks(maps, H, W):
@@ -165,7 +165,7 @@ def upsample_topk(
     if logits.dim() == 5:
         to = resize_of("upsample_topk", logits, size, scale_factor, align_corners)
         of_slab = lambda maps: of_maps(maps, *to.plane)
-        return _of_volume("upsample_topk", of_slab, found, logits, to, (torch.int64, torch.float32), ((k,), (k,)))
+        return of_volume("upsample_topk", of_slab, found, logits, to, (torch.int64, torch.float32), ((k,), (k,)))
     H, W, factors = output_size("upsample_topk", logits, size, scale_factor)
     if logits.shape[0] == 0:
         return (logits.new_empty((0, k, H, W), dtype=torch.int64), logits.new_empty((0, k, H, W), dtype=torch.float32))
@@ -248,25 +248,6 @@ def _full(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool)
     return interpolate(_wide(logits), H, W, factors, align_corners)
 
 
-def _of_volume(
-    name: str, of_maps: Callable[[Tensor], tuple[Tensor, ...]], found: Callable[[Tensor], tuple[Tensor, ...]],
-    logits: Tensor, to: Resize, dtypes: tuple[torch.dtype, ...], channels: tuple[tuple[int, ...], ...],
-) -> tuple[Any, Any]:  # fmt: skip
-    """``of_maps`` of the slices of a volume; for a graph or a transform ``found`` of all logits at full size."""
-    if followed(logits):
-        classes, values = (t.to(dtype) for t, dtype in zip(found(interpolate_volume(_wide(logits), to)), dtypes,
-                                                           strict=True))  # fmt: skip
-        return classes, values
-    record_reference(name, logits, "a volume: its slices are the op's own calls")
-    outs = tuple(
-        torch.empty(logits.shape[0], *k, *to.size, dtype=dtype, device=logits.device)
-        for dtype, k in zip(dtypes, channels, strict=True)
-    )
-    over_slices(of_maps, logits, to, outs)
-    classes, values = outs
-    return classes, values
-
-
 def _walks(logits: Tensor, H: int, W: int) -> bool:
     if logits.device.type != "cpu" or followed(logits):
         return False
@@ -275,6 +256,9 @@ def _walks(logits: Tensor, H: int, W: int) -> bool:
 
 def _measured(v: Tensor, measure: str) -> tuple[Tensor, Tensor]:
     """Logits (N, C, H, W) -> classes and values (N, H, W)."""
+    if v.shape[1] == 1:  # certain, unless it is no number
+        nothing = v[:, 0] - v[:, 0]
+        return torch.zeros_like(nothing, dtype=torch.int64), nothing if measure == "entropy" else nothing + 1
     largest, classes = v.max(1, keepdim=True)
     v = v - largest
     e = v.exp()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.dispatch import followed, followed_eagerly
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.pairs import add_pairs, no_pairs
@@ -51,7 +51,8 @@ def upsample_confusion(
         raise ValueError(f"{name}: {logits.shape[1]} classes of logits, num_classes is {num_classes}")
     C = num_classes
     counts, follow = no_pairs(C, logits.device), followed(logits)
-    for image, labels in zip(logits.split(1), target.split(1), strict=True):
+    whole = [(logits, target)] if followed_eagerly(logits) else None  # a trace holds for batches of any size
+    for image, labels in whole or zip(logits.split(1), target.split(1), strict=True):
         classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners)
         counts = add_pairs(counts, classes, labels, C, ignore_index, followed=follow)
     return counts[: C * C].view(C, C)

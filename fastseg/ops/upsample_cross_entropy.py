@@ -10,7 +10,6 @@ from fastseg.ops.core.dispatch import (
     needs_grad,
     no_kernel,
     one_device,
-    record_reference,
     what_follows,
 )
 from fastseg.ops.core.forms import Form, Forms
@@ -75,11 +74,8 @@ def upsample_cross_entropy(
     _check(logits, target, weight, reduction, label_smoothing)
     if logits.dim() == 5:
         one_device(NAME, logits, (target, weight))
-        if not torch.compiler.is_compiling():
-            record_reference(NAME, logits, "a volume: its slices are the op's own calls")
-        return volume_cross_entropy(
-            upsample_cross_entropy, logits, target, weight, ignore_index, reduction, label_smoothing, align_corners
-        )
+        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
+        return volume_cross_entropy(upsample_cross_entropy, logits, target, weight, criterion)
     criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
     if is_torchs(logits) and target.is_cpu and (weight is None or weight.is_cpu):
         form = FORMS.decide(request_of(logits, target, weight, criterion), logits)

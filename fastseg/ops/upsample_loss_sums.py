@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import followed, is_torchs, kernels_run, needs_grad, use_kernel
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.cpu.loss_sums import check_labels, sums_on_cpu
+from fastseg.ops.cpu.loss_sums import check_labels, moderate, sums_on_cpu
 from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
 from fastseg.ops.volume_loss import sums_of_volume
 
@@ -64,7 +64,7 @@ def upsample_loss_sums(
     if not use_kernel("upsample_loss_sums", logits, target, pixel_weight, unsupported=why):
         return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
     if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(target, logits.shape[1], sums.ignore_index)
+        check_labels(target, 2 if target.dim() == 4 else logits.shape[1], sums.ignore_index)
     call = call_of(logits, target, pixel_weight, sums)
     return (UpsampleLossSums.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
 
@@ -104,6 +104,9 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
 
     trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
     whole = trained or followed(logits, pixel_weight) or logits.shape[0] == 0
+    if not whole and logits.is_cpu and target.is_cpu and not kernels_run(logits) and moderate(logits):
+        use_kernel("upsample_loss_sums", logits, target, pixel_weight)
+        return sums_on_cpu(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastseg.ops.core.dispatch import is_torchs, runs_kernel
 from fastseg.ops.core.forms import Forms, KernelForm, Reference
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.sizes import is_size, scaled, whole
 from fastseg.ops.upsample_bilinear import interpolated, unsupported
 
 
@@ -92,12 +92,12 @@ def _target(x: Tensor, size, scale_factor, recompute_scale_factor):
     factors: tuple = (None, None, None)
     if scale_factor is None:
         out = three
-        if not all(isinstance(n, (int, torch.SymInt)) for n in out):
+        if not all(map(is_size, out)):
             return None
     else:
         if not all(0 < float(f) < math.inf for f in three):
             return None
-        out = tuple(torch.sym_int(n * float(f)) for n, f in zip(x.shape[2:], three, strict=True))
+        out = tuple(scaled(n, float(f)) for n, f in zip(x.shape[2:], three, strict=True))
         factors = factors if recompute_scale_factor else tuple(map(float, three))
     return None if any(n < 1 for n in (*x.shape[1:], *out)) else (out, factors)
 

@@ -48,6 +48,18 @@ class KernelForm(Form):
         return out.copy_(_op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(out.dtype)))
 
 
+class OneClassForm(Form):
+    """One class is the class of every voxel."""
+
+    name, path = "one_class", "torch"
+
+    def refuses(self, request: Request) -> str:
+        return "" if request.C == 1 else "more classes than one"
+
+    def run(self, logits: Tensor, to: Resize, out: Tensor) -> Tensor:
+        return out.zero_()
+
+
 class SlabForm(Form):
     """Blend two planes for each output slice, then the op on maps: memory of a few slices, not of the volume."""
 
@@ -67,7 +79,7 @@ def _reference(logits: Tensor, to: Resize, out: Tensor) -> Tensor:
     return out.copy_(argmax(logits, to, out.dtype))
 
 
-VOLUME_FORMS = Forms("upsample_argmax3d", [KernelForm(), SlabForm(), Reference(_reference)])
+VOLUME_FORMS = Forms("upsample_argmax3d", [KernelForm(), OneClassForm(), SlabForm(), Reference(_reference)])
 
 
 def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | None) -> Tensor:

@@ -15,9 +15,10 @@ from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.sequential import next_group, opened, run_layers
 from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.nn.upsampling import UpsamplingBilinear2d
+from fastseg.ops.core.bilinear_taps import resized_by_index
 from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.recompute import recipe_of, remember
-from fastseg.ops.core.sizes import same_number
+from fastseg.ops.core.sizes import by_index, same_number
 
 
 def upsample_concat(
@@ -59,15 +60,9 @@ def upsample_concat(
 
 def _framed(y: Tensor, rows: int, columns: int) -> Tensor:
     """Pad by so many rows and columns of zeros, half of them before; no guard on symbolic numbers."""
-    if not any(isinstance(n, torch.SymInt) for n in (rows, columns)):
-        return F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-    for axis, more in ((2, rows), (3, columns)):
-        have = y.shape[axis]
-        at = torch.arange(have + more, device=y.device) - more // 2
-        shape = (-1, 1) if axis == 2 else (-1,)
-        inside = ((at >= 0) & (at < have)).view(shape)
-        y = torch.where(inside, y.index_select(axis, at.clamp(0, have - 1)), 0)
-    return y
+    if by_index(rows, columns):
+        return resized_by_index(y, (y.shape[2] + rows, y.shape[3] + columns), (rows // 2, columns // 2))
+    return F.pad(y, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
 def run_upsample_concat(

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fastseg.ops.core.sizes import by_index
+
 
 def line(K: int, like: Tensor) -> Tensor:
     """The kernel along one axis, (K,), in the dtype and on the device of ``like``."""
@@ -38,16 +40,29 @@ def sized_conv_transpose2d(
     if size is None:
         return F.conv_transpose2d(x, weight, None, stride, padding, groups=groups)
     natural = natural_size(x, stride, weight.shape[-1], padding)
-    if size[0] <= natural[0] and size[1] <= natural[1]:
+    traced = any(isinstance(n, Tensor) for n in size)  # by torch.jit.trace, which records no question
+    if not traced and size[0] <= natural[0] and size[1] <= natural[1]:
         return _cut(F.conv_transpose2d(x, weight, None, stride, padding, groups=groups), size)
     y = F.conv_transpose2d(x, weight, None, stride, groups=groups)[..., padding:, padding:]
+    if by_index(*size):
+        return resized_by_index(y, size, (0, 0))
     y = y[..., : size[0], : size[1]]
     return F.pad(y, (0, size[1] - y.shape[-1], 0, size[0] - y.shape[-2]))
 
 
+def resized_by_index(y: Tensor, size: Sequence[int], before: Sequence[int]) -> Tensor:
+    """``F.pad(y, ...)`` to ``size`` with so many rows and columns of zeros before, by indices."""
+    for axis, n, first in zip((-2, -1), size, before, strict=True):
+        have = y.shape[axis]
+        at = torch.arange(n, device=y.device) - first
+        inside = ((at >= 0) & (at < have)).view((-1, 1) if axis == -2 else (-1,))
+        y = torch.where(inside, y.index_select(axis, at.clamp(0, have - 1)), 0)
+    return y
+
+
 def _cut(y: Tensor, size: tuple[int, int]) -> Tensor:
     """The first rows and columns; a copy for symbolic sizes, because asking if a view is dense would add a guard."""
-    if not any(isinstance(n, torch.SymInt) for n in size):
+    if not by_index(*size):
         return y[..., : size[0], : size[1]]
     for axis, n in zip((-2, -1), size, strict=True):
         y = y.index_select(axis, torch.arange(n, device=y.device))

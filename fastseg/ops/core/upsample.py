@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from fastseg.kernels.runtime.sizes import memoized, memoized_as_given, source_scale
 from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.layout import channels_last
-from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.sizes import is_open, is_size, scaled, whole
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.sizes import Axis, Upsampling
@@ -35,13 +35,13 @@ def _output_size(name: str, lows: torch.Size, size, scale_factor) -> tuple[int, 
     factors: Factors = (0.0, 0.0)
     if size is not None:
         H, W = map(whole, _pair(name, "size", size))
-        if not all(isinstance(n, (int, torch.SymInt)) for n in (H, W)):
+        if not all(map(is_size, (H, W))):
             raise TypeError(f"{name}: size is {size}; give whole numbers of pixels")
     else:
         factors = tuple(float(f) for f in _pair(name, "scale_factor", scale_factor))
         if not all(0 < f < math.inf for f in factors):
             raise ValueError(f"{name}: scale_factor is {scale_factor}; it must be positive and finite")
-        H, W = (math.floor(low * f) for low, f in zip(lows, factors, strict=True))
+        H, W = (scaled(low, f) for low, f in zip(lows, factors, strict=True))
     known = [n for n in (H, W) if isinstance(n, int)]
     if not all(0 < n < 2**31 for n in known):
         raise ValueError(f"{name}: the output would be {H} x {W} pixels; both must be at least 1 and below 2^31")
@@ -80,7 +80,7 @@ def unsupported(x: Tensor, H: int, W: int) -> str:
     A graph is taken at any size, because a guard would bound its sizes; its ops check each size again.
     """
     for n in (*x.shape, H, W):
-        if isinstance(n, torch.SymInt):
+        if is_open(n):
             return ""
     return too_large(tuple(x.shape), x.stride(), H, W)
 

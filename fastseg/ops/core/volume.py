@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.sizes import is_size, scaled, whole
 from fastseg.ops.core.upsample import neighbours
 
 Size = int | tuple[int, ...] | None
@@ -40,14 +40,14 @@ def resize_of(name: str, x: Tensor, size: Size, scale_factor: Factor, align_corn
         raise ValueError(f"{name}: logits are {tuple(x.shape)}; there is no voxel to interpolate")
     if size is not None:
         full, factors = tuple(map(whole, _triple(name, "size", size))), (0.0, 0.0, 0.0)
-        if not all(isinstance(n, (int, torch.SymInt)) for n in full):
+        if not all(map(is_size, full)):
             raise TypeError(f"{name}: size is {size}; give whole numbers of voxels")
     else:
         a, b, c = (float(f) for f in _triple(name, "scale_factor", scale_factor))
         factors = (a, b, c)
         if not all(0 < f < math.inf for f in factors):
             raise ValueError(f"{name}: scale_factor is {scale_factor}; it must be positive and finite")
-        full = tuple(math.floor(low * f) for low, f in zip(x.shape[2:], factors, strict=True))
+        full = tuple(scaled(low, f) for low, f in zip(x.shape[2:], factors, strict=True))
     if not all(0 < n < 2**31 for n in full if isinstance(n, int)):
         raise ValueError(f"{name}: the output would be {full} voxels; each must be at least 1 and below 2^31")
     D, H, W = full
@@ -68,6 +68,19 @@ def interpolate(x: Tensor, to: Resize) -> Tensor:
     """Upsample to (N, C, D, H, W) with torch's own function."""
     target: dict = {"size": to.size} if to.factors[0] == 0 else {"scale_factor": to.factors}
     return F.interpolate(x, **target, mode="trilinear", align_corners=to.align_corners)
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    align_corners: bool,
+) -> Tensor:  # fmt: skip
+    """Cross entropy of volumes in torch's two steps, for labels and weights of any dtype."""
+    D, H, W = target.shape[1:]
+    if logits.shape[2:] != target.shape[1:]:  # else a copy
+        logits = interpolate(logits, Resize((D, H, W), (0.0, 0.0, 0.0), align_corners))
+    weight = None if weight is None else weight.to(logits.dtype)
+    options: dict = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return F.cross_entropy(logits, target.long(), weight, **options)
 
 
 def argmax(logits: Tensor, to: Resize, dtype: torch.dtype) -> Tensor:

@@ -6,17 +6,18 @@ both. Blocks fit in the cache. Inside a block, pixels are neighbours and classes
 classes are vector operations. If the reduction is known, the forward computes the gradient too.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastseg.ops.core import volume
 from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.labels import check_targets
 from fastseg.ops.core.layout import memory_format_of
-from fastseg.ops.core.upsample import along_x, cross_entropy, is_finite
-from fastseg.ops.cpu.threads import each
-from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
+from fastseg.ops.core.upsample import cross_entropy, is_finite
+from fastseg.ops.cpu.upsampled_rows import Rows
+from fastseg.ops.cpu.upsampled_slabs import Slabs
 
 # Upsampled logits from which strips are the fastest form (``benchmarks.studies.cpu_threads --ops loss``). With 3 or 4
 # classes they take 1.0 to 1.4 of the time of torch's two steps, with others 0.2 to 0.9 from here on. On two threads,
@@ -64,8 +65,12 @@ class _Walk:
 
     def __init__(self, x: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion):
         self.kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.x, self.target, self.criterion = x.detach(), target, criterion
+        self.target, self.criterion, x = target, criterion, x.detach()
         C = self.classes = x.shape[1]
+        if C == 2:  # their difference is enough
+            x = x[:, 1:].to(self.kind) - x[:, :1].to(self.kind)
+        cut = Rows if x.dim() == 4 else Slabs
+        self.over = cut(x, target.shape[1:], criterion.align_corners, self.kind)
         self.weight = None if weight is None else weight.detach().to(self.kind)
         ones = torch.ones(C, dtype=self.kind, device="cpu") if weight is None else self.weight
         self.spread = (criterion.label_smoothing / C * ones)[:, None]  # of each class, for any target
@@ -74,58 +79,48 @@ class _Walk:
         self.weights = 0.0  # of the targets
 
     def run(self, *, wants_grad: bool, dy: Tensor | None = None, losses: Tensor | None = None) -> Tensor | None:
-        """Return the gradient at x, (N, h, C, w), of the sum of losses, each times its element of ``dy`` (N, H, W).
+        """Return the gradient at x, in its shape, of the sum of losses, each times its element of ``dy``.
 
-        ``losses``, (N, H, W), is filled if given; ``total`` and ``weights`` are accumulated.
+        ``losses``, of the target's shape as ``dy``, is filled if given; ``total`` and ``weights`` are accumulated.
         """
-        N, C, h, w = self.x.shape
-        strips = strips_of(self.x.shape, *self.target.shape[1:], self.criterion.align_corners, self.kind)
-        run = lambda strip: self._strip(strip, wants_grad, dy, losses)
-        parts = each(run, strips)
-        dx = torch.zeros(N, h, C, w, dtype=self.kind, device="cpu") if wants_grad else None
-        for strip, (total, weights, part) in zip(strips, parts, strict=True):
+        over = self.over
+        dx = over.gradient() if wants_grad else None
+        for strip, (total, weights, part) in over.results(lambda strip: self._strip(strip, wants_grad, dy, losses)):
             self.total += total
             self.weights += weights
             if wants_grad:
-                dx[strip.image, strip.first : strip.last] += part
-        return dx
+                over.add(dx, strip, part)
+        if dx is None:
+            return None
+        dx = over.finished(dx)
+        return torch.cat([-dx, dx], 1) if self.classes == 2 else dx
 
-    def _strip(self, strip: Strip, wants_grad: bool, dy: Tensor | None, losses: Tensor | None):
-        """Return the sum of losses, the sum of target weights, and the gradient at the logits (last - first, C, w)."""
-        n, begin, end, low, high, matrix = strip
-        target, W = self.target[n, begin:end], self.target.shape[2]
-        least, most = (int(v) for v in target.aminmax())
-        some_ignored = least <= self.criterion.ignore_index <= most
-        if least < 0 or most >= self.classes:
-            check_targets(target, self.classes, self.criterion.ignore_index)
-        x = self.x[n, :, low:high].to(self.kind)
-        two = self.classes == 2  # their difference is enough
-        x = x[1:] - x[:1] if two else x
-        wide = along_x(x, W, self.criterion.align_corners)
-        dwide = torch.zeros_like(wide) if wants_grad else None
+    def _strip(self, strip: Any, wants_grad: bool, dy: Tensor | None, losses: Tensor | None):
+        """Return the sum of losses, the sum of target weights, and the gradient at the logits."""
+        over = self.over
+        wide, dwide = over.wide(strip), None
         total = weights = 0.0
-        rows = max(1, BLOCK // wide.shape[1])
-        for start in range(0, end - begin, rows):
-            stop = min(start + rows, end - begin)
-            labels = self._labels(target[start:stop, None], some_ignored)
-            v = torch.mm(matrix[start:stop], wide).view(stop - start, -1, W)
-            loss = (self._two if two else self._several)(v, labels, wants_grad)
+        for rows in over.blocks(strip):
+            labels = self._labels(over.of(self.target, strip, rows))
+            v = over.up(wide, strip, rows)
+            loss = (self._two if self.classes == 2 else self._several)(v, labels, wants_grad)
             loss = loss if labels.counts is None else loss.where(labels.counts, 0)
             total += float(loss.sum())
             weights += loss.numel() if labels.weight is None else float(labels.weight.sum())
             if losses is not None:
-                losses[n, begin + start : begin + stop] = loss[:, 0]
+                over.put(losses, strip, rows, loss)
             if wants_grad:  # in the memory of the logits by now
                 if dy is not None:
-                    factor = dy[n, begin + start : begin + stop, None]
+                    factor = over.of(dy, strip, rows)
                     v *= factor if labels.counts is None else factor.where(labels.counts, 0)
-                dwide.addmm_(matrix[start:stop].t(), v.view(stop - start, -1))
-        if not wants_grad:
-            return total, weights, None
-        part = along_x_backward(dwide, x.shape, self.criterion.align_corners)
-        return total, weights, torch.cat([-part, part], 1) if two else part
+                dwide = over.down(dwide, v, strip, rows)
+        return total, weights, None if dwide is None else over.narrow(dwide, strip)
 
-    def _labels(self, target: Tensor, some_ignored: bool) -> Labels:
+    def _labels(self, target: Tensor) -> Labels:
+        least, most = (int(v) for v in target.aminmax())
+        some_ignored = least <= self.criterion.ignore_index <= most
+        if least < 0 or most >= self.classes:
+            check_targets(target, self.classes, self.criterion.ignore_index)
         counts, target = None, target.long()
         if some_ignored:
             counts = target != self.criterion.ignore_index
@@ -214,13 +209,14 @@ class _CrossEntropyRows(torch.autograd.Function):
             else:
                 dx = dx * dy.to(dx.dtype)
         dtype, layout = ctx.like
-        return dx.permute(0, 2, 1, 3).to(dtype).contiguous(memory_format=layout), None, None, None, None
+        return dx.to(dtype).contiguous(memory_format=layout), None, None, None, None
 
     @staticmethod
     def again(ctx, saved, dy: Tensor):
         x, target, weight, _ = saved
         wide = torch.promote_types(x.dtype, torch.float32)
-        forward = lambda x: cross_entropy(x.to(wide), target, weight, *ctx.criterion).to(ctx.out)
+        steps = cross_entropy if x.dim() == 4 else volume.cross_entropy
+        forward = lambda x: steps(x.to(wide), target, weight, *ctx.criterion).to(ctx.out)
         with torch.autocast("cpu", enabled=False):
             return *derived(forward, (x,), ctx.needs_input_grad[:1], dy), None, None, None, None
 

@@ -29,7 +29,7 @@ FOCAL = ("focal_pos", "focal_neg")
 _OF_OWN = ("nll", "focal")  # columns of the logarithm of the own class's probability
 _OF_LOGARITHM = {*_OF_OWN, "all"}
 _OF_P = {"inter", "least", "prob", "square", "factor_neg", "focal_neg"}
-_FEW = 8  # classes up to which labels are compared with each; more are scattered
+FEW = 8  # classes up to which labels are compared with each; more are scattered
 
 
 class Block(NamedTuple):
@@ -66,7 +66,7 @@ def block_of(target: Tensor, factors: Tensor | None, sums: Sums, kind: torch.dty
         return Block(None, target.to(kind).contiguous(), counts)
     if classes < 0:
         return Block(target.long(), None, counts)
-    if classes <= _FEW:
+    if classes <= FEW:
         return Block(
             None, (target == torch.arange(classes, dtype=target.dtype, device="cpu")[:, None]).to(kind), counts
         )

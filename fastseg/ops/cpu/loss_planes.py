@@ -12,6 +12,7 @@ from fastseg.ops.core.constants import constant
 from fastseg.ops.core.loss_columns import SOFTMAX, Sums
 from fastseg.ops.core.upsample import neighbours
 from fastseg.ops.cpu.loss_blocks import Activated, Block, activated, block_of, slope_of, sums_of
+from fastseg.ops.cpu.upsampled_slabs import upsampled, upsampled_backward
 
 _FORWARD, _BACKWARD = 40, 200  # rows of logits up to which products are faster than torch's op
 
@@ -20,31 +21,38 @@ def forward(x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) 
     """The sums (N, C, columns), fp64, and what ``backward`` takes.
 
     Args:
-        x: (N, C, h, w), finite.
+        x: (N, C, h, w), finite; or small volumes (N, C, d, h, w), and then targets and factors have a depth too.
         target: class indices (N, H, W), or labels of each class (N, C, H, W).
         pixel_weight: (N, H, W), or None for 1.
         sums: what is summed; without an ``ignore_index`` where no label is ignored.
     """
     kind = torch.promote_types(x.dtype, torch.float32)
-    named = target.dim() == 3
-    a = activated(_upsampled(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners), sums, named=named)
+    named = target.dim() == x.dim() - 1
+    if x.dim() == 5:
+        v = upsampled(x.to(kind), target.shape[-3:], sums.align_corners).flatten(2)
+    else:
+        v = _upsampled(x.to(kind), target.shape[-2], target.shape[-1], sums.align_corners)
+    a = activated(v, sums, named=named)
     factors = None if pixel_weight is None else pixel_weight.flatten(1)[:, None]
     labels = target.flatten(1)[:, None] if named else target.flatten(2)
     block = block_of(labels, factors, sums, kind, x.shape[1] if named else 0)
-    return sums_of(a, block, sums, 2, **_labels(target, sums)), a, block
+    return sums_of(a, block, sums, 2, **_labels(target, sums, named)), a, block
 
 
 def backward(slopes: Tensor, a: Activated, block: Block, shape: torch.Size, target: Tensor, sums: Sums) -> Tensor:
-    """slopes (N, C, columns), the derivative by each sum -> gradient at the logits, (N, C, h, w)."""
+    """slopes (N, C, columns), the derivative by each sum -> gradient at the logits of ``shape``."""
     kept = a.p if a.other is None else a.other
     if kept is None:  # labels alone are summed
         return torch.zeros(shape, device="cpu")
-    dv = slope_of(slopes.to(kept.dtype), a, block, sums, **_labels(target, sums))
+    named = target.dim() == len(shape) - 1
+    dv = slope_of(slopes.to(kept.dtype), a, block, sums, **_labels(target, sums, named))
+    if len(shape) == 5:
+        return upsampled_backward(dv, shape, target.shape[-3:], sums.align_corners)
     return _transposed(dv, shape, target.shape[-2], target.shape[-1], sums.align_corners)
 
 
-def _labels(target: Tensor, sums: Sums) -> dict[str, bool]:
-    return {"named": target.dim() == 3 and sums.activation == SOFTMAX, "hard": not target.is_floating_point()}
+def _labels(target: Tensor, sums: Sums, named: bool) -> dict[str, bool]:
+    return {"named": named and sums.activation == SOFTMAX, "hard": not target.is_floating_point()}
 
 
 def _upsampled(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:

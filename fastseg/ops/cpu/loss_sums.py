@@ -1,6 +1,6 @@
 """Sums over the pixels of upsampled logits on a CPU: which way is fastest, and the gradient of each.
 
-Strips of rows (``loss_rows.py``) for large maps of one plane or of many classes, all pixels at once
+Strips of rows (``loss_rows.py``) for volumes and for large maps of one plane or of many classes, all pixels at once
 (``loss_planes.py``) for the others. Two classes of softmax are one plane, their difference; one class is certain. NaN
 and infinity, which these would spread, are left to torch's own steps.
 """
@@ -17,33 +17,34 @@ from fastseg.ops.core.constants import constant
 from fastseg.ops.core.labels import LABEL_DTYPES, check_targets
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.loss_columns import SIGMOID, SOFTMAX, Column, Sums
-from fastseg.ops.core.loss_full import at_full_size, is_ignored
+from fastseg.ops.core.loss_full import at_full_size, is_ignored, volume_at_full_size
 from fastseg.ops.cpu import loss_planes
 from fastseg.ops.cpu.loss_blocks import Activated, Block
 from fastseg.ops.cpu.loss_rows import Walk
 
-# Upsampled logits of many classes, and of one plane, from which strips are faster (``benchmarks.studies.losses_cpu``).
-_LEAST, _PLANE = 2**18, 2**17
+# Upsampled logits of many classes, of one plane, and of volumes, from which strips are faster
+# (``benchmarks.studies.losses_cpu``, ``volumes_cpu``).
+_LEAST, _PLANE, _VOLUME = 2**18, 2**17, 2**15
 _MANY = 5  # classes; 3 and 4 are planes
 _RANGE = 1e30  # of logits whose differences can be summed in fp32
 
 
 def sums_on_cpu(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
-    """``upsample_loss_sums`` of checked arguments on a CPU that nothing follows.
+    """``upsample_loss_sums`` of checked arguments on a CPU that nothing follows; of volumes if they are ``moderate``.
 
     Raises:
         IndexError: a label is no class.
     """
-    if not check_labels(target, logits.shape[1], sums.ignore_index):
+    if not check_labels(target, 2 if target.dim() == logits.dim() else logits.shape[1], sums.ignore_index):
         sums = sums._replace(ignore_index=None)
     autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
     with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        if _moderate(logits):
+        if moderate(logits):
             return _Sums.apply(logits, target, pixel_weight, sums)
         return at_full_size(logits, target, pixel_weight, sums)
 
 
-def _moderate(logits: Tensor) -> bool:
+def moderate(logits: Tensor) -> bool:
     """True if there are logits, and all are finite and none is huge."""
     if logits.numel() == 0:
         return False
@@ -62,12 +63,15 @@ class _Plan(NamedTuple):
 
 
 def _plan_of(x: Tensor, target: Tensor, sums: Sums) -> _Plan:
-    C, named, given = x.shape[1], target.dim() == 3 and sums.activation == SOFTMAX, sums.columns
+    C, named, given = x.shape[1], target.dim() == x.dim() - 1 and sums.activation == SOFTMAX, sums.columns
     two = named and C == 2
     if two:
         C, sums = 1, sums._replace(columns=_of_difference(given), activation=SIGMOID)
-    pixels = target.shape[0] * target.shape[-1] * target.shape[-2]
-    rows = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
+    pixels = target.numel() // (1 if target.dim() < x.dim() else target.shape[1])
+    if x.dim() == 5:
+        rows = C * pixels >= _VOLUME
+    else:
+        rows = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
     return _Plan(named and x.shape[1] == 1, two, rows, sums, given)
 
 
@@ -105,7 +109,7 @@ class _Sums(torch.autograd.Function):
             target, shape = target[:, None], torch.Size((shape[0], 1, *shape[2:]))
         if plan.rows:
             with torch.autocast("cpu", enabled=False):
-                dx = Walk(x if v is None else v, target, pixel_weight, plan.sums).backward(slopes).permute(0, 2, 1, 3)
+                dx = Walk(x if v is None else v, target, pixel_weight, plan.sums).backward(slopes)
         else:
             a, block = Activated(*kept[:2]), Block(*kept[2:])
             dx = loss_planes.backward(slopes, a, block, shape, target, plan.sums)
@@ -117,7 +121,8 @@ class _Sums(torch.autograd.Function):
     def again(ctx, saved, slopes: Tensor):
         x, target, pixel_weight, *_ = saved
         with torch.autocast("cpu", enabled=False):
-            forward = lambda x: at_full_size(x, target, pixel_weight, ctx.sums)
+            full = volume_at_full_size if x.dim() == 5 else at_full_size
+            forward = lambda x: full(x, target, pixel_weight, ctx.sums)
             return *derived(forward, (x,), ctx.needs_input_grad[:1], slopes), None, None, None
 
     backward = staticmethod(differentiable(gradients, again))
@@ -181,7 +186,12 @@ def _of_two(columns: tuple[Column, ...]) -> Tensor:
 
 
 def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> bool:
-    """Raise torch's error for a label that is no class; labels of each class are 0 or 1. Reads the values.
+    """Raise torch's error for a label that is no class. Reads the values.
+
+    Args:
+        target: labels.
+        classes: their number; 2 for labels of each class, which are 0 or 1.
+        ignore_index: the label that does not count, or None.
 
     Returns:
         False if no label is ignored.
@@ -191,6 +201,6 @@ def check_labels(target: Tensor, classes: int, ignore_index: int | None) -> bool
     if target.dtype == torch.bool:
         return ignore_index in (0, 1)
     least, most = (value.item() for value in target.aminmax())
-    if target.dtype in LABEL_DTYPES and (least < 0 or most >= (2 if target.dim() == 4 else classes)):
-        check_targets(target, 2 if target.dim() == 4 else classes, -1 if ignore_index is None else ignore_index)
+    if target.dtype in LABEL_DTYPES and (least < 0 or most >= classes):
+        check_targets(target, classes, -1 if ignore_index is None else ignore_index)
     return ignore_index is not None and least <= ignore_index <= most
