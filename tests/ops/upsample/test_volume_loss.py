@@ -24,7 +24,7 @@ def slabs(monkeypatch, request):
     walked, slab = [], volume_loss._slab
     monkeypatch.setattr(volume_loss, "_slab", lambda *args: (walked.append(args[-1]), slab(*args))[1])
     monkeypatch.setattr(volume_loss, "SLAB", 1)
-    monkeypatch.setattr(importlib.import_module("fastseg.ops.upsample_loss_sums"), "moderate", lambda logits: False)
+    monkeypatch.setattr(importlib.import_module("fastseg.ops.upsample_loss_sums"), "is_moderate", lambda logits: False)
     if request.node.name not in KERNELS:
         monkeypatch.setattr(dispatch, "INTERPRETED", False)
     with fastseg.force("upsample_cross_entropy3d", "slabs"):
