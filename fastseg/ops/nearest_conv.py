@@ -129,9 +129,9 @@ def choose(x: Tensor, weight: Tensor) -> Form:
     Of a few pixels the sum of the filters, made at each call, costs more than it saves. A graph's compiler makes it in
     one pass, and inside ``fastseg.frozen`` it is made once.
     """
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if isinstance(pixels, torch.SymInt) or followed(x, weight):
+    if followed(x, weight):
         return "transposed"
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
     kept = keeper((weight,)) is not None
     if x.is_cuda and HAS_TRITON:
         chip = chip_of(x.device)
