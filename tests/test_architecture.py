@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from references import references_are_torchs
 from syntax import ROOT, SOURCES, Finding, Rule, calls, findings_of, keywords, module_of, room_of
 
 LINES = 400
@@ -252,6 +253,7 @@ RULES: dict[Rule, tuple[str, ...]] = {
     no_tuning_and_no_block_pointers: ("kernels", "fastseg"),
     loads_weights_only: ("kernels", "fastseg", "tests", "benchmarks"),
     no_environment_variables: ("kernels", "fastseg"),
+    references_are_torchs: ("fastseg/ops",),
 }
 
 
@@ -322,6 +324,18 @@ PLANTED = [  # rule, path, source with one violation on its last line, the same 
     ),
     (no_environment_variables, "fastseg/x.py", "os.getenv(name)", "os.getenv('TRITON_CACHE_DIR')"),
     (no_environment_variables, "fastseg/x.py", "from os import environ", "from os import path"),
+    (
+        references_are_torchs,
+        "fastseg/ops/x.py",
+        "from fastseg.ops.cpu.x import fast\ndef _lines(v):\n    return fast(v)\ndef x_ref(v):\n    return _lines(v)",
+        "from fastseg.ops.cpu.x import fast\ndef x(v):\n    return fast(v)\ndef x_ref(v):\n    return v.relu()",
+    ),
+    (
+        references_are_torchs,
+        "fastseg/ops/x.py",
+        "def x_ref(v):\n    return FORMS(v)",
+        "from fastseg.ops.registered.y import y_ref\ndef x_ref(v):\n    return y_ref(v)",
+    ),
 ]
 
 

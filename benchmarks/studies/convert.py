@@ -108,7 +108,7 @@ def providers(
     twin = copy.deepcopy(converted)
     found["converted"] = lambda: twin(*x)
     if compiled:
-        fast = torch.compile(copy.deepcopy(model))
+        fast = torch.compile(copy.deepcopy(model), mode="max-autotune-no-cudagraphs")
         found["compile"] = lambda: fast(*x)
     if onnx:
         import onnxruntime

@@ -20,10 +20,15 @@ from torch.nn import functional as F
 from fastseg import nn as fnn
 from fastseg.kernels.runtime.launch import intercept, launch
 from fastseg.measure.timing import interleaved, medians
+from fastseg.nn.fuse.children import batch_norm_args
+from fastseg.nn.fuse.conv_norm_act import fold_all, foldable, source_of
+from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.autograd import run
 from fastseg.ops.core.dispatch import runs_kernel
 from fastseg.ops.core.torch_private import is_bare
 from fastseg.ops.max_pool import pool_geometry
+from fastseg.ops.registered.batch_norm_act import FORMS as NORM_FORMS
+from fastseg.ops.registered.batch_norm_act import fwd_op as norm_op
 from fastseg.ops.registered.pooling import INT64, POOL_FORMS, pool_op
 from fastseg.ops.upsample_bilinear import FORMS, fwd_op, target_of
 
@@ -90,15 +95,37 @@ def python_calls(f: Callable[[], object], named: str = "") -> int:
 
 
 def parts() -> dict[str, dict[str, Callable]]:
-    """What the two cheapest modules do on their way, each part by itself: name -> part -> a call."""
+    """What four modules do on their way, each part by itself: name -> part -> a call."""
     x, size, identity = sample(), (16, 16), nn.Identity()
     sizes = (2, 2, 0, 1, False, 2)
     geometry = pool_geometry(x.shape, *sizes)
     assert geometry is not None
     y = torch.empty(1, 16, 4, 4).to(memory_format=torch.channels_last)
+    norm, block = fnn.BatchNormAct2d(16).eval(), fnn.ConvNormAct2d(16, 16, 3, padding=1).eval()
+    conv = next(m for m in block.modules() if isinstance(m, nn.Conv2d))
+    own = next(m for m in block.modules() if isinstance(m, nn.BatchNorm2d))
+    source = source_of(conv, own)
+    args = batch_norm_args(norm)
+    (folded,) = fold_all(x, (source,))
+    options = ("relu", conv.stride, conv.padding, conv.dilation, conv.groups)
     last = {"memory_format": torch.channels_last}
     guard = lambda *tensors: launch(None, (1,), *tensors)
     return {
+        "BatchNormAct2d": {
+            "call of a module": lambda: identity(x),
+            "tensors of the norm": lambda: batch_norm_args(norm),
+            "decision": lambda: runs_kernel(NORM_FORMS, x, (x.shape, x.dtype, None, False), *args[:4]),
+            "what is bare": lambda: is_bare((x, *args[:4])),
+            "launcher": lambda: norm_op.direct["cpu"](x, *args[:4], None, False, args.eps, "relu"),
+            "  of it launch guard": lambda: guard(x, x, x, x, x, x, x),
+        },
+        "ConvNormAct2d": {
+            "call of a module": lambda: identity(x),
+            "may be folded": lambda: foldable(x, (source_of(conv, own),)),
+            "fold": lambda: fold_all(x, (source,)),
+            "decision and torch's convolution": lambda: conv2d_act(x, *folded, *options),
+            "  of it torch's convolution": lambda: F.relu_(F.conv2d(x, *folded, padding=1)),
+        },
         "MaxPool2d, indices": {
             "call of a module": lambda: identity(x),
             "checks and sizes": lambda: pool_geometry(x.shape, *sizes),
@@ -125,7 +152,7 @@ def bare(x: torch.Tensor) -> None:
 
 
 def main() -> None:
-    """Print a line for each module, and what two of them spend it on."""
+    """Print a line for each module, and what four of them spend it on."""
     torch.set_num_threads(1)
     x = sample()
     with intercept(lambda *launch: None), torch.no_grad():

@@ -49,6 +49,7 @@ OWN = {
     "fastseg deeplabv3plus": ("deeplabv3plus", {"backbone": "mobilenet_v2"}),
     "fastseg fcn resnet18": ("fcn", {"backbone": "resnet18"}),
 }
+SETTLE = 0.01  # seconds, on several threads
 PEERS = ("optimized", "exact", "onnxruntime", "openvino", "compile")
 
 
@@ -136,7 +137,7 @@ def row(
     model, x = make(name).eval().requires_grad_(False), torch.randn(batch, 3, side, side)
     with torch.no_grad():
         found, missing = calls(model, x, peers, folder / f"{name} {side} {batch}.onnx".replace(" ", "_"))
-        times = medians(interleaved(found, repetitions=repetitions, warmup=2))
+        times = medians(interleaved(found, repetitions=repetitions, warmup=2, settle=SETTLE if threads > 1 else 0))
     load = os.getloadavg()[0]
     shown = ("eager", "Runner", *peers)
     cells = [f"{times[each] * 1e3:.1f}" if each in times else "-" for each in shown]

@@ -17,12 +17,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
 from fastseg.converting.rule import Rule
-from fastseg.ops.core.dispatch import kernels_run
+from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.kept import keepers
 
@@ -91,7 +90,7 @@ def _costs_more(rule: Rule, args: tuple) -> bool:
     x = args[0][-1] if isinstance(args[0], (list, tuple)) else args[0]
     if not isinstance(x, Tensor) or not x.is_cpu or kernels_run(x):
         return False
-    return torch.compiler.is_compiling() or not (keepers.get() or _fused_everywhere.get())
+    return followed(x) or not (keepers.get() or _fused_everywhere.get())
 
 
 def _traced(args: tuple, kwargs: dict) -> bool:

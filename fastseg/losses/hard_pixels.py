@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.losses.terms import ClassWeights, Term
-from fastseg.ops.core.dispatch import followed_eagerly
+from fastseg.ops.core.dispatch import what_follows
 from fastseg.ops.core.labels import equal
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 
@@ -48,6 +48,8 @@ class TopK(Term):
     ) -> tuple[Tensor, Tensor]:
         """The cross entropy of each pixel, at least fp32, and the target without a channel."""
         target = target[:, 0] if target.dim() == logits.dim() and target.shape[1] == 1 else target
+        if not logits.is_floating_point():
+            raise TypeError(f"{self._name}: logits are {logits.dtype}; give floating-point logits")
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = upsample_cross_entropy(
             wide, target, weight, ignore_index, "none", self.label_smoothing, align_corners=align_corners
@@ -67,7 +69,7 @@ class TopK(Term):
     def selected(self, losses: Tensor, target: Tensor, ignore_index: int) -> Tensor:
         """The mean of the worst of the losses (N, H, W); those of ignored pixels are 0."""
         pixels = (~equal(target, ignore_index)).sum()
-        if followed_eagerly(losses):  # no number may be read: a trace would keep that of its example
+        if what_follows(losses):  # no number may be read: a trace would keep that of its example
             wanted = (pixels * self.fraction).floor()
             largest = losses.flatten().sort(descending=True).values
             kept = torch.arange(largest.shape[0], device=losses.device) < wanted

@@ -9,7 +9,12 @@ import torch
 
 
 def interleaved(
-    functions: dict[str, Callable[[], object]], *, repetitions: int = 15, warmup: int = 3, seed: int = 0
+    functions: dict[str, Callable[[], object]],
+    *,
+    repetitions: int = 15,
+    warmup: int = 3,
+    seed: int = 0,
+    settle: float = 0.0,
 ) -> dict[str, list[float]]:
     """Time each function ``repetitions`` times, in a new random order for each round.
 
@@ -21,6 +26,8 @@ def interleaved(
         repetitions: samples of each function.
         warmup: calls of each function before the first sample.
         seed: of the random order.
+        settle: seconds to sleep before each sample, followed by a call that is not timed; 0 for neither. Threads of a
+            runtime spin for a while after a call and take the cores of the next runtime; its own are asleep by then.
 
     Returns:
         name -> samples in seconds.
@@ -33,6 +40,9 @@ def interleaved(
     for _ in range(repetitions):
         shuffle(order)
         for name in order:
+            if settle:
+                time.sleep(settle)
+                functions[name]()
             _synchronize()
             start = time.perf_counter()
             functions[name]()

@@ -11,10 +11,9 @@ from fastseg.ops.core.dispatch import (
     autocasts,
     followed,
     is_torchs,
+    known,
     needs_grad,
-    no_kernel,
-    one_device,
-    what_follows,
+    why_torchs,
 )
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.layout import like
@@ -28,7 +27,6 @@ from fastseg.ops.registered.atrous_conv import (
     AtrousBranches,
     atrous_branches_ref,
     fwd_op,
-    not_taken,
     request_of,
 )
 
@@ -173,13 +171,13 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     x, residual = x.to(dtype), None if residual is None else residual.to(autocast_dtype(residual))
     kernels = _check(name, x, weights, biases, dilations, act, residual)
     tensors = [*weights, *biases, residual]
-    ours: bool | None
     if is_torchs(x) and all(t is None or t.is_cpu for t in tensors):
         ours = False
     else:
-        one_device(name, x, tensors)
-        ours = _is_ours(name, x, weights[0].shape[0], kernels, dilations, (act, residual), tensors, whole)
-        if ours is None:
+        why, passes = why_torchs(name, x, *tensors), (act is not None) + (residual is not None)
+        request = request_of(known(*x.shape), dtype, weights[0].shape[0], kernels, dilations, passes, why)
+        ours = FORMS.decide(request, x, name) is not FORMS.forms[-1]
+        if whole and not why and not ours:
             return []
     if not ours:  # torch differentiates its own convolutions
         if residual is None and _nothing_follows(x, *weights, *biases):
@@ -190,21 +188,6 @@ def _run(name: str, x: Tensor, weights, biases, dilations, act, residual, as_x: 
     else:
         y = fwd_op(x, weights, biases, residual, dilations, act or "none")
     return [like(x, y) if as_x else y]
-
-
-def _is_ours(name, x: Tensor, COUT: int, kernels, dilations, after, tensors, whole: bool) -> bool | None:
-    """True if the registered op computes the call; None where ``whole`` is asked for and the library is faster."""
-    why = no_kernel(x)
-    if torch.compiler.is_compiling():  # a graph holds the op, which asks when it runs: sizes are unknown before
-        return not (in_reference() or why or not_taken(kernels))
-    why = why or what_follows(x, *tensors)
-    act, residual = after
-    passes = (act is not None) + (residual is not None)
-    request = request_of(x.shape, x.dtype, COUT, kernels, dilations, passes, why)
-    library = FORMS.forms[-1]
-    if whole and not why and FORMS.choose(request).form is library:
-        return None
-    return FORMS.decide(request, x, name) is not library
 
 
 def _nothing_follows(*tensors: Tensor) -> bool:
@@ -254,7 +237,7 @@ def _check(name, x, weights, biases, dilations, act, residual) -> list[int]:
     out = (x.shape[0], COUT * len(weights), *x.shape[2:])
     if residual is not None and residual.shape != out:
         raise ValueError(f"{name}: residual is {tuple(residual.shape)}, the output is {out}; they must be equal")
-    if autocasts(x):
+    if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
         return kernels
     for t in (*weights, residual):
         if t is not None and t.dtype != x.dtype:

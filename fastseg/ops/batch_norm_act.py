@@ -15,7 +15,6 @@ from fastseg.ops.core.norm import (
     activate,
     add_residual,
     check_norm,
-    norm_options,
     stats_dtype_of,
     torch_norm,
     update_running,
@@ -68,8 +67,9 @@ def batch_norm_act(
     others = tensors if residual is None else (*tensors, residual)
     kernel = runs_kernel(FORMS, x, (x.shape, x.dtype, kind, process_group is not None), *others)
     if not kernel and process_group is None:
-        return batch_norm_act_ref(x, norm, act, residual)
-    (kind, eps), (mean, var, weight, bias) = norm_options(norm), tensors
+        return _in_place(x, norm, act, residual)
+    mean, var, weight, bias = tensors
+    kind, eps = "batch" if norm.training else "running", norm.eps
     group = None
     if kind == "batch":
         stats = (stats_op if kernel else DECOMPOSITIONS[stats_op.op])(x.detach())
@@ -93,7 +93,13 @@ def batch_norm_act(
 def batch_norm_act_ref(
     x: Tensor, norm: BatchNormArgs, act: Activation | None = None, residual: Tensor | None = None
 ) -> Tensor:
-    """``batch_norm_act`` in plain PyTorch; residual and activation are applied in place, behind the norm.
+    """``batch_norm_act`` in torch's own lines."""
+    y = torch_norm(x, norm)
+    return ACTIVATIONS[act or "none"](y if residual is None else y + residual)
+
+
+def _in_place(x: Tensor, norm: BatchNormArgs, act: Activation | None, residual: Tensor | None) -> Tensor:
+    """The same; residual and activation are applied in place, behind the norm.
 
     The backward saves ``x`` and the activated map. Saving ``x`` alone and recomputing the map makes forward and
     backward 4 % to 42 % slower on a CPU, and saves nothing if a convolution follows, because it saves that map anyway.

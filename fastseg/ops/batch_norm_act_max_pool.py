@@ -23,7 +23,7 @@ from fastseg.ops.core.norm import (
 )
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import of_sizes, qualified, register
-from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, pool_geometry
+from fastseg.ops.max_pool import IndexFormat, Sizes, max_pool2d, max_pool_ref, pool_geometry
 from fastseg.ops.pool_indices import PoolIndices, bits_of
 from fastseg.ops.registered.pooling import Geometry, fake_index, plain_pick, plain_pool, plain_unpool
 from fastseg.ops.registered.pooling import unsupported as pooling_unsupported
@@ -90,10 +90,8 @@ def batch_norm_act_max_pool2d(
     last = not transforms_active() and x.is_contiguous(memory_format=torch.channels_last)  # vmap has no channels_last
     sizes = (geometry, x.shape, last, wants_grad, norm is not None)
     if not runs_kernel(FORMS, x, sizes, *tensors) or geometry is None:
-        return batch_norm_act_max_pool2d_ref(
-            x, norm, act, kernel_size, stride, padding, ceil_mode, return_indices, index_format=index_format,
-            inplace=inplace,
-        )  # fmt: skip
+        y = activate(torch_norm(x, norm), act, inplace=inplace or norm is not None)
+        return max_pool2d(y, kernel_size, stride, padding, 1, ceil_mode, return_indices, index_format=index_format)
     compact = index_format == "compact"
     bits = (bits_of(geometry.kernel) if compact or not return_indices else 64) if return_indices or wants_grad else 0
     kind, eps = norm_options(norm)
@@ -118,9 +116,10 @@ def batch_norm_act_max_pool2d_ref(
     index_format: IndexFormat = "compact",
     inplace: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
-    """Norm, activation and pooling in turn; the pooling itself may still run as a kernel."""
-    y = activate(torch_norm(x, norm), act, inplace=inplace or norm is not None)
-    return max_pool2d(y, kernel_size, stride, padding, 1, ceil_mode, return_indices, index_format=index_format)
+    """``batch_norm_act_max_pool2d`` in torch's own lines; ``x`` is not overwritten."""
+    y, stride = ACTIVATIONS[act or "none"](torch_norm(x, norm)), kernel_size if stride is None else stride
+    geometry = pool_geometry(y.shape, kernel_size, stride, padding, 1, ceil_mode, 2)
+    return max_pool_ref(y, kernel_size, stride, padding, 1, ceil_mode, return_indices, index_format, geometry, 2)
 
 
 # --- implementations

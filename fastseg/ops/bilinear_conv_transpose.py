@@ -15,11 +15,9 @@ from fastseg.ops.core.dispatch import (
     autocast_dtype,
     autocasts,
     followed,
-    form_of,
     is_torchs,
     no_kernel,
-    one_device,
-    what_follows,
+    why_torchs,
 )
 from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
@@ -150,14 +148,11 @@ def bilinear_conv_transpose2d(
         x = x.to(autocast_dtype(x))
         skip = None if skip is None else skip.to(autocast_dtype(skip))
     size = _check(x, stride, K, padding, bias, skip, skip_offset, output_size)
-    one_device(NAME, x, (bias, skip))
-    why, plain = no_kernel(x), False
-    if not torch.compiler.is_compiling():
-        why = why or what_follows(x, bias, skip)
-        plain = x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not _wanted(x, bias, skip)
-        plain = plain and not followed(x, bias, skip)
+    why = why_torchs(NAME, x, bias, skip)
+    plain = x.is_cpu and type(x) in (Tensor, torch.nn.Parameter) and not _wanted(x, bias, skip)
+    plain = plain and not followed(x, bias, skip)
     large = "" if why else _too_large(x, skip, size, stride, K)
-    form = form_of(FORMS, _request(why, large, plain, x, size, stride, K), x)
+    form = FORMS.decide(_request(why, large, plain, x, size, stride, K), x)
     if form is FORMS.forms[0]:
         return run(_BilinearConvTranspose2d, _fwd, x, skip, bias, size, stride, K, padding, skip_offset)
     return form.run(x, stride, K, padding, bias, skip, skip_offset, size if output_size is not None else None)

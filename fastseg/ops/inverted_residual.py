@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, known, why_torchs
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.layout import channels_last, like, new_map
 from fastseg.ops.core.norm import ACTIVATIONS
@@ -24,7 +24,8 @@ if HAS_TRITON:
 class Request(NamedTuple):
     """What decides between the forms."""
 
-    shape: tuple[int, ...]  # of x
+    no_kernel: str  # why no kernel can run on such tensors, or what follows the call; or ""
+    shape: tuple[int, ...]  # of x; () in a graph
     hidden: int
     out_channels: int
     stride: int
@@ -32,7 +33,7 @@ class Request(NamedTuple):
     dtype: torch.dtype
     channels_last: bool
     tf32: bool
-    chip: "Chip"
+    chip: "Chip | None"
 
 
 class WholeForm(Form):
@@ -41,6 +42,8 @@ class WholeForm(Form):
     name = "whole"
 
     def refuses(self, r: Request) -> str:
+        if r.no_kernel:
+            return r.no_kernel
         if len(r.shape) != 4 or 0 in r.shape:
             return "an empty map, or not 4-D"
         if r.dtype not in (torch.float16, torch.bfloat16):
@@ -79,12 +82,12 @@ def whole_or_parts(
         whole: runs ``inverted_residual``.
         parts: gives the same result.
     """
-    if not use_kernel("inverted_residual", x, form=None):
-        return parts()
-    dtype, last = autocast_dtype(x), x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
-    device = x.device
-    sizes = (tuple(x.shape), hidden, out_channels, stride, dilation)
-    return FORMS(Request(*sizes, dtype, last, tf32(dtype, device), chip_of(device)), whole, parts, recorded=x)
+    why, shape, dtype = why_torchs("inverted_residual", x), known(*x.shape), autocast_dtype(x)
+    narrow, chip = (False, None) if why or not shape else (tf32(dtype, x.device), chip_of(x.device))
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    request = Request(why, shape, hidden, out_channels, stride, dilation, dtype, last, narrow, chip)
+    y: Tensor = FORMS.decide(request, x).run(whole, parts)
+    return y
 
 
 def inverted_residual(
@@ -143,6 +146,27 @@ def inverted_residual(
     return _fwd(
         x, expand, expand_bias, depthwise, depthwise_bias, project, project_bias, act, stride, dilation, residual
     )
+
+
+def inverted_residual_ref(
+    x: Tensor,
+    expand: Tensor,
+    expand_bias: Tensor,
+    depthwise: Tensor,
+    depthwise_bias: Tensor,
+    project: Tensor,
+    project_bias: Tensor,
+    *,
+    act: Literal["relu", "relu6"] = "relu6",
+    stride: int = 1,
+    dilation: int = 1,
+    residual: bool = False,
+) -> Tensor:
+    """``inverted_residual`` in torch's own lines."""
+    e = ACTIVATIONS[act](F.conv2d(x, expand, expand_bias))
+    u = F.conv2d(e, depthwise, depthwise_bias, stride, dilation, dilation, groups=depthwise.shape[0])
+    y = F.conv2d(ACTIVATIONS[act](u), project, project_bias)
+    return y + x if residual else y
 
 
 def _launch_fwd(x, expand, expand_bias, dw, dw_bias, project, project_bias, act, stride, dilation, residual) -> Tensor:

@@ -1,5 +1,6 @@
 """Class map of a mask classifier: of class scores and mask logits of queries."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from fastseg.kernels.runtime.ceilings import OWN_GEMM, OWN_LANES, Chip, chip_of
 from fastseg.kernels.runtime.verdict import verdict
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, no_kernel, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, known, no_kernel, what_follows
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
@@ -82,15 +83,8 @@ def masks_to_classes(
     at = None if at == (H, W) else at
     masks, p = mask_logits.detach(), probabilities(class_scores.detach(), mask_logits)
     args = (p, masks, at, H, W, factors, align_corners, dtype)
-    eager = masks.is_cpu and not followed(masks, p)
-    if eager and no_kernel(masks):
-        return FORMS(_request(*args[:5]), *args, recorded=masks)
-    if at is not None:
-        sums = _sums(p, masks, *at, (0.0, 0.0), align_corners)
-        return cast(Tensor, upsample_argmax(sums, (H, W), align_corners=align_corners, dtype=dtype))
-    if use_kernel(NAME, masks, p, unsupported=unsupported(masks, H, W), form=None):
-        return _op(p, masks, H, W, *factors, align_corners, dtype == torch.int64)
-    return FORMS(_request(*args[:5]), *args) if eager else _lines(*args)
+    classes_map: Tensor = FORMS.decide(_request(*args[:5]), masks).run(*args)
+    return classes_map
 
 
 def masks_to_classes_ref(
@@ -125,8 +119,11 @@ def check_queries(name: str, class_scores: Tensor, mask_logits: Tensor) -> None:
 
 def probabilities(class_scores: Tensor, mask_logits: Tensor) -> Tensor:
     """(N, Q, K + 1) -> (N, Q, K), "no object" left out, in the dtype to compute in."""
-    kind = torch.promote_types(torch.promote_types(class_scores.dtype, mask_logits.dtype), torch.float32)
-    return class_scores.to(kind).softmax(-1)[..., :-1]
+    kind = torch.float32
+    if not class_scores.dtype == mask_logits.dtype == kind:
+        kind = torch.promote_types(torch.promote_types(class_scores.dtype, mask_logits.dtype), kind)
+        class_scores = class_scores.to(kind)
+    return class_scores.softmax(-1)[..., :-1]
 
 
 def _sums(p: Tensor, masks: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
@@ -159,30 +156,42 @@ class Request(NamedTuple):
     dtype: torch.dtype
     kernel: str  # why no kernel runs, or ""
     tf32: bool
-    chip: Chip
-    cpu: bool
+    chip: Chip | None  # None in a graph, whose sizes are unknown: its op asks when it runs
+    cpu: bool  # and nothing follows
     large: bool  # of a CPU
     finite: bool  # looked at where it decides
 
 
 def _request(p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int) -> Request:
-    N, Q, K = p.shape
-    why = no_kernel(masks)
-    large = masks.is_cpu and (N * max(Q, K) * H * W >= _LARGE if at is None else N * K * H * W >= _LARGE_SCORED)
+    scored, dtype = at is not None, masks.dtype
+    if is_torchs(masks) and is_torchs(p):  # small calls take a CPU less time than more questions
+        why, cpu, sizes = "CPU tensor", True, (*p.shape, H * W)
+    else:
+        follows = what_follows(masks, p)
+        why, sizes = no_kernel(masks) or follows, known(*p.shape, H * W)
+        if not sizes or follows:
+            return Request(0, 0, 0, 0, scored, dtype, why, False, None, False, False, False)
+        why, cpu = why or unsupported(masks, H, W), masks.is_cpu and not followed(masks, p)
+    N, Q, K, pixels = sizes
+    large = cpu and (N * K * pixels >= _LARGE_SCORED if scored else N * max(Q, K) * pixels >= _LARGE)
     finite = large and bool(why) and is_finite(masks) and is_finite(p)
-    halved = not why and tf32(masks.dtype, masks.device)
-    scored = at is not None
-    return Request(N, Q, K, H * W, scored, masks.dtype, why, halved, chip_of(masks.device), masks.is_cpu, large, finite)
+    halved = not why and tf32(dtype, masks.device)
+    return Request(N, Q, K, pixels, scored, dtype, why, halved, chip_of(masks.device), cpu, large, finite)
 
 
 class _Kernel(Form):
     name = "kernel"
 
+    def __init__(self, run: Callable[..., Any]):
+        self.run = run  # type: ignore[method-assign]
+
     def refuses(self, r: Request) -> str:
         return r.kernel or ("the sums have a size of their own" if r.scored else "")
 
-    def cost(self, r: Request) -> Verdict:
+    def cost(self, r: Request) -> Verdict | None:
         """Beside torch's steps: up, sigmoid, product, argmax, which write and read the values between them."""
+        if r.chip is None:
+            return None
         values = r.N * r.pixels
         products = 2 * values * r.Q * r.K / r.chip.dot(r.dtype, tf32=r.tf32)
         own = products / (OWN_LANES if r.dtype == torch.float32 and not r.tf32 else OWN_GEMM)
@@ -192,12 +201,12 @@ class _Kernel(Form):
         taken = "one launch" if own < steps else "steps"
         return verdict(own < steps, "own kernel", own, "torch's steps", steps, taken, r.chip.described)
 
-    def run(
-        self, p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, factors: Factors,
-        align_corners: bool, dtype: torch.dtype,
-    ) -> Tensor:  # fmt: skip
-        p = p.to(torch.float16 if masks.dtype.itemsize == 2 else masks.dtype).contiguous()
-        return masks_to_classes_fwd(masks, p, upsampling(masks, H, W, factors, align_corners), dtype)
+
+def _registered(
+    p: Tensor, masks: Tensor, at: None, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
+) -> Tensor:
+    classes: Tensor = _op(p, masks, H, W, *factors, align_corners, dtype == torch.int64)
+    return classes
 
 
 class Rows(Form):
@@ -245,17 +254,17 @@ def _steps(
     p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, factors: Factors, align_corners: bool,
     dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    """Torch's lines, one image at a time; sums of a size of their own go through ``upsample_argmax``."""
+    """Torch's lines, an image at a time if nothing follows; sums of their own size go through ``upsample_argmax``."""
     if at is not None:
         sums = _sums(p, masks, *at, (0.0, 0.0), align_corners)
         return cast(Tensor, upsample_argmax(sums, (H, W), align_corners=align_corners, dtype=dtype))
     args = (at, H, W, factors, align_corners, dtype)
-    if p.shape[0] < 2:
+    if followed(p, masks) or p.shape[0] < 2:
         return _lines(p, masks, *args)
     return torch.cat([_lines(q, m, *args) for q, m in zip(p.split(1), masks.split(1), strict=True)])
 
 
-FORMS = Forms(NAME, [_Kernel(), _ClassRows(), _Few(), Reference(_steps)])
+FORMS = Forms(NAME, [_Kernel(_registered), _ClassRows(), _Few(), Reference(_steps)])
 
 
 # --- the registered op
@@ -264,9 +273,9 @@ FORMS = Forms(NAME, [_Kernel(), _ClassRows(), _Few(), Reference(_steps)])
 def _launch(
     p: Tensor, masks: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, wide: bool
 ):
-    dtype = torch.int64 if wide else torch.uint8
-    args = (p, masks, None, H, W, (factor_h, factor_w), align_corners, dtype)
-    return FORMS(_request(*args[:5]), *args, recorded=masks)
+    p = p.to(torch.float16 if masks.dtype.itemsize == 2 else masks.dtype).contiguous()
+    up = upsampling(masks, H, W, (factor_h, factor_w), align_corners)
+    return masks_to_classes_fwd(masks, p, up, torch.int64 if wide else torch.uint8)
 
 
 def _plain(p: Tensor, masks: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, wide: bool):
@@ -280,8 +289,6 @@ def _fake(p: Tensor, masks: Tensor, H: int, W: int, factor_h: float, factor_w: f
 _op = register(
     "masks_to_classes(Tensor p, Tensor masks, SymInt H, SymInt W, float factor_h, float factor_w, bool align_corners, "
     "bool wide) -> Tensor",
-    _launch,
-    _plain,
-    _fake,
-    refuses=lambda p, masks, H, W, *_: unsupported(masks, H, W),
-)
+    _launch, _plain, _fake, forms=Forms(NAME, [_Kernel(_launch), Reference(_plain)], backward=True),
+    request=lambda p, masks, H, W, *_: _request(p, masks, None, H, W), asked=True,
+)  # fmt: skip

@@ -1,5 +1,7 @@
 """The query that owns each pixel of a mask classifier: what panoptic segmentation is made of."""
 
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from fastseg.kernels.runtime.ceilings import Chip, chip_of
 from fastseg.kernels.runtime.verdict import Verdict, verdict
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, no_kernel, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, known, no_kernel, what_follows
 from fastseg.ops.core.forms import Form, Forms, Reference
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
@@ -82,13 +84,8 @@ def masks_to_queries(
     scores = scores.to(torch.promote_types(torch.promote_types(scores.dtype, masks.dtype), torch.float32))
     dtype = torch.uint8 if scores.shape[1] <= _UINT8_QUERIES else torch.int64
     args = (scores, masks, at, H, W, align_corners, threshold, weighted, dtype)
-    eager = masks.is_cpu and not followed(masks, scores)
-    if eager and no_kernel(masks):
-        return FORMS(_request(*args[:5]), *args, recorded=masks)
-    if use_kernel(NAME, masks, scores, unsupported=unsupported(masks, H, W), form=None):
-        sizes = (0, 0, H, W) if at is None else (*at, H, W)
-        return _op(scores, masks, *sizes, align_corners, threshold, weighted, dtype == torch.int64)
-    return FORMS(_request(*args[:5]), *args) if eager else _lines(*args)
+    found: tuple[Tensor, Tensor, Tensor] = FORMS.decide(_request(*args[:5]), masks).run(*args)
+    return found
 
 
 def masks_to_queries_ref(
@@ -133,40 +130,51 @@ class Request(NamedTuple):
     Q: int
     pixels: int  # of an image of the output
     kernel: str  # why no kernel runs, or ""
-    chip: Chip
-    cpu: bool
+    chip: Chip | None  # None in a graph, whose sizes are unknown: its op asks when it runs
+    cpu: bool  # and nothing follows
     large: bool  # of a CPU
     finite: bool  # looked at where it decides
 
 
 def _request(scores: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int) -> Request:
-    (N, Q), why = scores.shape, no_kernel(masks)
-    large = masks.is_cpu and N * Q * H * W >= _LARGE
+    follows, sizes = what_follows(masks, scores), known(*scores.shape, H * W)
+    why = no_kernel(masks) or follows
+    if not sizes or follows:
+        return Request(0, 0, 0, why, None, False, False, False)
+    why, cpu = why or unsupported(masks, H, W), masks.is_cpu and not followed(masks, scores)
+    large = cpu and math.prod(sizes) >= _LARGE
     finite = large and bool(why) and is_finite(masks) and is_finite(scores)
-    return Request(N, Q, H * W, why, chip_of(masks.device), masks.is_cpu, large, finite)
+    N, Q, pixels = sizes
+    return Request(N, Q, pixels, why, chip_of(masks.device), cpu, large, finite)
 
 
 class _Kernel(Form):
     name = "kernel"
 
+    def __init__(self, run: Callable[..., Any]):
+        self.run = run  # type: ignore[method-assign]
+
     def refuses(self, r: Request) -> str:
         return r.kernel
 
-    def cost(self, r: Request) -> Verdict:
+    def cost(self, r: Request) -> Verdict | None:
         """Beside torch's steps: up, sigmoid, product, argmax, comparison and sum, which pass fp32 values on."""
+        if r.chip is None:
+            return None
         values = r.N * r.pixels * r.Q
         own = SHARE_OPS * values / r.chip.lanes + 2 * r.chip.launch
         steps = _BYTES_BETWEEN * values / r.chip.bandwidth + 7 * r.chip.launch
         taken = "one launch" if own < steps else "steps"
         return verdict(own < steps, "own kernel", own, "torch's steps", steps, taken, r.chip.described)
 
-    def run(
-        self, scores: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, align_corners: bool,
-        threshold: float, weighted: bool, dtype: torch.dtype,
-    ) -> tuple[Tensor, ...]:  # fmt: skip
-        x = masks if at is None else _shares(scores, masks, at, align_corners)
-        up = upsampling(x, H, W, (0.0, 0.0), align_corners)
-        return masks_to_queries_fwd(x, scores.contiguous(), up, dtype, threshold, squash=at is None, weighted=weighted)
+
+def _registered(
+    scores: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int, align_corners: bool, threshold: float,
+    weighted: bool, dtype: torch.dtype,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    sizes = (0, 0, H, W) if at is None else (*at, H, W)
+    found: tuple[Tensor, ...] = _op(scores, masks, *sizes, align_corners, threshold, weighted, dtype == torch.int64)
+    return found
 
 
 class _QueryRows(Rows):
@@ -175,15 +183,15 @@ class _QueryRows(Rows):
 
 
 def _steps(scores: Tensor, masks: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    """Torch's lines, one image at a time."""
-    if scores.shape[0] < 2:
+    """Torch's lines, one image at a time where nothing follows."""
+    if followed(scores, masks) or scores.shape[0] < 2:
         return _lines(scores, masks, *args)
     images = zip(scores.split(1), masks.split(1), strict=True)
     parts = zip(*(_lines(s, m, *args) for s, m in images), strict=True)
     return tuple(torch.cat(part) for part in parts)
 
 
-FORMS = Forms(NAME, [_Kernel(), _QueryRows(), Reference(_steps)])
+FORMS = Forms(NAME, [_Kernel(_registered), _QueryRows(), Reference(_steps)])
 
 
 # --- the registered op
@@ -198,8 +206,10 @@ def _arguments(
 
 
 def _launch(*args: Any) -> tuple[Tensor, ...]:
-    given = _arguments(*args)
-    return FORMS(_request(*given[:5]), *given, recorded=given[1])
+    scores, masks, at, H, W, align_corners, threshold, weighted, dtype = _arguments(*args)
+    x = masks if at is None else _shares(scores, masks, at, align_corners)
+    up = upsampling(x, H, W, (0.0, 0.0), align_corners)
+    return masks_to_queries_fwd(x, scores.contiguous(), up, dtype, threshold, squash=at is None, weighted=weighted)
 
 
 def _plain(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -216,8 +226,6 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 _op = register(
     f"{NAME}(Tensor scores, Tensor masks, SymInt at_h, SymInt at_w, SymInt H, SymInt W, bool align_corners, "
     "float threshold, bool weighted, bool wide) -> (Tensor, Tensor, Tensor)",
-    _launch,
-    _plain,
-    _fake,
-    refuses=lambda scores, masks, at_h, at_w, H, W, *_: unsupported(masks, H, W),
-)
+    _launch, _plain, _fake, forms=Forms(NAME, [_Kernel(_launch), Reference(_plain)], backward=True),
+    request=lambda *args: _request(*_arguments(*args)[:5]), asked=True,
+)  # fmt: skip

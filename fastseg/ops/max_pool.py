@@ -12,8 +12,8 @@ from fastseg.ops.core.autograd import run
 from fastseg.ops.core.dispatch import is_torchs, runs_kernel
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import pool_with_index
-from fastseg.ops.pool_indices import PoolIndices, bits_of, encode, pack
-from fastseg.ops.registered.pooling import INT64, POOL, POOL_FORMS, Geometry, MaxPool, is_last, pool_in_windows, pool_op
+from fastseg.ops.pool_indices import POOL, PoolIndices, bits_of, encode, is_last, pack, pool_in_windows
+from fastseg.ops.registered.pooling import INT64, POOL_FORMS, Geometry, MaxPool, pool_op
 
 IndexFormat = Literal["int64", "compact"]
 Sizes = int | tuple[int, ...] | list[int]
@@ -111,6 +111,8 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
         raise ValueError(f'{name}: index_format is {index_format!r}; use "int64" or "compact"')
     stride = kernel_size if stride is None or (type(stride) is list and not stride) else stride
     arguments = (kernel_size, stride, padding, dilation)
+    if dims == 3 and index_format == "int64" and set(map(type, arguments)) == {int} and is_torchs(input):
+        return POOL[dims](input, *arguments, ceil_mode, return_indices)
     geometry = pool_geometry(input.shape, *arguments, ceil_mode, dims)
     if not runs_kernel(POOL_FORMS, input, (geometry, input.shape), name=name) or geometry is None:
         return max_pool_ref(input, *arguments, ceil_mode, return_indices, index_format, geometry, dims)
@@ -134,7 +136,7 @@ def max_pool_ref(
     input: Tensor, kernel_size, stride, padding, dilation, ceil_mode, return_indices, index_format, geometry, dims: int
 ) -> Tensor | tuple[Tensor, Tensor | PoolIndices]:
     """``max_pool1d``, ``2d`` and ``3d`` in plain PyTorch; without a ``geometry``, torch raises its own errors."""
-    if dims == 1 and not torch.compiler.is_compiling():
+    if dims == 1:
         input = input.resolve_neg()  # without gradients, torch's max_pool1d ignores the lazy negation
     if geometry is not None:
         kernel_size, stride, padding, dilation = geometry[2:]

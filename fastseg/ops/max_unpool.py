@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from fastseg.ops.core.dispatch import followed, followed_eagerly, is_torchs, needs_grad, runs_kernel
+from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, runs_kernel, what_follows
 from fastseg.ops.core.layout import like
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.core.torch_private import deterministic, unpool_to
+from fastseg.ops.core.torch_private import deterministic, unpool3d_to, unpool_to
 from fastseg.ops.max_pool import Sizes, spatial
-from fastseg.ops.pool_indices import PoolIndices
-from fastseg.ops.registered.pooling import INT64, UNPOOL, UNPOOL_FORMS, Geometry, spread_ref, unpool
+from fastseg.ops.pool_indices import UNPOOL, PoolIndices
+from fastseg.ops.registered.pooling import INT64, UNPOOL_FORMS, Geometry, spread_ref, unpool
 
 CheckIndices = Literal["async", "sync"]
 
@@ -95,11 +95,15 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
         return handle_torch_function(
             public, (input,), input, indices, kernel_size, stride, padding, output_size, check_indices=check_indices
         )
-    plain = dims == 2 and type(indices) is Tensor and is_torchs(input) and not followed(input)
+    plain = dims > 1 and type(indices) is Tensor and is_torchs(input) and not followed(input)
     if plain and check_indices in ("async", "sync"):
-        size = _plain_size(input, kernel_size, kernel_size if stride is None else stride, padding, output_size)
+        sizes = (kernel_size, kernel_size if stride is None else stride, padding)
+        size = _plain_size(dims, input, *sizes, output_size)
         if size is not None and not deterministic():
-            return unpool_to(input, indices, size)
+            if dims == 2:
+                return unpool_to(input, indices, size)
+            if input.is_contiguous() and indices.is_contiguous():  # torch's keeps no other layout
+                return unpool3d_to(input, indices, size, *(v if type(v) is tuple else (v,) * 3 for v in sizes[1:]))
     name = public.__name__
     if check_indices not in ("async", "sync"):
         raise ValueError(f'{name}: check_indices is {check_indices!r}; use "async" or "sync"')
@@ -135,30 +139,27 @@ def _max_unpool(dims, public, input, indices, kernel_size, stride, padding, outp
     return y if batched else y[0]
 
 
-def _plain_size(input: Tensor, kernel, stride, padding, output_size) -> tuple[int, int] | None:
-    """The output's size, of a whole (N, C, h, w) in floating point and sizes as they should be; None: look closer."""
+def _plain_size(dims: int, input: Tensor, kernel, stride, padding, output_size) -> tuple[int, ...] | None:
+    """The output's size, of whole (N, C, *windows) in floating point and sizes as they should be; None: look closer."""
     shape = input.shape
-    if len(shape) != 4 or 0 in shape or not input.is_floating_point():
+    if len(shape) != dims + 2 or 0 in shape or not input.is_floating_point():
         return None
-    sizes: list[int] = []
+    sizes: list[tuple] = []
     for value in (kernel, stride, padding):
-        pair = value if type(value) is tuple else (value, value)
-        if len(pair) != 2:
+        sizes.append(value if type(value) is tuple else (value,) * dims)
+        if len(sizes[-1]) != dims or set(map(type, sizes[-1])) != {int}:
             return None
-        sizes += pair
-    if set(map(type, sizes)) != {int}:
-        return None
-    kh, kw, sh, sw, ph, pw = sizes
-    H, W = (shape[2] - 1) * sh + kh - 2 * ph, (shape[3] - 1) * sw + kw - 2 * pw
-    if min(kh, kw, sh, sw, H, W) < 1 or ph < 0 or pw < 0:
+    k, s, p = sizes
+    full = tuple([(n - 1) * s[d] + k[d] - 2 * p[d] for d, n in enumerate(shape[2:])])
+    if min(*k, *s, *full) < 1 or min(p) < 0:
         return None
     if output_size is None:
-        return H, W
-    if type(output_size) not in (tuple, list, torch.Size) or len(output_size) not in (2, 4):
+        return full
+    if type(output_size) not in (tuple, list, torch.Size) or len(output_size) not in (dims, dims + 2):
         return None
-    h, w = output_size[-2:]
-    near = type(h) is type(w) is int and h > 0 < w and abs(h - H) < sh and abs(w - W) < sw
-    return (h, w) if near else None
+    size = tuple(output_size[-dims:])
+    near = all(type(n) is int and n > 0 and abs(n - m) < t for n, m, t in zip(size, full, s, strict=True))
+    return size if near else None
 
 
 def _is_window(sizes: list[tuple[int, ...] | None], given: tuple) -> bool:
@@ -219,7 +220,7 @@ def max_unpool_ref(v: Tensor, index: Tensor, geometry: Geometry, trusted: bool, 
     cpu = v.device.type == "cpu" and not followed()
     dropped = trusted and not (cpu and index.numel() > 0 and bool(index.min() >= 0))
     # Traces and transforms: torch's own function looks at sizes and values, and supports neither vmap nor ONNX.
-    composed = dropped or followed_eagerly()
+    composed = dropped or bool(what_follows())
     if torch.are_deterministic_algorithms_enabled() or composed or (sync and v.device.type != "cpu"):
         checked = not trusted and 0 not in geometry.size  # into an empty plane torch looks at no index
         return spread_ref(v, index, geometry.size, add=False, checked=checked, sync=sync)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, use_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, why_torchs
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
@@ -69,11 +69,29 @@ def max_unpool_conv2d(
         )
     if weight.shape[2] != weight.shape[3] or weight.shape[2] % 2 == 0:
         raise ValueError(f"{name}: weight is {tuple(weight.shape)}; its kernel must be square and odd")
-    why = _stored(input, indices, weight, bias, kernel_size, stride, output_size)
-    args = (input, indices, weight, bias, act, kernel_size, stride, output_size)
-    if not use_kernel(name, input, weight, bias, unsupported=why, form=None):
-        return _one_after_the_other(*args)
-    return FORMS(_request(indices, input, weight), *args, recorded=input)
+    why = why_torchs(name, input, weight, bias)
+    why = _stored(input, indices, weight, bias, kernel_size, stride, output_size) or why
+    form = FORMS.decide(_request(why, indices, input, weight), input)
+    y: Tensor = form.run(input, indices, weight, bias, act, kernel_size, stride, output_size)
+    return y
+
+
+def max_unpool_conv2d_ref(
+    input: Tensor,
+    indices: Tensor | PoolIndices,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    act: Activation | None = None,
+    *,
+    kernel_size: int | tuple[int, int] = 2,
+    stride: int | tuple[int, int] | None = None,
+    output_size: Sequence[int] | None = None,
+) -> Tensor:
+    """``max_unpool_conv2d`` in torch's own lines."""
+    if isinstance(indices, PoolIndices):
+        indices, output_size = indices.to_torch(), indices.input_size if output_size is None else output_size
+    x = F.max_unpool2d(input, indices, kernel_size, stride, 0, output_size)
+    return ACTIVATIONS[act or "none"](F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2))
 
 
 def _one_after_the_other(input, indices, weight, bias, act, kernel_size, stride, output_size) -> Tensor:
@@ -99,22 +117,25 @@ def _stored(input, indices, weight, bias, kernel_size, stride, output_size) -> s
 
 
 class Request(NamedTuple):
-    """What decides between the forms."""
+    """What decides between the forms: a reason against the kernel, or all the rest."""
 
-    geometry: Geometry
-    shape: tuple[int, ...]  # of the windows' values
-    COUT: int
-    K: int
-    dtype: torch.dtype
-    bits: int  # of a code
-    chip: "Chip"
+    stored: str  # why the unpooled map is stored whatever its size, or no kernel runs; or ""
+    geometry: Geometry | None = None
+    shape: tuple[int, ...] = ()  # of the windows' values
+    COUT: int = 0
+    K: int = 0
+    dtype: torch.dtype = torch.float32
+    bits: int = 0  # of a code
+    chip: "Chip | None" = None
 
 
-def _request(indices: PoolIndices, input: Tensor, weight: Tensor) -> Request:
+def _request(stored: str, indices: Tensor | PoolIndices, input: Tensor, weight: Tensor) -> Request:
+    if stored or not isinstance(indices, PoolIndices):
+        return Request(stored)
     windows = (indices.kernel_size, indices.stride, indices.padding, indices.dilation)
     geometry = Geometry.of(indices.input_size, tuple(input.shape[2:]), *windows)
     COUT, K = weight.shape[0], weight.shape[-1]
-    return Request(geometry, tuple(input.shape), COUT, K, input.dtype, indices.bits, chip_of(input.device))
+    return Request("", geometry, tuple(input.shape), COUT, K, input.dtype, indices.bits, chip_of(input.device))
 
 
 class FoldForm(Form):
@@ -123,10 +144,14 @@ class FoldForm(Form):
     name = "fold"
 
     def refuses(self, r: Request) -> str:
+        if r.stored or r.geometry is None:
+            return r.stored
         pool = r.geometry.pooling(r.shape[0], r.shape[1], True)
         return pool.unsupported() or ("" if pool.disjoint else "overlapping windows: unpooling, then convolution")
 
-    def cost(self, r: Request) -> Verdict:
+    def cost(self, r: Request) -> Verdict | None:
+        if r.geometry is None:
+            return None
         (H, W), (N, C, OH, OW) = r.geometry.size, r.shape
         return plan(N * H * W, N * OH * OW, C, r.COUT, r.K, r.dtype, r.bits, r.chip)
 

@@ -10,7 +10,8 @@ doubled map, and zero padding stays exact.
 """
 
 import operator
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from torch.nn import functional as F
 
 from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, followed
-from fastseg.ops.core.explain import IN_REFERENCE, in_reference, record
+from fastseg.ops.core.explain import in_reference
+from fastseg.ops.core.forms import Form, Forms, Torchs, Verdict
 from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
@@ -26,11 +28,10 @@ from fastseg.ops.core.sizes import same_number
 from fastseg.ops.cpu.packed import conv2d, conv_transpose2d
 
 if HAS_TRITON:
-    from fastseg.kernels.runtime.ceilings import chip_of
+    from fastseg.kernels.runtime.ceilings import Chip, chip_of
 
 NAME = "upsample_nearest_conv2d"
-Form = Literal["transposed", "phases", "upsampled"]
-FORMS = ("transposed", "phases", "upsampled")
+Name = Literal["transposed", "phases", "upsampled"]
 
 
 @overridable
@@ -43,7 +44,7 @@ def upsample_nearest_conv2d(
     size: tuple[int, int] | None = None,
     act: Activation | None = None,
     up_first: bool = True,
-    form: Form | None = None,
+    form: Name | None = None,
 ) -> Tensor:
     """``act(conv2d(cat([interpolate(x, size), skip], 1), weight, bias, padding=1))``, nearest neighbours.
 
@@ -78,22 +79,13 @@ def upsample_nearest_conv2d(
     # A form that is asked for needs sizes that double: a trace looks at those of its example.
     same = operator.eq if form in ("transposed", "phases") and isinstance(size[0], Tensor) else same_number
     doubles = not given or all(same(n, 2 * m) for n, m in zip(size, x.shape[2:], strict=True))
-    why = IN_REFERENCE if in_reference() else "" if doubles else f"{tuple(x.shape[2:])} to {tuple(size)} is no doubling"
+    why = "" if doubles else f"{tuple(x.shape[2:])} to {tuple(size)} is no doubling"
     if why and form in ("transposed", "phases") and not in_reference():
         raise ValueError(f"{NAME}: form is {form!r}, but {why}; use form=None")
-    chosen = "upsampled" if why else form or choose(x, weight)
-    if not torch.compiler.is_compiling():
-        record(NAME, x, "reference" if chosen == "upsampled" else "torch", why or chosen)
     dtype = autocast_dtype(x) if skip is None else torch.promote_types(autocast_dtype(x), autocast_dtype(skip))
-    if chosen == "upsampled":
-        return _upsampled(x, skip, weight, bias, size, act, up_first, dtype)
-    up, rest = _parts(weight, x.shape[1], up_first)
-    filters = made_once((weight,), (NAME, chosen, x.shape[1], up_first, dtype), lambda: _FILTERS[chosen](up).to(dtype))
-    bias = None if bias is None else bias.to(dtype)
-    y = _RUN[chosen](x.to(dtype), filters, None if skip is not None else bias)
-    if skip is None:
-        return activate(y, act, inplace=True)
-    return conv2d_act(skip.to(dtype), rest.to(dtype), bias, act, (1, 1), (1, 1), (1, 1), 1, residual=y)
+    chosen = FORMS.decide(_request(x, weight, why, form), x)
+    y: Tensor = chosen.run(x, skip, weight, bias, size, act, up_first, dtype)
+    return y
 
 
 def upsample_nearest_conv2d_ref(
@@ -119,26 +111,79 @@ BUILD = 60
 LEAST_CPU, LEAST_CPU_KEPT = 400, 200
 
 
-def choose(x: Tensor, weight: Tensor) -> Form:
-    """The faster form where sizes double. Both have the same products.
+class Request(NamedTuple):
+    """What decides between the forms."""
 
-    The four phases are written by one convolution, read, and written again in order: three passes over the result where
-    the transposed convolution makes one. That decides until a GPU has shown that its library needs more than that for
-    a transposed convolution.
+    why: str  # why the filters cannot be summed, or ""
+    asked: str | None  # the form that the caller asked for
+    pixels: int = 0  # of x, in all images; 0 in a graph, a trace or a transform: the filters are then summed
+    kept: bool = False  # sums of a frozen weight are made once
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32  # of x
+    bytes: int = 4  # of an element of the weight
+    chip: "Chip | None" = None
 
-    Of a few pixels the sum of the filters, made at each call, costs more than it saves. A graph's compiler makes it in
-    one pass, and inside ``fastseg.frozen`` it is made once.
-    """
-    if followed(x, weight):
-        return "transposed"
+
+def _request(x: Tensor, weight: Tensor, why: str = "", asked: str | None = None) -> Request:
+    if why or asked or followed(x, weight):
+        return Request(why, asked)
     pixels = x.shape[0] * x.shape[2] * x.shape[3]
+    chip = chip_of(x.device) if x.is_cuda and HAS_TRITON else None
     kept = keeper((weight,)) is not None
-    if x.is_cuda and HAS_TRITON:
-        chip = chip_of(x.device)
-        pays = kept or BUILD * weight.element_size() / chip.bandwidth < 2 * 20 * pixels / chip.dot(x.dtype)
-    else:
-        pays = pixels >= (LEAST_CPU_KEPT if kept else LEAST_CPU) or not x.is_cpu
-    return "transposed" if pays else "upsampled"
+    return Request("", None, pixels, kept, x.device.type, x.dtype, weight.element_size(), chip)
+
+
+def sums_pay(x: Tensor, weight: Tensor) -> bool:
+    """True if the filters are summed where sizes double, at the sizes of ``x``."""
+    cost = TRANSPOSED.cost(_request(x, weight))
+    return cost is None or cost.pays
+
+
+class SummedForm(Form):
+    """A convolution of the small map with summed filters: transposed, or one for each parity of row and column."""
+
+    path = "torch"
+
+    def __init__(self, name: str, filters: Callable[[Tensor], Tensor], convolve: Callable[..., Tensor]):
+        self.name, self.filters, self.convolve = name, filters, convolve
+
+    def refuses(self, r: Request) -> str:
+        return r.why or ("" if r.asked in (None, self.name) else f"asked for {r.asked!r}")
+
+    def cost(self, r: Request) -> Verdict | None:
+        """The faster form where sizes double. Both have the same products.
+
+        The four phases are written by one convolution, read, and written again in order: three passes over the result
+        where the transposed convolution makes one. That decides until a GPU has shown that its library needs more than
+        that for a transposed convolution.
+
+        Of a few pixels the sum of the filters, made at each call, costs more than it saves. A graph's compiler makes it
+        in one pass, and inside ``fastseg.frozen`` it is made once.
+        """
+        if r.asked:
+            return None
+        if self.name != "transposed":
+            return Verdict(False, None, "three passes over the result; the transposed convolution makes one")
+        if r.pixels == 0 or (r.chip is None and r.device != "cpu"):
+            pays = True
+        elif r.chip is not None:
+            pays = r.kept or BUILD * r.bytes / r.chip.bandwidth < 2 * 20 * r.pixels / r.chip.dot(r.dtype)
+        else:
+            pays = r.pixels >= (LEAST_CPU_KEPT if r.kept else LEAST_CPU)
+        return Verdict(pays, None, "transposed" if pays else "few pixels: summing the filters costs more than it saves")
+
+    def run(
+        self, x: Tensor, skip: Tensor | None, weight: Tensor, bias: Tensor | None, size: tuple[int, int],
+        act: Activation | None, up_first: bool, dtype: torch.dtype,
+    ) -> Tensor:  # fmt: skip
+        up, rest = _parts(weight, x.shape[1], up_first)
+        key = (NAME, self.name, x.shape[1], up_first, dtype)
+        filters = made_once((weight,), key, lambda: self.filters(up).to(dtype))
+        bias = None if bias is None else bias.to(dtype)
+        y = self.convolve(x.to(dtype), filters, None if skip is not None else bias)
+        if skip is None:
+            return activate(y, act, inplace=True)
+        return conv2d_act(skip.to(dtype), rest.to(dtype), bias, act, (1, 1), (1, 1), (1, 1), 1, residual=y)
 
 
 # --- the two forms
@@ -185,15 +230,17 @@ def _phases(x: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias[:, None, None]
 
 
-_FILTERS = {"transposed": transposed_filters, "phases": phase_filters}
-_RUN = {"transposed": _transposed, "phases": _phases}
-
-
 def _upsampled(x, skip, weight, bias, size, act, up_first: bool, dtype: torch.dtype) -> Tensor:
     y = F.interpolate(x, size, mode="nearest")
     y = y if skip is None else torch.cat([y, skip] if up_first else [skip, y], 1)
     bias = None if bias is None else bias.to(dtype)
     return activate(conv2d(y.to(dtype), weight.to(dtype), bias, padding=(1, 1)), act, inplace=True)
+
+
+TRANSPOSED = SummedForm("transposed", transposed_filters, _transposed)
+FORMS = Forms(NAME, [
+    TRANSPOSED, SummedForm("phases", phase_filters, _phases), Torchs(_upsampled, "upsampled"),
+])  # fmt: skip
 
 
 def _parts(weight: Tensor, channels: int, up_first: bool) -> tuple[Tensor, Tensor]:
@@ -216,8 +263,9 @@ def _size(x: Tensor, skip: Tensor | None, size) -> tuple[int, int]:
 def _check(x, skip, weight, bias, size, act, form) -> None:
     if act is not None and act not in ACTIVATIONS:
         raise ValueError(f'{NAME}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
-    if form is not None and form not in FORMS:
-        raise ValueError(f"{NAME}: form is {form!r}; use None, {', '.join(map(repr, FORMS))}")
+    names = [form.name for form in FORMS.forms]
+    if form is not None and form not in names:
+        raise ValueError(f"{NAME}: form is {form!r}; use None, {', '.join(map(repr, names))}")
     for label, t in (("x", x), ("skip", skip)):
         if t is None:
             continue

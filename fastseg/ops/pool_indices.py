@@ -5,10 +5,16 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastseg.kernels.runtime.sizes import MOST_TAPS
+from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.torch_private import register_pytree_node
 
+UNPOOL = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
+POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_CONTIGUOUS = torch.contiguous_format
 _FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -194,7 +200,7 @@ def decode(codes: Tensor, input_size, kernel_size, stride, padding, dilation) ->
         step = step.to(wide) if dilation[axis] == 1 else step.to(wide) * dilation[axis]
         at = step + _origins(axis, dims, windows, stride[axis], padding[axis], codes)
         if (
-            torch.compiler.is_compiling()
+            followed(codes)
             or padding[axis]
             or (windows - 1) * stride[axis] + dilation[axis] * (kernel_size[axis] - 1) >= n
         ):
@@ -225,3 +231,20 @@ def _unpack(packed: Tensor, bits: int, inner: int) -> Tensor:
         return packed
     columns = [packed // 2 ** (field * bits) % 2**bits for field in range(fields)]
     return torch.stack(columns, -1).flatten(-2)[..., :inner]
+
+
+# --- torch's own pooling
+
+
+def is_last(x: Tensor) -> bool:
+    """True if ``x`` is channels_last or channels_last_3d."""
+    return memory_format_of(x) != _CONTIGUOUS
+
+
+def pool_in_windows(dims: int, x, kernel, stride, padding, dilation, ceil_mode, return_indices=True):
+    """torch's maxima and indices, each index inside its window: channels_last_3d has others where all is -inf."""
+    source = x.contiguous() if dims == 3 else x
+    y, index = POOL[dims](source, kernel, stride, padding, dilation, ceil_mode, return_indices)
+    if source is x:
+        return y, index
+    return tuple(t.contiguous(memory_format=memory_format_of(x)) for t in (y, index))

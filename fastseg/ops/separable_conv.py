@@ -1,11 +1,14 @@
 """Depthwise separable convolution with norms, activations and residual as one op."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastseg.ops.core.dispatch import autocast_dtype, autocasts, is_torchs, needs_grad, use_kernel
-from fastseg.ops.core.explain import in_reference
+from fastseg.ops.core.dispatch import autocast_dtype, autocasts, is_torchs, known, needs_grad, why_torchs
+from fastseg.ops.core.explain import Refusal
+from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.kept import keeper
 from fastseg.ops.core.norm import (
     ACTIVATIONS,
@@ -22,7 +25,14 @@ from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.cpu.separable import run_folded
 from fastseg.ops.registered.fold_norm import fold_norm
-from fastseg.ops.registered.separable_conv import SeparableConv2dFunction, eval_op, train_op
+from fastseg.ops.registered.separable_conv import (
+    KernelForm,
+    Request,
+    SeparableConv2dFunction,
+    request_of,
+    run_eval,
+    train_op,
+)
 
 
 @overridable
@@ -94,16 +104,11 @@ def separable_conv2d(
     if out_act is not None and out_act not in ACTIVATIONS:
         raise ValueError(f'separable_conv2d: out_act is {out_act!r}; use None, "relu", "relu6" or "leaky_relu"')
     mid, post = norm_tensors(mid_norm), norm_tensors(post_norm)
-    given = (*tensors, *mid, *post, residual)
-    sizes = (stride, padding, dilation)
-    on_cpu = is_torchs(x) and all(t is None or t.is_cpu for t in given)
-    K = depthwise_weight.shape[-1]
-    none = "empty output" if 0 in out else f"kernel size {K} > 7" if K > 7 else ""  # torch differentiates these itself
-    if on_cpu or not use_kernel("separable_conv2d", x, *given, unsupported=none, form=None):
-        folds = not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64) and not in_reference()
-        run = run_folded if folds else _composed
-        y = run(x, *tensors, residual, *sizes, pre_act, mid_norm, mid_act, post_norm, post_act)
-        return activate(y, out_act, inplace=folds)
+    given, sizes = (*tensors, *mid, *post, residual), (stride, padding, dilation)
+    request = _request(x, given, out, sizes, mid_norm is not None and mid_norm.training)
+    form, args = FORMS.decide(request, x), (mid_norm, mid_act, post_norm, post_act)
+    if not isinstance(form, KernelForm):
+        return form.run(x, *tensors, residual, *sizes, pre_act, *args, out_act)
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given))
     batch = (mid_norm is not None and mid_norm.training) or (post_norm is not None and post_norm.training)
     if not wants_grad and not batch:
@@ -117,8 +122,8 @@ def separable_conv2d(
     )  # fmt: skip
     if not wants_grad and not batch:
         if post_act is None or out_act is None:
-            return eval_op(x, *given, *options, out_act or "none")
-        return activate(eval_op(x, *given, *options, "none"), out_act, inplace=True)
+            return run_eval(form, request.g, x, *given, *options, out_act or "none")
+        return activate(run_eval(form, request.g, x, *given, *options, "none"), out_act, inplace=True)
     if wants_grad and needs_grad(x, *given):
         y, mid_stats, post_stats = SeparableConv2dFunction.apply(x, *given, *options, "none")
     else:
@@ -173,19 +178,54 @@ def separable_conv2d_ref(
     padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     sizes = (stride, padding, dilation)
-    y = _composed(x, *tensors, residual, *sizes, pre_act, mid_norm, mid_act, post_norm, post_act)
-    return activate(y, out_act)
+    return _composed(x, *tensors, residual, *sizes, pre_act, mid_norm, mid_act, post_norm, post_act, out_act)
 
 
 def _composed(
-    x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act
-) -> Tensor:
+    x, dw, pw, dw_bias, pw_bias, residual, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act,
+    out_act,
+) -> Tensor:  # fmt: skip
     autocast = autocasts(x)  # then torch casts the weights, and keeps the casts
     cast = lambda t: t if t is None or autocast else t.to(x.dtype)
     u = F.conv2d(activate(x, pre_act), cast(dw), cast(dw_bias), stride, padding, dilation, dw.shape[0])
     z = F.conv2d(activate(torch_norm(u, mid_norm), mid_act), cast(pw), cast(pw_bias))
     y = activate(torch_norm(z, post_norm), post_act)
-    return y if residual is None else y + residual
+    return activate(y if residual is None else y + residual, out_act)
+
+
+# --- forms
+
+
+def _request(
+    x: Tensor, given: tuple[Tensor | None, ...], out: tuple[int, ...], sizes: tuple[int, int, int], batch: bool
+) -> Request:
+    folds, K = not torch.is_grad_enabled() and x.dtype in (torch.float32, torch.float64), given[0].shape[-1]
+    if is_torchs(x) and all(t is None or t.is_cpu for t in given):
+        return Request("CPU tensor", None, x.dtype, batch, None, folds)
+    why = why_torchs("separable_conv2d", x, *given)
+    why = "empty output" if 0 in out else f"kernel size {K} > 7" if K > 7 else why  # torch differentiates these itself
+    if why or not known(out):
+        return Request(why, None, x.dtype, batch, None, folds)
+    return request_of(x, (*x.shape, *out[1:]), K, sizes, batch, folds)
+
+
+class FoldedForm(Form):
+    """Torch's ops with fixed norms folded into the weights, on a CPU packed ones."""
+
+    name, path = "folded", "torch"
+
+    def refuses(self, r: Request) -> str:
+        return "" if r.folds else "gradients are recorded, or 16 bits"
+
+    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        return r.no_kernel
+
+    def run(self, *args) -> Tensor:
+        *args, out_act = args
+        return activate(run_folded(*args), out_act, inplace=True)
+
+
+FORMS = Forms("separable_conv2d", [KernelForm("fused"), KernelForm("split"), FoldedForm(), Torchs(_composed)])
 
 
 def _check(

@@ -6,12 +6,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, form_of, is_torchs, no_kernel, what_follows
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, known, no_kernel, what_follows
 from fastseg.ops.core.explain import Refusal
 from fastseg.ops.core.forms import Form, Forms
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.register import register
-from fastseg.ops.core.upsample import Factors, output_size, too_large, unsupported, upsampling, upsampling_of
+from fastseg.ops.core.register import one_launch, register
+from fastseg.ops.core.upsample import (
+    Factors,
+    interpolate,
+    output_size,
+    too_large,
+    unsupported,
+    upsampling,
+    upsampling_of,
+)
 from fastseg.ops.core.volume import argmax as volume_in_torch
 from fastseg.ops.core.volume import resize_of
 from fastseg.ops.cpu.argmax import CPU_FORMS, Request, argmax, request_of
@@ -58,10 +66,11 @@ def upsample_argmax(
         float32.
 
     Raises:
-        TypeError: ``logits`` is not floating point, ``dtype`` is none of the above, or ``out`` has another one.
+        TypeError: ``logits`` is not floating point, ``dtype`` is none of the above, or ``out`` has another one or is
+            neither a tensor nor an array.
         ValueError: ``logits`` is neither 4-D nor 5-D, or has no class or no pixel; both or neither of ``size`` and
             ``scale_factor`` are given, or one is not positive; ``dtype`` cannot hold the classes; ``out`` has another
-            shape or device; ``confidence`` is asked together with ``out``.
+            shape or device, or is read-only; ``confidence`` is asked together with ``out``.
 
     Reference: ``torch.nn.functional.interpolate`` (mode "bilinear" or "trilinear") and ``torch.argmax``.
     """
@@ -87,21 +96,17 @@ def upsample_argmax(
         return upsample_confidence(logits, size, scale_factor, align_corners=align_corners, dtype=dtype)
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
     args = (H, W, factors, align_corners, dtype)
-    if is_torchs(logits):
-        form = FORMS.decide(request_of(logits, H, W), logits)
-    else:
-        form = form_of(FORMS, _request(logits, H, W, factors, align_corners), logits)
+    torchs = is_torchs(logits)
+    form = FORMS.decide(request_of(logits, H, W) if torchs else _request(logits, H, W, factors, align_corners), logits)
     return form.run(logits.detach() if logits.requires_grad else logits, *args)
 
 
 def _request(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Request:
     why = no_kernel(logits)
-    compiling = torch.compiler.is_compiling()
-    why = why or ("" if compiling else what_follows(logits))
     if why == "CPU tensor" and not followed(logits):  # in a graph there are no values to read
         return request_of(logits, H, W)
-    symbolic = compiling or why
-    sizes = () if symbolic else (tuple(logits.shape), logits.stride(), H, W, factors, align_corners)
+    why = why or what_follows(logits)
+    sizes = () if why else known(tuple(logits.shape), logits.stride(), H, W, factors, align_corners)
     return Request(1, logits.shape[1], False, False, False, why, sizes)
 
 
@@ -110,7 +115,7 @@ def _into(
 ) -> Any:
     """A volume, or a map that has a place."""
     name, classes, volume = "upsample_argmax", logits.shape[1], logits.dim() == 5
-    place: Any = torch.from_numpy(out) if hasattr(out, "__array_interface__") else out
+    place: Any = _tensor_of(name, out) if out is not None else None
     allowed = (torch.uint8, torch.uint16, torch.int64) if volume else (torch.uint8, torch.int64)
     wide = torch.uint16 if volume else torch.int64
     if dtype is None:
@@ -137,6 +142,17 @@ def _into(
     return out
 
 
+def _tensor_of(name: str, out: Any) -> Tensor:
+    """The memory of ``out`` as a tensor; a write to a file that is mapped for reading would end the process."""
+    if isinstance(out, Tensor):
+        return out
+    if not hasattr(out, "__array_interface__"):
+        raise TypeError(f"{name}: out is {type(out).__name__}; give a tensor or a numpy array")
+    if not out.flags.writeable:
+        raise ValueError(f'{name}: out is read-only; map a file with mode "r+" or "w+"')
+    return torch.from_numpy(out)
+
+
 def upsample_argmax_ref(
     logits: Tensor,
     size: int | tuple[int, ...] | None = None,
@@ -151,7 +167,8 @@ def upsample_argmax_ref(
             logits.detach(), resize_of("upsample_argmax", logits, size, scale_factor, align_corners), dtype
         )
     H, W, factors = output_size("upsample_argmax", logits, size, scale_factor)
-    return argmax(logits.detach(), H, W, factors, align_corners, dtype)
+    wide = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+    return interpolate(wide, H, W, factors, align_corners).argmax(1).to(dtype)
 
 
 def _launch(logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, wide: bool):
@@ -179,6 +196,8 @@ class KernelForm(Form):
         return r.no_kernel or (too_large(*r.sizes) if r.sizes else "")
 
     def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        if not r.sizes:
+            return ""
         shape, _, *size_and_place = r.sizes
         return "pruned" if prunes(shape[1], upsampling_of(shape[2:], *size_and_place)) else "all classes"
 
@@ -191,9 +210,6 @@ FORMS = Forms("upsample_argmax", [KernelForm(), *CPU_FORMS])
 _op = register(
     "upsample_argmax(Tensor logits, SymInt H, SymInt W, float factor_h, float factor_w, bool align_corners, bool wide) "
     "-> Tensor",
-    _launch,
-    _plain,
-    _fake,
-    refuses=lambda logits, H, W, *_: unsupported(logits, H, W),
-    asked=True,
-)
+    _launch, _plain, _fake, asked=True,
+    **one_launch("upsample_argmax", _launch, _plain, lambda logits, H, W, *_: unsupported(logits, H, W)),
+)  # fmt: skip

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastseg.kernels.runtime.sizes import memoized_as_given
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, runs_kernel
+from fastseg.ops.core.dispatch import HAS_TRITON, is_torchs, known, runs_kernel
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
@@ -100,8 +100,7 @@ def target_of(shape: torch.Size, size, scale_factor, recompute_scale_factor):
             raise ValueError(f"upsample_bilinear: scale_factor is {scale_factor}; it must be finite")
         if not all(f > 0 for f in factors):
             return None
-        known = () if torch.compiler.is_compiling() else zip(shape[2:], factors, strict=True)  # symbols get no guard
-        if any(isinstance(n, int) and n * f >= 2**31 for n, f in known):
+        if any(isinstance(n, int) and n * f >= 2**31 for n, f in known(*zip(shape[2:], factors, strict=True))):
             raise ValueError(
                 f"upsample_bilinear: scale_factor is {scale_factor}; the output has a side of 2^31 or more"
             )

@@ -13,11 +13,11 @@ from fastseg.ops.core.dispatch import (
     autocast_dtype,
     followed,
     kernels_run,
+    known,
     needs_grad,
     no_kernel,
-    use_kernel,
 )
-from fastseg.ops.core.explain import Refusal, in_reference
+from fastseg.ops.core.explain import Refusal
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.kept import made_once
 from fastseg.ops.core.layout import channels_last, like, new_map
@@ -79,14 +79,9 @@ def upsample_concat_conv2d(
     deep, low, weight = (t.to(dtype) for t in (deep, low, weight))
     bias = None if bias is None else bias.to(dtype)
     args = (deep, low, weight, bias, act, align_corners, up_first)
-    if torch.compiler.is_compiling():  # the registered op asks when it runs: sizes are unknown before
+    if not known(*deep.shape):  # in a graph the registered op asks when it runs
         ours = kernels_run(deep) and not _wanted(deep, low, weight, bias)
         return (decided_op if ours else _plain)(*args)
-    if in_reference():
-        use_kernel(NAME, deep, low, weight, bias)
-        return upsample_concat_conv2d_ref(
-            deep, low, weight, bias, act=act, align_corners=align_corners, up_first=up_first
-        )
     return _decided(*args, recorded=deep)
 
 

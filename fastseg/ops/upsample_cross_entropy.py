@@ -5,12 +5,12 @@ from torch import Tensor
 
 from fastseg.ops.core.dispatch import (
     autocasts,
-    form_of,
+    followed,
     is_torchs,
+    known,
     needs_grad,
     no_kernel,
     one_device,
-    record_reference,
     what_follows,
 )
 from fastseg.ops.core.forms import Form, Forms
@@ -75,29 +75,25 @@ def upsample_cross_entropy(
     _check(logits, target, weight, reduction, label_smoothing)
     if logits.dim() == 5:
         one_device(NAME, logits, (target, weight))
-        if not torch.compiler.is_compiling():
-            record_reference(NAME, logits, "a volume: its slices are the op's own calls")
-        return volume_cross_entropy(
-            upsample_cross_entropy, logits, target, weight, ignore_index, reduction, label_smoothing, align_corners
-        )
+        criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
+        return volume_cross_entropy(upsample_cross_entropy, logits, target, weight, criterion)
     criterion = Criterion(ignore_index, reduction, label_smoothing, align_corners)
     if is_torchs(logits) and target.is_cpu and (weight is None or weight.is_cpu):
         form = FORMS.decide(request_of(logits, target, weight, criterion), logits)
     else:
         one_device(NAME, logits, (target, weight))
-        form = form_of(FORMS, _request(logits, target, weight, criterion), logits)
+        form = FORMS.decide(_request(logits, target, weight, criterion), logits)
     return form.run(logits, target, weight, criterion)
 
 
 def _request(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
-    why, compiling = no_kernel(logits), torch.compiler.is_compiling()
-    follows = "" if compiling else what_follows(logits, target, weight)
-    if logits.is_cpu and why and not compiling and not follows:
+    why = no_kernel(logits)
+    if logits.is_cpu and why and not followed(logits, target, weight):
         return request_of(logits, target, weight, criterion)._replace(no_kernel=why)
-    why = why or follows
+    why = why or what_follows(logits, target, weight)
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
         why = why or "the class weights require a gradient"
-    sizes = () if why or compiling else (tuple(logits.shape), logits.stride(), *target.shape[1:])
+    sizes = () if why else known(tuple(logits.shape), logits.stride(), *target.shape[1:])
     return Request(why or "not an ordinary CPU map", "", False, why, sizes)
 
 

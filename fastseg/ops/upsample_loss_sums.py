@@ -1,17 +1,31 @@
 """Sums over the pixels of bilinearly upsampled logits, which losses of regions are computed from."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, is_torchs, needs_grad, use_kernel
+from fastseg.ops.core.dispatch import (
+    followed,
+    is_torchs,
+    kernels_run,
+    needs_grad,
+    no_kernel,
+    one_device,
+    record_reference,
+    why_torchs,
+)
+from fastseg.ops.core.explain import Refusal
+from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.core.sizes import whole
+from fastseg.ops.core.upsample import is_moderate
+from fastseg.ops.cpu.loss_alone import Alone, loss_alone
 from fastseg.ops.cpu.loss_sums import check_labels, sums_on_cpu
-from fastseg.ops.registered.upsample_loss_sums import UpsampleLossSums, call_of, fwd_op, not_taken
+from fastseg.ops.registered.upsample_loss_sums import NAME, UpsampleLossSums, call_of, fwd_op, not_taken
 from fastseg.ops.volume_loss import sums_of_volume
 
 
@@ -56,26 +70,107 @@ def upsample_loss_sums(
     if logits.dim() == 5:
         return _of_volume(logits, target, sums, pixel_weight)
     target = checked(logits, target, sums, pixel_weight)
-    if is_torchs(logits) and target.is_cpu and (pixel_weight is None or pixel_weight.is_cpu):
-        return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
-    why = not_taken(logits, target, sums)
-    if pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled():
-        why = why or "pixel_weight requires a gradient"
-    if not use_kernel("upsample_loss_sums", logits, target, pixel_weight, unsupported=why):
-        return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
-    if logits.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_labels(target, logits.shape[1], sums.ignore_index)
-    call = call_of(logits, target, pixel_weight, sums)
-    return (UpsampleLossSums.apply(*call) if needs_grad(logits) else fwd_op(*call))[0]
+    form = FORMS.decide(_request(logits, target, sums, pixel_weight), logits)
+    total: Tensor = form.run(logits, target, sums, pixel_weight)
+    return total
 
 
 def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None = None) -> Tensor:
-    """``upsample_loss_sums`` in plain PyTorch; on a CPU ``cpu/loss_sums.py`` has what is faster."""
-    on_cpu = logits.device.type == "cpu" and not followed(logits, pixel_weight)
-    if on_cpu and not (pixel_weight is not None and pixel_weight.requires_grad):
-        return sums_on_cpu(logits, target, pixel_weight, sums)
+    """``upsample_loss_sums`` in torch's own lines."""
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
+
+
+def upsample_loss_alone(logits: Tensor, target: Tensor, columns: Sequence[Column], loss: Alone) -> Tensor | None:
+    """A binary cross entropy or a focal loss, and its gradient in the same walk, on a CPU that nothing follows.
+
+    Args:
+        logits: (N, C, h, w).
+        target: as ``upsample_loss_sums`` takes it.
+        columns: the sums that it is a function of.
+        loss: what it is.
+
+    Returns:
+        A scalar, in the dtype of the logits, at least float32; None where the sums must be asked.
+
+    Raises:
+        TypeError: as ``upsample_loss_sums``.
+        ValueError: as ``upsample_loss_sums``.
+        IndexError: a label is neither a class nor ``ignore_index``.
+    """
+    if logits.dim() != 4 or not (is_torchs(logits) and target.is_cpu and logits.is_floating_point()):
+        return None
+    kind = SOFTMAX if loss.softmax else SIGMOID
+    target = checked(logits, target, Sums(tuple(columns), kind, loss.ignore_index, loss.align_corners), None)
+    classes, soft = logits.shape[1], target.is_floating_point()
+    if soft or target.dim() != (3 if loss.softmax else 4) or (loss.softmax and classes == 1):
+        return None
+    for factor in (loss.pos, loss.neg):
+        if factor is not None and (factor.requires_grad or not factor.is_cpu or factor.shape != (classes,)):
+            return None
+    if not check_labels(target, classes if loss.softmax else 2, loss.ignore_index):
+        loss = loss._replace(ignore_index=None)
+    return loss_alone(logits, target, loss) if is_moderate(logits) else None
+
+
+# --- forms
+
+
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    no_kernel: str  # why no kernel takes the call, or ""
+    no_walk: str  # why the forms of a CPU do not
+
+
+def _request(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Request:
+    trained = "pixel_weight requires a gradient" if pixel_weight is not None and pixel_weight.requires_grad else ""
+    if is_torchs(logits) and target.is_cpu and (pixel_weight is None or pixel_weight.is_cpu):
+        return Request("CPU tensor", trained)
+    why = why_torchs(NAME, logits, target, pixel_weight)
+    why = not_taken(logits, target, sums) or (trained if torch.is_grad_enabled() else "") or why
+    on_cpu = logits.is_cpu and not followed(logits, pixel_weight)
+    return Request(why, trained if on_cpu else "not on a CPU, or something follows the call")
+
+
+class KernelForm(Form):
+    """Our kernels, through the registered ops."""
+
+    name = "kernel"
+
+    def refuses(self, r: Request) -> str:
+        return r.no_kernel
+
+    def run(self, logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+        if logits.is_cpu and not followed(logits):
+            check_labels(target, 2 if target.dim() == 4 else logits.shape[1], sums.ignore_index)
+        call = call_of(logits, target, pixel_weight, sums)
+        found: tuple[Tensor, Tensor] = UpsampleLossSums.apply(*call) if needs_grad(logits) else fwd_op(*call)
+        return found[0]
+
+
+class WalkForm(Form):
+    """On a CPU: strips of rows, or all pixels at once, with a gradient of their own."""
+
+    name, path = "walk", "torch"
+
+    def refuses(self, r: Request) -> str:
+        return r.no_walk
+
+    def why(self, r: Request, refused: Sequence[Refusal]) -> str:
+        return r.no_kernel
+
+    def run(self, logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+        return sums_on_cpu(logits, target, pixel_weight, sums)
+
+
+def _lines(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+    if logits.is_cpu and not followed(logits, pixel_weight):
+        check_labels(target, 2 if target.dim() == 4 else logits.shape[1], sums.ignore_index)
+    return upsample_loss_sums_ref(logits, target, sums, pixel_weight)
+
+
+FORMS = Forms(NAME, [KernelForm(), WalkForm(), Torchs(_lines)])
 
 
 def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
@@ -104,6 +199,10 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
 
     trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
     whole = trained or followed(logits, pixel_weight) or logits.shape[0] == 0
+    if not whole and logits.is_cpu and target.is_cpu and not kernels_run(logits) and is_moderate(logits):
+        one_device(NAME, logits, (target, pixel_weight))
+        record_reference(NAME, logits, no_kernel(logits))
+        return sums_on_cpu(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
 

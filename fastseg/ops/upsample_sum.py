@@ -1,24 +1,16 @@
 """Sum of maps, some of them bilinearly upsampled: what is left of a fused decoder once its 1x1 convolutions moved."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.batch_norm_act import batch_norm_act
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, needs_grad, use_kernel
-from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
+from fastseg.ops.core.dispatch import followed, known, needs_grad, runs_kernel
 from fastseg.ops.core.norm import ACTIVATIONS, Activation, BatchNormArgs, activate, check_norm, torch_norm
 from fastseg.ops.core.override import overridable
-from fastseg.ops.registered.upsample_sum import unsupported, upsample_sum_op
-
-if HAS_TRITON:
-    from fastseg.kernels.runtime.ceilings import Chip, chip_of
-    from fastseg.kernels.upsample.sum import plan
-
-NAME = "upsample_sum"
+from fastseg.ops.registered.upsample_sum import FORMS, NAME, sizes_of, upsample_sum_op
 
 
 @overridable
@@ -61,11 +53,8 @@ def upsample_sum(
     for m in maps:
         dtype = torch.promote_types(dtype, m.dtype)
     base, maps = base.to(dtype), [m.to(dtype) for m in maps]
-    why = unsupported(base, maps) if HAS_TRITON else ""
-    if not use_kernel(NAME, base, *maps, bias, unsupported=why, form=None):
+    if not runs_kernel(FORMS, base, known(*sizes_of(base, maps)), *maps, bias):
         return upsample_sum_ref(base, maps, bias, norm=norm, act=act, align_corners=align_corners)
-    if not torch.compiler.is_compiling():
-        FORMS.decide(Request(base.numel(), tuple(m.numel() for m in maps), dtype, chip_of(base.device)), base)
     affine = () if norm is None else (norm.weight, norm.bias)
     if needs_grad(base, *maps, bias, *affine) or followed(base, *maps) or (norm is not None and norm.training):
         y = upsample_sum_op(base, maps, None, None, "none", align_corners)
@@ -78,27 +67,6 @@ def upsample_sum(
         bias = (-mean if bias is None else bias - mean) * scale
         bias = bias if shift is None else bias + shift
     return upsample_sum_op(base, maps, scale, bias, act or "none", align_corners)
-
-
-class Request(NamedTuple):
-    """What the cost model reads, once a kernel takes the tensors."""
-
-    elements: int  # of the result
-    small: tuple[int, ...]  # elements of each map
-    dtype: torch.dtype
-    chip: "Chip"
-
-
-class OnePass(Form):
-    """Our kernel: each map is read once, and nothing is written but the result."""
-
-    name = "kernel"
-
-    def cost(self, r: Request) -> Verdict:
-        return plan(r.elements, r.small, r.dtype, r.chip)
-
-
-FORMS = Forms(NAME, [OnePass(), Reference(NotImplemented)])
 
 
 def upsample_sum_ref(

@@ -7,9 +7,17 @@ import torch
 from torch import Tensor
 
 from fastseg.kernels.runtime.sizes import source_scale
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, kernels_run, no_kernel, record_reference
+from fastseg.ops.core.dispatch import (
+    HAS_TRITON,
+    followed,
+    is_torchs,
+    kernels_run,
+    no_kernel,
+    record_reference,
+    what_follows,
+)
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
-from fastseg.ops.core.register import register
+from fastseg.ops.core.register import one_launch, register
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.core.volume import Resize, Slices, argmax, blended, distinct, slices_of
 from fastseg.ops.cpu.argmax import SLICES
@@ -48,6 +56,18 @@ class KernelForm(Form):
         return out.copy_(_op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(out.dtype)))
 
 
+class OneClassForm(Form):
+    """One class is the class of every voxel."""
+
+    name, path = "one_class", "torch"
+
+    def refuses(self, request: Request) -> str:
+        return "" if request.C == 1 else "more classes than one"
+
+    def run(self, logits: Tensor, to: Resize, out: Tensor) -> Tensor:
+        return out.zero_()
+
+
 class SlabForm(Form):
     """Blend two planes for each output slice, then the op on maps: memory of a few slices, not of the volume."""
 
@@ -67,7 +87,7 @@ def _reference(logits: Tensor, to: Resize, out: Tensor) -> Tensor:
     return out.copy_(argmax(logits, to, out.dtype))
 
 
-VOLUME_FORMS = Forms("upsample_argmax3d", [KernelForm(), SlabForm(), Reference(_reference)])
+VOLUME_FORMS = Forms("upsample_argmax3d", [KernelForm(), OneClassForm(), SlabForm(), Reference(_reference)])
 
 
 def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | None) -> Tensor:
@@ -76,7 +96,7 @@ def volume_argmax(logits: Tensor, to: Resize, dtype: torch.dtype, out: Tensor | 
     if not is_torchs(logits):
         why = _unsupported(logits, to) or no_kernel(logits)
     if followed(logits):  # a graph holds the registered op, a transform torch's own ops
-        if torch.compiler.is_compiling() and not why and kernels_run(logits):
+        if not what_follows(logits) and not why and kernels_run(logits):
             classes = _op(logits, *to.size, *to.factors, to.align_corners, DTYPES.index(dtype))
         else:
             record_reference("upsample_argmax3d", logits, why or "a follower of torch's own ops")
@@ -192,8 +212,6 @@ def _fake(logits: Tensor, *args) -> Tensor:
 _op = register(
     "upsample_argmax3d(Tensor logits, SymInt D, SymInt H, SymInt W, float factor_d, float factor_h, float factor_w, "
     "bool align_corners, int kind) -> Tensor",
-    _launch,
-    _plain,
-    _fake,
-    refuses=lambda logits, *args: _unsupported(logits, _resize(args)[0]),
-)
+    _launch, _plain, _fake,
+    **one_launch("upsample_argmax3d", _launch, _plain, lambda x, *args: _unsupported(x, _resize(args)[0])),
+)  # fmt: skip

@@ -5,17 +5,24 @@ its memory is that of a slab and of the gradient at the small logits. Determinis
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastseg.ops.core.autograd import derived, differentiable
-from fastseg.ops.core.dispatch import followed
+from fastseg.ops.core.dispatch import followed, kernels_run
+from fastseg.ops.core.forms import Form, Forms, Reference, Verdict, forced_blocks
 from fastseg.ops.core.labels import equal
-from fastseg.ops.core.volume import Resize, Slices, blended, interpolate, slices_of
+from fastseg.ops.core.volume import Resize, Slices, blended, cross_entropy, interpolate, slices_of
+from fastseg.ops.cpu.cross_entropy import request_of
+from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, walk
 
 SLAB = 2**22  # upsampled logits that a slab stands for
+# Upsampled logits, and voxels of two classes and of one, below which torch's two steps are faster on a CPU
+# (``benchmarks.studies.volumes_cpu``).
+_FEW, _FEW_OF_TWO = 3 * 2**14, 2**14
 
 Sums = Callable[[Tensor, Tensor, Tensor | None], Tensor]  # maps (S, C, h, w), target, factors -> sums (S, ...)
 
@@ -128,36 +135,128 @@ def _add(grad: Tensor, d_maps: Tensor, slices: Slices) -> None:
 
 
 def volume_cross_entropy(
-    of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int,
-    reduction: str, label_smoothing: float, align_corners: bool,
-) -> Tensor:  # fmt: skip
+    of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion
+) -> Tensor:
     """Cross entropy of volumes. ``of_maps`` is that of maps, and takes what ``upsample_cross_entropy`` takes."""
-    kind = logits.dtype
-    if torch.is_autocast_enabled(logits.device.type):
-        kind = torch.promote_types(kind, torch.float32)
-    trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
-    if trained or followed(logits, weight) or logits.shape[0] == 0:
-        size = target.shape[1:]
-        wide = interpolate(logits, Resize((size[0], size[1], size[2]), (0.0, 0.0, 0.0), align_corners))
-        options: dict = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
-        return F.cross_entropy(wide, target.long(), None if weight is None else weight.to(wide.dtype), **options)
+    request = _request(logits, target, weight, criterion)
+    args = (of_maps, logits, target, weight, criterion)
+    loss: Tensor = CROSS_ENTROPY.decide(request, logits).run(*args)
+    return loss
 
-    def losses(maps: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
-        return of_maps(maps, labels, weight, ignore_index, "none", label_smoothing, align_corners=align_corners)
 
-    def sums(maps: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
-        return losses(maps, labels, None).flatten(1).sum(1, dtype=torch.float64)
+# --- forms of the cross entropy
 
-    if reduction == "none":
-        size = target.shape[1:]
-        to = Resize((size[0], size[1], size[2]), (0.0, 0.0, 0.0), align_corners)
-        return _Slabs.apply(logits, losses, target, None, to, True).to(kind)
-    total = sums_of_volume(sums, logits, target, None, align_corners).sum()
-    if reduction == "mean":
-        counts = torch.stack([_counts(labels, logits.shape[1], ignore_index) for labels in target]).sum(0)
-        share = counts.sum() if weight is None else (counts * weight.detach().double()).sum()
-        total = torch.where(counts.sum() == 0, torch.nan, total / share.where(counts.sum() != 0, 1.0))
-    return total.to(kind)
+
+class Request(NamedTuple):
+    """What decides between the forms."""
+
+    torchs: str  # why torch's own lines must run, or ""
+    blocks: str  # why a CPU cannot walk over blocks, or ""
+    few: bool = False  # so few voxels that torch's steps on a CPU are faster
+    kernels: bool = False  # they run on maps
+
+
+def _request(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        return Request("the class weights require a gradient", "")
+    if followed(logits, weight):
+        return Request("a follower of torch's own ops", "")
+    if logits.shape[0] == 0:
+        return Request("no volume", "")
+    kernels, forced = kernels_run(logits), bool(forced_blocks())
+    if not logits.is_cpu or (kernels and not forced):
+        return Request("", "not on a CPU, or kernels run", False, kernels)
+    few = not kernels and _few(logits.shape[1], target.numel())
+    if few and not forced:
+        return Request("", "few voxels", few)
+    maps = request_of(logits, target, weight, criterion)
+    why = maps.torchs or ("" if can_walk(logits, target) else "NaN or infinity")
+    return Request("", why, few, kernels)
+
+
+def _few(classes: int, voxels: int) -> bool:
+    return voxels < _FEW_OF_TWO if classes <= 2 else classes * voxels < _FEW
+
+
+class FewForm(Form):
+    """On a CPU, torch's two steps for few voxels, which an ordinary call costs less than blocks."""
+
+    name, path = "few", "torch"
+
+    def refuses(self, request: Request) -> str:
+        return request.torchs or ("" if request.few else "many voxels, or not on a CPU")
+
+    def run(
+        self, of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion
+    ) -> Tensor:
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
+        with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
+            return cross_entropy(wide, target, weight, *c).to(_dtype_of_loss(logits))
+
+
+class BlocksForm(Form):
+    """On a CPU, blocks of rows of slices, and the gradient with the loss."""
+
+    name, path = "blocks", "torch"
+
+    def refuses(self, request: Request) -> str:
+        return request.torchs or request.blocks
+
+    def cost(self, request: Request) -> Verdict:
+        return Verdict(not request.kernels, None, "kernels run")
+
+    def run(
+        self, of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion
+    ) -> Tensor:
+        return walk(logits, target, weight, c, _dtype_of_loss(logits))
+
+
+class SlabsForm(Form):
+    """The op on maps, slab by slab, and again for the gradient."""
+
+    name, path = "slabs", "torch"
+
+    def refuses(self, request: Request) -> str:
+        return request.torchs
+
+    def run(
+        self, of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion
+    ) -> Tensor:
+        kind = _dtype_of_loss(logits)
+
+        def losses(maps: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
+            return of_maps(
+                maps, labels, weight, c.ignore_index, "none", c.label_smoothing, align_corners=c.align_corners
+            )
+
+        def sums(maps: Tensor, labels: Tensor, _: Tensor | None) -> Tensor:
+            return losses(maps, labels, None).flatten(1).sum(1, dtype=torch.float64)
+
+        if c.reduction == "none":
+            size = target.shape[1:]
+            to = Resize((size[0], size[1], size[2]), (0.0, 0.0, 0.0), c.align_corners)
+            return _Slabs.apply(logits, losses, target, None, to, True).to(kind)
+        total = sums_of_volume(sums, logits, target, None, c.align_corners).sum()
+        if c.reduction == "mean":
+            counts = torch.stack([_counts(labels, logits.shape[1], c.ignore_index) for labels in target]).sum(0)
+            share = counts.sum() if weight is None else (counts * weight.detach().double()).sum()
+            total = torch.where(counts.sum() == 0, torch.nan, total / share.where(counts.sum() != 0, 1.0))
+        return total.to(kind)
+
+
+def _lines(
+    of_maps: Callable[..., Tensor], logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion
+) -> Tensor:
+    return cross_entropy(logits, target, weight, *c)
+
+
+CROSS_ENTROPY = Forms("upsample_cross_entropy3d", [FewForm(), BlocksForm(), SlabsForm(), Reference(_lines)])
+
+
+def _dtype_of_loss(logits: Tensor) -> torch.dtype:
+    autocast = torch.is_autocast_enabled(logits.device.type)
+    return torch.promote_types(logits.dtype, torch.float32) if autocast else logits.dtype
 
 
 def _counts(labels: Tensor, classes: int, ignore_index: int) -> Tensor:

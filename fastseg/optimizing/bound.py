@@ -2,8 +2,9 @@
 
 A convolution of a few pixels takes 40 us in oneDNN, and 40 us more in the questions which form to run. A ``Runner``
 asks them once for each shape: the graph is run, and each call of ``conv2d_act`` is replaced by what it came to.
-Transposed convolutions are packed as well. Activations that multiply by their input (SiLU, GELU, hardswish) become part
-of oneDNN's call, where they keep NaN; it drops NaN from a ReLU, which therefore follows in place.
+Transposed convolutions are packed as well; bilinear resizes go by phases where that pays. Activations that multiply by
+their input (SiLU, GELU, hardswish) become part of oneDNN's call, where they keep NaN; it drops NaN from a ReLU, which
+therefore follows in place.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +17,11 @@ from fastseg.ops.conv_act import conv2d_act
 from fastseg.ops.core.conv_request import finish
 from fastseg.ops.core.dispatch import followed
 from fastseg.ops.core.forms import watched_or_changed
-from fastseg.ops.cpu import depthwise
+from fastseg.ops.cpu import depthwise, matrix, phases
 from fastseg.ops.cpu.matrix import Matrix
-from fastseg.ops.cpu.onednn import Packed, PackedTransposed
+from fastseg.ops.cpu.onednn import Packed, PackedTransposed, pack
 from fastseg.ops.cpu.packed import PackedWeights, packed_run
+from fastseg.ops.cpu.phases import Phases
 from fastseg.ops.cpu.winograd import Filters, winograd_conv2d
 from fastseg.ops.cpu.winograd_dilated import Dilated
 from fastseg.optimizing.graph import Constants, Work, argument, aten, only_user, pair
@@ -79,17 +81,19 @@ class _Binding(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         result = super().run_node(n)
-        made = self._made(n, args, kwargs)
+        made = self._made(n, args, kwargs, result)
         if made is not None:
             n.target, residual = made, n.kwargs.get("residual")
             n.args, n.kwargs = (n.args[0], *([] if residual is None else [residual])), {}
         return result
 
-    def _made(self, n: fx.Node, args: tuple, kwargs: dict) -> Callable | None:
+    def _made(self, n: fx.Node, args: tuple, kwargs: dict, result: Any) -> Callable | None:
         if n.op != "call_function":
             return None
         if n.target is aten.conv_transpose2d.input:
             return self._transposed(n, *args[:3])
+        if n.target is aten.upsample_bilinear2d.vec:
+            return self._resize(n, args[0], result)
         if n.target is not conv2d_act or kwargs.get("image_bias") is not None:
             return None
         x, weight, bias, act, *geometry = args
@@ -98,13 +102,28 @@ class _Binding(fx.Interpreter):
         run = packed_run(x, weight, bias, *geometry)
         if run is None:
             return None
+        followed_by = act is None and isinstance(run, Matrix) and _is_activated(n)
+        if followed_by and not matrix.pays(x.shape, weight, tuple(geometry), activated=True):
+            stride, padding, dilation, groups = geometry
+            run = pack(weight, bias, stride, padding, dilation, groups, x.shape)
         return Winograd(run, act) if isinstance(run, Filters) else Convolution(run, act)
+
+    def _resize(self, n: fx.Node, x: Tensor, result: Tensor) -> Callable | None:
+        size, factors = result.shape[2:], argument(n, "scale_factors")
+        exact = factors is None or all(out == low * f for out, low, f in zip(size, x.shape[2:], factors, strict=True))
+        return Phases(size) if exact and phases.pays(x, size, argument(n, "align_corners")) else None
 
     def _transposed(self, n: fx.Node, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Callable | None:
         names = ("stride", "padding", "output_padding", "dilation")
         geometry = (*(pair(argument(n, name)) for name in names), argument(n, "groups"))
         run = self.packs.transposed(x, weight, bias, geometry)
         return None if run is None else Convolution(run, None)
+
+
+def _is_activated(conv: fx.Node) -> bool:
+    """True if what alone reads a convolution is an activation that oneDNN's call computes."""
+    user = only_user(conv) if conv.kwargs.get("residual") is None else None
+    return user is not None and user.target in FUSED
 
 
 def _fuse(work: Work) -> None:

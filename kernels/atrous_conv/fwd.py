@@ -31,7 +31,6 @@ from fastseg.kernels.runtime.config import select
 from fastseg.kernels.runtime.launch import launch
 
 # Registers what the launcher asks `select` for.
-from fastseg.kernels.runtime.sizes import cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype, precision
 
 
@@ -167,7 +166,7 @@ def _launch(x, weights, biases, residual, y, branches, act, *, C, COUT, mirrored
     cfg = select("atrous_conv_fwd", size=N * H * W, device=x.device, C=C, COUT=COUT, dtype=x.dtype)
     items, regions = tables(x, branches, cfg.BLOCK_M, mirrored=mirrored)
     launch(
-        _atrous_conv_fwd_kernel, (items.shape[0] * cdiv(COUT, cfg.BLOCK_N),),
+        _atrous_conv_fwd_kernel, (items.shape[0] * -(-COUT // cfg.BLOCK_N),),
         x, tuple(weights), tuple(biases) or (x,), x if residual is None else residual, items, regions, y, N, H, W,
         C=C, CX=CX, COUT=COUT, CY=y.shape[1], WIDTH=regions.shape[1], BRANCHES=len(branches),
         MIRRORED=mirrored, HAS_BIAS=bool(biases), HAS_RESIDUAL=residual is not None, ACT=act, ACC=acc_dtype(x),

@@ -19,7 +19,7 @@ from fastseg.kernels.atrous_conv.regions import REGION, TAPS, Branch, forward_re
 from fastseg.kernels.common.tiles import clamp_index
 from fastseg.kernels.runtime.ceilings import chip_of
 from fastseg.kernels.runtime.launch import launch
-from fastseg.kernels.runtime.sizes import cdiv, memoized, next_power_of_2
+from fastseg.kernels.runtime.sizes import cdiv, next_power_of_2
 
 FAR = 2**30  # pixels; past every map
 
@@ -164,19 +164,28 @@ def tables(
     """
     N, _, H, W = x.shape
     together = min(together or images_together(x), N)
+    items, grid, shape, options = _sizes(H, W, branches, N, block_m, mirrored)
+    table = x.new_empty(items, 2, dtype=torch.int32), x.new_empty(shape, dtype=torch.int32)
+    launch(_atrous_conv_tables_kernel, grid, *table, N, H, W, items, block_m, together, **options)
+    return table
+
+
+@functools.lru_cache(maxsize=4096)
+def _sizes(
+    H: int, W: int, branches: tuple[Branch, ...], N: int, block_m: int, mirrored: bool
+) -> tuple[int, tuple[int], tuple[int, int], dict]:
+    """Items, the grid, the shape of the rectangles' table, and the options of the launch."""
     B, items = len(branches), _items(H, W, branches, N, block_m, mirrored)
     regions, width = ((2 * B + 1) ** 2, REGION + B * TAPS) if mirrored else (9 * B, REGION + TAPS)
-    table = x.new_empty(items, 2, dtype=torch.int32), x.new_empty(regions, width, dtype=torch.int32)
     sizes, dilations = _constants(branches)
     block_r = next_power_of_2(regions)
     block_t = max(2048 // block_r, 1)
-    launch(
-        _atrous_conv_tables_kernel, (cdiv(items, block_t),), *table, N, H, W, items, block_m, together,
-        KERNELS=sizes, DILATIONS=dilations, BRANCHES=B, MIRRORED=mirrored, REGION=REGION, TAPS=TAPS, WIDTH=width,
-        REGIONS=regions, BLOCK_R=block_r, BLOCK_J=next_power_of_2(2 * B), BLOCK_T=block_t, num_warps=8,
-        enable_fp_fusion=True,
-    )  # fmt: skip
-    return table
+    options = {
+        "KERNELS": sizes, "DILATIONS": dilations, "BRANCHES": B, "MIRRORED": mirrored, "REGION": REGION, "TAPS": TAPS,
+        "WIDTH": width, "REGIONS": regions, "BLOCK_R": block_r, "BLOCK_J": next_power_of_2(2 * B), "BLOCK_T": block_t,
+        "num_warps": 8, "enable_fp_fusion": True,
+    }  # fmt: skip
+    return items, (cdiv(items, block_t),), (regions, width), options
 
 
 @functools.lru_cache(maxsize=256)
@@ -185,7 +194,6 @@ def _constants(branches: tuple[Branch, ...]) -> tuple[tuple[int, ...], tuple[int
     return tuple(b.K for b in branches), tuple(min(b.dilation, FAR) for b in branches)
 
 
-@memoized
 def _items(H: int, W: int, branches: tuple[Branch, ...], N: int, block_m: int, mirrored: bool) -> int:
     regions = (input_regions if mirrored else forward_regions)(H, W, branches)
     return sum(cdiv(N * region.h * region.w, block_m) for region in regions)

@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.runtime.launch import launch
-from fastseg.kernels.runtime.sizes import cdiv
 from fastseg.kernels.runtime.tensors import acc_dtype
 
 MOST = 2048  # of a row's elements in a program: 16 bytes in 16 bits for each of AMD's 256 threads
@@ -55,7 +54,7 @@ def fold_norm_fwd(
     COUT, columns = weight.shape[0], y[0].numel()
     shift = y.new_empty(COUT)
     launch(
-        _fold_norm_fwd_kernel, (COUT, cdiv(columns, MOST)),
+        _fold_norm_fwd_kernel, (COUT, -(-columns // MOST)),
         weight, mean if bias is None else bias, mean, var, mean if gamma is None else gamma,
         mean if beta is None else beta, y, shift, row, columns, eps,
         HAS_BIAS=bias is not None, HAS_GAMMA=gamma is not None, HAS_BETA=beta is not None,

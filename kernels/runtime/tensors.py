@@ -5,6 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastseg.kernels.runtime.conv_sizes import Geometry
+from fastseg.kernels.runtime.torch_private import conv_precision
 
 
 def acc_dtype(x: Tensor) -> tl.dtype:
@@ -23,7 +24,7 @@ def tf32(dtype: torch.dtype, device: torch.device | None = None) -> bool:
     ``allow_tf32``, torch's older name of the switch, raises once a newer one was set; the newer ones can always be
     read, and know of the older. Triton's tf32 on AMD is for MI300 alone. ``device``: None, the current one.
     """
-    if dtype != torch.float32 or torch.backends.cudnn.conv.fp32_precision != "tf32":
+    if dtype != torch.float32 or conv_precision("cuda", "conv") != "tf32":
         return False
     if not torch.version.hip:
         return True

@@ -47,6 +47,11 @@ class NoDispatchMode:
         pass
 
 
+conv_precision: Callable[[str, str], str] = find(
+    "torch._C._get_fp32_precision_getter", lambda backend, op: torch.backends.cudnn.conv.fp32_precision
+)
+"""("cuda", "conv") -> the precision of fp32 convolutions: what the public attribute reads, in a call less."""
+
 is_tracing: Callable[[], bool] = find("torch._C._is_tracing", torch.jit.is_tracing)
 tree_leaves: Callable[[Any], list] = find("torch.utils._pytree.tree_leaves", leaves_of)
 TorchDispatchMode: Any = find("torch.utils._python_dispatch.TorchDispatchMode", NoDispatchMode)

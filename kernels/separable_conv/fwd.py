@@ -309,7 +309,7 @@ def separable_conv_fwd_pw(
     """
     (side, act), pixels = acts.ending(residual), g.pixels
     cfg = select("separable_conv_fwd_pw", size=pixels, device=u.device, C=g.C, COUT=g.COUT, dtype=u.dtype)
-    tiles = cdiv(pixels, cfg.BLOCK_M)
+    tiles = -(-pixels // cfg.BLOCK_M)
     y, z, tile_stats, counts = _outputs(u, g, tiles, stats, save_z)
     (*mid_vectors, mid_eps), mid_norm, mid_affine = norm_args(mid, u)
     (*post_vectors, post_eps), post_norm, post_affine = norm_args(post, u)
@@ -317,7 +317,7 @@ def separable_conv_fwd_pw(
     own_bias, skip = u if image_bias is None else image_bias, u if residual is None else residual
     unit, unit_out = unit_of(g.C), unit_of(g.COUT)
     launch(
-        _separable_conv_fwd_pw_kernel, (tiles * cdiv(g.COUT, cfg.BLOCK_N),),
+        _separable_conv_fwd_pw_kernel, (tiles * -(-g.COUT // cfg.BLOCK_N),),
         u, *mid_vectors, w.pw, pw_bias, own_bias, *post_vectors, skip,
         pixels, g.OH * g.OW, g.C // unit, g.COUT // unit_out, bits_of(mid_eps), bits_of(post_eps),
         y if z is None else z, z if y is None else y, tile_stats, counts,

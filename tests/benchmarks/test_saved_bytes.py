@@ -10,7 +10,13 @@ pytestmark = pytest.mark.skipif(not INTERPRETED, reason="CPU tensors take the ke
 
 @pytest.mark.parametrize(
     "model",
-    ["deeplabv3plus_mobilenet_v2", "deeplabv3plus_xception65", "deeplabv3plus_xception65_dense", "segnet", "unet"],
+    [
+        "deeplabv3plus_mobilenet_v2",
+        pytest.param("deeplabv3plus_xception65", marks=pytest.mark.long),
+        pytest.param("deeplabv3plus_xception65_dense", marks=pytest.mark.long),
+        "segnet",
+        "unet",
+    ],
 )
 def test_at_most_055_of_eager(model):
     from benchmarks.studies import saved_bytes  # sets the interpreter up

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastseg.ops import max_pool2d
+from fastseg.ops import max_pool2d, separable_conv2d, upsample_bilinear
 from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED
 from fastseg.ops.core.kernels_in_graph import with_kernels
 
@@ -15,6 +15,28 @@ pytestmark = pytest.mark.skipif(not HAS_TRITON or INTERPRETED, reason="the inter
 class Pool(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return max_pool2d(x, 3, 2, 1, return_indices=True)
+
+
+class Decoder(nn.Module):
+    def forward(self, x: Tensor, taps: Tensor, pointwise: Tensor) -> Tensor:
+        return upsample_bilinear(separable_conv2d(x, taps, pointwise), (24, 32))
+
+
+def test_two_kernels_in_a_row(monkeypatch):
+    """What one kernel writes the next reads; neither is left as an op that would need Python."""
+    from fastseg.kernels.runtime import config
+
+    monkeypatch.setattr(config, "table_names", lambda index: ())
+    with FakeTensorMode():
+        new = lambda *shape: torch.empty(shape, device="cuda", memory_format=torch.channels_last)
+        tensors = new(2, 8, 12, 16), new(8, 1, 3, 3), new(16, 8, 1, 1)
+    with torch.no_grad():
+        program = torch.export.export(Decoder(), tensors, strict=False)
+        assert all(f"fastseg.{name}" in str(program.graph) for name in ("separable_conv2d", "upsample_bilinear"))
+        opened = with_kernels(program)
+    targets = [str(node.target) for node in opened.graph.nodes if node.op == "call_function"]
+    assert sum("triton_kernel_wrapper_functional" in target for target in targets) == 2
+    assert not any("fastseg" in target for target in targets)
 
 
 def test_a_package_holds_the_kernel(monkeypatch):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from processes import run_two
+from rows import shared
 from torch import Tensor, nn
 
 import fastseg
@@ -35,7 +36,7 @@ def made() -> tuple[nn.Module, Tensor]:
     return fastseg.convert(model, x), x
 
 
-@pytest.mark.parametrize("training", [True] if INTERPRETED else [False, True])
+@pytest.mark.parametrize("training", shared([False, True], interpreted=[True], plain=[False]))
 def test_compile_without_breaks(training):
     model, x = made()
     assert len(fastseg.conversion(model).converted) == 2

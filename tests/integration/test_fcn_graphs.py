@@ -19,7 +19,6 @@ def test_compile_in_one_graph(model):
     x, target = torch.randn(1, 3, 33, 32), torch.randint(3, (1, 33, 32))
     compiled = lambda f: torch.compile(f, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(model)(x), model(x))
         assert torch.equal(compiled(model.predict)(x), model.predict(x))
     model.loss(x, target).backward()
     parameters = {key: p for key, p in model.named_parameters() if p.requires_grad}

@@ -98,14 +98,14 @@ _passed: set[tuple] = set()  # calls, as described
 _traced: set[torch._ops.OpOverload] = set()
 
 
-def utils_for(op: torch._ops.OpOverload, layout: str) -> str | tuple[str, ...]:
+def utils_for(op: torch._ops.OpOverload, layout: str, every: bool) -> str | tuple[str, ...]:
     """Traced, an op runs ten times: interpreted, once an op; without kernels, in a layout of each kind.
 
-    Of any size, that is: of one size, the easier half, in one layout.
+    Of any size, that is: of one size, the easier half, in one layout and with --long.
     """
-    if not INTERPRETED and layout == "channels_last":
+    if every and not INTERPRETED and layout == "channels_last":
         return "ALL"
-    if not INTERPRETED and layout in ("slice of channels", "half beside float"):
+    if not INTERPRETED and layout in ("channels_last", "slice of channels", "half beside float"):
         return *UNTRACED, "test_aot_dispatch_dynamic"
     if layout != "channels_last" or op in _traced:
         return UNTRACED
@@ -114,13 +114,17 @@ def utils_for(op: torch._ops.OpOverload, layout: str) -> str | tuple[str, ...]:
 
 
 @pytest.mark.parametrize("name, layout", CASES)
-def test_opcheck(name, layout, device="cpu"):
+def test_opcheck(name, layout, pytestconfig):
+    check(name, layout, "cpu", pytestconfig.getoption("--long"))
+
+
+def check(name: str, layout: str, device: str, every: bool) -> None:
     calls = recorded(name, layout, device)
     assert {op.name() for op, _ in calls} == {f"fastseg::{op}" for op in ROWS[name].reaches.split()}
     for op, args in calls:
         call = described(op, args)
         if call not in _passed:
-            torch.library.opcheck(op, args, test_utils=utils_for(op, layout))
+            torch.library.opcheck(op, args, test_utils=utils_for(op, layout, every))
             _passed.add(call)
 
 
@@ -129,7 +133,7 @@ def test_opcheck(name, layout, device="cpu"):
     "name, layout", [case for case in CASES if case.values[1] in ("channels_last", "half beside float")]
 )
 def test_opcheck_on_a_gpu(name, layout):
-    test_opcheck(name, layout, "cuda")
+    check(name, layout, "cuda", True)
 
 
 def test_every_registered_op_has_samples():

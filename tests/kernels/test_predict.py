@@ -160,6 +160,14 @@ def test_the_code_runs_as_often_as_the_loop_it_was_made_from():
     assert warp.slots(found, {"k.py:20": 0.5}).fma == 5
 
 
+def test_the_first_loads_of_a_pipelined_loop_do_not_name_the_loop_around_it():
+    """They stand in front of it, with its lines, and are run once where it runs often."""
+    first = "/*0011*/ LDGSTS.E.128 [R4], desc[UR4][R8.64] ;\n" * 3
+    found = listing(SASS.replace(".L_x_0:\n", f'//## File "/x/k.py", line 20\n{first}.L_x_0:\n'))
+    assert sass.set_runs(found, Kernel(TTIR), (4, 10, 64, 1)) == []
+    assert (found.loops[0].runs, found.loops[0].inner[0].runs) == (4, 10)
+
+
 def test_a_loop_without_a_source_is_named():
     found = listing(SASS.replace("line 30", "line 31"))
     assert len(sass.set_runs(found, Kernel(TTIR), (4, 10, 64, 1))) == 2

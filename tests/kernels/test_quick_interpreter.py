@@ -9,6 +9,7 @@ import warnings
 import numpy as np
 import pytest
 import quick_interpreter
+import triton
 import triton.language as tl
 import triton.runtime.interpreter as I
 
@@ -101,11 +102,13 @@ def compare():
 
 
 @pytest.mark.parametrize("name", [*BINARY, *FUNCTIONS])
-def test_two_operands(name, compare):
+def test_two_operands(name, compare, pytestconfig):
+    """Each with every second of the others, which differ from operator to operator; with --long with all."""
     function = {**BINARY, **FUNCTIONS}[name]
     tensors = inputs()
-    for a in tensors:
-        for b in [*tensors, core.constexpr(3), core.constexpr(0.5)]:
+    for i, a in enumerate(tensors):
+        others = tensors if pytestconfig.getoption("--long") else tensors[(i + len(name)) % 2 :: 2]
+        for b in [*others, core.constexpr(3), core.constexpr(0.5)]:
             compare(function, a, b)
         for b in [*NUMBERS, None]:
             compare(function, a, b)
@@ -190,6 +193,54 @@ def test_constant_blocks(compare):
     for x in [*NUMBERS, None, "text", tl.int32, core.constexpr(5), core.constexpr(0.5), tensor(tl.int8)]:
         compare(lambda x: I.interpreter_semantic.to_tensor(x, False), x)
         compare(lambda x: I.interpreter_semantic.to_tensor(x), x)
+
+
+@triton.jit
+def least(a, b):
+    return tl.where(a < b, a, b)
+
+
+@triton.jit
+def halves(a, b):
+    return a * 0.5 + b  # in another order it is another sum
+
+
+@triton.jit
+def first_of_equal(a, i, b, j):
+    take = (b > a) | ((a == b) & (j < i))
+    return tl.where(take, b, a), tl.where(take, j, i)
+
+
+@triton.jit
+def by_elements(a, b):
+    return a if a > b else b
+
+
+@pytest.mark.parametrize("function", [least, halves, by_elements], ids=lambda function: function.fn.__name__)
+def test_reduce(function, compare):
+    for dtype in (tl.int32, tl.float16, tl.float32, tl.int8):
+        for shape in [(4, 2), (8, 4), (1, 4), (2, 1), (2, 4, 2), (8,)]:
+            for axis in [*range(len(shape)), None]:
+                for keep in (False, True):
+                    compare(lambda x, axis, keep: tl.reduce(x, axis, function, keep_dims=keep),
+                            tensor(dtype, shape, 1), axis, keep)  # fmt: skip
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_reduce_of_two(part, compare):
+    for shape in [(4, 4), (8, 2), (4, 1), (2, 2, 4)]:
+        for axis in range(len(shape)):
+            for dtype in (tl.float32, tl.int8):
+                compare(lambda x, i, axis: tl.reduce((x, i), axis, first_of_equal)[part],
+                        tensor(dtype, shape, 1), tensor(tl.int32, shape, 2), axis)  # fmt: skip
+
+
+@pytest.mark.skipif(not quick_interpreter.compared(), reason=AS_IT_IS)
+def test_a_reduction_calls_its_function_once_a_slice(monkeypatch):
+    calls = []
+    monkeypatch.setattr(least, "fn", lambda a, b, fn=least.fn: (calls.append(a.shape), fn(a, b))[1])
+    launched(lambda: tl.reduce(tensor(tl.float32, (8, 4)), 0, least))
+    assert calls == [[4]] * 7
 
 
 def test_a_launch_leaves_the_language_as_it_was():

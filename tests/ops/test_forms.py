@@ -173,6 +173,13 @@ def test_every_list_ends_with_what_takes_everything():
         assert isinstance(forms.forms[-1], Reference), forms.op
 
 
+def test_every_public_op_has_a_list():
+    """But those that call other ops, what is made of weights, and what has one way alone."""
+    of_others = {"aspp", "upsample_confusion", "upsample_loss", "upsample_threshold"}
+    no_ops = {"BatchNormArgs", "PoolIndices", "bilinear_kernel", "compose_pointwise"}
+    assert {name for name in ops.__all__ if name not in FORMS} == of_others | no_ops
+
+
 def test_the_worked_example(monkeypatch):
     """CONTRIBUTING.md: one class, one entry in the list, one forced call that equals the oracle."""
     blocks = re.findall(r"```python\n(.*?)```", CONTRIBUTING.read_text(), re.S)

@@ -10,11 +10,13 @@
   after a search through all of their names.
 - Operators, loads and stores decide anew what follows from the types alone: ``quick_operators``, ``quick_memory``.
 - The names of a kernel's parameters are read from its signature twice for each launch.
+- A reduction with a function of the kernel's own calls it for each element; here for each slice along the axis.
 - The table of numpy's dtypes is built anew at each look-up, and the shape of each tensor is checked and wrapped anew,
   though there are few shapes.
 
-A Triton whose classes hold other fields runs them as they are. Operators, loads and stores are quick with the versions
-in ``COMPARED`` alone: 3.9 keeps the sign of -0.0, has sums of int1 modulo 2, and names other types in its handles.
+A Triton whose classes hold other fields runs them as they are. Operators, loads, stores and reductions are quick with
+the versions in ``COMPARED`` alone: 3.9 keeps the sign of -0.0, has sums of int1 modulo 2, and names other types in its
+handles.
 """
 
 import contextlib
@@ -23,6 +25,7 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import quick_memory
 import quick_operators
 import triton
@@ -60,6 +63,7 @@ def install() -> None:
     if compared() and handle == ["data", "dtype", "attr"] and members == 5 and not options.debug:
         _replace(semantic, "to_tensor", quick_memory.to_tensor(semantic.to_tensor))
         _replace(I, "_patch_attr", _quick_members(I._patch_attr))
+        _replace(I.ReduceOps, "generic_reduce", _by_slices(I.ReduceOps.generic_reduce))
 
 
 def compared() -> bool:
@@ -161,6 +165,39 @@ def _patched_once(original: Callable) -> Callable:
         return scope
 
     return patch_lang
+
+
+def _no_answer(self) -> bool:
+    raise TypeError("a block is neither true nor false")
+
+
+def _by_slices(original: Callable) -> Callable:
+    """The same calls in the same order of each result's elements; a function that cannot take blocks takes elements."""
+
+    @functools.wraps(original)
+    def generic_reduce(self, input):
+        axis, blocks = self.axis, [one.handle.data for one in input]
+        if axis is None or blocks[0].ndim < 2 or any(block.shape != blocks[0].shape for block in blocks):
+            return original(self, input)
+        made = lambda arrays: [self.to_tensor(a, one.dtype) for a, one in zip(arrays, input, strict=True)]
+        found, asks = [block.take(0, axis) for block in blocks], core.tensor.__bool__
+        core.tensor.__bool__ = _no_answer  # of a block the interpreter answers for all elements at once
+        try:
+            for i in range(1, blocks[0].shape[axis]):
+                results = self.combine_fn.fn(*made(found), *made([block.take(i, axis) for block in blocks]))
+                for one, result in zip(found, results if isinstance(results, tuple) else (results,), strict=True):
+                    if result.handle.data.dtype != one.dtype:
+                        raise TypeError("another type, to which elements are converted one by one")
+                    one[...] = result.handle.data
+        except (AttributeError, TypeError, ValueError):
+            found = None
+        finally:
+            core.tensor.__bool__ = asks
+        if found is None:
+            return original(self, input)
+        return made([np.expand_dims(one, axis) for one in found] if self.keep_dims else found)
+
+    return generic_reduce
 
 
 def _remembered(original: Callable) -> Callable:

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor, nn
 
 from fastseg.converting.rule import Rule
@@ -12,6 +11,7 @@ from fastseg.nn.fuse.inverted_residual import run_inverted_residual
 from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.separable import run_separable
 from fastseg.nn.fuse.watch import FUSED_ACTS, watched
+from fastseg.ops.core.dispatch import followed
 
 LIBRARY = "timm"
 
@@ -49,10 +49,10 @@ def plain(module: nn.Module | None) -> bool:
 
 
 def in_a_graph(run: Callable) -> Callable:
-    """``run``, but the original in a captured graph, whose compiler fuses by itself."""
+    """``run``, but the original in a captured graph, a trace or a transform."""
 
     def call(module: nn.Module, original: Callable, *args, **kwargs):
-        return original(*args, **kwargs) if torch.compiler.is_compiling() else run(module, original, *args, **kwargs)
+        return original(*args, **kwargs) if followed() else run(module, original, *args, **kwargs)
 
     return call
 

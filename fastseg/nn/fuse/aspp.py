@@ -58,14 +58,16 @@ def run_aspp(
         parts, vector = [resized, *parts] if pool_first else [*parts, resized], None
     layers = opened(projection)
     conv, norm, act, stop = next_group(layers or ())
-    if conv is None or watched(conv, nn.Conv2d) or not _pointwise(conv):
+    if conv is None or not _pointwise(conv):
         return _project_called(parts, vector, projection, pool_first)
-    name, module = split_act(act)
     if norm is not None and (len(parts) > 1 or vector is not None):
         source = source_if_foldable(parts[0], conv, norm, always=True)
         if source is not None:
+            name, module = split_act(act)
             y = _project_folded(x, parts, vector, source, name, pool_first)
             return run_layers(y, [*([] if module is None else [module]), *layers[stop:]])
+    if watched(conv, nn.Conv2d):
+        return _project_called(parts, vector, projection, pool_first)
     if len(parts) > 1 and kernels_run(x):
         return run_layers(_project_each(x, parts, vector, conv, pool_first), layers[1:])
     if vector is None:
@@ -110,7 +112,9 @@ def _project_each(x: Tensor, parts: Sequence[Tensor], vector, conv: nn.Conv2d, p
 
 def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, source: Source, act, pool_first: bool) -> Tensor:
     """The projection with folded norm: each map meets its own slice of the weight, and nothing is concatenated."""
-    inputs, widths = source.weight.shape[1], [part.shape[1] for part in parts]
+    inputs, widths = source.weight.shape[1], []
+    for part in parts:
+        widths.append(part.shape[1])
     rest = inputs - sum(widths)  # the pool's channels
     place = rest if pool_first else 0
     slices = [(0, rest) if pool_first else (inputs - rest, inputs)]
@@ -118,8 +122,9 @@ def _project_folded(x: Tensor, parts: Sequence[Tensor], vector, source: Source, 
         slices.append((place, place + width))
         place += width
     (pooled_weight, bias), *folds = fold_all(parts[0], [source] * len(slices), slices)
+    weights, _ = zip(*folds, strict=True)
     share = bias.expand(x.shape[0], -1) if vector is None else pool_share(vector, pooled_weight, bias)
-    return project(parts, [weight for weight, _ in folds], share, act)
+    return project(parts, weights, share, act)
 
 
 def run_aspp_sum(x: Tensor, convs: Sequence[nn.Conv2d]) -> Tensor:
@@ -175,17 +180,19 @@ def _joint_norm(x: Tensor, parts: Sequence[Source], own: bool) -> list[Tensor]:
 
 def _norm_relu(z: Tensor, norms: Sequence[nn.BatchNorm2d], parts: Sequence[Source]) -> Tensor:
     """ReLU and several norms with equal options as one op over the channels of ``z``; statistics are per channel."""
-    first = batch_norm_args(norms[0])
-    for norm in norms[1:] if norms[0].training else ():
-        batch_norm_args(norm)  # counts the batch
     *_, means, variances, weights, biases, _ = zip(*parts, strict=True)
-    joint: list[Tensor | None] = [None] * 4
-    if first.weight is not None:
+    first, joint = norms[0], [None] * 4
+    training, momentum, kept = first.training or means[0] is None, 0.0, means[0] is not None
+    if first.training:
+        for norm in norms:
+            args = batch_norm_args(norm)  # counts the batch
+        training, momentum, kept = args.training, args.momentum, args.running_mean is not None
+    if weights[0] is not None:
         joint[2:] = torch.cat(weights), torch.cat(biases)
-    if first.running_mean is not None:
+    if kept:
         joint[:2] = torch.cat(means).detach(), torch.cat(variances).detach()
-    y = batch_norm_act(z, BatchNormArgs(*joint, *first[4:]), "relu")
-    if first.training and first.running_mean is not None:
+    y = batch_norm_act(z, BatchNormArgs(*joint, training, momentum, first.eps), "relu")
+    if training and kept:
         widths = [norm.num_features for norm in norms]
         for merged, own in zip(joint, (means, variances), strict=False):
             foreach_copy_(list(own), merged.split(widths))
@@ -200,7 +207,7 @@ def _dense(branch: nn.Module) -> Source | str:
     if len(layers) != 3 or type(layers[2]) is not nn.ReLU:
         return watched(branch, type(branch)) or f"a branch is {type(branch).__name__}, not convolution, norm and ReLU"
     conv, norm, relu = layers
-    why = watched(branch, type(branch), norm, nn.BatchNorm2d, relu, nn.ReLU, conv, nn.Conv2d) or _uneven(conv)
+    why = watched(branch, type(branch), norm, nn.BatchNorm2d, relu, nn.ReLU, conv, nn.Conv2d)
     return why or source_of(conv, norm)
 
 
@@ -209,25 +216,21 @@ def _not_plain(conv: nn.Module) -> str:
     return watched(conv, nn.Conv2d) or _uneven(conv)
 
 
-def _uneven(conv: nn.Conv2d) -> str:
-    (size, across), rate = conv.kernel_size, conv.dilation
-    same = conv.padding == (rate[0] * (size // 2),) * 2 and conv.padding_mode == "zeros"
-    if (
-        size != across
-        or size not in (1, 3)
-        or rate[0] != rate[1]
-        or conv.stride != (1, 1)
-        or conv.groups != 1
-        or not same
-    ):
-        return "a branch's convolution is not 1x1 or 3x3 with stride 1, one group and padding that keeps the size"
+def _uneven(*convs: nn.Conv2d) -> str:
+    for conv in convs:
+        (size, across), rate = conv.kernel_size, conv.dilation
+        same = conv.padding == (rate[0] * (size // 2),) * 2 and conv.padding_mode == "zeros"
+        even = size == across and size in (1, 3) and rate[0] == rate[1] and conv.stride == (1, 1)
+        if not even or conv.groups != 1 or not same:
+            return "a branch's convolution is not 1x1 or 3x3 with stride 1, one group and padding that keeps the size"
     return ""
 
 
 def _different(parts: Sequence[Source]) -> str:
     """Why the branches cannot share one op and one norm, or ""."""
-    first = None
+    first, convs = None, []
     for part in parts:
+        convs.append(part.conv)
         norm = part.norm
         # A momentum of None is a cumulative average, which counts for itself.
         kind = (
@@ -237,4 +240,4 @@ def _different(parts: Sequence[Source]) -> str:
         first = kind if first is None else first
         if norm.momentum is None or kind != first:
             return "the branches differ in biases, or in options of their norms"
-    return ""
+    return _uneven(*convs)

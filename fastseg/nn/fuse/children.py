@@ -32,7 +32,7 @@ def norm_tensors(norm: nn.BatchNorm2d) -> tuple[Tensor | None, Tensor | None, Te
         found = buffers["running_mean"], buffers["running_var"], parameters["weight"], parameters["bias"]
     except KeyError:  # a wrapper holds one elsewhere
         return norm.running_mean, norm.running_var, norm.weight, norm.bias
-    return (norm.running_mean, norm.running_var, norm.weight, norm.bias) if _NAMES & own.keys() else found
+    return (norm.running_mean, norm.running_var, norm.weight, norm.bias) if TENSOR_NAMES & own.keys() else found
 
 
 def conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
@@ -43,7 +43,7 @@ def conv_tensors(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     return parameters["weight"], parameters["bias"]
 
 
-_NAMES = {"running_mean", "running_var", "weight", "bias"}
+TENSOR_NAMES = {"running_mean", "running_var", "weight", "bias"}
 
 
 def check_activations(name: str, **acts: str | None) -> None:

@@ -6,11 +6,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.fuse.children import Act, conv_tensors, norm_tensors
-from fastseg.nn.fuse.norm import run_norm_act, watched_norm
+from fastseg.nn.fuse.children import TENSOR_NAMES, Act, conv_tensors, norm_tensors
+from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.watch import apply_act, rewritten, split_act, watched
+from fastseg.nn.norm import BatchNormAct2d
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.dispatch import autocast_dtype, followed, kernels_run_eagerly
+from fastseg.ops.core.dispatch import autocast_dtype, followed, kernels_run
 from fastseg.ops.core.kept import eager_keeper, keepers, made_once
 from fastseg.ops.core.norm import activate, add_residual
 from fastseg.ops.core.recompute import kept_as_recipe
@@ -34,8 +35,15 @@ class Source(NamedTuple):
 
 def source_of(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Source:
     """The tensors as the modules hold them now."""
-    mean, var, gamma, beta = norm_tensors(norm)
-    return Source(conv, norm, *conv_tensors(conv), mean, var, gamma, beta, norm.eps)
+    weights, affine, buffers = conv._parameters, norm._parameters, norm._buffers
+    try:  # as ``conv_tensors`` and ``norm_tensors``, in two calls less
+        found = (weights["weight"], weights["bias"], buffers["running_mean"], buffers["running_var"], affine["weight"],
+                 affine["bias"])  # fmt: skip
+    except KeyError:  # a wrapper holds one elsewhere
+        found = None
+    if found is None or TENSOR_NAMES & vars(conv).keys() or TENSOR_NAMES & vars(norm).keys():
+        found = (*conv_tensors(conv), *norm_tensors(norm))
+    return Source(conv, norm, *found, norm.eps)
 
 
 def foldable(x: Tensor, sources: Sequence[Source], *, always: bool = False) -> bool:
@@ -65,7 +73,8 @@ def foldable(x: Tensor, sources: Sequence[Source], *, always: bool = False) -> b
 
 def source_if_foldable(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d, *, always: bool = False) -> Source | None:
     """What folding reads, if the norm can be folded into the convolution, and nobody watches either."""
-    if norm.training or watched(conv, nn.Conv2d) or watched_norm(norm):
+    bare = type(norm) is BatchNormAct2d and norm.act is None
+    if norm.training or watched(conv, nn.Conv2d, norm, BatchNormAct2d if bare else nn.BatchNorm2d):
         return None
     source = source_of(conv, norm)
     return source if foldable(x, (source,), always=always) else None
@@ -106,13 +115,13 @@ def fold_all(
     folds: list = []
     for source, part in zip(sources, channels, strict=True):
         folds.append(source[2:] if part is None else (source.weight[:, slice(*part)], *source[3:]))
-    return fold_norms(folds, dtype, last, kernels_run_eagerly(sources[0].weight))
+    return fold_norms(folds, dtype, last, kernels_run(sources[0].weight))
 
 
 def _fold_once(source: Source, inputs: tuple[int, int] | None, dtype: torch.dtype, last: bool) -> tuple[Tensor, Tensor]:
     def fold() -> tuple[Tensor, Tensor]:
         weight = source.weight if inputs is None else source.weight[:, slice(*inputs)]
-        return fold_norms([(weight, *source[3:])], dtype, last, kernels_run_eagerly(weight))[0]
+        return fold_norms([(weight, *source[3:])], dtype, last, kernels_run(weight))[0]
 
     if rewritten(source.conv, source.norm):
         return fold()
@@ -129,10 +138,11 @@ def run_conv(x: Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Tensor:
 
 def convolve(conv: nn.Module, x: Tensor) -> Tensor:
     """``conv(x)``; saves the recipe of ``x`` if there is one, and uses packed weights inside ``packed_weights``."""
-    if packing() and not watched(conv, nn.Conv2d) and conv.padding_mode == "zeros":
+    called = bool(watched(conv, nn.Conv2d))
+    if not called and conv.padding_mode == "zeros" and packing():
         return conv2d(x, conv.weight, conv.bias, conv.stride, conv.padding, conv.dilation, conv.groups)
     if not torch.is_grad_enabled():
-        return conv(x)
+        return conv(x) if called else conv._conv_forward(x, *conv_tensors(conv))
     with kept_as_recipe(x):
         return conv(x)
 

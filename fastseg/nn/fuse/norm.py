@@ -26,10 +26,12 @@ def run_norm_act(x: Tensor, norm: nn.Module, act: Act, residual: Tensor | None =
     A norm that the op cannot replace (torch's SyncBatchNorm, another norm, one with hooks) is called first. An
     activation that the op does not have is called on the result.
     """
-    why = watched_norm(norm)
+    own = type(norm) is BatchNormAct2d
+    why = watched_norm(norm) if own else watched(norm, nn.BatchNorm2d)
     if not why:
         name, module = split_act(act) if isinstance(act, nn.Module) else (act, None)
-        y = batch_norm_act(x, batch_norm_args(norm), name, residual, process_group=norm_group(norm))
+        group = norm_group(norm) if own else None
+        y = batch_norm_act(x, batch_norm_args(norm), name, residual, process_group=group)
         return y if module is None else module(y)
     record_reference("batch_norm_act", x, why)
     y = norm(x)

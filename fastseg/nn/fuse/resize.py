@@ -13,7 +13,7 @@ from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.ops.core.dispatch import kernels_run
 from fastseg.ops.core.kept import keeper, made_once
-from fastseg.ops.nearest_conv import choose
+from fastseg.ops.nearest_conv import sums_pay
 from fastseg.ops.pointwise import compose_pointwise
 from fastseg.ops.upsample_concat_conv import FORMS as UPSAMPLED
 from fastseg.ops.upsample_concat_conv import request_of
@@ -85,7 +85,7 @@ def taps_pay(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> bool:
 def nearest_pays(x: Tensor, conv: nn.Conv2d) -> bool:
     """False where ``run_nearest_concat_conv`` has the products of the plain form, and a CPU folds at each call."""
     kept = not x.is_cpu or kernels_run(x) or keeper((conv.weight,)) is not None
-    return kept or choose(x, conv.weight) != "upsampled"
+    return kept or sums_pay(x, conv.weight)
 
 
 def run_linear_fuse(

@@ -66,9 +66,10 @@ def run_layers(x: Tensor, layers: Sequence[nn.Module]) -> Tensor:
     """Run the modules one after another, in groups."""
     place = 0
     while place < len(layers):
-        conv, norm, act, stop = next_group(layers, place)
-        if stop == place:
-            layer, stop = layers[place], place + 1
+        layer = layers[place]
+        alone = type(layer) is not nn.Conv2d and type(layer) not in NORMS
+        conv, norm, act, stop = (None, None, None, place + 1) if alone else next_group(layers, place)
+        if alone:
             idle = type(layer) is nn.Dropout and not layer.training and not watched(layer, nn.Dropout)
             x = x if idle else layer(x)
         elif conv is None:

@@ -5,19 +5,19 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import followed, followed_eagerly, needs_grad
+from fastseg.ops.core.dispatch import needs_grad, what_follows
 from fastseg.ops.core.register import DECOMPOSITIONS
 from fastseg.ops.core.torch_private import forward_ad_level, is_batched, is_tracing, transforms_active
 
 
 def run(function: type[torch.autograd.Function], op: Callable, *args):
     """A linear op of Functions: its Function where a gradient is recorded, its plain form where something follows."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # first: it follows none of the next questions
         return op(*args)
     if not (torch.is_grad_enabled() or transforms_active() or forward_ad_level() >= 0 or is_tracing()):
         return op(*args)
     tensors = [a for a in args if isinstance(a, Tensor)]
-    if followed(*tensors):
+    if what_follows(*tensors):
         return DECOMPOSITIONS[op.op](*args)
     return function.apply(*args) if needs_grad(*tensors) else op(*args)
 
@@ -35,7 +35,7 @@ def differentiable(gradients: Callable, again: Callable) -> Callable:
     def backward(ctx, *grad_outputs):
         saved = ctx.saved_tensors
         tensors = [t for t in grad_outputs if isinstance(t, Tensor)]
-        if torch.is_grad_enabled() or followed_eagerly(*tensors) or any(map(is_batched, tensors)):
+        if torch.is_grad_enabled() or what_follows(*tensors) or any(map(is_batched, tensors)):
             return again(ctx, saved, *grad_outputs)
         return gradients(ctx, saved, *grad_outputs)
 

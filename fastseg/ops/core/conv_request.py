@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core import dispatch
-from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, autocasts, what_follows
+from fastseg.ops.core.dispatch import HAS_TRITON, autocast_dtype, what_follows
 from fastseg.ops.core.norm import activate, add_residual
+from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 
 if HAS_TRITON:
     from fastseg.kernels.runtime.ceilings import Chip, chip_of
@@ -72,7 +73,8 @@ def request_of(call: ConvCall, *, far: bool = False) -> ConvRequest:
             wanted = wanted or t.requires_grad
             dtypes.append(t.dtype)
     plain = plain and not (wanted and torch.is_grad_enabled())
-    plain = plain and not what_follows(x, weight, residual, bias, image_bias)
+    if transforms_active() or is_tracing() or forward_ad_level() >= 0:
+        plain = plain and not what_follows(x, weight, residual, bias, image_bias)
     device, stride, dilation = x.device, tuple(stride), tuple(dilation)
     padding, on_cuda = padding if isinstance(padding, str) else tuple(padding), device.type == "cuda"
     known = (
@@ -114,7 +116,7 @@ def _mixed(call: ConvCall, dtype: torch.dtype) -> str:
             return "tensors on different devices"
     if residual is not None and residual.dtype != dtype:
         return "dtypes that differ"
-    if autocasts(x):  # torch then casts the parameters; a kernel casts as it loads
+    if torch.is_autocast_enabled(device.type):  # torch then casts the parameters; a kernel casts as it loads
         return ""
     return "dtypes that differ" if weight.dtype != dtype or (bias is not None and bias.dtype != dtype) else ""
 

@@ -2,59 +2,21 @@
 
 import importlib.util
 import os
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastseg.ops.core.explain import IN_REFERENCE, _in_reference, _report, in_reference, record
-from fastseg.ops.core.forms import IN_FORCE, Form, Forms, OneKernel, _forced, forced_to_reference
+from fastseg.ops.core.forms import Forms, OneKernel, _forced
 from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET") == "1"  # Triton reads it when a kernel is decorated
 EMULATED = False  # True in the second checker of tests, whose CUDA tensors say that they are on the CPU
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def use_kernel(
-    op: str, x: Tensor, *others: Tensor | None, unsupported: str = "", form: Callable[[], str] | None = str
-) -> bool:
-    """True if the registered op computes this call, False if torch's own ops must; records it for ``explain``.
-
-    Torch's ops run where no kernel takes such tensors, inside ``fastseg.reference()``, and where something follows the
-    call that understands torch's ops only.
-
-    Args:
-        op: public name, for error messages and ``explain``.
-        x: the tensor whose device and dtype decide.
-        others: further tensors, which must be on the device of ``x``; None is skipped.
-        unsupported: why the op cannot take this configuration, or "".
-        form: returns what ``explain`` says of the op's one kernel; called only inside ``explain``. None: the op has
-            several forms, and records the one that it chooses.
-
-    Raises:
-        ValueError: the tensors are on different devices.
-    """
-    device = x.device
-    for t in others:
-        if t is not None and t.device != device:
-            raise _elsewhere(op, x, t)
-    if torch.compiler.is_compiling():
-        return not (in_reference() or unsupported or _no_kernel(x))
-    why = IN_REFERENCE if _in_reference.get() and in_reference() else ""
-    if not why and _forced.get() and forced_to_reference(op):
-        why = IN_FORCE
-    why = why or unsupported or _no_kernel(x)
-    if not why and (transforms_active() or is_tracing() or forward_ad_level() >= 0):
-        why = _follower((x, *others))
-    if _report.get() is not None:
-        if why:
-            record(op, x, "reference", why, "reference")
-        elif form is not None:
-            record(op, x, "triton", form(), "kernel")
-    return not why
 
 
 def runs_kernel(forms: Forms, x: Tensor, sizes: tuple, *others: Tensor | None, name: str = "") -> bool:
@@ -72,25 +34,52 @@ def runs_kernel(forms: Forms, x: Tensor, sizes: tuple, *others: Tensor | None, n
     Raises:
         ValueError: the tensors are on different devices.
     """
-    if others:
-        one_device(name or forms.op, x, others)
-    why = _no_kernel(x)
-    if torch.compiler.is_compiling():
-        return forms.in_graph(OneKernel(why, () if why else sizes)) is forms.forms[0]
-    if not why and (transforms_active() or is_tracing() or forward_ad_level() >= 0):
-        why = _follower((x, *others))
+    why = why_torchs(name or forms.op, x, *others)
     return forms.decide(OneKernel(why, () if why else sizes), x, name) is forms.forms[0]
 
 
-def what_follows(*tensors: Tensor | None) -> str:
-    """Name what follows an eager call on these tensors and understands torch's own ops only, or ""."""
+def why_torchs(op: str, x: Tensor, *others: Tensor | None) -> str:
+    """Why torch's own ops must compute a call, whatever its sizes, or "".
+
+    They must where no kernel takes tensors like ``x``, and where something follows the call that understands torch's
+    ops only: what a list's kernels refuse.
+
+    Args:
+        op: its name in error messages.
+        x: the tensor whose device and dtype decide.
+        others: further tensors, which must be on the device of ``x``; None is skipped.
+
+    Raises:
+        ValueError: the tensors are on different devices.
+    """
+    device = x.device
+    for t in others:
+        if t is not None and t.device != device:
+            raise _elsewhere(op, x, t)
+    why = _no_kernel(x)
+    if why or torch.compiler.is_dynamo_compiling():
+        return why
     watched = transforms_active() or is_tracing() or forward_ad_level() >= 0
-    return _follower(tensors) if watched else ""
+    return what_follows(x, *others) if watched else ""
 
 
-def form_of(forms: Forms, request: Hashable, x: Tensor) -> Form:
-    """The form for this request, chosen and recorded for ``explain`` as a call on ``x``; the caller runs it."""
-    return forms.in_graph(request) if torch.compiler.is_compiling() else forms.decide(request, x)
+def what_follows(*tensors: Tensor | None) -> str:
+    """Name what follows a call on these tensors and understands torch's own ops only, or ""; a compiler is none.
+
+    ``torch.compile`` and ``torch.export`` understand registered ops.
+    """
+    if torch.compiler.is_dynamo_compiling():  # first: it follows none of the next questions
+        return ""
+    if transforms_active():
+        return "a transform of functions"
+    if is_tracing():
+        return "torch.jit.trace"
+    return "forward-mode AD" if forward_ad_level() >= 0 and has_tangent(*tensors) else ""
+
+
+def known(*sizes: Any) -> tuple:
+    """The sizes, but () in a captured graph, where they are symbols: the registered op asks when it runs."""
+    return () if torch.compiler.is_compiling() else sizes
 
 
 def one_device(op: str, x: Tensor, others: Iterable[Tensor | None]) -> None:
@@ -120,20 +109,17 @@ def is_torchs(x: Tensor) -> bool:
 
 
 def kernels_run(x: Tensor) -> bool:
-    """True if Triton kernels can run on tensors like ``x``."""
-    if torch.compiler.is_compiling():  # a captured graph holds the registered op
+    """True if Triton kernels can run on tensors like ``x``, or a captured graph may hold the op that has them."""
+    if torch.compiler.is_dynamo_compiling():
         return not (in_reference() or _no_kernel(x))
-    return kernels_run_eagerly(x)
-
-
-def kernels_run_eagerly(x: Tensor) -> bool:
-    """``kernels_run``, where no compiler looks on."""
-    return not ((_in_reference.get() and in_reference()) or _no_kernel(x) or _follower((x,)))
+    if (_in_reference.get() and in_reference()) or _no_kernel(x):
+        return False
+    return not ((transforms_active() or is_tracing() or forward_ad_level() >= 0) and what_follows(x))
 
 
 def record_reference(op: str, x: Tensor, why: str) -> None:
     """Record for ``explain`` that ``op`` has only its reference path."""
-    use_kernel(op, x, unsupported=why)
+    record(op, x, "reference", IN_REFERENCE if in_reference() else why, "reference")
 
 
 def no_kernel(x: Tensor) -> str:
@@ -165,18 +151,9 @@ def needs_grad(*tensors: Tensor | None) -> bool:
 
 def has_tangent(*tensors: Tensor | None) -> bool:
     """Whether forward-mode AD follows one, in eager code."""
-    if torch.compiler.is_dynamo_compiling() or forward_ad_level() < 0 or torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling() or forward_ad_level() < 0:
         return False
     return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
-
-
-def _follower(tensors: Iterable[Tensor | None]) -> str:
-    """Name what follows eager calls on these tensors and understands torch's own ops only, or ""."""
-    if transforms_active():
-        return "a transform of functions"
-    if is_tracing():
-        return "torch.jit.trace"
-    return "forward-mode AD" if forward_ad_level() >= 0 and has_tangent(*tensors) else ""
 
 
 def followed(*tensors: Tensor | None) -> bool:
@@ -188,11 +165,6 @@ def followed(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or transforms_active() or is_tracing():
         return True
     return forward_ad_level() >= 0 and has_tangent(*tensors)
-
-
-def followed_eagerly(*tensors: Tensor | None) -> bool:
-    """``followed``, but not by a compiler: a graph holds the registered op, a trace or a transform torch's own ops."""
-    return not torch.compiler.is_compiling() and bool(_follower(tensors))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:

@@ -166,10 +166,12 @@ def record(
     op: str, x: Tensor, path: str, why: str, form: str = "", microseconds: float | None = None,
     refused: tuple[Refusal, ...] = (), place: int | None = None,
 ) -> None:  # fmt: skip
-    """Record for ``explain`` what was decided for ``op``; must not be called while compiling.
+    """Record for ``explain`` what was decided for ``op``; in a graph, nothing.
 
     ``place``: where in the order of decisions; None, at the end.
     """
+    if torch.compiler.is_dynamo_compiling():  # it does not follow the next line
+        return
     report = _report.get()
     if report is None:
         return

@@ -14,6 +14,7 @@ from contextlib import ContextDecorator, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastseg.kernels.runtime.verdict import Verdict
@@ -124,7 +125,8 @@ class Forms:
         """The form for this request; in ``reference()`` the last, in ``force`` the one that is named."""
         if _in_reference.get() and in_reference():
             return Choice(self.forms[-1], (), IN_REFERENCE)
-        forced = self.forced()
+        blocks = _forced.get()
+        forced = _asked_for(self.op, blocks) if blocks else ()
         try:
             return self._choice(request, forced)
         except TypeError:  # the sizes of a graph are symbols, which have no hash
@@ -154,6 +156,8 @@ class Forms:
 
     def decide(self, request: Hashable, recorded: Tensor, name: str = "") -> Form:
         """Choose a form and record it for ``explain``, as a call of ``name`` on ``recorded``; the caller runs it."""
+        if torch.compiler.is_dynamo_compiling():
+            return self._in_graph(request)
         report = _report.get()
         if report is None and not _forced.get() and not _in_reference.get():  # as ``choose``, in one call less
             try:
@@ -165,7 +169,7 @@ class Forms:
             self._record(choice, request, recorded, name, len(report))
         return choice.form
 
-    def in_graph(self, request: Any) -> Form:
+    def _in_graph(self, request: Any) -> Form:
         """The same choice in code that is compiled: a compiler follows neither what is remembered nor ``force``."""
         if in_reference():
             return self.forms[-1]
@@ -230,11 +234,6 @@ class KernelForm(Form):
 
     def refuses(self, request: OneKernel) -> str:
         return request.no_kernel or self.unsupported(*request.sizes)
-
-
-def forced_to_reference(op: str) -> bool:
-    """True inside ``force(op, "reference")``, unless a block further in asks for another form."""
-    return op in FORMS and _asked_for(FORMS[op].op, _forced.get())[:1] == ("reference",)
 
 
 class force(ContextDecorator):  # lowercase, because it is used as `with fastseg.force(op, form):`

@@ -18,6 +18,8 @@ from fastseg.ops.core.loss_columns import (
     softmax_term,
 )
 from fastseg.ops.core.upsample import interpolate
+from fastseg.ops.core.volume import Resize
+from fastseg.ops.core.volume import interpolate as interpolate_volume
 
 
 def at_full_size(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
@@ -50,6 +52,15 @@ def at_full_size(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, su
     count = v.new_full(v.shape[:2], v.shape[2] * v.shape[3], dtype=torch.float64) if constant else None
     of = lambda column: count if constant and column.kind == "count" else total(term(column, p, other, labels))
     return torch.stack([of(column) for column in sums.columns], 2)
+
+
+def volume_at_full_size(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
+    """The same of volumes (N, C, d, h, w): upsampled, their slices are the rows of a map."""
+    D, H, W = target.shape[-3:]
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    v = interpolate_volume(wide, Resize((D, H, W), (0.0, 0.0, 0.0), sums.align_corners))
+    factor = None if pixel_weight is None else pixel_weight.flatten(1, 2)
+    return at_full_size(v.flatten(2, 3), target.flatten(-3, -2), factor, sums)
 
 
 def _of_classes(

@@ -52,7 +52,7 @@ class Marks:
         self.versions = [t._version for t in self.counted]
         whole = tensors if check == "values" else [t for t in tensors if t.is_inference()]
         self.whole = [(t, t.detach().clone()) for t in whole]
-        self.pieces = list(_pieces(self.memory)) if check == "samples" else []
+        self.pieces = [piece.numpy().data for piece in _pieces(self.memory)] if check == "samples" else []
         self.sample = self._sampled()
 
     def are_current(self) -> bool:
@@ -76,7 +76,7 @@ class Marks:
         return all(map(_equal, *zip(*self.whole, strict=True))) if self.whole else True
 
     def _sampled(self) -> bytes:
-        return torch.cat(self.pieces).numpy().tobytes() if self.pieces else b""
+        return b"".join(self.pieces)  # a fifth of torch.cat's time where torch has two threads
 
 
 def _getters(dicts: list[dict]) -> tuple[list[Callable[[dict], Any]], list[dict]]:

@@ -92,7 +92,7 @@ def update_running(norm: BatchNormArgs | None, stats: Tensor) -> None:
         return
     for buffer, batch in ((norm.running_mean, stats[0]), (norm.running_var, stats[2])):
         # .data: torch's batch norm does not count its update as a change that another graph's backward must notice
-        buffer = buffer if torch.compiler.is_compiling() else buffer.data
+        buffer = buffer if followed() else buffer.data
         with torch.no_grad():
             buffer.lerp_(batch.to(buffer.dtype), norm.momentum)
 

@@ -3,6 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +44,6 @@ def register(
     plain: Callable,
     fake: Callable,
     *,
-    refuses: Callable[..., str] | None = None,
     forms: Forms | None = None,
     request: Callable[..., Hashable] | None = None,
     asked: bool = False,
@@ -56,7 +56,6 @@ def register(
             tensors when interpreted.
         plain: the same in plain PyTorch; runs on CPU tensors, and in exported programs that must hold no custom op.
         fake: output shapes, dtypes and strides.
-        refuses: of an op without a list, one kernel and ``plain``: why the kernel cannot take these arguments, or "".
         forms: the op's list; it is asked at each call, and ``launch`` is what its kernel runs.
         request: the list's request, of the op's arguments.
         asked: True if eager callers have asked the list before: a call that skips the dispatcher asks no second time.
@@ -66,7 +65,7 @@ def register(
     """
     name = schema.partition("(")[0]
     torch.library.define(qualified(name), schema.removeprefix(name))
-    asks = launch if refuses is None else _kernel_or_plain(launch, plain, refuses)
+    asks = launch
     if forms is not None and request is not None:
         asks = _asking(forms, request)
     kernels = {"cuda": HAS_TRITON, "cpu": INTERPRETED}
@@ -90,14 +89,6 @@ def register(
     return call
 
 
-def _kernel_or_plain(launch: Callable, plain: Callable, refuses: Callable[..., str]) -> Callable:
-    @functools.wraps(launch)
-    def call(*args):
-        return plain(*args) if refuses(*args) else launch(*args)
-
-    return call
-
-
 def _asking(forms: Forms, request: Callable[..., Hashable]) -> Callable:
     def call(*args):
         return forms(request(*args), *args)
@@ -108,6 +99,18 @@ def _asking(forms: Forms, request: Callable[..., Hashable]) -> Callable:
 def of_sizes(sizes: Callable[..., tuple]) -> Callable[..., OneKernel]:
     """The request of an op with one kernel: ``sizes`` are what ``unsupported`` takes, of the op's arguments."""
     return lambda *args: OneKernel(no_kernel(args[0]), sizes(*args))
+
+
+def one_launch(op: str, launch: Callable, plain: Callable, refuses: Callable[..., str]) -> dict[str, Any]:
+    """The list and the request, for ``register``, of a kernel whose public function has a longer list.
+
+    Args:
+        op: name of the public function's list.
+        launch, plain: as of ``register``.
+        refuses: why the kernel cannot take these arguments of the registered op, or "".
+    """
+    forms = one_kernel(op, launch, plain, str, backward=True)  # str() is "": the request has said it all
+    return {"forms": forms, "request": lambda *args: OneKernel(refuses(*args), ())}
 
 
 def _have_tangents(args: Iterable) -> bool:

@@ -54,6 +54,7 @@ __all__ = [
     "transforms_active",
     "tree_leaves",
     "tree_map_only",
+    "unpool3d_to",
     "unpool_to",
     "wrap_triton",
 ]  # fmt: skip
@@ -228,6 +229,8 @@ pool_with_index: Callable[..., tuple[Tensor, Tensor]] = find(
 )
 unpool_to: Callable[..., Tensor] = find("torch._C._nn.max_unpool2d", torch.ops.aten.max_unpool2d.default)
 """(input, indices, (OH, OW))."""
+unpool3d_to: Callable[..., Tensor] = find("torch._C._nn.max_unpool3d", torch.ops.aten.max_unpool3d.default)
+"""(input, indices, (OD, OH, OW), stride, padding)."""
 
 mkldnn_convolution: Callable[..., Tensor] | None = find("torch.ops.mkldnn._convolution_pointwise", None)
 mkldnn_reorder: Callable[..., Tensor] | None = find("torch.ops.mkldnn._reorder_convolution_weight", None)

@@ -70,6 +70,19 @@ def interpolate(x: Tensor, to: Resize) -> Tensor:
     return F.interpolate(x, **target, mode="trilinear", align_corners=to.align_corners)
 
 
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, label_smoothing: float,
+    align_corners: bool,
+) -> Tensor:  # fmt: skip
+    """Cross entropy of volumes in torch's two steps, for labels and weights of any dtype."""
+    D, H, W = target.shape[1:]
+    if logits.shape[2:] != target.shape[1:]:  # else a copy
+        logits = interpolate(logits, Resize((D, H, W), (0.0, 0.0, 0.0), align_corners))
+    weight = None if weight is None else weight.to(logits.dtype)
+    options: dict = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+    return F.cross_entropy(logits, target.long(), weight, **options)
+
+
 def argmax(logits: Tensor, to: Resize, dtype: torch.dtype) -> Tensor:
     """The class volume in torch's two steps."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -29,7 +29,7 @@ FOCAL = ("focal_pos", "focal_neg")
 _OF_OWN = ("nll", "focal")  # columns of the logarithm of the own class's probability
 _OF_LOGARITHM = {*_OF_OWN, "all"}
 _OF_P = {"inter", "least", "prob", "square", "factor_neg", "focal_neg"}
-_FEW = 8  # classes up to which labels are compared with each; more are scattered
+FEW = 8  # classes up to which labels are compared with each; more are scattered
 
 
 class Block(NamedTuple):
@@ -66,7 +66,7 @@ def block_of(target: Tensor, factors: Tensor | None, sums: Sums, kind: torch.dty
         return Block(None, target.to(kind).contiguous(), counts)
     if classes < 0:
         return Block(target.long(), None, counts)
-    if classes <= _FEW:
+    if classes <= FEW:
         return Block(
             None, (target == torch.arange(classes, dtype=target.dtype, device="cpu")[:, None]).to(kind), counts
         )
@@ -113,7 +113,8 @@ def sums_of(a: Activated, block: Block, sums: Sums, over: int | tuple[int, ...],
     for column in sums.columns:
         kind = column.kind
         if kind == "count" and counts is None:
-            found.append(torch.full((), size, dtype=torch.float64, device="cpu").expand(*_lines(y, over)))
+            exact = y.dtype if size <= 2**24 else torch.float64
+            found.append(torch.full((), size, dtype=exact, device="cpu").expand(*_lines(y, over)))
             continue
         by_label = True  # f is y times something
         if kind == "count":
@@ -147,8 +148,9 @@ def sums_of(a: Activated, block: Block, sums: Sums, over: int | tuple[int, ...],
                 f = softmax_term(column, p, other, y)
         if counts is not None and not by_label:
             f = f * counts
-        found.append(f.sum(over).expand(*_lines(y, over)).double())
-    return torch.stack(found, -1)
+        total = f.sum(over)
+        found.append(total if f.shape[1] == y.shape[1] else total.expand(*_lines(y, over)))
+    return torch.stack(found, -1).double()
 
 
 def slope_of(slopes: Tensor, a: Activated, block: Block, sums: Sums, *, named: bool, hard: bool) -> Tensor:

@@ -1,100 +1,96 @@
 """Sums over the pixels of upsampled logits on a CPU, a few output rows at a time, forward and backward.
 
-``upsampled_rows.py`` has the walk, ``core/loss_columns.py`` the mathematics. Inside a block (rows, C, W) pixels are
-neighbours and classes are lines, so that maxima and sums over classes are vector operations. Blocks are summed in the
-logits' own precision, at least fp32, and added up in fp64.
+``upsampled_rows.py`` cuts maps into strips, ``upsampled_slabs.py`` volumes; ``core/loss_columns.py`` has the
+mathematics. Inside a block (rows, C, W) pixels are neighbours and classes are lines, so that maxima and sums over
+classes are vector operations. Blocks are summed in the logits' own precision, at least fp32, and added up in fp64.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.loss_columns import LABELS, SIGMOID, Sums, softmax_slope, softmax_term
-from fastseg.ops.core.upsample import along_x
-from fastseg.ops.cpu.loss_blocks import Block, activated, block_of, slope_of, sums_of
-from fastseg.ops.cpu.threads import each
-from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, along_x_backward, strips_of
+from fastseg.ops.cpu.loss_blocks import FEW, Block, activated, block_of, slope_of, sums_of
+from fastseg.ops.cpu.upsampled_rows import Rows
+from fastseg.ops.cpu.upsampled_slabs import Slabs
 
 
 class Walk:
-    """Both passes over the strips of one map of logits.
+    """Both passes over the strips of one map or volume of logits.
 
     Args:
-        x: (N, C, h, w), finite.
-        target: class indices (N, H, W), or labels for each class (N, C, H, W).
-        pixel_weight: (N, H, W), or None for 1.
+        x: (N, C, h, w) or (N, C, d, h, w), finite.
+        target: class indices (N, H, W) or (N, D, H, W), or with classes labels for each class.
+        pixel_weight: (N, H, W) or (N, D, H, W), or None for 1.
         sums: what is summed; without an ``ignore_index`` where no label is ignored.
     """
 
     def __init__(self, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums):
         self.kind = torch.float64 if x.dtype == torch.float64 else torch.float32
-        self.x, self.target, self.pixel_weight, self.sums = x.detach(), target, pixel_weight, sums
-        self.size = target.shape[-2:]
+        self.target, self.pixel_weight, self.sums = target, pixel_weight, sums
+        self.named, self.classes = target.dim() == x.dim() - 1, x.shape[1]
+        softmax = self.named and sums.activation != SIGMOID
+        self.labelled = softmax and x.dim() == 5 and self.classes <= FEW  # classes become labels of each class
         self.hard = not target.is_floating_point() and sums.activation == SIGMOID  # labels are 0 and 1
-        self.strips = strips_of(x.shape, *self.size, sums.align_corners, self.kind)
+        cut = Rows if x.dim() == 4 else Slabs
+        self.over = cut(x, target.shape[2 - x.dim() :], sums.align_corners, self.kind)
 
     def forward(self) -> Tensor:
         """-> sums (N, C, columns), fp64."""
-        N, C = self.x.shape[:2]
-        total = torch.zeros(N, C, len(self.sums.columns), dtype=torch.float64, device="cpu")
-        for strip, part in zip(self.strips, each(self._sums_of, self.strips), strict=True):
+        shape = (self.over.x.shape[0], self.classes, len(self.sums.columns))
+        total = torch.zeros(shape, dtype=torch.float64, device="cpu")
+        for strip, part in self.over.results(self._sums_of):
             total[strip.image] += part
         return total
 
     def backward(self, slopes: Tensor) -> Tensor:
-        """slopes (N, C, columns), the derivative by each sum -> gradient at x, (N, h, C, w)."""
-        N, C, h, w = self.x.shape
+        """slopes (N, C, columns), the derivative by each sum -> gradient at x, in the shape of x."""
         slopes = slopes.to(self.kind)
-        parts = each(lambda strip: self._gradient_of(strip, slopes[strip.image]), self.strips)
-        dx = torch.zeros(N, h, C, w, dtype=self.kind, device="cpu")
-        for strip, part in zip(self.strips, parts, strict=True):
-            dx[strip.image, strip.first : strip.last] += part
-        return dx
+        dx = self.over.gradient()
+        for strip, part in self.over.results(lambda strip: self._gradient_of(strip, slopes[strip.image])):
+            self.over.add(dx, strip, part)
+        return self.over.finished(dx)
 
-    def _wide(self, strip: Strip) -> Tensor:
-        x = self.x[strip.image, :, strip.first : strip.last].to(self.kind)
-        return along_x(x, self.size[1], self.sums.align_corners)
-
-    def _sums_of(self, strip: Strip) -> Tensor:
-        wide, C = self._wide(strip), self.x.shape[1]
-        total = torch.zeros(C, len(self.sums.columns), dtype=torch.float64, device="cpu")
-        for rows in self._blocks(strip):
-            v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
+    def _sums_of(self, strip: Any) -> Tensor:
+        wide = self.over.wide(strip)
+        total = torch.zeros(self.classes, len(self.sums.columns), dtype=torch.float64, device="cpu")
+        for rows in self.over.blocks(strip):
+            v = self.over.up(wide, strip, rows)
             block = self._block(strip, rows)
             if self.sums.activation == SIGMOID or block.classes is None:
                 total += sums_of(
-                    activated(v, self.sums, named=False), block, self.sums, (0, 2), named=False, hard=self.hard
+                    activated(v, self.sums, named=self.labelled),
+                    block,
+                    self.sums,
+                    (0, 2),
+                    named=self.labelled,
+                    hard=self.hard,
                 )
             else:
                 self._add_softmax(total, v, block)
         return total
 
-    def _gradient_of(self, strip: Strip, slopes: Tensor) -> Tensor:
-        wide, C = self._wide(strip), self.x.shape[1]
-        dwide = torch.zeros_like(wide)
-        for rows in self._blocks(strip):
-            v = torch.mm(strip.matrix[rows], wide).view(-1, C, self.size[1])
+    def _gradient_of(self, strip: Any, slopes: Tensor) -> Tensor:
+        wide = self.over.wide(strip)
+        dwide = None
+        for rows in self.over.blocks(strip):
+            v = self.over.up(wide, strip, rows)
             block = self._block(strip, rows)
             if self.sums.activation == SIGMOID or block.classes is None:
-                a = activated(v, self.sums, named=False)
-                dv = slope_of(slopes[None], a, block, self.sums, named=False, hard=self.hard)
+                a = activated(v, self.sums, named=self.labelled)
+                dv = slope_of(slopes[None], a, block, self.sums, named=self.labelled, hard=self.hard)
             else:
                 dv = self._slope_softmax(slopes, v, block)
-            dwide.addmm_(strip.matrix[rows].t(), dv.view(dv.shape[0], -1))
-        return along_x_backward(dwide, (C, strip.last - strip.first, self.x.shape[3]), self.sums.align_corners)
+            dwide = self.over.down(dwide, dv, strip, rows)
+        return self.over.narrow(dwide, strip)
 
-    def _blocks(self, strip: Strip) -> list[slice]:
-        rows, step = strip.stop - strip.start, max(1, BLOCK // (self.x.shape[1] * self.size[1]))
-        return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-    def _block(self, strip: Strip, rows: slice) -> Block:
-        within = slice(strip.start + rows.start, strip.start + rows.stop)
-        factors = None if self.pixel_weight is None else self.pixel_weight[strip.image, within, None]
-        if self.target.dim() == 4:
-            labels = self.target[strip.image, :, within].transpose(0, 1)
-            return block_of(labels, factors, self.sums, self.kind)
-        classes = self.x.shape[1] if self.sums.activation == SIGMOID else -1
-        return block_of(self.target[strip.image, within, None], factors, self.sums, self.kind, classes)
+    def _block(self, strip: Any, rows: slice) -> Block:
+        factors = None if self.pixel_weight is None else self.over.of(self.pixel_weight, strip, rows)
+        labels = self.over.of(self.target, strip, rows)
+        one_hot = self.sums.activation == SIGMOID or self.labelled
+        classes = 0 if not self.named else self.classes if one_hot else -1
+        return block_of(labels, factors, self.sums, self.kind, classes)
 
     # --- softmax of class indices: what a class has of its own pixels is gathered
 
@@ -163,8 +159,3 @@ class Walk:
         if v.shape[1] == 1:  # one class is certain: exactly 0, without rounding
             v.zero_()
         return v
-
-
-def like(x: Tensor, dx: Tensor) -> Tensor:
-    """dx (N, h, C, w) as a gradient of x (N, C, h, w): its dtype and layout."""
-    return dx.permute(0, 2, 1, 3).to(x.dtype).contiguous(memory_format=memory_format_of(x))

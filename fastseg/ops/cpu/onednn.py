@@ -21,23 +21,31 @@ from fastseg.ops.core.torch_private import (
 )
 
 DTYPES = (torch.float32, torch.bfloat16)
+_PADDED = 256  # products for a value of the result from which filters of zeros pay
 
 
 class Packed:
-    """A convolution with packed weight and bias; a call with a map returns the result in channels_last."""
+    """A convolution with packed weight and bias; a call with a map returns the result in channels_last.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, geometry: tuple, after: tuple[str, str] = ("none", "")):
-        self.weight, self.bias, self.geometry, self.after = weight, bias, geometry, after
+    Of a weight with filters of zeros at its end, ``channels`` says how many to give.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, geometry: tuple, after: tuple[str, str] = ("none", ""),
+        channels: int | None = None,
+    ):  # fmt: skip
+        self.weight, self.bias, self.geometry, self.after, self.channels = weight, bias, geometry, after, channels
 
     def __call__(self, x: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, COUT, OH, OW)."""
         padding, stride, dilation, groups = self.geometry
         name, algorithm = self.after
-        return mkldnn_convolution(x, self.weight, self.bias, padding, stride, dilation, groups, name, [], algorithm)
+        y = mkldnn_convolution(x, self.weight, self.bias, padding, stride, dilation, groups, name, [], algorithm)
+        return y if self.channels is None else y[:, : self.channels].contiguous(memory_format=torch.channels_last)
 
     def activated(self, name: str, algorithm: str = "") -> "Packed":
         """The same with an activation of oneDNN's behind it; take one that keeps NaN: swish, gelu or hardswish."""
-        return Packed(self.weight, self.bias, self.geometry, (name, algorithm))
+        return Packed(self.weight, self.bias, self.geometry, (name, algorithm), self.channels)
 
 
 class PackedTransposed:
@@ -56,8 +64,23 @@ def pack(
     groups: int, shape: Sequence[int],
 ) -> Packed:  # fmt: skip
     """Pack ``weight`` for maps of ``shape`` (N, C, H, W); other shapes work too, some of them slowly."""
-    geometry = (list(padding), list(stride), list(dilation), groups)
-    return Packed(mkldnn_reorder(weight, *geometry, list(shape)), bias, geometry)
+    geometry, channels = (list(padding), list(stride), list(dilation), groups), None
+    if (more := _missing(weight, groups)) > 0:
+        channels = weight.shape[0]
+        weight = F.pad(weight, (0, 0, 0, 0, 0, 0, 0, more))
+        bias = None if bias is None else F.pad(bias, (0, more))
+    return Packed(mkldnn_reorder(weight, *geometry, list(shape)), bias, geometry, channels=channels)
+
+
+def _missing(weight: Tensor, groups: int) -> int:
+    """How many filters of zeros to add: oneDNN takes eight channels at a time, and more time for a rest than for eight.
+
+    21 channels padded to 24 take 0.74 to 0.85 of the time on one thread and 0.77 to 0.89 on two, 5 to 19 channels 0.8
+    to 0.95, the copy of the result included; with few products a value, or taps of one pixel, the copy costs as much.
+    """
+    cout, products = weight.shape[0], weight[0].numel()
+    pays = groups == 1 and weight.shape[2:] != (1, 1) and products >= _PADDED and 4 < cout < 32
+    return -cout % 8 if pays else 0
 
 
 def pack_transposed(

@@ -120,6 +120,8 @@ def _packs() -> PackedWeights | None:
 
 def packing() -> bool:
     """True if this thread is inside ``packed_weights``."""
+    if torch.compiler.is_dynamo_compiling() or _active.get() is None:
+        return False
     return _packs() is not None
 
 

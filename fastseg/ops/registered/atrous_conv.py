@@ -52,7 +52,7 @@ def atrous_branches_ref(
 class Request(NamedTuple):
     """What decides between the forms; of the gradients, which read dy, too."""
 
-    shape: tuple[int, ...]  # of x
+    shape: tuple[int, ...]  # of x; () in a graph, whose op asks when it runs
     dtype: torch.dtype
     COUT: int  # of a branch
     kernels: tuple[int, ...]
@@ -66,7 +66,7 @@ def request_of(
     shape: Sequence[int], dtype: torch.dtype, COUT: int, kernels: Sequence[int], dilations: Sequence[int],
     passes: int = 0, why: str = "",
 ) -> Request:  # fmt: skip
-    ieee = not why and dtype == torch.float32 and not tf32(dtype)
+    ieee = bool(shape) and not why and dtype == torch.float32 and not tf32(dtype)
     return Request(tuple(shape), dtype, COUT, tuple(kernels), tuple(dilations), passes, ieee, why)
 
 
@@ -88,6 +88,8 @@ class KernelForm(Form):
     def refuses(self, r: Request) -> str:
         if why := r.no_kernel or not_taken(r.kernels):
             return why
+        if not r.shape:
+            return ""
         N, C, H, W = r.shape
         if 0 in r.shape or not r.COUT:
             return "empty tensors"
@@ -99,7 +101,9 @@ class KernelForm(Form):
             )
         return ""
 
-    def cost(self, r: Request) -> Verdict:
+    def cost(self, r: Request) -> Verdict | None:
+        if not r.shape:
+            return None
         branches = tuple(map(Branch, r.kernels, r.dilations))
         return plan(*r.shape, r.COUT, branches, r.dtype, r.passes, r.ieee)
 

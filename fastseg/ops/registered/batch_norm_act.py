@@ -36,7 +36,8 @@ def _launch_stats(x):
 def _launch_fwd(x, mean, var, weight, bias, residual, batch, eps, act):
     layout = memory_format_of(x)
     residual = None if residual is None else residual.contiguous(memory_format=layout)
-    norm = _norm(mean, var, weight, bias, eps, batch)
+    affine = (None, None) if weight is None else (weight.contiguous(), bias.contiguous())
+    norm = Norm(mean.contiguous(), var.contiguous(), *affine, eps, batch)
     return batch_norm_act_fwd(x.contiguous(memory_format=layout), norm, act, residual)
 
 

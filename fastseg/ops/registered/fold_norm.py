@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, kernels_run
+from fastseg.ops.core.dispatch import HAS_TRITON, INTERPRETED, followed, kernels_run
 from fastseg.ops.core.register import register
 
 if HAS_TRITON:
@@ -55,7 +55,7 @@ def pays_on_cpu(weight: Tensor, values: int) -> bool:
     A dozen calls on the weight stand against one on the map, which threads share: 60 us and 8 us on small ones, equal
     at 2^18 values and a small weight (one thread).
     """
-    if not weight.is_cpu or INTERPRETED or torch.compiler.is_compiling():
+    if not weight.is_cpu or INTERPRETED or followed(weight):
         return True
     return values >= torch.get_num_threads() * (2**17 + weight.numel())
 

@@ -15,16 +15,15 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastseg.kernels.runtime.sizes import layout_of, memoized
 from fastseg.ops.core.autograd import run
-from fastseg.ops.core.dispatch import HAS_TRITON, followed_eagerly
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, what_follows
 from fastseg.ops.core.layout import memory_format_of, new_map
 from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
 from fastseg.ops.core.torch_private import assert_async
-from fastseg.ops.pool_indices import PoolIndices, encode, pack
+from fastseg.ops.pool_indices import POOL, PoolIndices, encode, is_last, pack, pool_in_windows
 
 if HAS_TRITON:
     from fastseg.kernels.pooling.max_pool import max_pool_fwd
@@ -32,9 +31,6 @@ if HAS_TRITON:
     from fastseg.kernels.pooling.windows import Pooling
 
 INT64 = 64
-POOL = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
-UNPOOL = {1: F.max_unpool1d, 2: F.max_unpool2d, 3: F.max_unpool3d}
-_CONTIGUOUS = torch.contiguous_format
 
 
 class Geometry(NamedTuple):
@@ -70,18 +66,13 @@ def _lifted(N: int, C: int, channels_last: bool, *sizes: tuple[int, ...]) -> "Po
     return Pooling(N, C, *(fill + v for fill, v in zip(fills, sizes, strict=True)), channels_last, dims)
 
 
-def is_last(x: Tensor) -> bool:
-    """True if ``x`` is channels_last or channels_last_3d."""
-    return memory_format_of(x) != _CONTIGUOUS
-
-
 # --- with kernels
 
 
 def _launch_pool(x, size, out, kernel, stride, padding, dilation, bits):
     layout, shape = memory_format_of(x), x.shape
     sizes = map(tuple, (size, out, kernel, stride, padding, dilation))
-    pool = _lifted(shape[0], shape[1], layout != _CONTIGUOUS, *sizes)
+    pool = _lifted(shape[0], shape[1], layout != torch.contiguous_format, *sizes)
     return max_pool_fwd(x.contiguous(memory_format=layout), pool, bits)
 
 
@@ -111,9 +102,9 @@ def _check_indices(valid: Tensor, index: Tensor, size: list[int], sync: bool) ->
 
     The host does not wait for a GPU: as in torch, an assertion on the device tests what the kernel recorded.
     """
-    if followed_eagerly():  # values cannot be read
+    if what_follows():  # values cannot be read
         return
-    if torch.compiler.is_compiling() or (not sync and valid.device.type != "cpu"):
+    if followed() or (not sync and valid.device.type != "cpu"):
         assert_async(valid, "max_unpool: an index is outside its output volume")
     elif not valid.item():
         raise RuntimeError(invalid_index(index, size))
@@ -146,15 +137,6 @@ def plain_pool(x, size, out, kernel, stride, padding, dilation, bits, last=None)
     if bits == 0:
         return y, x.new_empty(0, dtype=torch.uint8)
     return y, pack(encode(index, size, kernel, stride, padding, dilation), bits, is_last(x) if last is None else last)
-
-
-def pool_in_windows(dims: int, x, kernel, stride, padding, dilation, ceil_mode, return_indices=True):
-    """torch's maxima and indices, each index inside its window: channels_last_3d has others where all is -inf."""
-    source = x.contiguous() if dims == 3 else x
-    y, index = POOL[dims](source, kernel, stride, padding, dilation, ceil_mode, return_indices)
-    if source is x:
-        return y, index
-    return tuple(t.contiguous(memory_format=memory_format_of(x)) for t in (y, index))
 
 
 def _as_int64(index, shape, g: Geometry, bits: int, last: bool) -> Tensor:

@@ -16,6 +16,7 @@ from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.layout import channels_last, like, memory_format_of, new_map
 from fastseg.ops.core.norm import ACTIVATION_GRADS, ACTIVATIONS, PlainNorm, activate, plain_norm_bwd, stats_dtype_of
 from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.torch_private import is_bare
 from fastseg.ops.cpu.packed import conv2d
 
 if HAS_TRITON:
@@ -81,19 +82,29 @@ _SCHEMA = ", ".join(f"{_TYPES[kind]} {name}{_DEFAULTS.get(name, '')}" for name, 
 class Request(NamedTuple):
     """What decides between the forms."""
 
-    g: "Geometry"
+    no_kernel: str  # why no kernel can run on such tensors, or what follows the call; or ""
+    g: "Geometry | None"  # None in a graph, whose sizes are unknown, and where ``no_kernel`` decides
     dtype: torch.dtype
     mid_batch_stats: bool
-    chip: "Chip"
+    chip: "Chip | None"
+    folds: bool = False  # no gradient is recorded, in fp32 or fp64: torch's ops may take folded norms
+
+
+def request_of(
+    x: Tensor, sizes: tuple[int, ...], K: int, options: tuple[int, int, int], batch: bool, folds: bool = False
+) -> Request:
+    """Of a call that kernels can run: ``sizes`` are (N, C, H, W, COUT, OH, OW)."""
+    return Request("", Geometry(*sizes, K, *options), x.dtype, batch, chip_of(x.device), folds)
 
 
 def _request(a: Call) -> Request:
-    (N, C, H, W), (_, COUT, OH, OW) = a.x.shape, a.out_shape
-    g = Geometry(N, C, H, W, COUT, OH, OW, a.dw.shape[-1], a.stride, a.padding, a.dilation)
-    return Request(g, a.x.dtype, a.mid == "batch", chip_of(a.x.device))
+    sizes = (*a.x.shape, *a.out_shape[1:])
+    return request_of(a.x, sizes, a.dw.shape[-1], (a.stride, a.padding, a.dilation), a.mid == "batch")
 
 
 def _refuses(r: Request) -> str:
+    if r.no_kernel or r.g is None:
+        return r.no_kernel
     return f"kernel size {r.g.K} > 7" if r.g.K > 7 else r.g.unsupported()
 
 
@@ -106,11 +117,13 @@ class KernelForm(Form):
     def refuses(self, r: Request) -> str:
         return _refuses(r)
 
-    def cost(self, r: Request) -> Verdict:
+    def cost(self, r: Request) -> Verdict | None:
+        if r.g is None:
+            return None
         fused = plan(r.g, r.dtype, mid_batch_stats=r.mid_batch_stats, chip=r.chip)
         return fused if self.name == "fused" else fused.reversed()
 
-    def run(self, a: Call, g: "Geometry", train: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def launch(self, a: Call, g: "Geometry", train: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         residual = None if a.residual is None else channels_last(a.residual)
         out = separable_conv_fwd(*_kernel_args(a, g), residual, fused=self.name == "fused", save_z=train and a.keeps_z)
         return like(a.x, out.y), *out[1:]
@@ -128,16 +141,28 @@ def _kernel_args(a: Call, g: "Geometry") -> tuple:
     return channels_last(a.x), weights, g, Acts(a.pre_act, a.mid_act, a.post_act, a.out_act), mid, post
 
 
+class LaunchForm(KernelForm):
+    """What the registered ops launch."""
+
+    run = KernelForm.launch
+
+
 def _launch_eval(*args) -> Tensor:
     a = Call(*args)
     request = _request(a)
-    return FORMS(request, a, request.g, False, recorded=a.x)[0]
+    return LAUNCH_FORMS(request, a, request.g, False)[0]
+
+
+def run_eval(form: KernelForm, g: "Geometry", *args) -> Tensor:
+    """The registered op without gradients; where nothing stands before it, the form that was chosen for the call."""
+    bare = not torch.compiler.is_dynamo_compiling() and is_bare(args)
+    return form.launch(Call(*args), g, False)[0] if bare else eval_op(*args)
 
 
 def _launch_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = Call(*args)
     request, stats = _request(a), stats_dtype_of(a.x)
-    y, z, mid_stats, post_stats = FORMS(request, a, request.g, True, recorded=a.x)
+    y, z, mid_stats, post_stats = LAUNCH_FORMS(request, a, request.g, True)
     empty = lambda t, dtype: a.x.new_empty(0, dtype=dtype) if t is None else t
     return y, empty(z, a.x.dtype), empty(mid_stats, stats), empty(post_stats, stats)
 
@@ -252,9 +277,10 @@ def _plain_bwd(dy: Tensor, z: Tensor, mid_stats: Tensor, post_stats: Tensor, nee
     )
 
 
-FORMS = Forms(
-    "separable_conv2d", [KernelForm("fused"), KernelForm("split"), Reference(lambda a, g, train: _plain_train(*a))]
-)
+LAUNCH_FORMS = Forms(
+    "separable_conv2d", [LaunchForm("fused"), LaunchForm("split"), Reference(lambda a, g, train: _plain_train(*a))],
+    backward=True,
+)  # fmt: skip
 BACKWARD_FORMS = Forms(
     "separable_conv2d", [BackwardForm(), Reference(lambda g, *args: _plain_bwd(*args))], backward=True
 )

@@ -10,7 +10,7 @@ from fastseg.ops.core.autograd import derived, differentiable
 from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.labels import check_targets
 from fastseg.ops.core.layout import like, memory_format_of, new_map
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import one_launch, qualified, register
 from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.core.upsample import cross_entropy, interpolate, unsupported, upsampling
 
@@ -161,15 +161,13 @@ def _refuses(*args) -> str:
 
 fwd_op = register(
     f"upsample_cross_entropy({_SCHEMA}) -> (Tensor, Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd,
-    refuses=_refuses, asked=True,
+    **one_launch("upsample_cross_entropy", launch_fwd, _plain_fwd, _refuses), asked=True,
 )  # fmt: skip
 bwd_op = register(
     f"upsample_cross_entropy_bwd(Tensor dloss, Tensor lse, Tensor total, {_SCHEMA}) -> Tensor",
-    launch_bwd,
-    _plain_bwd,
-    _fake_bwd,
-    refuses=lambda dloss, lse, total, *args: _refuses(*args),
-)
+    launch_bwd, _plain_bwd, _fake_bwd,
+    **one_launch("upsample_cross_entropy", launch_bwd, _plain_bwd, lambda dloss, lse, total, *args: _refuses(*args)),
+)  # fmt: skip
 
 
 class UpsampleCrossEntropy(torch.autograd.Function):

@@ -10,17 +10,18 @@ from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.layout import like, memory_format_of, new_map
 from fastseg.ops.core.loss_columns import SIGMOID, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size, slope_at_full_size
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import one_launch, qualified, register
 from fastseg.ops.core.torch_private import assert_async
 from fastseg.ops.core.upsample import unsupported, upsampling
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.cross_entropy_bwd import OfSums, upsample_cross_entropy_bwd
-    from fastseg.kernels.upsample.cross_entropy_fwd import upsample_cross_entropy_fwd
+    from fastseg.kernels.upsample.cross_entropy_fwd import upsample_cross_entropy_fwd, upsample_log_sum
     from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
     from fastseg.kernels.upsample.loss_terms import CODES, COLUMNS
     from fastseg.kernels.upsample.sizes import Loss
 
+NAME = "upsample_loss_sums"
 NOTHING = -(2**62)  # a label that no target has: none is ignored
 TENSORS = 3  # tensor fields of Call; the rest are options
 
@@ -68,8 +69,6 @@ def call_of(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: S
 def not_taken(logits: Tensor, target: Tensor, sums: Sums) -> str:
     """Why no kernel takes these arguments, or ""."""
     why = unsupported(logits, *target.shape[-2:])
-    if not why and target.dim() == 4 and sums.activation != SIGMOID:
-        why = "softmax of labels of each class"
     if not why and not isinstance(target.shape[-1], torch.SymInt) and target[:1].numel() >= 2**31:
         why = "an image of 2^31 labels or more"
     return why
@@ -94,7 +93,9 @@ def launch_fwd(*args) -> tuple[Tensor, Tensor]:
     x, target, weight = _dense(a)
     up = upsampling(x, *target.shape[-2:], (0.0, 0.0), a.align_corners)
     lse, spec = None, a.spec
-    if not a.sigmoid:
+    if not a.sigmoid and target.dim() == 4:
+        lse = upsample_log_sum(x, up)
+    elif not a.sigmoid:
         loss = Loss(a.ignore_index, 0.0)
         _, lse, found = upsample_cross_entropy_fwd(x, target, None, up, loss, losses=None, save_lse=True)
         if x.device.type == "cuda":
@@ -154,11 +155,12 @@ def _refuses(*args) -> str:
 
 
 fwd_op = register(
-    f"upsample_loss_sums({_SCHEMA}) -> (Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd, refuses=_refuses
-)
+    f"{NAME}({_SCHEMA}) -> (Tensor, Tensor)", launch_fwd, _plain_fwd, _fake_fwd,
+    **one_launch(NAME, launch_fwd, _plain_fwd, _refuses), asked=True,
+)  # fmt: skip
 bwd_op = register(
-    f"upsample_loss_sums_bwd(Tensor slopes, Tensor lse, {_SCHEMA}) -> Tensor", launch_bwd, _plain_bwd, _fake_bwd,
-    refuses=lambda slopes, lse, *args: _refuses(*args),
+    f"{NAME}_bwd(Tensor slopes, Tensor lse, {_SCHEMA}) -> Tensor", launch_bwd, _plain_bwd, _fake_bwd,
+    **one_launch(NAME, launch_bwd, _plain_bwd, lambda slopes, lse, *args: _refuses(*args)),
 )  # fmt: skip
 
 
@@ -192,6 +194,4 @@ class UpsampleLossSums(torch.autograd.Function):
     backward = staticmethod(differentiable(gradients, again))
 
 
-torch.library.register_autograd(
-    qualified("upsample_loss_sums"), UpsampleLossSums.backward, setup_context=UpsampleLossSums.save
-)
+torch.library.register_autograd(qualified(NAME), UpsampleLossSums.backward, setup_context=UpsampleLossSums.save)

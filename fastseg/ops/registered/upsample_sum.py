@@ -1,27 +1,49 @@
 """The registered op of ``fastseg.ops.upsample_sum``."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import HAS_TRITON, needs_grad
+from fastseg.ops.core.forms import Forms, KernelForm, OneKernel, Reference, Verdict
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.norm import ACTIVATIONS
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import of_sizes, qualified, register
 from fastseg.ops.upsample_bilinear import transposed
 
 if HAS_TRITON:
+    from fastseg.kernels.runtime.ceilings import chip_of
     from fastseg.kernels.upsample.bilinear import unsupported as unsupported_size
-    from fastseg.kernels.upsample.sum import MOST_MAPS, upsample_sum_fwd
+    from fastseg.kernels.upsample.sum import MOST_MAPS, plan, upsample_sum_fwd
+
+NAME = "upsample_sum"
 
 
-def unsupported(base: Tensor, maps: Sequence[Tensor]) -> str:
+def sizes_of(base: Tensor, maps: Sequence[Tensor], *_: object) -> tuple:
+    """What decides whether the kernel takes a call, and what it costs."""
+    return tuple(base.shape), tuple(tuple(m.shape) for m in maps), base.dtype, base.device
+
+
+def _unsupported(shape: tuple[int, ...], maps: tuple[tuple[int, ...], ...], *_: object) -> str:
     """Why the kernel cannot take these sizes, or ""."""
     if not maps:
         return "there is no map to upsample"
-    out = tuple(base.shape[2:])
-    return next(filter(None, (unsupported_size(base.shape[1], tuple(m.shape[2:]), out) for m in maps)), "")
+    return next(filter(None, (unsupported_size(shape[1], small[2:], shape[2:]) for small in maps)), "")
+
+
+class OnePass(KernelForm):
+    """Our kernel: each map is read once, and nothing is written but the result. A graph asks for sizes when it runs."""
+
+    def refuses(self, r: OneKernel) -> str:
+        return super().refuses(r) if r.sizes else r.no_kernel
+
+    def cost(self, r: OneKernel) -> Verdict | None:
+        if not r.sizes:
+            return None
+        shape, maps, dtype, device = r.sizes
+        return plan(math.prod(shape), [math.prod(small) for small in maps], dtype, chip_of(device))
 
 
 def _launch(base: Tensor, maps: list[Tensor], scale, bias, act: str, align_corners: bool) -> Tensor:
@@ -50,10 +72,10 @@ def _fake(base: Tensor, maps: list[Tensor], scale, bias, act: str, align_corners
     return new_map(base, tuple(base.shape))
 
 
+FORMS = Forms(NAME, [OnePass(_launch, _unsupported), Reference(_plain)])
 _fwd = register(
-    "upsample_sum(Tensor base, Tensor[] maps, Tensor? scale, Tensor? bias, str act, bool align_corners) -> Tensor",
-    _launch, _plain, _fake,
-    refuses=lambda base, maps, *_: unsupported(base, maps),
+    f"{NAME}(Tensor base, Tensor[] maps, Tensor? scale, Tensor? bias, str act, bool align_corners) -> Tensor",
+    _launch, _plain, _fake, forms=FORMS, request=of_sizes(sizes_of), asked=True,
 )  # fmt: skip
 
 

@@ -25,7 +25,7 @@ from fastseg.ops.core.dispatch import HAS_TRITON, followed
 from fastseg.ops.core.kept import made_once
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.norm import activate
-from fastseg.ops.core.register import qualified, register
+from fastseg.ops.core.register import one_launch, qualified, register
 from fastseg.ops.core.upsample import neighbours
 from fastseg.ops.cpu.packed import conv2d, packing
 
@@ -199,7 +199,7 @@ def _refuses(taps: Tensor, base, bias, act, size: list[int], align_corners) -> s
 
 _fwd = register(
     "upsample_taps(Tensor taps, Tensor? base, Tensor? bias, str act, SymInt[] size, bool align_corners) -> Tensor",
-    _launch, plain, _fake, refuses=_refuses,
+    _launch, plain, _fake, **one_launch("upsample_concat_conv2d", _launch, plain, _refuses),
 )  # fmt: skip
 _bwd = register(
     "upsample_taps_bwd(Tensor dy, SymInt[] size, bool align_corners) -> Tensor", plain_bwd, plain_bwd, _fake_bwd

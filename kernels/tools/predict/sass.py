@@ -160,10 +160,17 @@ def _times(kinds: Counter[str], of: Counter[str]) -> int:
 
 
 def _source(listing: Listing, loop: Loop, kernel: Kernel, within: int | None) -> int | None:
-    """The loop of the IR, ``within`` another, whose lines most of a loop's own instructions name."""
+    """The loop of the IR, ``within`` another, whose lines most of a loop's own instructions name.
+
+    A loop around others was made from one around others: the first loads of a pipelined inner loop stand in front of
+    it, and would name that.
+    """
     votes: Counter[int] = Counter()
     lines = Counter(listing.instructions[i].place for i in own(loop))
     inside = [i for i in range(len(kernel.loops)) if within is None or _is_in(kernel, i, within)]
+    if loop.inner:
+        around = [i for i in inside if any(_is_in(kernel, other, i) for other in range(len(kernel.loops)))]
+        inside = around or inside
     for at, times in lines.items():
         for i in inside:
             if at in kernel.loops[i].own:

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from nets import unsettle
+from rows import shared
 from torch import Tensor, nn
 
 from fastseg.nn import ASPP
@@ -28,7 +29,7 @@ def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
         torch.testing.assert_close(t, want[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", shared(FORMS, interpreted=["concat"], plain=["sum"]))
 def test_compiled_whole(form):
     """Training without a graph break, then evaluation, at sizes that the graph does not know."""
     net = unsettle(ASPP(8, 8, (1, 3), **FORMS[form])).float()

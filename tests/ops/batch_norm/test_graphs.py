@@ -8,6 +8,7 @@ import io
 
 import pytest
 import torch
+from rows import shared
 from torch import Tensor, nn
 
 from fastseg.models.encoders.resnet import BasicBlock
@@ -111,7 +112,7 @@ def test_compiled_block_of_a_model():
     assert_same_step(torch.compile(net, fullgraph=True, backend="aot_eager"), net, image(2, 9, 8))
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("strict", shared([True, False], interpreted=[True], plain=[False]))
 def test_export(strict):
     net, x, buffer = Net().eval(), image(), io.BytesIO()
     sizes = {"x": {0: torch.export.Dim("N"), 2: torch.export.Dim("H", min=4), 3: torch.export.Dim("W", min=4)}}

@@ -11,7 +11,7 @@ from fastseg.ops import BatchNormArgs, separable_conv2d
 from fastseg.ops.core.kept import Kept, keeping, made_once
 from fastseg.ops.cpu import packed as _cpu_conv
 from fastseg.ops.cpu.matrix import PLAIN, Matrix, pays
-from fastseg.ops.cpu.onednn import why_not
+from fastseg.ops.cpu.onednn import pack, why_not
 from fastseg.ops.cpu.packed import PackedWeights, conv2d, packed_weights
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
@@ -34,6 +34,19 @@ def taken(monkeypatch) -> list[str]:
     monkeypatch.setattr(_cpu_conv, "Matrix", lambda *a: names.append("matrix") or product(*a))
     monkeypatch.setattr(_cpu_conv, "transform", lambda *a: names.append("winograd") or transform(*a))
     return names
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("COUT, padded", [(5, 8), (21, 24), (24, None), (4, None), (33, None)])
+def test_a_rest_of_channels_is_filled_up_to_eight(COUT, padded, bias):
+    x = torch.randn(2, 32, 9, 10).contiguous(memory_format=CL)
+    weight, bias = torch.randn(COUT, 32, 3, 3), torch.randn(COUT) if bias else None
+    run = pack(weight, bias, (1, 1), (1, 1), (1, 1), 1, x.shape)
+    assert (run.weight.shape[0], run.channels) == (padded or COUT, padded and COUT)
+    for each, act in ((run, lambda v: v), (run.activated("swish"), F.silu)):
+        y = each(x)
+        torch.testing.assert_close(y, act(F.conv2d(x, weight, bias, 1, 1)), atol=1e-4, rtol=1e-4)
+        assert y.is_contiguous(memory_format=CL)
 
 
 @pytest.mark.parametrize("act", [None, "relu", "relu6", "leaky_relu"])

@@ -3,12 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import fastseg
-from fastseg.ops.conv_act import conv2d_act
+from fastseg.ops.conv_act import conv2d_act, conv2d_act_ref
 from fastseg.ops.core.dispatch import INTERPRETED
-from fastseg.ops.core.norm import ACTIVATIONS
 from fastseg.ops.registered.pointwise_conv import pointwise_conv2d
 from fastseg.testing import compare
 
@@ -26,11 +24,8 @@ def make(N=2, C=21, COUT=37, H=5, W=7, dtype=torch.float32, device="cpu") -> dic
 
 
 def plain(x, weight, bias=None, residual=None, image_bias=None, act=None) -> Tensor:
-    wide = lambda t: t.double().cpu()
-    y = F.conv2d(wide(x), wide(weight), None if bias is None else wide(bias))
-    y = y if image_bias is None else y + wide(image_bias)[:, :, None, None]
-    y = y if residual is None else y + wide(residual)
-    return ACTIVATIONS[act or "none"](y)
+    wide = lambda t: None if t is None else t.double().cpu()
+    return conv2d_act_ref(wide(x), wide(weight), wide(bias), act, *ONE, wide(residual), wide(image_bias))
 
 
 def call(x, weight, bias=None, act=None, **options) -> Tensor:

@@ -3,10 +3,9 @@
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastseg.ops.core.dispatch import INTERPRETED
-from fastseg.ops.inverted_residual import inverted_residual
+from fastseg.ops.inverted_residual import inverted_residual, inverted_residual_ref
 from fastseg.testing import compare
 
 pytest.importorskip("triton")
@@ -27,17 +26,8 @@ def make(N=2, C=5, HIDDEN=20, COUT=7, H=9, W=11, dtype=torch.float32, device="cp
     ]  # fmt: skip
 
 
-def plain(
-    x, expand, expand_bias, dw, dw_bias, project, project_bias, act="relu6", stride=1, dilation=1, residual=False
-):
-    x, expand, expand_bias, dw, dw_bias, project, project_bias = (
-        t.double().cpu() for t in (x, expand, expand_bias, dw, dw_bias, project, project_bias)
-    )
-    act = getattr(F, act)
-    e = act(F.conv2d(x, expand, expand_bias))
-    u = act(F.conv2d(e, dw, dw_bias, stride, dilation, dilation, groups=dw.shape[0]))
-    y = F.conv2d(u, project, project_bias)
-    return y + x if residual else y
+def plain(*tensors, **options):
+    return inverted_residual_ref(*(t.double().cpu() for t in tensors), **options)
 
 
 CASES = {  # sizes, options, launch configuration

@@ -7,6 +7,7 @@ import io
 
 import pytest
 import torch
+from rows import shared, with_the_interpreter
 from torch import Tensor, nn
 
 import fastseg
@@ -84,7 +85,8 @@ def test_plain_implementations_equal_the_kernels():
             assert torch.equal(got, want) and got.stride() == want.stride()
 
 
-# A size of its own is the easier half: with --long.
+# A size of its own is the easier half: with --long. Of torch's own ops: integration/test_compile_ops.py.
+@with_the_interpreter
 @pytest.mark.parametrize("index_format", ["int64", "compact"])
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True], ids=["static", "dynamic"])
 def test_compiled(dynamic, index_format):
@@ -120,7 +122,8 @@ def test_graphs_hold_the_ops_exactly_where_kernels_run():
     assert [ops_in(graph) for graph in graphs] == [["max_pool", "max_unpool"] * INTERPRETED, []]
 
 
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+# In evaluation: test_export, integration/test_every_model.py.
+@pytest.mark.parametrize("training", [pytest.param(False, marks=pytest.mark.long), True], ids=["eval", "train"])
 def test_compiled_segnet(training):
     net = SegNetBasic(3, channels=4).to(memory_format=CL).train(training)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
@@ -134,7 +137,7 @@ def test_compiled_segnet(training):
         torch.testing.assert_close(after[key], value, msg=key)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("strict", shared([True, False], interpreted=[False], plain=[True]))
 def test_export(strict):
     net, x = SegNetBasic(3, channels=4).to(memory_format=CL).eval(), image(2, 13, 10)
     program = torch.export.export(net, (x,), strict=strict)

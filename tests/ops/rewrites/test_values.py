@@ -133,12 +133,12 @@ def test_of_a_few_pixels_the_filters_are_not_summed():
     for size in (8, 24):
         with fastseg.explain() as report:
             ops.upsample_nearest_conv2d(torch.randn(1, 4, size, size), None, weight)
-        forms.append(report.decisions[0].why)
+        forms.append(report.decisions[0].form)
     assert forms == ["upsampled", "transposed"]
     conv = torch.nn.Conv2d(4, 4, 3)
     with torch.no_grad(), fastseg.frozen(conv), fastseg.explain() as report:
         ops.upsample_nearest_conv2d(torch.randn(1, 4, 16, 16), None, conv.weight)
-    assert report.decisions[0].why == "transposed"
+    assert report.decisions[0].form == "transposed"
 
 
 def test_filters_are_summed_in_fp32_under_autocast():
@@ -214,3 +214,24 @@ X, SKIP = torch.ones(1, 3, 2, 2), torch.ones(1, 2, 4, 4)
 def test_bad_input_is_refused_with_its_values(call, error, text):
     with pytest.raises(error, match=text):
         call()
+
+
+@pytest.mark.parametrize("mode", ["bilinear", "nearest"])
+def test_maps_that_would_be_resized_much_wider_are_resized_first(mode):
+    maps = [torch.randn(2, C, n, n) for C, n in ((2, 3), (6, 8), (1, 1), (5, 4))]
+    weight, bias = torch.randn(64, 14, 1, 1), torch.randn(64)
+    call = lambda **more: ops.resize_concat_conv2d(maps, weight, bias, size=(8, 8), mode=mode, act="relu", **more)
+    want = resize_concat_conv2d_ref(maps, weight, bias, size=(8, 8), mode=mode, act="relu")
+    with torch.no_grad(), fastseg.explain() as report:
+        torch.testing.assert_close(call(), want, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(call(form="small"), want, atol=1e-5, rtol=1e-5)
+    told = [each.why for each in report if each.op == "resize_concat_conv2d"]
+    assert ["narrow" in each for each in told] == [True, False]
+
+
+def test_one_image_of_an_odd_batch_stride_gives_channels_last():
+    tokens = torch.randn(1, 9, 4)  # as a transformer's stage gives them
+    map_ = tokens.transpose(1, 2).reshape(1, 4, 3, 3)
+    assert map_.is_contiguous(memory_format=torch.channels_last) and not map_.is_contiguous()
+    y = ops.resize_concat_conv2d([map_, torch.randn(1, 4, 6, 6)], torch.randn(5, 8, 1, 1), size=(6, 6))
+    assert y.is_contiguous(memory_format=torch.channels_last)

@@ -5,6 +5,7 @@ a CPU tensor takes the reference, in captured graphs too.
 """
 
 import io
+import itertools
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import pytest
 import torch
 from processes import run_two
+from rows import shared, with_the_interpreter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -81,6 +83,7 @@ SIZES = pytest.mark.parametrize(  # a size of its own is the easier half: with -
 )
 
 
+@with_the_interpreter  # without it: test_inductor
 @SIZES
 def test_compiled_training(dynamic):
     eager, net = Net(), Net()
@@ -136,8 +139,14 @@ def test_compiled_code_follows_the_switch():
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
-@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize(
+    "strict, training",
+    shared(
+        itertools.product([True, False], [True, False]),
+        interpreted=[(True, False), (False, True)],
+        plain=[(False, False), (True, True)],
+    ),
+)
 def test_export(strict, training):
     net, x = Net().train(training), image()
     twin = Net().train(training)
@@ -199,8 +208,10 @@ def test_activation_checkpointing(reentrant):
     assert_same(*({name: t for name, t in results.items() if name not in buffers} for results in (got, want)))
 
 
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype, compiled", [
+    (torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True),
+    pytest.param(torch.float16, True, marks=pytest.mark.long),
+])  # fmt: skip
 def test_autocast_dtypes(dtype, compiled):
     net, x = Net(), image().requires_grad_()
     run = torch.compile(net, fullgraph=True, backend="aot_eager") if compiled else net
@@ -301,6 +312,7 @@ dist.destroy_process_group()
 """
 
 
+@with_the_interpreter  # without it: integration/test_converted.py
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 def test_distributed_data_parallel(tmp_path):
     block, x = SeparableConv2d(3, 4, mid_norm=True, mid_act="relu"), image(4)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from rows import shared, with_the_interpreter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -95,7 +96,8 @@ def test_registered_ops_have_second_derivatives():
         torch.testing.assert_close(ddx, want)
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@with_the_interpreter  # of torch's own ops: integration/test_compile_ops.py
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True], ids=["static", "dynamic"])
 def test_compiled_training(dynamic):
     eager, net = Net(), Net()
     net.load_state_dict(eager.state_dict())
@@ -117,7 +119,7 @@ def test_graphs_hold_the_ops_exactly_where_kernels_run():
     assert held(graphs[-1]) == set()
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+@pytest.mark.parametrize("strict", shared([False, True], interpreted=[False], plain=[True]))
 def test_exported(strict):
     net, example = Net().eval(), inputs(3, 4)
     dims = {2: torch.export.Dim.AUTO, 3: torch.export.Dim.AUTO}
@@ -130,7 +132,7 @@ def test_exported(strict):
     torch.testing.assert_close(plain.module()(*example), net(*example), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strict", [False, True], ids=["nonstrict", "strict"])
+@pytest.mark.parametrize("strict", shared([False, True], interpreted=[True], plain=[False]))
 def test_exported_without_bounds(strict):
     """Named sizes need no bound: what a kernel cannot take is found when the exported program runs."""
     net = nn.Sequential(BilinearConvTranspose2d(4, 2, bias=True), UpsamplingBilinear2d(scale_factor=2)).eval()

@@ -7,6 +7,7 @@ a CPU tensor takes torch's two steps in captured graphs, and rows of them in eag
 import pytest
 import torch
 from head_inputs import interpolate
+from rows import shared, with_the_interpreter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -86,7 +87,8 @@ def test_plain_implementations_are_the_op(reduction):
     assert torch.equal(classes.long(), full.argmax(1))
 
 
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@with_the_interpreter  # of torch's own ops: integration/test_compile_ops.py
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.long), True], ids=["static", "dynamic"])
 def test_compile(dynamic):
     net = Heads()
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -106,7 +108,7 @@ def test_graphs_hold_the_ops_exactly_where_kernels_run():
     assert ops_in(graphs[0]) == HELD
 
 
-@pytest.mark.parametrize("strict", [True, False], ids=["strict", "not strict"])
+@pytest.mark.parametrize("strict", shared([True, False], interpreted=[False], plain=[True]))
 def test_export(strict):
     net, args = Heads(), arguments()
     program = torch.export.export(net, args, strict=strict)

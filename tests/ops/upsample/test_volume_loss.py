@@ -1,19 +1,35 @@
 """Losses of volumes on low-resolution logits: torch's own steps at full size, in value and in gradient."""
 
+import importlib
+
 import pytest
 import torch
 from torch.nn import functional as F
 
+import fastseg
 from fastseg import losses, nn
 from fastseg.ops import upsample_cross_entropy, upsample_loss, volume_loss
+from fastseg.ops.core import dispatch
 
 SHAPE, SIZE = (2, 4, 3, 4, 3), (5, 7, 6)
 
 
+# A slab is a call of the op on maps, whose kernels have tests of their own: interpreted, they run in these.
+KERNELS = ("test_half_and_slabs_of_any_length", "test_labels_of_each_class_and_factors", "test_cross_entropy[kernels]")
+
+
 @pytest.fixture(autouse=True)
-def slabs(monkeypatch):
-    """One slice a slab."""
+def slabs(monkeypatch, request):
+    """One slice a slab, whatever else a CPU would take of volumes so small."""
+    walked, slab = [], volume_loss._slab
+    monkeypatch.setattr(volume_loss, "_slab", lambda *args: (walked.append(args[-1]), slab(*args))[1])
     monkeypatch.setattr(volume_loss, "SLAB", 1)
+    monkeypatch.setattr(importlib.import_module("fastseg.ops.upsample_loss_sums"), "moderate", lambda logits: False)
+    if request.node.name not in KERNELS:
+        monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    with fastseg.force("upsample_cross_entropy3d", "slabs"):
+        yield
+    assert len(walked) > 1 or request.node.originalname == "test_errors"
 
 
 def drawn(dtype=torch.float64, shape=SHAPE, size=SIZE, labels=torch.int64):
@@ -35,7 +51,9 @@ def assert_same(ours, want, logits):
 @pytest.mark.parametrize("options", [
     {}, {"reduction": "sum"}, {"align_corners": True}, {"label_smoothing": 0.2}, {"ignore_index": 2},
     {"weight": torch.tensor([1.0, 0.5, 2.0, 0.0])},
-    {"weight": torch.tensor([1.0, 0.5, 2.0, 0.3]), "label_smoothing": 0.1, "ignore_index": 1},
+    pytest.param(
+        {"weight": torch.tensor([1.0, 0.5, 2.0, 0.3]), "label_smoothing": 0.1, "ignore_index": 1}, id="kernels"
+    ),
 ], ids=str)  # fmt: skip
 def test_cross_entropy(options):
     logits, target = drawn()
