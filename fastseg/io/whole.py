@@ -18,7 +18,7 @@ def check_strips(image: Image.Image) -> None:
     Raises:
         ValueError: they do not.
     """
-    ends = [part[1][3] for part in image.tile if part[1] is not None]
+    ends = [part[1][3] for part in getattr(image, "tile", []) if part[1] is not None]
     if ends and max(ends) < image.height:
         raise ValueError(f"its data end after {max(ends)} of {image.height} rows")
 
@@ -31,7 +31,7 @@ def check_rows(image: Image.Image, file: BinaryIO) -> None:
     Raises:
         ValueError: they do.
     """
-    if image.format != "PNG" or image.tile:  # nothing has been decoded
+    if image.format != "PNG" or getattr(image, "tile", []):  # nothing has been decoded
         return
     last = np.asarray(image.crop((0, max(0, image.height - 2), *image.size)))
     if last.reshape(last.shape[0], -1).any(1).all():

@@ -125,9 +125,9 @@ class Request(NamedTuple):
 
 
 def _request(x: Tensor, weight: Tensor, why: str = "", asked: str | None = None) -> Request:
-    pixels = x.shape[0] * x.shape[2] * x.shape[3]
-    if why or asked or isinstance(pixels, torch.SymInt) or followed(x, weight):
+    if why or asked or followed(x, weight):
         return Request(why, asked)
+    pixels = x.shape[0] * x.shape[2] * x.shape[3]
     chip = chip_of(x.device) if x.is_cuda and HAS_TRITON else None
     kept = keeper((weight,)) is not None
     return Request("", None, pixels, kept, x.device.type, x.dtype, weight.element_size(), chip)

@@ -56,6 +56,16 @@ def test_export_for_any_size(model):
             close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize("model", _named("upernet"), indirect=True)
+def test_strict_export_for_any_size(model):
+    """To Dynamo, which follows the Python code, a symbolic size is an int."""
+    sides = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
+    program = torch.export.export(model, (torch.randn(2, 3, 67, 94),), dynamic_shapes=(sides,), strict=True)
+    x = torch.randn(1, 3, 41, 36)
+    with torch.no_grad():
+        close(program.module()(x), model(x))
+
+
 @pytest.mark.parametrize("recorded", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_jit_trace(model, recorded):
     """In torch's own ops, at other sizes too; parameters stay variables, with norms that could be folded too."""

@@ -16,6 +16,9 @@ from fastseg.kernels.runtime.launch import launch
 from fastseg.kernels.runtime.launch import run as run_kernel
 from fastseg.kernels.tools import tune
 from fastseg.kernels.tools import watch as observe
+from fastseg.ops.core.dispatch import INTERPRETED
+
+pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the toys run in Triton's interpreter")
 
 SPEED = {16: 10.0, 32: 5.0, 64: 1.0, 128: 0.5, 256: 0.1}  # microseconds by BLOCK: the smaller ones are the right ones
 

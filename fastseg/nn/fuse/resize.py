@@ -11,7 +11,7 @@ from fastseg.nn.fuse.children import Act
 from fastseg.nn.fuse.conv_norm_act import can_fold, folded, run_conv_norm_act
 from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.watch import split_act, watched
-from fastseg.ops.core.dispatch import kernels_run
+from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.kept import keeper, made_once
 from fastseg.ops.nearest_conv import sums_pay
 from fastseg.ops.pointwise import compose_pointwise
@@ -131,9 +131,9 @@ def run_linear_fuse(
 
 def _composing_pays(m: Tensor, linear: nn.Linear, outer: Tensor) -> bool:
     """True if the product of the matrices and one product of the map cost less than two products of the map."""
-    pixels = m.shape[0] * m.shape[2] * m.shape[3]
-    if isinstance(pixels, torch.SymInt):
+    if followed(m, outer):  # a graph or a trace holds for more sizes than those that it is made with
         return True
+    pixels = m.shape[0] * m.shape[2] * m.shape[3]
     COUT, M, C = outer.shape[0], linear.out_features, linear.in_features
     return COUT * M * C + pixels * C * COUT <= pixels * (C * M + M * COUT)
 
@@ -155,7 +155,6 @@ def _folded_or_after(
 
 def _folding_pays(x: Tensor, size: tuple[int, int], conv: nn.Conv2d) -> bool:
     """False where a CPU, at each call, would write more numbers of the filter than the norm writes of the map."""
-    pixels = x.shape[0] * size[0] * size[1]
-    if not x.is_cpu or isinstance(pixels, torch.SymInt) or keeper((conv.weight,)) is not None:
+    if not x.is_cpu or followed(x, conv.weight) or keeper((conv.weight,)) is not None:
         return True
-    return kernels_run(x) or conv.weight[0].numel() <= pixels
+    return kernels_run(x) or conv.weight[0].numel() <= x.shape[0] * size[0] * size[1]

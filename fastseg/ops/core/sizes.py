@@ -39,6 +39,10 @@ def by_index(*sizes) -> bool:
 
     Torch's exporter of traces to ONNX loses the channels of a slice of open sizes, and of a padded map.
     """
+    if torch.compiler.is_dynamo_compiling():  # to Dynamo a symbol is an int, but one without an end
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return any(not statically_known_true(n < 2**31) for n in sizes)
     if any(isinstance(n, torch.SymInt) for n in sizes):
         return True
     return any(isinstance(n, Tensor) for n in sizes) and torch.onnx.is_in_onnx_export()
@@ -53,7 +57,8 @@ def same_number(a, b) -> bool:
     """True if ``a == b``; of open numbers only if they are always equal, so that a graph gets no guard."""
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         return a is b
-    if not isinstance(a, torch.SymInt) and not isinstance(b, torch.SymInt):
+    # To Dynamo a symbol is an int.
+    if not (isinstance(a, torch.SymInt) or isinstance(b, torch.SymInt) or torch.compiler.is_dynamo_compiling()):
         return a == b
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # two seconds, paid in exports only
 
