@@ -49,11 +49,11 @@ test-fast: setup
 
 test-kernels: setup
 	$(INTERPRETED) $(NOT_GRAPHS)
-	$(INTERPRETED) tests/integration
+	$(INTERPRETED) $(OPS_GRAPHS)
 
 # Of `test-kernels` by kind; in the other chain, which is as long with it.
 test-graphs: setup
-	$(INTERPRETED) $(OPS_GRAPHS)
+	$(INTERPRETED) tests/integration
 
 .PHONY: test-rest test-compiled-and-cpu
 test-rest: setup

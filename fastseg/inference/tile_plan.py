@@ -66,6 +66,8 @@ def output_for(
         raise TypeError(f"overlap_tile: out is a {type(out).__name__}; give a tensor or an array")
     if tuple(out.shape) != shape:
         raise ValueError(f"overlap_tile: out is {tuple(out.shape)}; the result is {shape}")
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError('overlap_tile: out is read-only; map a file with mode "r+" or "w+"')
     kind = out.new_empty(0) if isinstance(out, Tensor) else torch.from_numpy(np.empty(0, out.dtype))
     real = kind.is_floating_point()
     if real == argmax or kind.is_complex() or (argmax and torch.iinfo(kind.dtype).max < classes - 1):

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from fastseg.io.files import atomic_write, first_line, open_regular, printable
+from fastseg.io.whole import check_rows, check_strips
 
 T = TypeVar("T")
 
@@ -100,7 +101,10 @@ def read(path: str | Path, convert: Callable[[Image.Image], T], max_pixels: int 
             with Image.open(file, formats=_formats()) as image:
                 pixels = image.width * image.height
                 if pixels <= max_pixels:
-                    return convert(image)
+                    check_strips(image)
+                    result = convert(image)
+                    check_rows(image, file)
+                    return result
         except Image.UnidentifiedImageError:
             raise ValueError(f"{path}: not a PNG or JPEG image, nor {', '.join(list(FORMATS)[2:])}") from None
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):

@@ -48,6 +48,8 @@ class TopK(Term):
     ) -> tuple[Tensor, Tensor]:
         """The cross entropy of each pixel, at least fp32, and the target without a channel."""
         target = target[:, 0] if target.dim() == logits.dim() and target.shape[1] == 1 else target
+        if not logits.is_floating_point():
+            raise TypeError(f"{self._name}: logits are {logits.dtype}; give floating-point logits")
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         losses = upsample_cross_entropy(
             wide, target, weight, ignore_index, "none", self.label_smoothing, align_corners=align_corners

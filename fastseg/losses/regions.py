@@ -70,7 +70,9 @@ class Tversky(Term):
 
     def bottom(self, inter: Tensor, p: Tensor, y: Tensor) -> Tensor:
         """The lower side of the fraction."""
-        return inter + self.alpha * (p - inter) + self.beta * (y - inter) + self.smooth
+        bottom = torch.add(self.beta * y + self.smooth, p, alpha=self.alpha)  # labels ask for no gradient
+        rest = 1 - self.alpha - self.beta
+        return torch.add(bottom, inter, alpha=rest) if rest else bottom
 
 
 class Dice(Tversky):

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fastseg.ops.core.dispatch import is_torchs
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Table
+from fastseg.ops.cpu.loss_alone import Alone
 from fastseg.ops.upsample_cross_entropy import upsample_cross_entropy
 from fastseg.ops.upsample_loss import upsample_loss
+from fastseg.ops.upsample_loss_sums import upsample_loss_alone
 
 ClassWeights = Tensor | Sequence[float] | None
 
@@ -24,6 +27,7 @@ class Term(nn.Module):
 
     Attributes:
         per_image: whether ``value`` gets the sums of each image, or those of the batch.
+        additive: declared beside a ``value`` that adds up all images' sums: it may get those of each image too.
 
     Raises:
         ValueError: the activation is none of the two.
@@ -88,6 +92,8 @@ class Term(nn.Module):
 
 def ratio(total: Tensor, count: Tensor) -> Tensor:
     """total / count; NaN with gradient 0 where nothing is counted, as in torch's cross entropy."""
+    if count.numel() == 1 and is_torchs(count) and count.item() != 0:
+        return total / count
     some = count != 0
     return torch.where(some, total / torch.where(some, count, 1.0), torch.nan)
 
@@ -104,6 +110,8 @@ class CrossEntropy(Term):
     Raises:
         ValueError: ``label_smoothing`` is outside [0, 1], the reduction is unknown, or weights are not one a class.
     """
+
+    additive = True  # the sums are added up: those of each image are as good as the batch's
 
     def __init__(
         self, weight: ClassWeights = None, ignore_index: int | None = None, label_smoothing: float = 0.0,
@@ -156,6 +164,8 @@ class BinaryCrossEntropy(Term):
         ValueError: ``label_smoothing`` is outside [0, 1], the reduction is unknown, or weights are not one a channel.
     """
 
+    additive = True  # the sums are added up: those of each image are as good as the batch's
+
     def __init__(
         self, weight: ClassWeights = None, ignore_index: int | None = None, pos_weight: ClassWeights = None,
         label_smoothing: float = 0.0, reduction: str = "mean",
@@ -169,6 +179,18 @@ class BinaryCrossEntropy(Term):
         plain = self.pos_weight is None and not self.label_smoothing
         return [*([Column("bce")] if plain else bce_columns(self.label_smoothing)), Column("count")]
 
+    def alone(self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor | None:
+        """The loss in one walk; None where only sums give it."""
+        if self.label_smoothing or type(self).value is not BinaryCrossEntropy.value:
+            return None
+        pos = self.weight if self.pos_weight is None else self.pos_weight
+        if self.weight is not None and self.pos_weight is not None:
+            if self.weight.shape != self.pos_weight.shape:
+                return None
+            pos = self.weight * self.pos_weight
+        loss = Alone(False, 0.0, pos, self.weight, ignore_index, self.reduction == "mean", align_corners)
+        return upsample_loss_alone(logits, target, self.columns(), loss)
+
     def value(self, table: Table) -> Tensor:
         if self.pos_weight is None and not self.label_smoothing:
             pos, neg = table("bce"), 0.0
@@ -181,7 +203,8 @@ class BinaryCrossEntropy(Term):
                     f"{table.classes} channels"
                 )
             pos = pos * self.pos_weight.to(pos)
-        total = (self.factors(table) * (pos + neg)).sum()
+        losses = pos + neg if isinstance(neg, Tensor) else pos
+        total = (losses if self.weight is None else self.factors(table) * losses).sum()
         return total if self.reduction == "sum" else ratio(total, table("count").sum())
 
 
@@ -214,6 +237,8 @@ class Focal(Term):
         ValueError: gamma is negative, alpha is given with softmax, or the reduction is unknown.
     """
 
+    additive = True  # the sums are added up: those of each image are as good as the batch's
+
     def __init__(
         self, gamma: float = 2.0, alpha: float | None = None, ignore_index: int | None = None,
         activation: str = SOFTMAX, weight: ClassWeights = None, reduction: str = "mean",
@@ -228,6 +253,17 @@ class Focal(Term):
     def columns(self) -> Sequence[Column]:
         kinds = ("focal",) if self.activation == SOFTMAX else ("focal_pos", "focal_neg")
         return [*(Column(kind, self.gamma) for kind in kinds), Column("count")]
+
+    def alone(self, logits: Tensor, target: Tensor, ignore_index: int, align_corners: bool) -> Tensor | None:
+        """The loss in one walk; None where only sums give it."""
+        if type(self).value is not Focal.value or logits.dim() != 4:
+            return None
+        softmax, pos, neg = self.activation == SOFTMAX, self.weight, self.weight
+        if self.alpha is not None:
+            one = logits.new_ones(logits.shape[1]) if self.weight is None else self.weight
+            pos, neg = self.alpha * one, (1 - self.alpha) * one
+        loss = Alone(softmax, self.gamma, pos, neg, ignore_index, self.reduction == "mean", align_corners)
+        return upsample_loss_alone(logits, target, self.columns(), loss)
 
     def value(self, table: Table) -> Tensor:
         if self.activation == SOFTMAX:

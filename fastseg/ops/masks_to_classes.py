@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastseg.kernels.runtime.ceilings import OWN_GEMM, OWN_LANES, Chip, chip_of
 from fastseg.kernels.runtime.verdict import verdict
-from fastseg.ops.core.dispatch import HAS_TRITON, followed, known, no_kernel, what_follows
+from fastseg.ops.core.dispatch import HAS_TRITON, followed, is_torchs, known, no_kernel, what_follows
 from fastseg.ops.core.forms import Form, Forms, Reference, Verdict
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import register
@@ -119,8 +119,11 @@ def check_queries(name: str, class_scores: Tensor, mask_logits: Tensor) -> None:
 
 def probabilities(class_scores: Tensor, mask_logits: Tensor) -> Tensor:
     """(N, Q, K + 1) -> (N, Q, K), "no object" left out, in the dtype to compute in."""
-    kind = torch.promote_types(torch.promote_types(class_scores.dtype, mask_logits.dtype), torch.float32)
-    return class_scores.to(kind).softmax(-1)[..., :-1]
+    kind = torch.float32
+    if not class_scores.dtype == mask_logits.dtype == kind:
+        kind = torch.promote_types(torch.promote_types(class_scores.dtype, mask_logits.dtype), kind)
+        class_scores = class_scores.to(kind)
+    return class_scores.softmax(-1)[..., :-1]
 
 
 def _sums(p: Tensor, masks: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
@@ -160,11 +163,15 @@ class Request(NamedTuple):
 
 
 def _request(p: Tensor, masks: Tensor, at: tuple[int, int] | None, H: int, W: int) -> Request:
-    follows, scored, dtype = what_follows(masks, p), at is not None, masks.dtype
-    why, sizes = no_kernel(masks) or follows, known(*p.shape, H * W)
-    if not sizes or follows:
-        return Request(0, 0, 0, 0, scored, dtype, why, False, None, False, False, False)
-    why, cpu = why or unsupported(masks, H, W), masks.is_cpu and not followed(masks, p)
+    scored, dtype = at is not None, masks.dtype
+    if is_torchs(masks) and is_torchs(p):  # small calls take a CPU less time than more questions
+        why, cpu, sizes = "CPU tensor", True, (*p.shape, H * W)
+    else:
+        follows = what_follows(masks, p)
+        why, sizes = no_kernel(masks) or follows, known(*p.shape, H * W)
+        if not sizes or follows:
+            return Request(0, 0, 0, 0, scored, dtype, why, False, None, False, False, False)
+        why, cpu = why or unsupported(masks, H, W), masks.is_cpu and not followed(masks, p)
     N, Q, K, pixels = sizes
     large = cpu and (N * K * pixels >= _LARGE_SCORED if scored else N * max(Q, K) * pixels >= _LARGE)
     finite = large and bool(why) and is_finite(masks) and is_finite(p)

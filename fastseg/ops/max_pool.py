@@ -111,7 +111,7 @@ def _max_pool(dims, public, input, kernel_size, stride, padding, dilation, ceil_
         raise ValueError(f'{name}: index_format is {index_format!r}; use "int64" or "compact"')
     stride = kernel_size if stride is None or (type(stride) is list and not stride) else stride
     arguments = (kernel_size, stride, padding, dilation)
-    if dims > 1 and index_format == "int64" and set(map(type, arguments)) == {int} and is_torchs(input):
+    if dims == 3 and index_format == "int64" and set(map(type, arguments)) == {int} and is_torchs(input):
         return POOL[dims](input, *arguments, ceil_mode, return_indices)
     geometry = pool_geometry(input.shape, *arguments, ceil_mode, dims)
     if not runs_kernel(POOL_FORMS, input, (geometry, input.shape), name=name) or geometry is None:

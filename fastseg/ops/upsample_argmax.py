@@ -66,10 +66,11 @@ def upsample_argmax(
         float32.
 
     Raises:
-        TypeError: ``logits`` is not floating point, ``dtype`` is none of the above, or ``out`` has another one.
+        TypeError: ``logits`` is not floating point, ``dtype`` is none of the above, or ``out`` has another one or is
+            neither a tensor nor an array.
         ValueError: ``logits`` is neither 4-D nor 5-D, or has no class or no pixel; both or neither of ``size`` and
             ``scale_factor`` are given, or one is not positive; ``dtype`` cannot hold the classes; ``out`` has another
-            shape or device; ``confidence`` is asked together with ``out``.
+            shape or device, or is read-only; ``confidence`` is asked together with ``out``.
 
     Reference: ``torch.nn.functional.interpolate`` (mode "bilinear" or "trilinear") and ``torch.argmax``.
     """
@@ -114,7 +115,7 @@ def _into(
 ) -> Any:
     """A volume, or a map that has a place."""
     name, classes, volume = "upsample_argmax", logits.shape[1], logits.dim() == 5
-    place: Any = torch.from_numpy(out) if hasattr(out, "__array_interface__") else out
+    place: Any = _tensor_of(name, out) if out is not None else None
     allowed = (torch.uint8, torch.uint16, torch.int64) if volume else (torch.uint8, torch.int64)
     wide = torch.uint16 if volume else torch.int64
     if dtype is None:
@@ -139,6 +140,17 @@ def _into(
         return filled if out is None else out
     place.copy_(upsample_argmax(logits, size, scale_factor, align_corners=align_corners, dtype=dtype))
     return out
+
+
+def _tensor_of(name: str, out: Any) -> Tensor:
+    """The memory of ``out`` as a tensor; a write to a file that is mapped for reading would end the process."""
+    if isinstance(out, Tensor):
+        return out
+    if not hasattr(out, "__array_interface__"):
+        raise TypeError(f"{name}: out is {type(out).__name__}; give a tensor or a numpy array")
+    if not out.flags.writeable:
+        raise ValueError(f'{name}: out is read-only; map a file with mode "r+" or "w+"')
+    return torch.from_numpy(out)
 
 
 def upsample_argmax_ref(

@@ -10,20 +10,10 @@ from fastseg.ops.core.dispatch import HAS_TRITON, followed, known, no_kernel, wh
 from fastseg.ops.core.forms import Form, Forms, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import one_launch, register
-from fastseg.ops.core.upsample import (
-    Factors,
-    along_x,
-    interpolate,
-    is_finite,
-    output_size,
-    too_large,
-    unsupported,
-    upsampling,
-)
+from fastseg.ops.core.upsample import Factors, is_finite, is_moderate, output_size, too_large, unsupported, upsampling
 from fastseg.ops.core.volume import interpolate as interpolate_volume
 from fastseg.ops.core.volume import resize_of
-from fastseg.ops.cpu.threads import each
-from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, strips_of
+from fastseg.ops.cpu.confidence import by_rows, full_precision, full_size, measured, of_few, topk_of_few
 from fastseg.ops.volume_heads import of_volume
 
 if HAS_TRITON:
@@ -80,7 +70,7 @@ def upsample_confidence(
     logits = logits.detach()
     if logits.dim() == 5:
         to = resize_of(name, logits, size, scale_factor, align_corners)
-        found = lambda v: _measured(v, measure)
+        found = lambda v: measured(v, measure)
         H, W, factors, _ = to.plane
         known: dict = {"size": (H, W)} if factors[0] == 0 else {"scale_factor": factors}
         wide = torch.int64 if dtype == torch.uint16 else dtype
@@ -101,6 +91,7 @@ class Request(NamedTuple):
     sizes: tuple  # of the map, its strides, and the output; () where ``no_kernel`` decides, or a graph asks later
     large: bool
     walks: bool  # a finite map on a CPU that nothing follows; looked at where it decides
+    few: int = 0  # its classes, where they are one or two
 
 
 def _request(logits: Tensor, H: int, W: int) -> Request:
@@ -108,15 +99,16 @@ def _request(logits: Tensor, H: int, W: int) -> Request:
     sizes = () if why else known(tuple(logits.shape), logits.stride(), H, W)
     plain = logits.is_cpu and not followed(logits)
     large = plain and logits.shape[0] * logits.shape[1] * H * W >= _LARGE
-    looked_at = (large and bool(why)) or (plain and bool(forced_blocks()))
-    return Request(why, sizes, large, looked_at and is_finite(logits))
+    few = logits.shape[1] if plain and logits.shape[1] <= 2 else 0
+    looked_at = ((large or few > 0) and bool(why)) or (plain and bool(forced_blocks()))
+    return Request(why, sizes, large, looked_at and (is_moderate if few else is_finite)(logits), few)
 
 
 def upsample_confidence_ref(
     logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str, wide: bool = True
 ) -> tuple[Tensor, Tensor]:
     """``upsample_confidence`` of a map in torch's own lines; the classes are int64."""
-    return _measured(_full(logits, H, W, factors, align_corners), measure)
+    return measured(full_size(logits, H, W, factors, align_corners), measure)
 
 
 @overridable
@@ -204,10 +196,10 @@ def upsample_threshold(
         )
     if logits.dim() == 5:
         to = resize_of("upsample_threshold", logits, size, scale_factor, align_corners)
-        v = interpolate_volume(_wide(logits.detach()), to)[:, 0]
+        v = interpolate_volume(full_precision(logits.detach()), to)[:, 0]
     else:
         H, W, factors = output_size("upsample_threshold", logits, size, scale_factor)
-        v = _full(logits.detach(), H, W, factors, align_corners)[:, 0]  # one plane: no larger than its result
+        v = full_size(logits.detach(), H, W, factors, align_corners)[:, 0]  # one plane: no larger than its result
     above = (v > math.log(threshold / (1 - threshold))).to(torch.uint8)
     return (above, v.sigmoid().float()) if confidence else above
 
@@ -233,14 +225,6 @@ def _dtype(name: str, logits: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     return dtype
 
 
-def _wide(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _full(logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool) -> Tensor:
-    return interpolate(_wide(logits), H, W, factors, align_corners)
-
-
 def _topk(v: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Logits (N, C, H, W) -> classes and probabilities (N, k, H, W)."""
     values, classes = v.topk(k, 1)
@@ -251,65 +235,18 @@ def _topk(v: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def _topk_request(logits: Tensor, H: int, W: int) -> Request:
     plain = logits.is_cpu and not followed(logits)
     large = plain and logits.shape[0] * logits.shape[1] * H * W >= _LARGE
-    looked_at = large or (plain and bool(forced_blocks()))
-    return Request("there is no kernel", (), large, looked_at and is_finite(logits))
+    few = logits.shape[1] if plain and logits.shape[1] <= 2 else 0
+    looked_at = large or few > 0 or (plain and bool(forced_blocks()))
+    return Request("there is no kernel", (), large, looked_at and (is_moderate if few else is_finite)(logits), few)
 
 
 def _topk_by_image(
     logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, k: int
 ) -> tuple[Tensor, Tensor]:
     images = (logits,) if followed(logits) else logits.split(1)  # a trace holds for any number of images
-    parts = [_topk(_full(image, H, W, factors, align_corners), k) for image in images]
+    parts = [_topk(full_size(image, H, W, factors, align_corners), k) for image in images]
     classes, values = (torch.cat(part) for part in zip(*parts, strict=True))
     return classes, values.float()
-
-
-def _measured(v: Tensor, measure: str) -> tuple[Tensor, Tensor]:
-    """Logits (N, C, H, W) -> classes and values (N, H, W)."""
-    if v.shape[1] == 1:  # certain, unless it is no number
-        nothing = v[:, 0] - v[:, 0]
-        return torch.zeros_like(nothing, dtype=torch.int64), nothing if measure == "entropy" else nothing + 1
-    largest, classes = v.max(1, keepdim=True)
-    v = v - largest
-    e = v.exp()
-    s = e.sum(1, keepdim=True)
-    if measure == "entropy":
-        values = s.log() - torch.where(e == 0, 0.0, v * e).sum(1, keepdim=True) / s
-    elif measure == "margin":
-        second = e.scatter(1, classes, 0.0).amax(1, keepdim=True)
-        values = (1 - second) / s
-    else:
-        values = 1 / s
-    return classes[:, 0], values[:, 0]
-
-
-def _by_rows(
-    found, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtypes, channels, *, squeeze=False
-) -> tuple[Tensor, ...]:
-    """What ``found`` gives for blocks (rows, C, W), pixels innermost, laid out as (N, channels, H, W)."""
-    kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    N, C = logits.shape[:2]
-    results = [
-        torch.empty((N, H, W) if squeeze else (N, k, H, W), dtype=dtype, device="cpu")
-        for dtype, k in zip(dtypes, channels, strict=True)
-    ]
-
-    def strip(part: Strip) -> None:
-        x = logits[part.image, :, part.first : part.last].to(kind)
-        wide = along_x(x, W, align_corners, factors[1])
-        step = max(1, BLOCK // (C * W))
-        for start in range(0, part.stop - part.start, step):
-            rows = slice(start, min(start + step, part.stop - part.start))
-            v = torch.mm(part.matrix[rows], wide).view(-1, C, W)
-            there = slice(part.start + rows.start, part.start + rows.stop)
-            for result, block in zip(results, found(v), strict=True):
-                if squeeze:
-                    result[part.image, there] = block
-                else:
-                    result[part.image, :, there] = block.transpose(0, 1)
-
-    each(strip, strips_of(logits.shape, H, W, align_corners, kind, factors[0]))
-    return tuple(results)
 
 
 def _launch(
@@ -322,7 +259,7 @@ def _launch(
 def _plain(
     logits: Tensor, H: int, W: int, factor_h: float, factor_w: float, align_corners: bool, measure: str, wide: bool
 ):
-    classes, values = _measured(_full(logits, H, W, (factor_h, factor_w), align_corners), measure)
+    classes, values = measured(full_size(logits, H, W, (factor_h, factor_w), align_corners), measure)
     kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return classes.to(torch.int64 if wide else torch.uint8).contiguous(), values.to(kind).contiguous()
 
@@ -354,6 +291,18 @@ class KernelForm(Form):
         return _op(logits, H, W, *factors, align_corners, measure, wide)
 
 
+class FewForm(Form):
+    """One or two classes on a CPU: no plane at all, or one, their difference."""
+
+    name, path = "few", "torch"
+
+    def refuses(self, r: Request) -> str:
+        return "" if r.few and r.walks else "not one or two finite classes on a CPU"
+
+    def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str, wide: bool):
+        return of_few(logits, H, W, factors, align_corners, measure)
+
+
 class RowsForm(Form):
     """A CPU's strips of rows; nothing of full size is stored."""
 
@@ -366,11 +315,18 @@ class RowsForm(Form):
         return Verdict(r.large, None, "few upsampled logits: they stay in the caches")
 
     def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, measure: str, wide: bool):
-        found, dtypes = lambda v: _measured(v, measure), (torch.int64, torch.float32)
-        return _by_rows(found, logits, H, W, factors, align_corners, dtypes, (1, 1), squeeze=True)
+        found, dtypes = lambda v: measured(v, measure), (torch.int64, torch.float32)
+        return by_rows(found, logits, H, W, factors, align_corners, dtypes, (1, 1), squeeze=True)
 
 
-FORMS = Forms("upsample_confidence", [KernelForm(), RowsForm(), Torchs(upsample_confidence_ref)])
+FORMS = Forms("upsample_confidence", [KernelForm(), FewForm(), RowsForm(), Torchs(upsample_confidence_ref)])
+
+
+class TopkFewForm(FewForm):
+    """The same of the most probable classes."""
+
+    def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, k: int):  # type: ignore[override]
+        return topk_of_few(logits, k, H, W, factors, align_corners)
 
 
 class TopkRowsForm(RowsForm):
@@ -378,7 +334,7 @@ class TopkRowsForm(RowsForm):
 
     def run(self, logits: Tensor, H: int, W: int, factors: Factors, align_corners: bool, k: int):  # type: ignore[override]
         found = lambda v: _topk(v, k)
-        return _by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
+        return by_rows(found, logits, H, W, factors, align_corners, (torch.int64, torch.float32), (k, k))
 
 
-TOPK = Forms("upsample_topk", [TopkRowsForm(), Torchs(_topk_by_image)])
+TOPK = Forms("upsample_topk", [TopkFewForm(), TopkRowsForm(), Torchs(_topk_by_image)])

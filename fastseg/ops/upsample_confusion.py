@@ -1,5 +1,6 @@
 """Confusion matrix of low-resolution logits against labels of full size."""
 
+import torch
 from torch import Tensor
 
 from fastseg.ops.core.dispatch import followed, what_follows
@@ -51,6 +52,10 @@ def upsample_confusion(
         raise ValueError(f"{name}: {logits.shape[1]} classes of logits, num_classes is {num_classes}")
     C = num_classes
     counts, follow = no_pairs(C, logits.device), followed(logits)
+    one = logits.shape[1] == 1 and logits.is_floating_point() and logits.numel() > 0 and target.numel() > 0
+    if one and logits.is_cpu and target.is_cpu and not follow:  # no pixel has a choice
+        classes = torch.zeros(1, dtype=torch.int64, device="cpu").expand(target.numel())
+        return add_pairs(counts, classes, target, C, ignore_index)[: C * C].view(C, C)
     whole = [(logits, target)] if what_follows(logits) else None  # a trace holds for batches of any size
     for image, labels in whole or zip(logits.split(1), target.split(1), strict=True):
         classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners)

@@ -147,9 +147,10 @@ def _of_head(
         whole: dict[bool, Table] = {}  # over the batch, of this process or of all
         for weight, term in members:
             across = across_processes or term.across_processes
-            if not term.per_image and across not in whole:
+            each = term.per_image or (not across and "additive" in vars(type(term)))
+            if not each and across not in whole:
                 whole[across] = _over_batch(table, across)
-            found.append((weight, term.value(table if term.per_image else whole[across])))
+            found.append((weight, term.value(table if each else whole[across])))
     return _total(found).to(torch.promote_types(logits.dtype, torch.float32))
 
 

@@ -22,7 +22,9 @@ from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.core.sizes import whole
-from fastseg.ops.cpu.loss_sums import check_labels, moderate, sums_on_cpu
+from fastseg.ops.core.upsample import is_moderate
+from fastseg.ops.cpu.loss_alone import Alone, loss_alone
+from fastseg.ops.cpu.loss_sums import check_labels, sums_on_cpu
 from fastseg.ops.registered.upsample_loss_sums import NAME, UpsampleLossSums, call_of, fwd_op, not_taken
 from fastseg.ops.volume_loss import sums_of_volume
 
@@ -77,6 +79,38 @@ def upsample_loss_sums_ref(logits: Tensor, target: Tensor, sums: Sums, pixel_wei
     """``upsample_loss_sums`` in torch's own lines."""
     with torch.autocast(logits.device.type, enabled=False):
         return at_full_size(logits, target, pixel_weight, sums)
+
+
+def upsample_loss_alone(logits: Tensor, target: Tensor, columns: Sequence[Column], loss: Alone) -> Tensor | None:
+    """A binary cross entropy or a focal loss, and its gradient in the same walk, on a CPU that nothing follows.
+
+    Args:
+        logits: (N, C, h, w).
+        target: as ``upsample_loss_sums`` takes it.
+        columns: the sums that it is a function of.
+        loss: what it is.
+
+    Returns:
+        A scalar, in the dtype of the logits, at least float32; None where the sums must be asked.
+
+    Raises:
+        TypeError: as ``upsample_loss_sums``.
+        ValueError: as ``upsample_loss_sums``.
+        IndexError: a label is neither a class nor ``ignore_index``.
+    """
+    if logits.dim() != 4 or not (is_torchs(logits) and target.is_cpu and logits.is_floating_point()):
+        return None
+    kind = SOFTMAX if loss.softmax else SIGMOID
+    target = checked(logits, target, Sums(tuple(columns), kind, loss.ignore_index, loss.align_corners), None)
+    classes, soft = logits.shape[1], target.is_floating_point()
+    if soft or target.dim() != (3 if loss.softmax else 4) or (loss.softmax and classes == 1):
+        return None
+    for factor in (loss.pos, loss.neg):
+        if factor is not None and (factor.requires_grad or not factor.is_cpu or factor.shape != (classes,)):
+            return None
+    if not check_labels(target, classes if loss.softmax else 2, loss.ignore_index):
+        loss = loss._replace(ignore_index=None)
+    return loss_alone(logits, target, loss) if is_moderate(logits) else None
 
 
 # --- forms
@@ -165,7 +199,7 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
 
     trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
     whole = trained or followed(logits, pixel_weight) or logits.shape[0] == 0
-    if not whole and logits.is_cpu and target.is_cpu and not kernels_run(logits) and moderate(logits):
+    if not whole and logits.is_cpu and target.is_cpu and not kernels_run(logits) and is_moderate(logits):
         one_device(NAME, logits, (target, pixel_weight))
         record_reference(NAME, logits, no_kernel(logits))
         return sums_on_cpu(logits, target, pixel_weight, sums)

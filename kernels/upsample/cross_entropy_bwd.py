@@ -113,9 +113,11 @@ def _upsample_cross_entropy_bwd_kernel(
                         lse = tl.load(lse_ptr + offs, mask=mask, other=0.0)[None]
                     p, aux = activated(v, lse, SIGMOID)
                     g = m * total_slope(sa, sb, sc, sd, se, sf, p, aux, y_, SPEC, K, SIGMOID)
+                    if EACH and not SIGMOID:  # a label that does not count leaves its class the others' share
+                        g = tl.where(m == 0, 0.0, g)
                     if not SIGMOID:
                         g -= p * tl.load(dy_ptr + n * H * W + offs, mask=mask, other=0.0).to(ACC)[None]
-                    g = tl.where(m == 0, 0.0, g)
+                    g = tl.where(mask[None] if EACH and not SIGMOID else m != 0, g, 0.0)
                 else:
                     lse = tl.load(lse_ptr + offs, mask=mask, other=float("inf"))  # (BLOCK_H, BLOCK)
                     target = load_target(target_ptr, offs, mask, ignore_index, C)[0]

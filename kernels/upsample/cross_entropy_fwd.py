@@ -60,8 +60,9 @@ def _upsample_cross_entropy_fwd_kernel(
     ignore_index, smoothing,
     C: tl.constexpr, ALIGN_CORNERS: tl.constexpr, WEIGHTED: tl.constexpr, SMOOTH: tl.constexpr,
     STORE_LOSS: tl.constexpr, STORE_LSE: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr, NAMED: tl.constexpr = True,
 ):  # fmt: skip
+    # not NAMED: there is no target, and only the log-sum of each pixel is left
     tile = tl.program_id(0)
     n, y0, row_first, row_end, column = upsample_tile(tile, h, H, W, scale_h, inverse_h, splits,
                                                       ALIGN_CORNERS, ACC, BLOCK_H, BLOCK_W)  # fmt: skip
@@ -106,39 +107,43 @@ def _upsample_cross_entropy_fwd_kernel(
 
         mask = (offs_h < row_end)[:, None] & (offs_w < W)[None, :]
         offs = n * H * W + offs_h[:, None] * W + offs_w[None, :]
-        target, bad = load_target(target_ptr, offs, mask, ignore_index, C)
-        counts = target >= 0
-        plane = target.to(tl.int64) * stride_c
-        top = _along_x(top_ptr + plane, left, right, counts, w0, w1)  # (BLOCK_H, BLOCK_W)
-        bottom = _along_x(bottom_ptr + plane, left, right, counts, w0, w1)
-        log_s = tl.log2(s)
-        loss = (m - mix(h0, top, h1, bottom)) + log_s  # of one class: the target's
-        factor = tl.where(counts, 1.0, 0.0).to(ACC)
-        if WEIGHTED:
-            factor = tl.load(weight_ptr + target, mask=counts, other=0.0).to(ACC)
-        weight_sum += factor
-        lse = m + log_s
-        if SMOOTH:
-            total = tl.sum(all_weight, axis=0) if WEIGHTED else C * 1.0
-            spread = total * lse - (h0 * all_top[None] + h1 * all_bottom[None])
-            loss = factor * (1 - smoothing) * loss + smoothing / C * spread
+        if not NAMED:
+            tl.store(lse_ptr + offs, m + tl.log2(s), mask=mask)
+        else:
+            target, bad = load_target(target_ptr, offs, mask, ignore_index, C)
+            counts = target >= 0
+            plane = target.to(tl.int64) * stride_c
+            top = _along_x(top_ptr + plane, left, right, counts, w0, w1)  # (BLOCK_H, BLOCK_W)
+            bottom = _along_x(bottom_ptr + plane, left, right, counts, w0, w1)
+            log_s = tl.log2(s)
+            loss = (m - mix(h0, top, h1, bottom)) + log_s  # of one class: the target's
+            factor = tl.where(counts, 1.0, 0.0).to(ACC)
             if WEIGHTED:
-                lse = less_factor(lse, tl.where(counts, factor * (1 - smoothing) + smoothing / C * total, 1.0), ACC)
-        elif WEIGHTED:
-            loss = factor * loss
-            lse = less_factor(lse, tl.where(counts, factor, 1.0), ACC)
-        loss = tl.where(counts, loss * _LN2, tl.where(bad, float("nan"), 0.0))
-        if STORE_LOSS:
-            tl.store(loss_ptr + offs, loss.to(loss_ptr.dtype.element_ty), mask=mask)
-        if STORE_LSE:
-            lse = tl.where(counts | (lse != lse), lse, float("inf"))  # 0 times a NaN is NaN, ignored or not
-            tl.store(lse_ptr + offs, lse, mask=mask)
-        loss_sum += loss
-        outside += bad.to(tl.int32)
-    sums_ptr += tile.to(tl.int64) * 3
-    tl.store(sums_ptr, tl.sum(tl.sum(loss_sum, axis=1), axis=0))
-    tl.store(sums_ptr + 1, tl.sum(tl.sum(weight_sum, axis=1), axis=0))
-    tl.store(sums_ptr + 2, tl.sum(tl.sum(outside, axis=1), axis=0).to(ACC))
+                factor = tl.load(weight_ptr + target, mask=counts, other=0.0).to(ACC)
+            weight_sum += factor
+            lse = m + log_s
+            if SMOOTH:
+                total = tl.sum(all_weight, axis=0) if WEIGHTED else C * 1.0
+                spread = total * lse - (h0 * all_top[None] + h1 * all_bottom[None])
+                loss = factor * (1 - smoothing) * loss + smoothing / C * spread
+                if WEIGHTED:
+                    lse = less_factor(lse, tl.where(counts, factor * (1 - smoothing) + smoothing / C * total, 1.0), ACC)
+            elif WEIGHTED:
+                loss = factor * loss
+                lse = less_factor(lse, tl.where(counts, factor, 1.0), ACC)
+            loss = tl.where(counts, loss * _LN2, tl.where(bad, float("nan"), 0.0))
+            if STORE_LOSS:
+                tl.store(loss_ptr + offs, loss.to(loss_ptr.dtype.element_ty), mask=mask)
+            if STORE_LSE:
+                lse = tl.where(counts | (lse != lse), lse, float("inf"))  # 0 times a NaN is NaN, ignored or not
+                tl.store(lse_ptr + offs, lse, mask=mask)
+            loss_sum += loss
+            outside += bad.to(tl.int32)
+    if NAMED:
+        sums_ptr += tile.to(tl.int64) * 3
+        tl.store(sums_ptr, tl.sum(tl.sum(loss_sum, axis=1), axis=0))
+        tl.store(sums_ptr + 1, tl.sum(tl.sum(weight_sum, axis=1), axis=0))
+        tl.store(sums_ptr + 2, tl.sum(tl.sum(outside, axis=1), axis=0).to(ACC))
 
 
 def upsample_cross_entropy_fwd(
@@ -170,6 +175,21 @@ def upsample_cross_entropy_fwd(
         STORE_LOSS=losses is not None, STORE_LSE=save_lse, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return losses, lse, sums.sum(0)
+
+
+def upsample_log_sum(x: Tensor, up: Upsampling) -> Tensor:
+    """x (N, C, h, w) -> log2 of the sum over classes of exp(upsampled logits), (N, H, W)."""
+    N, C, h, _ = x.shape
+    lse = x.new_empty(N, up.y.full, up.x.full, dtype=stats_dtype(x))
+    cfg = select("upsample_cross_entropy_fwd", size=lse.numel(), device=x.device, C=C, dtype=x.dtype, factor=up.factor)
+    splits = row_splits(up)
+    *sizes, _ = up.arguments()
+    launch(
+        _upsample_cross_entropy_fwd_kernel, (N * h * splits * cdiv(up.x.full, cfg.BLOCK_W),),
+        x, lse, lse, lse, lse, lse, *sizes, splits, *x.stride(), 0, 0.0, C=C, ALIGN_CORNERS=up.align_corners,
+        WEIGHTED=False, SMOOTH=False, STORE_LOSS=False, STORE_LSE=True, ACC=acc_dtype(x), NAMED=False, **cfg.launch,
+    )  # fmt: skip
+    return lse
 
 
 @heuristic("upsample_cross_entropy_fwd")

@@ -5,7 +5,8 @@
     dv_c  = m h_c                                         sigmoid; h_c = sum_k (dL / dS_nck) df_k / dv_c
     dx    = the transpose of the interpolation, applied to dv
 
-Forward, softmax: ``cross_entropy_fwd`` leaves the log-sum of each pixel; then, as for sigmoid at once, a program owns a
+Forward, softmax: ``cross_entropy_fwd`` leaves the log-sum of each pixel, of which labels of each class, probabilities
+among them, read nothing; then, as for sigmoid at once, a program owns a
 block of classes and BLOCK_W columns of a segment of cell rows, keeps its sums in registers while the pixels pass by,
 and writes each once. Parts are added in fp64. No atomics, a fixed order: two runs give the same bits.
 
@@ -13,9 +14,10 @@ Backward, softmax: one walk over all classes leaves D, one number a pixel; ``cro
 as here in place of its own.
 
 Traffic in elements: forward reads N C h w logits, the labels and N H W log-sums, writes N C K sums for each segment and
-block of columns (softmax: and what ``cross_entropy_fwd`` has). Backward reads the three and N C K slopes, writes N H W
-of D, reads all again and D, writes N C h w. Sums and D were not kept in one launch with the log-sum: a class's sums
-need the log-sum of all, and in registers they would cost K numbers for each class and thread.
+block of columns (softmax: and what ``cross_entropy_fwd`` has; with labels of each class N C h w read, N H W written).
+Backward reads the three and N C K slopes, writes N H W of D, reads all again and D, writes N C h w. Sums and D were not
+kept in one launch with the log-sum: a class's sums need the log-sum of all, and in registers they would cost K numbers
+for each class and thread.
 """
 
 import torch
@@ -132,8 +134,9 @@ def _added(CODE: tl.constexpr, GAMMA: tl.constexpr, THRESHOLD: tl.constexpr, p, 
 def _upsample_loss_inner_kernel(
     x_ptr, target_ptr, weight_ptr, lse_ptr, slopes_ptr, inner_ptr,
     h, w, H, W, scale_h, scale_w, inverse_h, splits, stride_n, stride_c, stride_y, stride_x, ignore_index,
-    C: tl.constexpr, SPEC: tl.constexpr, K: tl.constexpr, WEIGHTED: tl.constexpr, ALIGN_CORNERS: tl.constexpr,
-    ACC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
+    C: tl.constexpr, SPEC: tl.constexpr, K: tl.constexpr, EACH: tl.constexpr, WEIGHTED: tl.constexpr,
+    ALIGN_CORNERS: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     n, y0, row_first, row_end, column = upsample_tile(tl.program_id(0), h, H, W, scale_h, inverse_h, splits,
                                                       ALIGN_CORNERS, ACC, BLOCK_H, BLOCK_W)  # fmt: skip
@@ -157,8 +160,8 @@ def _upsample_loss_inner_kernel(
             top = _along_x(top_ptr + planes, left, right, known, w0, w1)  # (BLOCK_C, BLOCK_W)
             bottom = _along_x(bottom_ptr + planes, left, right, known, w0, w1)
             v = mix((1 - h1)[None], top[:, None, :], h1[None], bottom[:, None, :])
-            label, m = load_labels(target_ptr + image, weight_ptr + image, offs, classes, mask, H * W, ignore_index,
-                                   C, False, WEIGHTED, ACC)  # fmt: skip
+            label, m = load_labels(target_ptr + image * (C if EACH else 1), weight_ptr + image, offs, classes, mask,
+                                   H * W, ignore_index, C, EACH, WEIGHTED, ACC)  # fmt: skip
             p, aux = activated(v, lse, False)
             a, b, c, d, e, f = load_slopes(slopes_ptr, n, classes, C, K, ACC)
             h_ = total_slope(a, b, c, d, e, f, p, aux, label, SPEC, K, False)
@@ -172,7 +175,8 @@ def upsample_loss_sums(
 ) -> Tensor:  # fmt: skip
     """x (N, C, h, w), target (N, H, W) or (N, C, H, W), pixel_weight and lse (N, H, W) -> sums (N, C, columns), fp64.
 
-    ``lse``: of ``upsample_cross_entropy_fwd``; None for sigmoid. Targets and factors are contiguous.
+    ``lse``: of ``upsample_cross_entropy_fwd`` or ``upsample_log_sum``; None for sigmoid. Targets and factors are
+    contiguous.
     """
     N, C, h, _ = x.shape
     cfg = select("upsample_loss_sums", size=up.pixels * N, device=x.device, C=C, dtype=x.dtype, factor=up.factor)
@@ -197,14 +201,14 @@ def upsample_loss_inner(
 ) -> Tensor:  # fmt: skip
     """The arguments of ``upsample_loss_sums`` and slopes (N, C, columns) -> D (N, H, W) of the header."""
     N, C, h, _ = x.shape
-    inner = x.new_empty(target.shape, dtype=stats_dtype(x))
+    inner = x.new_empty(lse.shape, dtype=stats_dtype(x))
     cfg = select("upsample_loss_inner", size=inner.numel(), device=x.device, C=C, dtype=x.dtype, factor=up.factor)
     splits = row_splits(up)
     *sizes, _ = up.arguments()
     launch(
         _upsample_loss_inner_kernel, (N * h * splits * cdiv(up.x.full, cfg.BLOCK_W),),
         x, target, inner if pixel_weight is None else pixel_weight, lse, slopes, inner, *sizes, splits, *x.stride(),
-        ignore_index, C=C, SPEC=spec, K=len(spec), WEIGHTED=pixel_weight is not None,
+        ignore_index, C=C, SPEC=spec, K=len(spec), EACH=target.dim() == 4, WEIGHTED=pixel_weight is not None,
         ALIGN_CORNERS=up.align_corners, ACC=acc_dtype(x), **cfg.launch,
     )  # fmt: skip
     return inner
@@ -229,9 +233,13 @@ def _sums_candidates(size: int, C: int, dtype: torch.dtype, factor: int) -> list
 
 @heuristic("upsample_loss_inner")
 def _inner_config(size: int, C: int, dtype: torch.dtype, factor: int) -> dict[str, int]:
-    """As the forward of cross entropy: one column a thread, 32 values of it at once."""
+    """As the forward of cross entropy: one column a thread, 32 values of it at once.
+
+    The limit lets ptxas keep 128 to 140 registers; left to itself it took 128 and spilled, or 165 (sm_80, sm_90).
+    """
     rows = row_block(factor)
-    return {"BLOCK_H": rows, "BLOCK_W": 128, "BLOCK_C": min(next_power_of_2(C), max(2, 16 // rows)), "num_warps": 4}
+    return {"BLOCK_H": rows, "BLOCK_W": 128, "BLOCK_C": min(next_power_of_2(C), max(2, 16 // rows)), "num_warps": 4,
+            "maxnreg": 168}  # fmt: skip
 
 
 @candidates("upsample_loss_inner")

@@ -116,6 +116,55 @@ def test_bad_file_is_one_clear_error(kind, tmp_path):
     assert not [w for w in leaked if issubclass(w.category, Image.DecompressionBombWarning)]
 
 
+def _png(rows: bytes, height: int, *, colour: int = 0, interlaced: int = 0, piece: int = 1000) -> bytes:
+    """A PNG 5 pixels wide, in pieces, whose compressed data are whole whatever they hold."""
+    data = zlib.compress(rows)
+    pieces = [(b"IDAT", data[i : i + piece]) for i in range(0, len(data), piece)]
+    header = struct.pack(">IIBBBBB", 5, height, 8, colour, 0, 0, interlaced)
+    chunks = [(b"IHDR", header), *([(b"PLTE", bytes(range(48)))] if colour == 3 else []), *pieces, (b"IEND", b"")]
+    pack = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(pack(*chunk) for chunk in chunks)
+
+
+@pytest.mark.parametrize("colour", [0, 2, 3])
+@pytest.mark.parametrize("missing", [0, 1, 6])
+def test_a_png_with_rows_missing(tmp_path, colour, missing):
+    """Pillow leaves them at 0; rows that are 0 in the file are right."""
+    width = 15 if colour == 2 else 5
+    rows = b"".join(b"\0" + bytes([value] * width) for value in (1, 2, 3, 4, 5, 0, 0)[: 7 - missing])
+    path = tmp_path / "image.png"
+    path.write_bytes(_png(rows, 7, colour=colour, piece=1000 if missing else 5))
+    reads = [images.read_image] if colour == 2 else [images.read_image, images.read_label]
+    for read in reads:
+        if missing:
+            with pytest.raises(ValueError, match=r"image.png: .* its data end after \d+ of \d+ bytes of pixels"):
+                read(path)
+        else:
+            assert len(read(path)) == 7
+
+
+def test_an_interlaced_png_with_rows_missing(tmp_path):
+    grids = [(1, 1), (1, 1), (1, 2), (2, 1), (2, 3), (4, 2), (3, 5)]  # rows and columns of each pass over 7 x 5 pixels
+    rows = [b"\0" + bytes(range(1, columns + 1)) for count, columns in grids for _ in range(count)]
+    path = tmp_path / "image.png"
+    path.write_bytes(_png(b"".join(rows), 7, interlaced=1))
+    assert images.read_label(path).all()
+    for missing in (1, 3, 9):
+        path.write_bytes(_png(b"".join(rows[:-missing]), 7, interlaced=1))
+        with pytest.raises(ValueError, match="its data end after"):
+            images.read_label(path)
+
+
+def test_a_tiff_whose_strips_end_early(tmp_path):
+    path = _save(Image.fromarray(_random_image(8, 6)), tmp_path / "image.tif")
+    data = bytearray(path.read_bytes())
+    entry = data.index(struct.pack("<HH", 257, 4))  # the number of rows
+    data[entry + 8 : entry + 12] = struct.pack("<I", 16)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="its data end after 8 of 16 rows"):
+        images.read_image(path)
+
+
 @pytest.mark.parametrize("suffix", ["bmp", "tif", "webp", "gif", "ppm", "jp2"])
 def test_the_other_formats(tmp_path, suffix):
     rgb = _random_image()

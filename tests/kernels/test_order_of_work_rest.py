@@ -28,6 +28,7 @@ if INTERPRETED:
     from fastseg.kernels.runtime.config import override
     from fastseg.kernels.upsample.confidence import upsample_confidence_fwd
     from fastseg.kernels.upsample.conv import upsample_conv_fwd
+    from fastseg.kernels.upsample.cross_entropy_fwd import upsample_log_sum
     from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
     from fastseg.kernels.upsample.loss_terms import CODES
     from fastseg.kernels.upsample.masks_to_classes import masks_to_classes_fwd
@@ -125,6 +126,15 @@ def sums():
     upsample_loss_inner(x, target, None, lse, torch.ones(1, 8, 2), up, spec, 255)
 
 
+def probabilities():
+    """Softmax and labels of each class: 8 classes of a pixel are read together."""
+    x, target, up = torch.randn(1, 8, 16, 16), torch.rand(1, 8, 128, 128), upsampling(16, 128)
+    spec = tuple((CODES[kind], 1.0, 0.0) for kind in ("inter", "prob"))
+    lse = upsample_log_sum(x, up)
+    upsample_loss_sums(x, target, None, lse, up, spec, 255)
+    upsample_loss_inner(x, target, None, lse, torch.ones(1, 8, 2), up, spec, 255)
+
+
 def owners():
     scores = torch.rand(1, 32)
     masks_to_queries_fwd(
@@ -146,6 +156,7 @@ CASES = {
     masks: (("masks_to_classes_fwd",), 12 << 10),
     owners: (("masks_to_queries_fwd",), 20 << 10),
     sums: (("upsample_loss_sums", "upsample_loss_inner"), 64 << 10),
+    probabilities: (("upsample_loss_sums", "upsample_loss_inner"), 64 << 10),
 }
 
 

@@ -45,6 +45,23 @@ def test_a_label_that_is_no_class_is_named(term, each, low, full):
 
 @SIZES
 @EVERY
+def test_logits_that_are_integers(term, each, low, full):
+    logits, target = drawn(low, full, each)
+    with pytest.raises(TypeError, match=r"logits are torch\.int64; give floating-point logits"):
+        call(term, logits.detach().long(), target)
+
+
+def test_weights_of_two_lengths():
+    """Of the classes and of their positive labels: the wrong one is named."""
+    logits, target = drawn((2, 3), (5, 4), True)
+    for weight, pos_weight, name in ((C + 1, C, "weight"), (C, C + 1, "pos_weight"), (C + 1, C + 1, "pos_weight")):
+        term = BinaryCrossEntropy(torch.ones(weight), pos_weight=torch.ones(pos_weight))
+        with pytest.raises(ValueError, match=rf"BinaryCrossEntropy: {name} is \({C + 1},\)"):
+            call(term, logits, target)
+
+
+@SIZES
+@EVERY
 def test_shapes(term, each, low, full):
     """Another number of images, of axes, of classes; a factor for each image in place of one for each pixel."""
     logits, target = drawn(low, full, each)

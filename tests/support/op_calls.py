@@ -385,6 +385,9 @@ ROWS: dict[str, Row] = {
     "upsample_cross_entropy, mean": Row(ENTROPY, _cross_entropy("mean")),
     "upsample_cross_entropy, none": Row(ENTROPY, _cross_entropy("none"), layouts=DENSE),
     "upsample_loss_sums, softmax": Row(SUMS, _loss_sums("softmax", "nll", "inter", "prob", "target")),
+    "upsample_loss_sums, softmax of each class": Row(
+        SUMS, _loss_sums("softmax", "nll", "inter", each=True), layouts=DENSE[:1]
+    ),
     "upsample_loss_sums, sigmoid": Row(SUMS, _loss_sums("sigmoid", "bce", "focal_pos", each=True), layouts=DENSE),
     "masks_to_classes": Row("masks_to_classes", _masks, False, SINGLE),
     "masks_to_queries": Row("masks_to_queries", _owners, False, SINGLE),

@@ -35,6 +35,12 @@ def add_pairs(
     piece = _CPU_PIECE if seen else _PIECE
     pieces = [(pred, true)] if followed else list(zip(pred.split(piece), true.split(piece), strict=True))
     for p, t in pieces:
+        if seen and t.numel() > 0:
+            least, most = (value.item() for value in t.aminmax())
+            if least >= 0 and most < C and not (ignore_index is not None and least <= ignore_index <= most):
+                bins = torch.add(p, t.long(), alpha=C) if C > 1 else t.long()
+                counts[: C * C] += torch.bincount(bins, minlength=C * C)
+                continue
         t = t.long()
         bins = torch.where((t < 0) | (t >= C), C * C + 1, t * C + p.long())
         if ignore_index is not None:

@@ -15,6 +15,7 @@ if HAS_TRITON:
     from fastseg.kernels.upsample.sizes import Axis, Upsampling
 
 Factors = tuple[float, float]  # of height and width; 0 if the output's size was given instead
+_RANGE = 1e30  # of logits whose differences can be interpolated and summed in fp32
 
 
 def output_size(
@@ -126,6 +127,14 @@ def is_finite(logits: Tensor) -> bool:
         return False
     logits = logits.detach()  # a sum in their own dtype takes a fiftieth of the time, but may overflow
     return bool(logits.sum().isfinite()) or bool(logits.sum(dtype=torch.float64).isfinite())
+
+
+def is_moderate(logits: Tensor) -> bool:
+    """True if there are logits, all are finite, and none is so large that differences of them are not."""
+    if logits.numel() == 0:
+        return False
+    least, most = (value.item() for value in logits.detach().aminmax())
+    return least > -_RANGE and most < _RANGE
 
 
 def along_x(x: Tensor, W: int, align_corners: bool, factor: float = 0.0) -> Tensor:

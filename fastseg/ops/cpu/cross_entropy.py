@@ -12,7 +12,7 @@ from fastseg.ops.core.explain import Refusal
 from fastseg.ops.core.forms import Form, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.labels import equal, outside
 from fastseg.ops.core.layout import memory_format_of
-from fastseg.ops.core.upsample import cross_entropy
+from fastseg.ops.core.upsample import cross_entropy, is_moderate
 from fastseg.ops.cpu.cross_entropy_rows import Criterion, can_walk, fastest, walk
 
 
@@ -24,6 +24,7 @@ class Request(NamedTuple):
     walks: bool  # rows can be taken
     no_kernel: str = "CPU tensor"  # as of ``OneKernel``
     sizes: tuple = ()  # of the map, its strides, and of the target
+    block: bool = False  # two classes of a reduced loss, no logit huge
 
 
 def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Request:
@@ -35,7 +36,12 @@ def request_of(logits: Tensor, target: Tensor, weight: Tensor | None, criterion:
     if weight is not None and _weightless(target, weight, criterion.ignore_index, criterion.reduction):
         return Request("the weights of the mean may sum to 0", "", False)
     name = fastest(logits.shape[1], target.numel())
-    return Request("", name, (name == "rows" or bool(forced_blocks())) and can_walk(logits, target))
+    if name == "block" and criterion.reduction == "none":
+        name = "planes"
+    forced = bool(forced_blocks())
+    two = logits.shape[1] == 2 and criterion.reduction != "none"
+    block = two and (name == "block" or forced) and is_moderate(logits)
+    return Request("", name, (name == "rows" or forced) and can_walk(logits, target), block=block)
 
 
 class TwoStepsForm(Form):
@@ -76,7 +82,16 @@ class RowsForm(Form):
     def run(self, logits: Tensor, target: Tensor, weight: Tensor | None, criterion: Criterion) -> Tensor:
         kind = torch.promote_types(logits.dtype, torch.float32)
         out = kind if torch.is_autocast_enabled("cpu") else logits.dtype
-        return walk(logits, target, weight, criterion, out)
+        return walk(logits, target, weight, criterion, out, at_once=self.name == "block")
+
+
+class BlockForm(RowsForm):
+    """All pixels of two classes at once, as one plane."""
+
+    name = "block"
+
+    def refuses(self, r: Request) -> str:
+        return r.torchs or ("" if r.block else "not two finite classes, or a loss for each pixel")
 
 
 def composed(logits: Tensor, target: Tensor, weight: Tensor | None, c: Criterion) -> Tensor:
@@ -121,4 +136,4 @@ def in_two_steps(
     return loss if loss.dtype == out else loss.to(out)
 
 
-CPU_FORMS: list[Form] = [TwoStepsForm("planes"), TwoStepsForm("pixels"), RowsForm(), Torchs(composed)]
+CPU_FORMS: list[Form] = [TwoStepsForm("planes"), TwoStepsForm("pixels"), RowsForm(), BlockForm(), Torchs(composed)]

@@ -113,7 +113,8 @@ def sums_of(a: Activated, block: Block, sums: Sums, over: int | tuple[int, ...],
     for column in sums.columns:
         kind = column.kind
         if kind == "count" and counts is None:
-            found.append(torch.full((), size, dtype=torch.float64, device="cpu").expand(*_lines(y, over)))
+            exact = y.dtype if size <= 2**24 else torch.float64
+            found.append(torch.full((), size, dtype=exact, device="cpu").expand(*_lines(y, over)))
             continue
         by_label = True  # f is y times something
         if kind == "count":
@@ -147,8 +148,9 @@ def sums_of(a: Activated, block: Block, sums: Sums, over: int | tuple[int, ...],
                 f = softmax_term(column, p, other, y)
         if counts is not None and not by_label:
             f = f * counts
-        found.append(f.sum(over).expand(*_lines(y, over)).double())
-    return torch.stack(found, -1)
+        total = f.sum(over)
+        found.append(total if f.shape[1] == y.shape[1] else total.expand(*_lines(y, over)))
+    return torch.stack(found, -1).double()
 
 
 def slope_of(slopes: Tensor, a: Activated, block: Block, sums: Sums, *, named: bool, hard: bool) -> Tensor:

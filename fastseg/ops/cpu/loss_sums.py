@@ -18,19 +18,21 @@ from fastseg.ops.core.labels import LABEL_DTYPES, check_targets
 from fastseg.ops.core.layout import memory_format_of
 from fastseg.ops.core.loss_columns import SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size, is_ignored, volume_at_full_size
+from fastseg.ops.core.upsample import is_moderate
 from fastseg.ops.cpu import loss_planes
 from fastseg.ops.cpu.loss_blocks import Activated, Block
+from fastseg.ops.cpu.loss_planes import Planes
 from fastseg.ops.cpu.loss_rows import Walk
+from fastseg.ops.cpu.upsampled_rows import BLOCK
 
 # Upsampled logits of many classes, of one plane, and of volumes, from which strips are faster
 # (``benchmarks.studies.losses_cpu``, ``volumes_cpu``).
 _LEAST, _PLANE, _VOLUME = 2**18, 2**17, 2**15
 _MANY = 5  # classes; 3 and 4 are planes
-_RANGE = 1e30  # of logits whose differences can be summed in fp32
 
 
 def sums_on_cpu(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
-    """``upsample_loss_sums`` of checked arguments on a CPU that nothing follows; of volumes if they are ``moderate``.
+    """``upsample_loss_sums`` of checked arguments on a CPU that nothing follows; of moderate volumes.
 
     Raises:
         IndexError: a label is no class.
@@ -39,40 +41,46 @@ def sums_on_cpu(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sum
         sums = sums._replace(ignore_index=None)
     autocast = torch.is_autocast_enabled("cpu")  # to enter its context takes 7 us
     with torch.autocast("cpu", enabled=False) if autocast else nullcontext():
-        if moderate(logits):
+        if is_moderate(logits):
             return _Sums.apply(logits, target, pixel_weight, sums)
         return at_full_size(logits, target, pixel_weight, sums)
 
 
-def moderate(logits: Tensor) -> bool:
-    """True if there are logits, and all are finite and none is huge."""
-    if logits.numel() == 0:
-        return False
-    least, most = (value.item() for value in logits.detach().aminmax())
-    return least > -_RANGE and most < _RANGE
-
-
 class _Plan(NamedTuple):
-    """What is computed: of all classes, of the difference of two, or nothing of one; by rows or all at once."""
+    """What is computed: of all classes, of the difference of two, or nothing of one; in parts or all at once."""
 
     constant: bool
     two: bool
-    rows: bool
+    parts: bool
     sums: Sums  # of all classes, or of the difference
     given: tuple[Column, ...]
 
 
-def _plan_of(x: Tensor, target: Tensor, sums: Sums) -> _Plan:
+def _plan_of(x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> _Plan:
     C, named, given = x.shape[1], target.dim() == x.dim() - 1 and sums.activation == SOFTMAX, sums.columns
     two = named and C == 2
     if two:
         C, sums = 1, sums._replace(columns=_of_difference(given), activation=SIGMOID)
     pixels = target.numel() // (1 if target.dim() < x.dim() else target.shape[1])
+    if x.dim() == 4 and C > 1 and _separate(sums, target, pixel_weight):
+        C, pixels = 1, C * pixels
     if x.dim() == 5:
-        rows = C * pixels >= _VOLUME
+        parts = C * pixels >= _VOLUME
     else:
-        rows = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
-    return _Plan(named and x.shape[1] == 1, two, rows, sums, given)
+        parts = pixels >= _PLANE if C == 1 else C >= _MANY and C * pixels >= _LEAST
+    return _Plan(named and x.shape[1] == 1, two, parts, sums, given)
+
+
+def _separate(sums: Sums, target: Tensor, pixel_weight: Tensor | None) -> bool:
+    """Whether each class of a map is a plane of its own."""
+    return sums.activation == SIGMOID and target.dim() == 4 and pixel_weight is None
+
+
+def _walk_of(x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Walk | Planes:
+    small = x.dim() == 4 and target.shape[-2] * target.shape[-1] <= 2 * BLOCK
+    if small and _separate(sums, target, pixel_weight):
+        return Planes(x, target, sums)
+    return Walk(x, target, pixel_weight, sums)
 
 
 class _Sums(torch.autograd.Function):
@@ -80,20 +88,20 @@ class _Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: Sums) -> Tensor:
-        plan, labels, v = _plan_of(x, target, sums), target, x
+        plan, labels, v = _plan_of(x, target, pixel_weight, sums), target, x
         kept: list[Tensor | None] = [None] * 5
         if plan.two:
             kind = torch.promote_types(x.dtype, torch.float32)
             v, labels = x[:, 1:].to(kind) - x[:, :1].to(kind), target[:, None]
         if plan.constant:
             total = _certain(target, pixel_weight, sums)
-        elif plan.rows:
-            total = Walk(v, labels, pixel_weight, plan.sums).forward()
+        elif plan.parts:
+            total = _walk_of(v, labels, pixel_weight, plan.sums).forward()
         else:
             total, a, block = loss_planes.forward(v, labels, pixel_weight, plan.sums)
             kept = [*a, *block]
         ctx.sums, ctx.plan = sums, plan
-        ctx.save_for_backward(x, target, pixel_weight, v if plan.two and plan.rows else None, *kept)
+        ctx.save_for_backward(x, target, pixel_weight, v if plan.two and plan.parts else None, *kept)
         if plan.two:
             total = torch.matmul(total[:, 0], _of_two(plan.given)).view(-1, 2, len(plan.given))
         return total
@@ -107,9 +115,9 @@ class _Sums(torch.autograd.Function):
         if plan.two:
             slopes = torch.matmul(slopes.flatten(1), _of_two(plan.given).t())[:, None]
             target, shape = target[:, None], torch.Size((shape[0], 1, *shape[2:]))
-        if plan.rows:
+        if plan.parts:
             with torch.autocast("cpu", enabled=False):
-                dx = Walk(x if v is None else v, target, pixel_weight, plan.sums).backward(slopes)
+                dx = _walk_of(x if v is None else v, target, pixel_weight, plan.sums).backward(slopes)
         else:
             a, block = Activated(*kept[:2]), Block(*kept[2:])
             dx = loss_planes.backward(slopes, a, block, shape, target, plan.sums)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.layout import channels_last
-from fastseg.ops.core.upsample import Factors, along_x, interpolate, neighbours
+from fastseg.ops.core.upsample import Factors, along_x, neighbours
 from fastseg.ops.cpu.argmax import rows_argmax
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK, Strip, strips_of
@@ -46,8 +46,13 @@ def classes_of_few(
     p: Tensor, masks: Tensor, H: int, W: int, factors: Factors, align_corners: bool, dtype: torch.dtype
 ) -> Tensor:
     """As ``classes_by_rows`` in torch's steps, with queries and classes innermost, which those steps are faster on."""
-    wide = interpolate(channels_last(masks.to(p.dtype)), H, W, factors, align_corners)
-    shares = wide.permute(0, 2, 3, 1).flatten(1, 2).sigmoid_()
+    masks = masks if masks.dtype == p.dtype else masks.to(p.dtype)
+    if masks.shape[2] == H and masks.shape[3] == W:  # nothing to resize
+        shares = masks.flatten(2).sigmoid().transpose(1, 2)
+    else:
+        lines = channels_last(masks)
+        wide = torch.ops.aten.upsample_bilinear2d(lines, [H, W], align_corners, factors[0] or None, factors[1] or None)
+        shares = wide.permute(0, 2, 3, 1).flatten(1, 2).sigmoid_()
     return torch.bmm(shares, p).max(2).indices.view(-1, H, W).to(dtype)
 
 

@@ -16,7 +16,7 @@ from fastseg.ops.core.upsample import unsupported, upsampling
 
 if HAS_TRITON:
     from fastseg.kernels.upsample.cross_entropy_bwd import OfSums, upsample_cross_entropy_bwd
-    from fastseg.kernels.upsample.cross_entropy_fwd import upsample_cross_entropy_fwd
+    from fastseg.kernels.upsample.cross_entropy_fwd import upsample_cross_entropy_fwd, upsample_log_sum
     from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
     from fastseg.kernels.upsample.loss_terms import CODES, COLUMNS
     from fastseg.kernels.upsample.sizes import Loss
@@ -69,8 +69,6 @@ def call_of(logits: Tensor, target: Tensor, pixel_weight: Tensor | None, sums: S
 def not_taken(logits: Tensor, target: Tensor, sums: Sums) -> str:
     """Why no kernel takes these arguments, or ""."""
     why = unsupported(logits, *target.shape[-2:])
-    if not why and target.dim() == 4 and sums.activation != SIGMOID:
-        why = "softmax of labels of each class"
     if not why and not isinstance(target.shape[-1], torch.SymInt) and target[:1].numel() >= 2**31:
         why = "an image of 2^31 labels or more"
     return why
@@ -95,7 +93,9 @@ def launch_fwd(*args) -> tuple[Tensor, Tensor]:
     x, target, weight = _dense(a)
     up = upsampling(x, *target.shape[-2:], (0.0, 0.0), a.align_corners)
     lse, spec = None, a.spec
-    if not a.sigmoid:
+    if not a.sigmoid and target.dim() == 4:
+        lse = upsample_log_sum(x, up)
+    elif not a.sigmoid:
         loss = Loss(a.ignore_index, 0.0)
         _, lse, found = upsample_cross_entropy_fwd(x, target, None, up, loss, losses=None, save_lse=True)
         if x.device.type == "cuda":

@@ -9,6 +9,7 @@ from fastseg.kernels.upsample.argmax import upsample_argmax_fwd
 from fastseg.kernels.upsample.confidence import MEASURES, upsample_confidence_fwd
 from fastseg.kernels.upsample.cross_entropy import upsample_cross_entropy_bwd, upsample_cross_entropy_fwd
 from fastseg.kernels.upsample.cross_entropy_bwd import OfSums
+from fastseg.kernels.upsample.cross_entropy_fwd import upsample_log_sum
 from fastseg.kernels.upsample.loss_sums import upsample_loss_inner, upsample_loss_sums
 from fastseg.kernels.upsample.loss_terms import CODES
 from fastseg.kernels.upsample.masks_to_classes import masks_to_classes_fwd
@@ -60,13 +61,16 @@ def _cross_entropy(
 
 def _sums(
     dtype: torch.dtype, C: int, *kinds: str, N: int = 16, low: int = 128, full: int = 512, each: bool = False,
-    gamma: float = 2.0, weighted: bool = False,
+    gamma: float = 2.0, weighted: bool = False, soft: bool = False,
 ) -> None:  # fmt: skip
-    """Forward and backward; ``each``: sigmoid, and a label for each class."""
+    """Forward and backward; ``each``: sigmoid, and a label for each class; ``soft``: softmax and probabilities."""
     meta = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device="meta")
     up, spec = _upsampling(low, full, False), tuple((CODES[kind], gamma, 0.0) for kind in kinds)
     target = meta(N, C, full, full, dtype=torch.uint8) if each else meta(N, full, full, dtype=torch.int64)
     x, slopes = _logits(dtype, N, C, low, torch.contiguous_format), meta(N, C, len(kinds))
+    if soft:
+        target = meta(N, C, full, full)
+        upsample_log_sum(x, up)
     lse, weight = (None if each else meta(N, full, full)), (meta(N, full, full) if weighted else None)
     upsample_loss_sums(x, target, weight, lse, up, spec, 255)
     inner = slopes if lse is None else upsample_loss_inner(x, target, weight, lse, slopes, up, spec, 255)
@@ -123,6 +127,7 @@ CASES: dict[str, Callable[[torch.dtype], None]] = {
     "binary cross entropy and Dice 1, 128 -> 512": lambda dtype: _sums(
         dtype, 1, "bce", "count", "inter", "prob", "target", each=True, weighted=True
     ),
+    "cross entropy of probabilities and Dice 21, 128 -> 512": lambda dtype: _sums(dtype, 21, *_CE_DICE, soft=True),
     "confidence 21, 128 -> 512": lambda dtype: _confidence(dtype, 21),
     "confidence 21, large": lambda dtype: _confidence(dtype, 21, N=8200),
     "masks of 100 queries, 150 classes": lambda dtype: _masks(dtype, 100, 150),

@@ -90,6 +90,28 @@ def test_topk(side):
     assert classes.shape == want.indices.shape and (classes != want.indices).float().mean() < 1e-4
 
 
+@pytest.mark.parametrize("classes", [1, 2])
+def test_topk_of_few(classes, device):
+    """Nothing, or one plane; where differences overflow, and NaN, torch's steps."""
+    logits = 4 * torch.randn(2, classes, 3, 4, device=device)
+    for changed in (0.0, 3e38, NAN):
+        logits[0, 0, 0, 0] += changed
+        full = F.interpolate(logits, (7, 9), mode="bilinear").softmax(1)
+        for k in range(1, classes + 1):
+            found, values = upsample_topk(logits, k, (7, 9))
+            want = full.topk(k, 1)
+            torch.testing.assert_close(values, want.values, equal_nan=True, rtol=2e-5, atol=1e-6)
+            known = ~full.isnan().any(1, keepdim=True).expand_as(found)
+            assert found.dtype == torch.int64 and torch.equal(found[known], want.indices[known])
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_two_far_apart(measure, device):
+    logits = torch.tensor([3e38, -3e38], device=device)[None, :, None, None].expand(1, 2, 3, 3).contiguous()
+    found, values = upsample_confidence(logits, 8, measure=measure)
+    assert not found.any() and (values == (0 if measure == "entropy" else 1)).all()
+
+
 def test_threshold():
     logits = torch.randn(2, 1, 4, 5)
     full = F.interpolate(logits, (8, 9), mode="bilinear")[:, 0].sigmoid()
@@ -111,6 +133,19 @@ def test_confusion(device):
     got.update(logits=logits, target=target)
     assert torch.equal(counts.cpu(), want.matrix) and torch.equal(got.matrix, 2 * want.matrix)
     assert counts.sum() == 3 * 6 * 9
+
+
+@pytest.mark.parametrize(("classes", "ignored"), [(1, None), (3, 1), (3, None)])
+def test_confusion_of_one_class(classes, ignored, device):
+    """More pixels than are counted together; the labels stay as they are."""
+    logits = torch.randn(2, 1, 3, 4, device=device)
+    target = torch.randint(classes, (2, 400, 500), device=device)
+    before = target.clone()
+    counts = upsample_confusion(logits, target, classes, ignore_index=ignored)
+    want = torch.bincount(target.flatten(), minlength=classes)
+    if ignored is not None:
+        want[ignored] = 0
+    assert torch.equal(counts[:, 0], want) and not counts[:, 1:].any() and torch.equal(target, before)
 
 
 def test_bad_arguments():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from head_inputs import LAYOUTS, allocations
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastseg
 from fastseg.ops import upsample_argmax, upsample_cross_entropy
 from fastseg.ops.core import dispatch
 from fastseg.ops.cpu.argmax import request_of
@@ -113,7 +114,7 @@ def test_one_confident_label_in_two_classes():
 
 
 @pytest.mark.parametrize(("classes", "side", "one", "two"), [
-    (1, 512, "planes", "planes"), (2, 128, "planes", "planes"), (2, 512, "rows", "rows"),
+    (1, 512, "planes", "planes"), (2, 128, "block", "block"), (2, 512, "rows", "rows"),
     (4, 512, "planes", "planes"), (5, 512, "rows", "planes"), (5, 128, "planes", "planes"),
     (21, 128, "pixels", "pixels"), (21, 256, "rows", "pixels"), (21, 512, "rows", "rows"),
     (150, 128, "rows", "rows"),
@@ -121,6 +122,18 @@ def test_one_confident_label_in_two_classes():
 def test_form_of_the_loss(classes, side, one, two, threads):
     """Batch 2. Rows of small maps took 1.4 of eager's time on two threads."""
     assert fastest(classes, 2 * side * side) == (one if threads == 1 else two)
+
+
+@pytest.mark.skipif(dispatch.INTERPRETED, reason="there the kernels run")
+@pytest.mark.parametrize(("changed", "reduction", "form"), [
+    (0.0, "mean", "block"), (0.0, "none", "planes"), (float("inf"), "sum", "reference"),
+])  # fmt: skip
+def test_two_classes_in_one_block(changed, reduction, form):
+    """From about a hundred pixels a side on; a loss for each pixel, and infinity, take torch's steps."""
+    logits, target = torch.randn(2, 2, 16, 16), torch.randint(2, (2, 128, 128))
+    with fastseg.explain() as report:
+        upsample_cross_entropy(logits + changed, target, reduction=reduction)
+    assert next(iter(report)).form == form
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

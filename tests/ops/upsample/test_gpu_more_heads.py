@@ -205,3 +205,21 @@ def test_a_column_alone():
     torch.testing.assert_close(sums.double(), want, rtol=1e-4, atol=1e-4)
     got, exact = torch.autograd.grad(sums.sum(), logits)[0], torch.autograd.grad(want.sum(), wide)[0]
     assert (got.double() - exact).abs().max() <= 1e-3 * exact.abs().max()
+
+
+def test_softmax_of_probabilities():
+    """A label for each class: the log-sum reads none, and the others read a number for each class."""
+    from fastseg.ops.core.loss_columns import SOFTMAX, Sums
+    from fastseg.ops.core.loss_full import at_full_size
+    from fastseg.ops.upsample_loss_sums import upsample_loss_sums
+
+    logits = draw(2, 5, 33, 47, dtype=torch.float32).requires_grad_()
+    target = torch.rand(2, 5, 129, 180, device=DEVICE)
+    columns = tuple(Column(kind) for kind in ("nll", "inter", "prob", "target"))
+    sums = upsample_loss_sums(logits, target, columns, SOFTMAX, ignore_index=None)
+    wide = logits.detach().double().requires_grad_()
+    want = at_full_size(wide, target.double(), None, Sums(columns, SOFTMAX, None, False))
+    torch.testing.assert_close(sums.double(), want, rtol=1e-4, atol=1e-3)
+    seed = torch.linspace(-1, 1, want.numel(), device=DEVICE, dtype=torch.float64).view_as(want)
+    got, exact = torch.autograd.grad(sums, logits, seed)[0], torch.autograd.grad(want, wide, seed)[0]
+    assert (got.double() - exact).abs().max() <= 1e-3 * exact.abs().max()

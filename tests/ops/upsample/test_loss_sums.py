@@ -70,6 +70,7 @@ def check(logits, target, columns, activation, *, weight=None, align_corners=Fal
 
 @pytest.mark.parametrize(("activation", "form", "classes"), [
     (SOFTMAX, "classes", 5), (SIGMOID, "each", 3), (SIGMOID, "classes", 5), (SIGMOID, "soft", 3),
+    (SOFTMAX, "each", 3), (SOFTMAX, "soft", 5),
 ], ids=str)  # fmt: skip
 def test_every_column(activation, form, classes, device):
     """More columns than a launch takes."""
@@ -100,7 +101,7 @@ def test_a_whole_loss(device):
 
 
 def test_pixel_weights(device):
-    for activation, form in ((SOFTMAX, "classes"), (SIGMOID, "each")):
+    for activation, form in ((SOFTMAX, "classes"), (SOFTMAX, "soft"), (SIGMOID, "each")):
         weight = torch.rand(2, 5, 7, device=device)
         columns = DICE if activation == SOFTMAX else (Column("bce"), *DICE[1:])
         check(*inputs(3, form, device), columns, activation, weight=weight)
@@ -162,7 +163,7 @@ def test_empty_batch(device):
 
 
 def test_stays_inside_its_buffers(device):
-    for activation, form in ((SOFTMAX, "classes"), (SIGMOID, "each")):
+    for activation, form in ((SOFTMAX, "classes"), (SOFTMAX, "each"), (SIGMOID, "each")):
         with guarded():
             logits, target = inputs(3, form, device)
             logits, target = guard(logits.detach()).requires_grad_(), guard(target)
@@ -171,12 +172,24 @@ def test_stays_inside_its_buffers(device):
             assert torch.autograd.grad(sums.sum(), logits)[0].isfinite().all()
 
 
+@AC
+def test_softmax_of_labels_of_each_class(align_corners, device):
+    """More classes and cells than a program takes; an image whose labels all do not count; one class."""
+    logits, target = inputs(6, "each", device, (3, 17), low=(2, 6))
+    target[1] = 255
+    check(logits, target, DICE, SOFTMAX, align_corners=align_corners)
+    check(*inputs(1, "soft", device), DICE, SOFTMAX, align_corners=align_corners)
+
+
 def test_what_runs(device):
-    """Softmax of labels of each class has no kernel; ``explain`` says so."""
+    """Softmax of labels of each class has a kernel; torch's own steps are for what has none, and say why."""
     logits, soft = inputs(3, "soft", device)
     with fastseg.explain() as report:
         upsample_loss_sums(logits, soft, DICE)
-    assert next(iter(report)).why == "softmax of labels of each class"
+    first = next(iter(report))
+    assert (first.path == "triton") == (not first.why), first
+    if INTERPRETED or device.type == "cuda":
+        assert first.path == "triton"
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="traffic is counted under the interpreter")
@@ -199,3 +212,24 @@ def test_traffic():
     assert traffic.total.launches == 2
     assert traffic.total.read_bytes == 2 * (lo + 5 * pixels + 4 * N * C * K) + 4 * pixels
     assert traffic.total.written_bytes == 4 * pixels + lo
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="traffic is counted under the interpreter")
+def test_traffic_of_labels_of_each_class():
+    """The log-sum reads no label; each later launch reads them once."""
+    N, C, LOW, FULL, K = 2, 4, 2, 16, len(DICE)
+    logits = torch.randn(N, C, LOW, LOW, requires_grad=True)
+    target = torch.rand(N, C, FULL, FULL)
+    lo, pixels = 4 * N * C * LOW * LOW, 4 * N * FULL * FULL
+    columns, segments = 2, LOW
+    with count_traffic() as traffic:
+        sums = upsample_loss_sums(logits, target, DICE)
+    assert traffic.total.launches == 2
+    assert traffic.total.read_bytes == lo + lo + pixels + C * pixels
+    assert traffic.total.written_bytes == pixels + 4 * N * C * K * columns * segments
+    slopes = torch.randn_like(sums)
+    with count_traffic() as traffic:
+        torch.autograd.grad(sums, logits, slopes)
+    assert traffic.total.launches == 2
+    assert traffic.total.read_bytes == 2 * (lo + pixels + C * pixels + 4 * N * C * K) + pixels
+    assert traffic.total.written_bytes == pixels + lo

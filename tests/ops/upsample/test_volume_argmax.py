@@ -113,6 +113,10 @@ def test_out_is_a_tensor_an_array_or_a_file(tmp_path):
     assert upsample_argmax(logits[0].transpose(0, 1)[:2], 8, out=flat) is flat
     with pytest.raises(ValueError, match=r"out is \(1, 6, 7, 9\) on cpu; give \(1, 6, 7, 8\) on cpu"):
         upsample_argmax(logits, (6, 7, 8), out=np.zeros((1, 6, 7, 9), np.uint8))
+    with pytest.raises(ValueError, match=r"out is read-only; map a file"):  # to write there would end the process
+        upsample_argmax(logits, (6, 7, 8), out=np.load(tmp_path / "classes.npy", mmap_mode="r"))
+    with pytest.raises(TypeError, match="out is str; give a tensor or a numpy array"):
+        upsample_argmax(logits, (6, 7, 8), out="classes.npy")
     with pytest.raises(TypeError, match=r"out is torch.uint8, dtype is torch.int64"):
         upsample_argmax(logits, (6, 7, 8), dtype=torch.int64, out=np.zeros((1, 6, 7, 8), np.uint8))
 
