@@ -5,9 +5,15 @@ import torch
 
 import fastseg
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
-from fastseg.ops.core.loss_full import at_full_size
 from fastseg.ops.cpu import loss_planes, loss_sums
-from fastseg.ops.upsample_loss_sums import upsample_loss_sums
+from fastseg.ops.upsample_loss_sums import upsample_loss_sums, upsample_loss_sums_ref
+
+
+@pytest.fixture(autouse=True)
+def _reference():
+    """In place of the one beside it: the forms of a CPU, whether kernels are interpreted or not."""
+    with fastseg.force("upsample_loss_sums", "walk"):
+        yield
 
 
 @pytest.mark.parametrize("way", ["products", "torch's op", "rows"])
@@ -31,11 +37,10 @@ def test_every_column(activation, classes, form, way, monkeypatch):
         target = torch.randint(classes, (2, 7, 9), dtype=torch.uint8)
     target = target.masked_fill(torch.rand(target.shape) < 0.2, 255) if form in ("ignored", "each") else target
     weight = torch.rand(2, 7, 9) if form == "weighed" else None
-    with fastseg.reference():
-        got = upsample_loss_sums(logits, target, columns, activation, ignore_index=255, pixel_weight=weight)
+    got = upsample_loss_sums(logits, target, columns, activation, ignore_index=255, pixel_weight=weight)
     wide = logits.detach().double().requires_grad_()
     weight = None if weight is None else weight.double()
-    want = at_full_size(wide, target, weight, Sums(columns, activation, 255, False))
+    want = upsample_loss_sums_ref(wide, target, Sums(columns, activation, 255, False), weight)
     torch.testing.assert_close(got, want, rtol=3e-6, atol=3e-6)
     seed = torch.randn_like(want)
     slopes = [torch.autograd.grad(sums, x, seed)[0] for sums, x in ((got, logits), (want, wide))]
@@ -50,6 +55,5 @@ def test_one_column(activation, kind, least, monkeypatch):
     for name in ("_LEAST", "_PLANE", "_MANY"):
         monkeypatch.setattr(loss_sums, name, least)
     columns, logits, target = (Column(kind, 2.0),), torch.randn(1, 3, 2, 3).double(), torch.randint(2, (1, 3, 4, 5))
-    with fastseg.reference():
-        got = upsample_loss_sums(logits, target, columns, activation)
-    torch.testing.assert_close(got, at_full_size(logits, target, None, Sums(columns, activation, -100, False)))
+    got = upsample_loss_sums(logits, target, columns, activation)
+    torch.testing.assert_close(got, upsample_loss_sums_ref(logits, target, Sums(columns, activation, -100, False)))

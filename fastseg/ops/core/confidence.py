@@ -1,4 +1,4 @@
-"""How sure each pixel of upsampled logits is, in torch's own lines."""
+"""Classes and what is known of them, from upsampled logits, in torch's own lines."""
 
 import torch
 from torch import Tensor
