@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastseg.ops.core.confidence import full_precision, full_size, measured
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, known, no_kernel, what_follows
 from fastseg.ops.core.forms import Form, Forms, Torchs, Verdict, forced_blocks
 from fastseg.ops.core.override import overridable
@@ -13,7 +14,7 @@ from fastseg.ops.core.register import one_launch, register
 from fastseg.ops.core.upsample import Factors, is_finite, is_moderate, output_size, too_large, unsupported, upsampling
 from fastseg.ops.core.volume import interpolate as interpolate_volume
 from fastseg.ops.core.volume import resize_of
-from fastseg.ops.cpu.confidence import by_rows, full_precision, full_size, measured, of_few, topk_of_few
+from fastseg.ops.cpu.confidence import by_rows, of_few, topk_of_few
 from fastseg.ops.volume_heads import of_volume
 
 if HAS_TRITON:
