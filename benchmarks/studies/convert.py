@@ -28,6 +28,8 @@ from fastseg.ops.logits import logits_of
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests" / "support"))
 from foreign import declare_operators
 
+SETTLE = 0.01  # s before each sample on several threads: the other runtimes' threads fall asleep
+
 
 def smp_model(architecture: str, encoder: str, **options: object) -> nn.Module:
     import segmentation_models_pytorch as smp
@@ -131,7 +133,8 @@ def row(name: str, threads: int, args: argparse.Namespace) -> dict[str, object]:
     x = model.inputs(args.side) if isinstance(model, Head) else x
     with torch.no_grad():
         calls = providers(model, x, args.compile, args.onnx, threads)
-        times = medians(interleaved(calls, repetitions=args.repetitions, warmup=2))
+        settle = SETTLE if threads > 1 else 0.0
+        times = medians(interleaved(calls, repetitions=args.repetitions, warmup=2, settle=settle))
         before, after = (products_and_bytes(calls[key])[0] * 1e-9 for key in ("eager", "frozen"))
     load = os.getloadavg()[0]
     ratios = {key: times["eager"] / seconds for key, seconds in times.items() if key != "eager"}
