@@ -1,7 +1,5 @@
-"""Kernels that pictures of eight sizes make Triton compile, first call by first call, and programs of each launch of
-the first: counted, nothing is run."""
+"""Kernels that pictures of eight sizes make Triton compile, first call by first call: counted, nothing is run."""
 
-import math
 from unittest import mock
 
 import pytest
@@ -21,8 +19,6 @@ MOST = {  # model, options, sizes -> compilations at most, in all and after the 
     "segnet": ("segnet", {}, SIZES[:4], 4, 0),
     "unet": ("unet", {"padding": "same"}, SIZES[:4], 3, 0),
 }
-# Tables of some kilobytes for the launch behind them; norms, folded once.
-SMALL = {"_atrous_conv_tables_kernel", "_fold_norm_fwd_kernel"}
 
 
 LONG = ("mobilenet_v2, all sizes",)
@@ -36,21 +32,15 @@ def test_compilations_at_most(label):
 
     name, options, sizes, most, most_later = MOST[label]
     model = create(name, 21, **options).eval().to(torch.bfloat16, memory_format=torch.channels_last)
-    keys, counts, programs = set(), [], []
+    keys, counts = set(), []
     watch = launches.intercept
-
-    def on_launch(kernel, grid, args, kwargs):
-        keys.add(key_of(kernel, args, kwargs))
-        programs.append((math.prod(grid), kernel.fn.__name__))
-
+    on_launch = lambda kernel, grid, args, kwargs: keys.add(key_of(kernel, args, kwargs))
     with torch.no_grad(), frozen(model), mock.patch.object(launches, "intercept", lambda fn: watch(on_launch)):
         for size in sizes:
             x = torch.empty(1, 3, *size, dtype=torch.bfloat16).to(memory_format=torch.channels_last)
             with launches.count():
                 model(x)
             counts.append(len(keys))
-            if name == "deeplabv3plus" and size == SIZES[0]:  # half of an H200's multiprocessors have work
-                assert not {name for n, name in programs if n < 66} - SMALL
     assert 0 < counts[-1] <= most and counts[-1] - counts[0] <= most_later, counts
 
 
