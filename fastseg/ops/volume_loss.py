@@ -76,7 +76,7 @@ class _Slabs(torch.autograd.Function):
         ctx.save_for_backward(logits, target, factor)
         rows = []
         for n in range(logits.shape[0]):
-            found = (function(*_slab(logits, target, factor, n, part)[:3]) for part in _parts(logits, to))
+            found = (function(*slab_of(logits, target, factor, n, part)[:3]) for part in _parts(logits, to))
             rows.append(torch.cat(list(found)) if each else torch.stack([sums.sum(0) for sums in found]).sum(0))
         return torch.stack(rows)
 
@@ -86,7 +86,7 @@ class _Slabs(torch.autograd.Function):
         grad = torch.zeros(logits.shape, dtype=torch.promote_types(logits.dtype, torch.float32), device=logits.device)
         for n in range(logits.shape[0]):
             for part in _parts(logits, ctx.to):
-                maps, labels, factors, repeated = _slab(logits, target, factor, n, part)
+                maps, labels, factors, repeated = slab_of(logits, target, factor, n, part)
                 with torch.enable_grad():
                     maps.requires_grad_()
                     found = ctx.function(maps, labels, factors)
@@ -114,7 +114,7 @@ def _parts(logits: Tensor, to: Resize) -> list[tuple[Slices, int, int]]:
     return [(slices, begin, min(D, begin + length)) for begin in range(0, D, length)]
 
 
-def _slab(
+def slab_of(
     logits: Tensor, target: Tensor, factor: Tensor | None, n: int, part: tuple[Slices, int, int]
 ) -> tuple[Tensor, Tensor, Tensor | None, Slices]:
     """Blended maps, labels and factors of a slab of volume ``n``, and how the maps were blended."""

@@ -286,7 +286,7 @@ def test_doctor_works_without_triton(tmp_path):
     assert run.returncode == 0, run.stderr
     assert "triton  not installed" in run.stdout
     assert "none: Triton is not installed" in run.stdout
-    assert re.search(r"separable_conv2d .* reference +Triton is not installed", run.stdout)
+    assert re.search(r"separable_conv2d .* torch +Triton is not installed", run.stdout)
 
 
 # demo

@@ -21,8 +21,8 @@ KERNELS = ("test_half_and_slabs_of_any_length", "test_labels_of_each_class_and_f
 @pytest.fixture(autouse=True)
 def slabs(monkeypatch, request):
     """One slice a slab, whatever else a CPU would take of volumes so small."""
-    walked, slab = [], volume_loss._slab
-    monkeypatch.setattr(volume_loss, "_slab", lambda *args: (walked.append(args[-1]), slab(*args))[1])
+    walked, slab = [], volume_loss.slab_of
+    monkeypatch.setattr(volume_loss, "slab_of", lambda *args: (walked.append(args[-1]), slab(*args))[1])
     monkeypatch.setattr(volume_loss, "SLAB", 1)
     monkeypatch.setattr(importlib.import_module("fastseg.ops.upsample_loss_sums"), "is_moderate", lambda logits: False)
     if request.node.name not in KERNELS:
