@@ -90,14 +90,27 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 
 
 class Logits(nn.Module):
-    """A model that returns the map of logits alone, which every peer can export."""
+    """A copy of a model that returns the map of logits alone, which every peer can export. The exporter changes the
+    mode of what it is given."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model = copy.deepcopy(model)
+        self.train(model.training)
 
     def forward(self, *x: Tensor) -> Tensor:
         return logits_of(self.model(*x))
+
+
+def exported(model: nn.Module, x: tuple[Tensor, ...]) -> bytes:
+    """An ONNX file of the model: by the older exporter, which takes seconds, or by the newer where that cannot."""
+    file = io.BytesIO()
+    try:
+        torch.onnx.export(Logits(model), x, file, dynamo=False)
+    except Exception:
+        file = io.BytesIO()
+        torch.onnx.export(Logits(model), x, dynamo=True, verbose=False).save(file)
+    return file.getvalue()
 
 
 def providers(
@@ -115,11 +128,9 @@ def providers(
     if onnx:
         import onnxruntime
 
-        file, options = io.BytesIO(), onnxruntime.SessionOptions()
-        dense = tuple(t.contiguous() for t in x)
-        torch.onnx.export(Logits(model), dense, file, dynamo=False)
+        dense, options = tuple(t.contiguous() for t in x), onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(file.getvalue(), options, providers=["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(exported(model, dense), options, providers=["CPUExecutionProvider"])
         feed = {given.name: t.numpy() for given, t in zip(session.get_inputs(), dense, strict=True)}
         found["onnxruntime"] = lambda: session.run(None, feed)
     return found
@@ -133,6 +144,8 @@ def row(name: str, threads: int, args: argparse.Namespace) -> dict[str, object]:
     x = model.inputs(args.side) if isinstance(model, Head) else x
     with torch.no_grad():
         calls = providers(model, x, args.compile, args.onnx, threads)
+        if any(module.training for module in model.modules()):
+            raise RuntimeError(f"{name}: the eager model is in training mode")
         settle = SETTLE if threads > 1 else 0.0
         times = medians(interleaved(calls, repetitions=args.repetitions, warmup=2, settle=settle))
         before, after = (products_and_bytes(calls[key])[0] * 1e-9 for key in ("eager", "frozen"))
