@@ -35,7 +35,7 @@ doctor: setup
 
 # Two chains side by side, one a core; each pytest process is of its own kind (tests/conftest.py says why).
 test: setup lint
-	$(MAKE) -j2 --no-print-directory test-kernels test-rest
+	$(MAKE) -j2 --no-print-directory test-kernels-and-converting test-compiled-and-cpu
 
 # Everything, long forms included.
 test-all:
@@ -55,9 +55,9 @@ test-kernels: setup
 test-graphs: setup
 	$(INTERPRETED) tests/integration
 
-.PHONY: test-rest test-compiled-and-cpu
-test-rest: setup
-	$(MAKE) --no-print-directory test-compiled-and-cpu
+.PHONY: test-kernels-and-converting test-compiled-and-cpu
+test-kernels-and-converting: setup
+	$(MAKE) --no-print-directory test-kernels
 	$(MAKE) --no-print-directory test-converting
 
 test-compiled-and-cpu: setup
