@@ -11,13 +11,11 @@ from fastseg.ops.core.dispatch import (
     is_torchs,
     kernels_run,
     needs_grad,
-    no_kernel,
     one_device,
-    record_reference,
     why_torchs,
 )
 from fastseg.ops.core.explain import Refusal
-from fastseg.ops.core.forms import Form, Forms, Torchs
+from fastseg.ops.core.forms import Form, Forms, Reference, Torchs
 from fastseg.ops.core.labels import LABEL_DTYPES
 from fastseg.ops.core.loss_columns import KINDS, SIGMOID, SOFTMAX, Column, Sums
 from fastseg.ops.core.loss_full import at_full_size
@@ -191,20 +189,75 @@ def _of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor 
     elif first.dim() == 4 and target.dim() == 4:
         target = target[:, None]
 
+    total: Tensor = OF_VOLUMES.decide(_request_of_volume(logits, target, pixel_weight), logits).run(
+        logits, target, sums, pixel_weight
+    )
+    return total
+
+
+# --- forms of volumes
+
+
+class VolumeRequest(NamedTuple):
+    """What decides between the forms of volumes."""
+
+    torchs: str  # why torch's own lines must run, or ""
+    walk: str = ""  # why a CPU cannot walk over blocks, or ""
+
+
+def _request_of_volume(logits: Tensor, target: Tensor, pixel_weight: Tensor | None) -> VolumeRequest:
+    if pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled():
+        return VolumeRequest("pixel_weight requires a gradient")
+    if followed(logits, pixel_weight):
+        return VolumeRequest("a follower of torch's own ops")
+    if logits.shape[0] == 0:
+        return VolumeRequest("no volume")
+    one_device(NAME, logits, (target, pixel_weight))
+    if not logits.is_cpu or kernels_run(logits):
+        return VolumeRequest("", "not on a CPU, or kernels run")
+    return VolumeRequest("", "" if is_moderate(logits) else "NaN, infinity, or large numbers")
+
+
+class VolumeWalkForm(Form):
+    """On a CPU: blocks of rows of slices, with a gradient of their own."""
+
+    name, path = "walk", "torch"
+
+    def refuses(self, r: VolumeRequest) -> str:
+        return r.torchs or r.walk
+
+    def run(self, logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+        return sums_on_cpu(logits, target, pixel_weight, sums)
+
+
+class SlabsForm(Form):
+    """The op on maps, slab by slab, and again for the gradient."""
+
+    name, path = "slabs", "torch"
+
+    def refuses(self, r: VolumeRequest) -> str:
+        return r.torchs
+
+    def run(self, logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+        return _by_maps(logits, target, sums, pixel_weight, whole=False)
+
+
+def _by_maps(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None, *, whole: bool) -> Tensor:
     def of_maps(maps: Tensor, labels: Tensor, factor: Tensor | None) -> Tensor:
         return upsample_loss_sums(
             maps, labels, sums.columns, sums.activation, ignore_index=sums.ignore_index, pixel_weight=factor,
             align_corners=sums.align_corners,
         )  # fmt: skip
 
-    trained = pixel_weight is not None and pixel_weight.requires_grad and torch.is_grad_enabled()
-    whole = trained or followed(logits, pixel_weight) or logits.shape[0] == 0
-    if not whole and logits.is_cpu and target.is_cpu and not kernels_run(logits) and is_moderate(logits):
-        one_device(NAME, logits, (target, pixel_weight))
-        record_reference(NAME, logits, no_kernel(logits))
-        return sums_on_cpu(logits, target, pixel_weight, sums)
     with torch.autocast(logits.device.type, enabled=False):
         return sums_of_volume(of_maps, logits, target, pixel_weight, sums.align_corners, whole=whole)
+
+
+def _lines_of_volume(logits: Tensor, target: Tensor, sums: Sums, pixel_weight: Tensor | None) -> Tensor:
+    return _by_maps(logits, target, sums, pixel_weight, whole=True)
+
+
+OF_VOLUMES = Forms("upsample_loss_sums3d", [VolumeWalkForm(), SlabsForm(), Reference(_lines_of_volume)])
 
 
 # --- arguments

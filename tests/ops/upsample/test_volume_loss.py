@@ -1,7 +1,5 @@
 """Losses of volumes on low-resolution logits: torch's own steps at full size, in value and in gradient."""
 
-import importlib
-
 import pytest
 import torch
 from torch.nn import functional as F
@@ -24,10 +22,9 @@ def slabs(monkeypatch, request):
     walked, slab = [], volume_loss.slab_of
     monkeypatch.setattr(volume_loss, "slab_of", lambda *args: (walked.append(args[-1]), slab(*args))[1])
     monkeypatch.setattr(volume_loss, "SLAB", 1)
-    monkeypatch.setattr(importlib.import_module("fastseg.ops.upsample_loss_sums"), "is_moderate", lambda logits: False)
     if request.node.name not in KERNELS:
         monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    with fastseg.force("upsample_cross_entropy3d", "slabs"):
+    with fastseg.force("upsample_cross_entropy3d", "slabs"), fastseg.force("upsample_loss_sums3d", "slabs"):
         yield
     assert len(walked) > 1 or request.node.originalname == "test_errors"
 
