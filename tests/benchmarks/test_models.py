@@ -32,6 +32,15 @@ def test_the_eager_model_is_plain_and_agrees(model_problem):
     assert {decision.why for decision in ours} == {"inside fastseg.reference()"}
 
 
+def test_what_is_exported_for_a_peer_is_a_copy():
+    """The exporter changes the mode of what it is given; eager would be timed in training mode."""
+    from benchmarks.studies.convert import Logits
+
+    model = torch.nn.BatchNorm2d(3).eval()
+    Logits(model).train()
+    assert not model.training
+
+
 def test_a_training_step_of_a_model(monkeypatch):
     """U-Net: both providers give the same loss and gradients; the parameters keep none; bytes kept of both."""
     monkeypatch.setitem(bench_models.CREATED, "unet", ("unet", {"padding": "same", "norm": True, "widths": (8, 8)}))

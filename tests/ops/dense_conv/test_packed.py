@@ -20,9 +20,13 @@ POINTWISE = "matrix" if torch.backends.mkl.is_available() else "packed"  # how a
 
 
 @pytest.fixture(autouse=True)
-def _without_gradients():
+def _one_thread_without_gradients():
+    """What a layer takes depends on the threads: these are one thread's choices, whatever the environment says."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with torch.no_grad():
         yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
