@@ -9,7 +9,7 @@ and the default; a loss forward and backward.
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -39,6 +39,18 @@ def cases(names: list[str], classes: list[int], sides: list[int], strides: list[
                     )
 
 
+def take(cases: Iterable[Case], threads: list[int], seconds: float, output: Path | None) -> None:
+    """Time the cases, a line each as it is done, then the table; into ``output`` as far as it is, after each."""
+    counts, rows = sorted(set(threads)), list[Row]()
+    for case in cases:
+        rows += (found := [compare(case, n, seconds) for n in counts])
+        each = (f"{r.median:.2f} ({r.least:.2f}) of {r.eager_ms:.2f} ms" for r in found)
+        print(case.name, *each, sep="  ", flush=True)
+        if output:
+            output.write_text(f"{about(0)}\n\n{summary(rows, counts)}\n\n{table(rows, counts)}\n")
+    print(f"\n{about(0)}\n\n{summary(rows, counts)}")
+
+
 def main() -> int:
     """Print a line a case as it is done, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -51,13 +63,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.3, help="of each case and number of threads")
     parser.add_argument("-o", "--output", type=Path, help="write the table here too, as markdown")
     args = parser.parse_args()
-    counts, rows = sorted(set(args.threads)), list[Row]()
-    for case in cases(args.names, args.classes, args.sides, args.strides, args.images):
-        rows += (found := [compare(case, n, args.seconds) for n in counts])
-        print(case.name, *(f"{r.median:.2f} ({r.least:.2f})" for r in found), sep="  ", flush=True)
-        if args.output:  # as far as it is: a long run may be cut off
-            args.output.write_text(f"{about(0)}\n\n{summary(rows, counts)}\n\n{table(rows, counts)}\n")
-    print(f"\n{about(0)}\n\n{summary(rows, counts)}")
+    every = cases(args.names, args.classes, args.sides, args.strides, args.images)
+    take(every, args.threads, args.seconds, args.output)
     return 0
 
 

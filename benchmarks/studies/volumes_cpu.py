@@ -15,9 +15,10 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from benchmarks.studies.cpu_threads import Case, Row, about, compare, summary, table
+from benchmarks.studies.cpu_threads import Case
 from benchmarks.studies.loss_cases import CASES, call
 from benchmarks.studies.loss_cases import Case as Loss
+from benchmarks.studies.losses_cpu import take
 from fastseg import ops
 
 HEADS = {
@@ -89,8 +90,8 @@ def cases(names: list[str], classes: list[int], sides: list[int], strides: list[
 def main() -> int:
     """Print a line a case as it is done, then the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    every = [*HEADS, *UPSAMPLING, *POOLING]
-    parser.add_argument("--names", nargs="+", choices=every, default=every)
+    names = [*HEADS, *UPSAMPLING, *POOLING]
+    parser.add_argument("--names", nargs="+", choices=names, default=names)
     parser.add_argument("--classes", nargs="+", type=int, default=[1, 2, 3, 16, 118])
     parser.add_argument("--sides", nargs="+", type=int, default=[16, 32, 64, 128])
     parser.add_argument("--strides", nargs="+", type=int, default=[1, 2, 4])
@@ -98,15 +99,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=0.3, help="of each case and number of threads")
     parser.add_argument("-o", "--output", type=Path, help="write the table here too, as markdown")
     args = parser.parse_args()
-    counts, rows = sorted(set(args.threads)), list[Row]()
-    for case in cases(args.names, args.classes, args.sides, args.strides):
-        rows += (found := [compare(case, n, args.seconds) for n in counts])
-        print(
-            case.name, *(f"{r.median:.2f} ({r.least:.2f}) of {r.eager_ms:.2f} ms" for r in found), sep="  ", flush=True
-        )
-        if args.output:  # as far as it is: a long run may be cut off
-            args.output.write_text(f"{about(0)}\n\n{summary(rows, counts)}\n\n{table(rows, counts)}\n")
-    print(f"\n{about(0)}\n\n{summary(rows, counts)}")
+    every = cases(args.names, args.classes, args.sides, args.strides)
+    take(every, args.threads, args.seconds, args.output)
     return 0
 
 

@@ -21,8 +21,3 @@ def shared(rows: Iterable, *, interpreted: Iterable, plain: Iterable) -> list:
 def with_the_interpreter(test: Callable) -> Callable:
     """Of the process with the interpreter."""
     return test if INTERPRETED else pytest.mark.long(test)
-
-
-def without_the_interpreter(test: Callable) -> Callable:
-    """Of the process without the interpreter."""
-    return pytest.mark.long(test) if INTERPRETED else test

@@ -8,8 +8,11 @@ import fastseg
 from fastseg import losses
 from fastseg.ops import upsample_argmax, upsample_confidence, upsample_cross_entropy, upsample_loss, upsample_topk
 from fastseg.ops import volume_heads as heads
+from fastseg.ops.core import dispatch
+from fastseg.ops.core.loss_columns import KINDS, SOFTMAX, Column
 from fastseg.ops.cpu import loss_sums, upsampled_slabs
 from fastseg.ops.cpu.upsampled_slabs import Slabs
+from fastseg.ops.upsample_loss_sums import upsample_loss_sums
 
 SIZES = {  # low, full, align_corners
     "larger": ((3, 4, 5), (7, 9, 8), False),
@@ -159,3 +162,12 @@ def test_heads(C, block):
         assert torch.equal(found[0], want.indices)
     assert torch.equal(upsample_argmax(logits, full, **options), v.argmax(1).to(torch.uint8))
     assert upsample_confidence(logits[:0], full)[0].shape == (0, *full)
+
+
+@pytest.mark.parametrize("value, form", [(1.0, "walk"), (torch.nan, "slabs")])
+def test_sums_of_volumes_take_blocks_where_numbers_allow(value, form, monkeypatch):
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    logits, target = torch.full((1, 2, 2, 3, 2), value), torch.zeros(1, 4, 5, 3, dtype=torch.int64)
+    with fastseg.explain() as seen:
+        upsample_loss_sums(logits, target, (Column(KINDS[SOFTMAX][0]),))
+    assert [d.form for d in seen if d.op == "upsample_loss_sums3d"] == [form]
