@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.kernels.runtime.sizes import memoized, memoized_as_given, source_scale
+from fastseg.ops.core.constants import constant
 from fastseg.ops.core.dispatch import HAS_TRITON
 from fastseg.ops.core.layout import channels_last
 from fastseg.ops.core.sizes import is_open, is_size, scaled, whole
@@ -154,3 +155,11 @@ def neighbours(
     source = source * scale if align_corners else ((source + 0.5) * scale - 0.5).clamp_(min=0)
     first = source.long().clamp_(max=low - 1)
     return first, (first + 1).clamp_(max=low - 1), (source - first).clamp_(max=1)
+
+
+@constant(maxsize=64)
+def matrix_along(low: int, full: int, align_corners: bool, dtype: torch.dtype, factor: float = 0.0) -> Tensor:
+    """(full, low), the interpolation along one axis, on a CPU."""
+    first, second, weight = neighbours(low, full, align_corners, dtype, factor)
+    matrix = torch.zeros(full, low, dtype=dtype, device="cpu").scatter_(1, first[:, None], (1 - weight)[:, None])
+    return matrix.scatter_add_(1, second[:, None], weight[:, None])

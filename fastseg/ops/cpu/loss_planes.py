@@ -8,9 +8,8 @@ forward and 0.1 to 0.3 backward (128^2, strides 4 and 16, one thread).
 import torch
 from torch import Tensor
 
-from fastseg.ops.core.constants import constant
 from fastseg.ops.core.loss_columns import SOFTMAX, Sums
-from fastseg.ops.core.upsample import neighbours
+from fastseg.ops.core.upsample import matrix_along
 from fastseg.ops.cpu.loss_blocks import Activated, Block, activated, block_of, slope_of, sums_of
 from fastseg.ops.cpu.threads import each
 from fastseg.ops.cpu.upsampled_rows import BLOCK
@@ -100,8 +99,8 @@ def maps_up(x: Tensor, H: int, W: int, align_corners: bool) -> Tensor:
     x = x.contiguous()
     if max(h, w) > _FORWARD:
         return torch.ops.aten.upsample_bilinear2d(x, [H, W], align_corners, None, None).flatten(2)
-    wide = torch.mm(x.view(N * C * h, w), _matrix(w, W, align_corners, x.dtype).t())
-    return torch.matmul(_matrix(h, H, align_corners, x.dtype), wide.view(N * C, h, W)).view(N, C, H * W)
+    wide = torch.mm(x.view(N * C * h, w), matrix_along(w, W, align_corners, x.dtype).t())
+    return torch.matmul(matrix_along(h, H, align_corners, x.dtype), wide.view(N * C, h, W)).view(N, C, H * W)
 
 
 def maps_down(dv: Tensor, shape: torch.Size, H: int, W: int, align_corners: bool) -> Tensor:
@@ -110,13 +109,5 @@ def maps_down(dv: Tensor, shape: torch.Size, H: int, W: int, align_corners: bool
     if max(h, w) > _BACKWARD:
         back = torch.ops.aten.upsample_bilinear2d_backward
         return back(dv.view(N, C, H, W), [H, W], [N, C, h, w], align_corners, None, None)
-    low = torch.matmul(_matrix(h, H, align_corners, dv.dtype).t(), dv.view(N * C, H, W))
-    return torch.mm(low.view(N * C * h, W), _matrix(w, W, align_corners, dv.dtype)).view(N, C, h, w)
-
-
-@constant(maxsize=64)
-def _matrix(low: int, full: int, align_corners: bool, kind: torch.dtype) -> Tensor:
-    """(full, low), the interpolation along one axis; at most 200 columns."""
-    first, second, weight = neighbours(low, full, align_corners, kind)
-    matrix = torch.zeros(full, low, dtype=kind, device="cpu").scatter_(1, first[:, None], (1 - weight)[:, None])
-    return matrix.scatter_add_(1, second[:, None], weight[:, None])
+    low = torch.matmul(matrix_along(h, H, align_corners, dv.dtype).t(), dv.view(N * C, H, W))
+    return torch.mm(low.view(N * C * h, W), matrix_along(w, W, align_corners, dv.dtype)).view(N, C, h, w)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.constants import constant
-from fastseg.ops.core.upsample import neighbours
+from fastseg.ops.core.upsample import matrix_along, neighbours
 from fastseg.ops.cpu.threads import each
 
 Result = TypeVar("Result")
@@ -64,7 +64,7 @@ class Slabs:
         slices = _parts(d, D, deep, align_corners, kind, factors[0])
         rows = _parts(h, H, high, align_corners, kind, factors[1])
         self.strips = [Slab(n, z, y) for n in range(N) for z in slices for y in rows]
-        self.across = _matrix(w, W, align_corners, kind, factors[2]) if w != W and w <= _DENSE else None
+        self.across = matrix_along(w, W, align_corners, kind, factors[2]) if w != W and w <= _DENSE else None
         self.factor = factors[2] or None
 
     def results(self, function: Callable[[Slab], Result]) -> Iterator[tuple[Slab, Result]]:
@@ -148,11 +148,11 @@ def upsampled(x: Tensor, size: Sequence[int], align_corners: bool) -> Tensor:
     N, C, d, h, w = x.shape
     D, H, W = size
     if w != W:
-        x = torch.mm(x.reshape(-1, w), _matrix(w, W, align_corners, x.dtype).t())
+        x = torch.mm(x.reshape(-1, w), matrix_along(w, W, align_corners, x.dtype).t())
     if h != H:
-        x = torch.matmul(_matrix(h, H, align_corners, x.dtype), x.reshape(-1, h, W))
+        x = torch.matmul(matrix_along(h, H, align_corners, x.dtype), x.reshape(-1, h, W))
     if d != D:
-        x = torch.matmul(_matrix(d, D, align_corners, x.dtype), x.reshape(-1, d, H * W))
+        x = torch.matmul(matrix_along(d, D, align_corners, x.dtype), x.reshape(-1, d, H * W))
     return x.reshape(N, C, D, H, W)
 
 
@@ -160,11 +160,11 @@ def upsampled_backward(dv: Tensor, shape: Sequence[int], size: Sequence[int], al
     """The transpose of ``upsampled``: the gradient at logits of ``shape`` of one at the voxels, (N, C, D * H * W)."""
     (_, _, d, h, w), (D, H, W) = shape, size
     if d != D:
-        dv = torch.matmul(_matrix(d, D, align_corners, dv.dtype).t(), dv.reshape(-1, D, H * W))
+        dv = torch.matmul(matrix_along(d, D, align_corners, dv.dtype).t(), dv.reshape(-1, D, H * W))
     if h != H:
-        dv = torch.matmul(_matrix(h, H, align_corners, dv.dtype).t(), dv.reshape(-1, H, W))
+        dv = torch.matmul(matrix_along(h, H, align_corners, dv.dtype).t(), dv.reshape(-1, H, W))
     if w != W:
-        dv = torch.mm(dv.reshape(-1, W), _matrix(w, W, align_corners, dv.dtype))
+        dv = torch.mm(dv.reshape(-1, W), matrix_along(w, W, align_corners, dv.dtype))
     return dv.reshape(tuple(shape))
 
 
@@ -191,18 +191,10 @@ def _parts(low: int, full: int, count: int, align_corners: bool, kind: torch.dty
     ends = [(start, min(start + length, full)) for start in range(0, full, length)]
     if low == full:
         return [Part(start, stop, start, stop, None) for start, stop in ends]
-    matrix = _matrix(low, full, align_corners, kind, factor)
+    matrix = matrix_along(low, full, align_corners, kind, factor)
     first, second, _ = neighbours(low, full, align_corners, kind, factor)
     parts = []
     for start, stop in ends:
         begin, end = int(first[start]), int(second[stop - 1]) + 1
         parts.append(Part(start, stop, begin, end, matrix[start:stop, begin:end].contiguous()))
     return parts
-
-
-@constant(maxsize=64)
-def _matrix(low: int, full: int, align_corners: bool, kind: torch.dtype, factor: float = 0.0) -> Tensor:
-    """(full, low), the interpolation along one axis."""
-    first, second, weight = neighbours(low, full, align_corners, kind, factor)
-    matrix = torch.zeros(full, low, dtype=kind, device="cpu").scatter_(1, first[:, None], (1 - weight)[:, None])
-    return matrix.scatter_add_(1, second[:, None], weight[:, None])
