@@ -4,8 +4,9 @@
 
 Weights are random; in evaluation, channels_last, fp32, batch 1, at one thread and at torch's default. "eager" is the
 model as the library writes it; "converted" the same after ``fastseg.convert``; "frozen" that inside
-``fastseg.frozen``, which makes folded weights once. "load" is the machine's load average while it ran: above the number
-of threads the machine was busy, and the row says so. Products in G multiplications, of the converted model's eager run.
+``fastseg.frozen``, which makes folded weights once. "eager again" is a copy of the eager model: what it differs from 1
+is noise. "load" is the machine's load average while it ran: above the number of threads the machine was busy, and the
+row says so. Products in G multiplications, of the converted model's eager run.
 """
 
 import argparse
@@ -120,8 +121,8 @@ def providers(
     frozen = fastseg.frozen(converted)
     frozen.__enter__()  # for the whole row; what is not the converted model's is not in it
     found: dict[str, Callable[[], object]] = {"eager": lambda: model(*x), "frozen": lambda: converted(*x)}
-    twin = copy.deepcopy(converted)
-    found["converted"] = lambda: twin(*x)
+    twin, again = copy.deepcopy(converted), copy.deepcopy(model)
+    found["converted"], found["eager again"] = (lambda: twin(*x)), (lambda: again(*x))
     if compiled:
         fast = torch.compile(copy.deepcopy(model), mode="max-autotune-no-cudagraphs")
         found["compile"] = lambda: fast(*x)

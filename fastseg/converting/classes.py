@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import has_torch_function
 
@@ -24,9 +25,13 @@ from fastseg.converting.rule import Rule
 from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.explain import in_reference
 from fastseg.ops.core.kept import keepers
+from fastseg.ops.cpu.packed import packing
 
 RULES: dict[str, Rule] = {}  # by name, filled by ``fastseg.converting.rules``
 _fused_everywhere: ContextVar[bool] = ContextVar("fastseg_fused_everywhere", default=False)
+# Elements of a map up to which a fused block's Python, some 50 us, costs more than the norm's pass that it saves: on
+# one thread, and on several, which a pass wakes. Blocks of 1x1 and 3x3 filters of 32 to 512 channels.
+_FEW_ALONE, _FEW_SHARED = 2**16, 2**14
 _made: dict[tuple[type, Rule], type] = {}
 
 
@@ -84,13 +89,17 @@ def fused_everywhere() -> Iterator[None]:
 
 
 def _costs_more(rule: Rule, args: tuple) -> bool:
-    """True if the rule only fuses, and folding at each call would cost more than it saves."""
+    """True if the rule only fuses, and folding at each call, or the call's own Python, costs more than it saves."""
     if not rule.fuses_only or not args:
         return False
     x = args[0][-1] if isinstance(args[0], (list, tuple)) else args[0]
     if not isinstance(x, Tensor) or not x.is_cpu or kernels_run(x):
         return False
-    return followed(x) or not (keepers.get() or _fused_everywhere.get())
+    if _fused_everywhere.get():
+        return followed(x)
+    if followed(x) or not keepers.get():
+        return True
+    return x.numel() < (_FEW_ALONE if torch.get_num_threads() == 1 else _FEW_SHARED) and not packing()
 
 
 def _traced(args: tuple, kwargs: dict) -> bool:

@@ -24,6 +24,7 @@ from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import is_open, same_number
 from fastseg.ops.core.upsample import is_finite
 from fastseg.ops.cpu.packed import conv2d
+from fastseg.ops.cpu.upsampled_pixels import add_few_pixels, few_pixels
 from fastseg.ops.registered.upsample_taps import add_upsampled, fused_taps, low_resolution_taps, upsample_taps
 from fastseg.ops.upsample_bilinear import upsample_bilinear
 from fastseg.ops.upsample_concat_conv import FORMS as UPSAMPLED
@@ -66,7 +67,8 @@ def resize_concat_conv2d(
         form: "small" multiplies every map at its own size, "resized" resizes first; None chooses.
 
     Returns:
-        (N, COUT, H, W), in the memory format of the first map, in autocast's dtype under autocast.
+        (N, COUT, H, W), in the memory format of the first map of more than one pixel, in autocast's dtype under
+        autocast.
 
     Raises:
         ValueError: there is no map, one is not 4-D or has no pixel, batches differ, weight or bias does not fit, the
@@ -152,13 +154,20 @@ class SmallForm(Form):
     def run(self, maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
         if weight.shape[2:] == (1, 1):
             terms = _with_narrow_maps_joined(maps, weight, resize, [not own for own in small])
-            return _in_format_of(maps[0], _pointwise(*terms, bias, act, resize))
+            return _in_format_of(_whose_format_shows(maps), _pointwise(*terms, bias, act, resize))
         return like(maps[0], _taps(maps, weight, bias, act, resize, small))
 
 
 def _resized(maps, weight, bias, act, resize: _Resize, small: list[bool]) -> Tensor:
     x = torch.cat([resize(m) for m in maps], 1) if len(maps) > 1 else resize(maps[0])
     return conv2d_act(x, weight, bias, act, (1, 1), (weight.shape[-1] // 2,) * 2, (1, 1), 1)
+
+
+def _whose_format_shows(maps: list[Tensor]) -> Tensor:
+    """The first map; one of a single pixel is dense in every format, whatever its strides say, and another is asked."""
+    if followed(*maps):
+        return maps[0]
+    return next((m for m in maps if m.shape[2] * m.shape[3] > 1), maps[0])
 
 
 def _in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -207,23 +216,43 @@ def _parts(weight: Tensor, widths: list[int]) -> Sequence[Tensor]:
 
 
 def _pointwise(maps, weight, bias, act, resize: _Resize) -> Tensor:
-    parts = _parts(weight, [m.shape[1] for m in maps])
-    base, small = None, []
-    for m, w in zip(maps, parts, strict=True):
-        whole = resize.keeps(m) or resize.shrinks(m)
-        if not whole:
-            small.append(conv2d(m, w))
+    if maps[0].is_cpu and not followed(*maps, weight):
+        # torch's CPU interpolates NCHW maps up to 14 times slower: copies of the maps, which are small, cost less
+        maps = [channels_last(m) for m in maps]
+    widths = [m.shape[1] for m in maps]
+    parts = _parts(weight, widths)
+    base, below = None, []
+    for i, m in enumerate(maps):
+        if not resize.keeps(m) and not resize.shrinks(m):
+            below.append(i)
         else:
-            y = conv2d(resize(m), w, bias if base is None else None)
+            y = conv2d(resize(m), parts[i], bias if base is None else None)
             base = y if base is None else base + y
     if base is None:
-        base = resize(small.pop(0))
+        first = below.pop(0)
+        base = resize(conv2d(maps[first], parts[first]))
         base = base if bias is None else base + bias[:, None, None]
     if resize.mode == "nearest":
-        for m in small:
-            base = base + resize(m)
+        for i in below:
+            base = base + resize(conv2d(maps[i], parts[i]))
         return activate(base, act)
+    few = few_pixels(base, [maps[i] for i in below])
+    small = [conv2d(maps[i], parts[i]) for i, alone in zip(below, few, strict=True) if not alone]
+    if any(few):
+        taken = [i for i, alone in zip(below, few, strict=True) if alone]
+        base = add_few_pixels(base, [maps[i] for i in taken], _columns(weight, widths, taken), resize.align_corners)
+    if not small:
+        return activate(base, act, inplace=any(few))
     return upsample_sum(base, small, act=act, align_corners=resize.align_corners).to(base.dtype)
+
+
+def _columns(weight: Tensor, widths: list[int], taken: list[int]) -> Tensor:
+    """The filters of some maps as a matrix (COUT, C); a view where the maps are neighbours."""
+    matrix, first, last = weight.flatten(1), taken[0], taken[-1]
+    if taken == list(range(first, last + 1)):
+        return matrix[:, sum(widths[:first]) : sum(widths[: last + 1])]
+    parts = matrix.split(widths, 1)
+    return torch.cat([parts[i] for i in taken], 1)
 
 
 # --- 3x3: nine taps of each small map

@@ -13,6 +13,7 @@ from fastseg.nn.fuse.norm import run_norm_act
 from fastseg.nn.fuse.watch import split_act, watched
 from fastseg.ops.core.dispatch import followed, kernels_run
 from fastseg.ops.core.kept import keeper, made_once
+from fastseg.ops.core.layout import channels_last, memory_format_of
 from fastseg.ops.nearest_conv import sums_pay
 from fastseg.ops.pointwise import compose_pointwise
 from fastseg.ops.upsample_concat_conv import FORMS as UPSAMPLED
@@ -49,6 +50,7 @@ def run_resize_concat_conv(
         corners = {"align_corners": align_corners} if mode == "bilinear" else {}
         x = torch.cat([F.interpolate(m, size, mode=mode, **corners) for m in maps], 1)
         return run_conv_norm_act(x, conv, norm, act)
+    maps = _as_filters(maps, conv)
     run = lambda weight, bias, name: ops.resize_concat_conv2d(
         maps, weight, bias, size=size, mode=mode, align_corners=align_corners, act=name
     )
@@ -108,6 +110,7 @@ def run_linear_fuse(
         maps = [linear(m.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) for m, linear in zip(maps, linears, strict=True)]
         return run_resize_concat_conv(maps, size, conv, norm, act, align_corners=align_corners)
     widths = [linear.out_features for linear in linears]
+    maps = _as_filters(maps, conv)
 
     def run(weight: Tensor, bias: Tensor | None, name: str | None) -> Tensor:
         inputs, weights = [], []
@@ -127,6 +130,11 @@ def run_linear_fuse(
         )
 
     return _folded_or_after(maps, size, conv, norm, act, run)
+
+
+def _as_filters(maps: Sequence[Tensor], conv: nn.Conv2d) -> list[Tensor]:
+    """The maps in channels_last if the convolution's weight is, as torch's convolutions lay out their results."""
+    return [channels_last(m) for m in maps] if memory_format_of(conv.weight) == torch.channels_last else list(maps)
 
 
 def _composing_pays(m: Tensor, linear: nn.Linear, outer: Tensor) -> bool:

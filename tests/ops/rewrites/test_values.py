@@ -9,6 +9,7 @@ from torch import Tensor
 
 import fastseg
 from fastseg import ops
+from fastseg.ops import resize_concat_conv
 from fastseg.ops.core.dispatch import INTERPRETED
 from fastseg.ops.nearest_conv import upsample_nearest_conv2d_ref
 from fastseg.ops.resize_concat_conv import resize_concat_conv2d_ref
@@ -56,6 +57,32 @@ def test_convolution_of_resized_maps(kernel, mode, corners, form):
         lambda *t: resize_concat_conv2d_ref(t[:4], t[4], t[5], **options),
         [*maps, weight, bias],
     )
+
+
+@plain_cpu
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("few", [(0, 1), (0, 3)])
+def test_maps_of_few_pixels_are_added_as_one_product(few, layout, monkeypatch):
+    ran = []
+    add = resize_concat_conv.add_few_pixels
+    monkeypatch.setattr(
+        resize_concat_conv, "add_few_pixels", lambda base, maps, *a: ran.append(maps) or add(base, maps, *a)
+    )
+    sizes = [(1, 1) if i == few[0] else (3, 2) if i == few[1] else (7, 8) for i in range(4)]
+    maps = [draw(2, 3 + i, *size).contiguous(memory_format=layout) for i, size in enumerate([*sizes, (9, 8)])]
+    weight, bias = draw(6, sum(m.shape[1] for m in maps), 1, 1), draw(6)
+    before = [m.clone() for m in maps]
+    options = {"size": (9, 8), "align_corners": True, "act": "relu"}
+    with torch.no_grad():
+        got = ops.resize_concat_conv2d(maps, weight, bias, **options)
+        torch.testing.assert_close(got, resize_concat_conv2d_ref(maps, weight, bias, **options), rtol=1e-13, atol=1e-13)
+    assert got.is_contiguous(memory_format=layout)
+    assert [tuple(m.shape[2:]) for m in ran[0]] == [(1, 1), (3, 2)]
+    assert all(map(torch.equal, maps, before))
+    maps[few[1]][0, 0, 0, 0] = torch.nan
+    got = ops.resize_concat_conv2d(maps, weight, bias, **options)
+    assert torch.equal(got.isnan(), resize_concat_conv2d_ref(maps, weight, bias, **options).isnan())
+    assert len(ran[1]) == 1  # a product would spread the NaN over the image
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
