@@ -24,6 +24,15 @@ from fastseg.ops.cpu.packed import PackedWeights, packed_weights
 around = pytest.mark.skipif(INTERPRETED, reason="the same whatever computes a convolution")
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """What a layer takes depends on the threads: these are one thread's choices, whatever the environment says."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class Net(nn.Module):
     """Convolutions of each kind, without a kernel of ours."""
 
