@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fastseg.inference.classes import class_map, is_ours
 from fastseg.inference.gate import Gate
 from fastseg.inference.graphs import captured
+from fastseg.inference.kept_memory import KeptMemory
 from fastseg.io.images import first_line
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
 from fastseg.ops.core.marks import CHECKS, Check, Marks
@@ -25,7 +26,7 @@ from fastseg.optimizing.bound import may_bind
 from fastseg.optimizing.graph import Constants
 
 FORWARD, PREDICT = "forward", "predict"
-_OF_A_PROCESS = ("_lock", "_state", "_gate", "_done")
+_OF_A_PROCESS = ("_lock", "_state", "_gate", "_memory", "_done")
 
 
 class Runner:
@@ -42,6 +43,9 @@ class Runner:
     if they differ in parameters and buffers, their memory, version counters, options of modules, submodules, or hooks.
     ``check`` says how to look for writes that torch does not count, through ``p.data`` in place; docs/runner.md has the
     cost of each. After a change that neither can see, such as one of a function that a module calls, call ``refresh``.
+
+    On a CPU under glibc, a runner whose maps exceed 32 MiB keeps their memory between its calls, and gives it back when
+    it goes (docs/runner.md).
 
     Results are the caller's to keep. A runner may be called from several threads and streams, in and out of inference
     mode; on CUDA calls run one after the other. It can be pickled and deep-copied, with its model.
@@ -101,6 +105,7 @@ class Runner:
         self._lock = threading.RLock()
         self._state: _State | None = None
         self._gate = Gate()
+        self._memory = KeptMemory()
         self._done: torch.cuda.Event | None = None  # of the last replay, on whatever stream
 
     def __getstate__(self) -> dict[str, Any]:
@@ -147,7 +152,7 @@ class Runner:
                 if returns and state.wants(x):
                     with self._gate.alone():  # a tracer changes what every thread's modules do
                         state.prepare(x)
-                with self._gate:
+                with self._gate, self._memory.call(again=returns):
                     result = state.call(method, x, packed=returns)
                 return result if out is None else _into(out, result)
             with self._lock, torch.cuda.device_of(x):

@@ -1,0 +1,63 @@
+"""A ``Runner``'s large maps stay in memory between its calls."""
+
+import resource
+
+import pytest
+import torch
+from torch import nn
+
+from fastseg.inference import Runner, kept_memory
+from fastseg.inference.kept_memory import MUCH, Heap, KeptMemory
+from fastseg.ops.core.dispatch import INTERPRETED
+
+
+def faulted(call) -> int:
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    call()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.getpagesize()
+
+
+@pytest.mark.skipif(INTERPRETED, reason="of the form for a CPU")
+@pytest.mark.skipif(not kept_memory.KEEPS, reason="another C library, or settings of malloc in the environment")
+def test_large_maps_fault_in_the_first_calls_alone():
+    model = nn.Sequential(nn.Conv2d(3, 160, 1), nn.ReLU(), nn.Conv2d(160, 1, 1))
+    x = torch.rand(1, 3, 256, 256)  # 40 MiB
+    runner = Runner(model, x, exact=True)
+    first = [faulted(lambda: runner(x)) for _ in range(4)]
+    then = [faulted(lambda: runner(x)) for _ in range(3)]
+    assert max(first[:2]) >= MUCH  # torch's own way: each call maps and unmaps
+    assert max(then) < MUCH // 8
+
+
+def asked(calls: list) -> Heap:
+    return Heap(lambda name, value: calls.append((name, value)) or 1, lambda pad: calls.append("trimmed") or 1)
+
+
+def test_settings_hold_while_calls_run_and_while_a_runner_lives(monkeypatch):
+    calls: list = []
+    pages = iter([0, MUCH, 0, MUCH - 1, 0, MUCH, 0, MUCH])
+    monkeypatch.setattr(kept_memory, "HEAP", asked(calls))
+    monkeypatch.setattr(kept_memory, "KEEPS", True)
+    monkeypatch.setattr(kept_memory, "faulted", lambda: 1 + next(pages))
+    memory = KeptMemory()
+    with memory.call(again=False):  # what is prepared is not counted
+        pass
+    for _ in range(3):  # much, less, much
+        with memory.call(again=True):
+            pass
+    assert not memory.keeps and not calls
+    with memory.call(again=True):
+        pass
+    assert memory.keeps and calls == [(kept_memory.TRIM_THRESHOLD, -1), (kept_memory.MMAP_THRESHOLD, MUCH)]
+    calls.clear()
+    with pytest.raises(RuntimeError), memory.call(again=True), memory.call(again=True):
+        raise RuntimeError
+    assert calls == [(kept_memory.MMAP_MAX, 0), (kept_memory.MMAP_MAX, 65536)]  # nested calls, an error inside
+    calls.clear()
+    del memory
+    assert calls[0][0] == kept_memory.TRIM_THRESHOLD and calls[0][1] > 0 and calls[-1] == "trimmed"
+
+
+def test_where_malloc_is_set_by_the_environment_nothing_is_asked(monkeypatch):
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
+    assert kept_memory.glibc() is None
