@@ -216,7 +216,7 @@ def _parts(weight: Tensor, widths: list[int]) -> Sequence[Tensor]:
 
 
 def _pointwise(maps, weight, bias, act, resize: _Resize) -> Tensor:
-    if maps[0].is_cpu and not followed(*maps, weight):
+    if maps[0].is_cpu and not kernels_run(maps[0]) and not followed(*maps, weight):
         # torch's CPU interpolates NCHW maps up to 14 times slower: copies of the maps, which are small, cost less
         maps = [channels_last(m) for m in maps]
     widths = [m.shape[1] for m in maps]

@@ -18,7 +18,7 @@ def faulted(call) -> int:
 
 
 @pytest.mark.skipif(INTERPRETED, reason="of the form for a CPU")
-@pytest.mark.skipif(not kept_memory.KEEPS, reason="another C library, or settings of malloc in the environment")
+@pytest.mark.skipif(not kept_memory.KEEPS, reason="another C library")
 def test_large_maps_fault_in_the_first_calls_alone():
     model = nn.Sequential(nn.Conv2d(3, 160, 1), nn.ReLU(), nn.Conv2d(160, 1, 1))
     x = torch.rand(1, 3, 256, 256)  # 40 MiB
@@ -56,8 +56,3 @@ def test_settings_hold_while_calls_run_and_while_a_runner_lives(monkeypatch):
     calls.clear()
     del memory
     assert calls[0][0] == kept_memory.TRIM_THRESHOLD and calls[0][1] > 0 and calls[-1] == "trimmed"
-
-
-def test_where_malloc_is_set_by_the_environment_nothing_is_asked(monkeypatch):
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")
-    assert kept_memory.glibc() is None

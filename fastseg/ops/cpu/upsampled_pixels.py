@@ -12,22 +12,29 @@ import torch
 from torch import Tensor
 
 from fastseg.ops.core.constants import constant
-from fastseg.ops.core.dispatch import followed, needs_grad
+from fastseg.ops.core.dispatch import followed, kernels_run, needs_grad
 from fastseg.ops.core.upsample import is_finite, matrix_along
 
 MOST_PIXELS = 36  # of a map
+_LEAST = 2**15  # elements of the base: below, torch's passes take less than the calls here
 _KEPT_PIXELS = 2**12  # of an output up to which its matrix, some 0.8 MB, is kept: it depends on sizes alone
 
 
 def few_pixels(base: Tensor, maps: Sequence[Tensor]) -> list[bool]:
-    """Which maps (N, C, h_i, w_i) ``add_few_pixels`` takes beside a base (N, C, H, W); none under a trace.
+    """Which maps (N, C, h_i, w_i) ``add_few_pixels`` takes beside a base (N, C, H, W); none under a trace,
+    and none where kernels run.
 
     A product would spread NaN and infinity, which an interpolation leaves where they are.
     """
     tensors = (base, *maps)
-    if not base.is_cpu or base.dtype not in (torch.float32, torch.float64) or followed(*tensors):
+    if kernels_run(base) or base.dtype not in (torch.float32, torch.float64) or followed(*tensors):
         return [False] * len(maps)
-    if needs_grad(*tensors) or not base.is_contiguous(memory_format=torch.channels_last):
+    if (
+        not base.is_cpu
+        or base.numel() < _LEAST
+        or needs_grad(*tensors)
+        or not base.is_contiguous(memory_format=torch.channels_last)
+    ):
         return [False] * len(maps)
     small = [m.shape[2] * m.shape[3] <= MOST_PIXELS and m.dtype == base.dtype for m in maps]
     return [taken and is_finite(m) for taken, m in zip(small, maps, strict=True)]

@@ -69,10 +69,10 @@ def test_maps_of_few_pixels_are_added_as_one_product(few, layout, monkeypatch):
         resize_concat_conv, "add_few_pixels", lambda base, maps, *a: ran.append(maps) or add(base, maps, *a)
     )
     sizes = [(1, 1) if i == few[0] else (3, 2) if i == few[1] else (7, 8) for i in range(4)]
-    maps = [draw(2, 3 + i, *size).contiguous(memory_format=layout) for i, size in enumerate([*sizes, (9, 8)])]
+    maps = [draw(2, 3 + i, *size).contiguous(memory_format=layout) for i, size in enumerate([*sizes, (60, 48)])]
     weight, bias = draw(6, sum(m.shape[1] for m in maps), 1, 1), draw(6)
     before = [m.clone() for m in maps]
-    options = {"size": (9, 8), "align_corners": True, "act": "relu"}
+    options = {"size": (60, 48), "align_corners": True, "act": "relu"}
     with torch.no_grad():
         got = ops.resize_concat_conv2d(maps, weight, bias, **options)
         torch.testing.assert_close(got, resize_concat_conv2d_ref(maps, weight, bias, **options), rtol=1e-13, atol=1e-13)
