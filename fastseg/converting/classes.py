@@ -95,9 +95,11 @@ def _costs_more(rule: Rule, args: tuple) -> bool:
     x = args[0][-1] if isinstance(args[0], (list, tuple)) else args[0]
     if not isinstance(x, Tensor) or not x.is_cpu or kernels_run(x):
         return False
+    if followed(x):
+        return True
     if _fused_everywhere.get():
-        return followed(x)
-    if followed(x) or not keepers.get():
+        return False
+    if not keepers.get():
         return True
     return x.numel() < (_FEW_ALONE if torch.get_num_threads() == 1 else _FEW_SHARED) and not packing()
 
