@@ -22,7 +22,7 @@ from fastseg.ops.core.dispatch import (
 from fastseg.ops.core.forms import Form, Forms, Torchs
 from fastseg.ops.core.layout import memory_format_of, new_map, settle
 from fastseg.ops.core.override import overridable
-from fastseg.ops.core.register import of_sizes, one_kernel, qualified, register
+from fastseg.ops.core.register import of_sizes, one_kernel, one_launch, qualified, register
 from fastseg.ops.core.sizes import whole
 from fastseg.ops.core.torch_private import forward_ad_level, is_tracing, transforms_active
 from fastseg.ops.core.upsample import is_finite
@@ -311,19 +311,18 @@ def _convolved(
 FORMS = Forms(NAME, [KernelForm(), *CPU_FORMS, Torchs(_convolved)])
 
 
-def _asked_fwd(x, skip, bias, size, stride, kernel_size, padding, skip_offset) -> Tensor:
-    why = no_kernel(x)
-    large = "" if why else _too_large(x, skip, size, stride, kernel_size)
-    request = _request(why, large, False, x, size, stride, kernel_size)
-    return FORMS(request, x, stride, kernel_size, padding, bias, skip, skip_offset, tuple(size))
+def _refuses(x, skip, bias, size, stride, kernel_size, *_) -> str:
+    return no_kernel(x) or _too_large(x, skip, size, stride, kernel_size)
 
 
 _fwd = register(
     f"{NAME}(Tensor x, Tensor? skip, Tensor? bias, SymInt[] size, int stride, int kernel_size, int padding, "
     "SymInt skip_offset) -> Tensor",
-    _asked_fwd,
+    _launch_fwd,
     _plain_fwd,
     lambda x, skip, bias, size, *_: new_map(x, (*x.shape[:2], *size)),
+    **one_launch(NAME, _launch_fwd, _plain_fwd, _refuses),
+    asked=True,
 )
 _bwd = register(
     f"{NAME}_bwd(Tensor dy, SymInt[] size, int stride, int kernel_size, int padding) -> Tensor", _launch_bwd,

@@ -124,10 +124,11 @@ def separable_conv2d(
         if post_act is None or out_act is None:
             return run_eval(form, request.g, x, *given, *options, out_act or "none")
         return activate(run_eval(form, request.g, x, *given, *options, "none"), out_act, inplace=True)
+    chosen = "" if torch.compiler.is_dynamo_compiling() else form.name  # a graph asks again, of the sizes that it meets
     if wants_grad and needs_grad(x, *given):
-        y, mid_stats, post_stats = SeparableConv2dFunction.apply(x, *given, *options, "none")
+        y, mid_stats, post_stats = SeparableConv2dFunction.apply(x, *given, *options, "none", chosen)
     else:
-        y, _, mid_stats, post_stats = train_op(x, *given, *options, "none")
+        y, _, mid_stats, post_stats = train_op(x, *given, *options, "none", chosen)
     update_running(mid_norm, mid_stats)
     update_running(post_norm, post_stats)
     return activate(y, out_act)

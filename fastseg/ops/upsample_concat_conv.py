@@ -253,7 +253,8 @@ class Upsampled(Reference):
 
 def _decided(deep, low, weight, bias, act, align_corners: bool, up_first: bool, recorded: Tensor | None = None):
     request = _request(deep, low, weight, bias)
-    if FORMS.choose(request).form.name == "low_resolution" and not is_finite(deep):
+    # Only values say whether strips may be multiplied; they are read where strips would be chosen, never for a kernel.
+    if request.no_kernel and FORMS.choose(request).form.name == "low_resolution" and not is_finite(deep):
         request = request._replace(finite=False)
     return FORMS(request, deep, low, weight, bias, act, align_corners, up_first, recorded=recorded)
 

@@ -4,6 +4,8 @@ Runs in two processes: with the interpreter graphs hold the registered ops, and 
 the references, torch's own ops, which torch.compile's first half alone captures: `test_every_model.py` has the second.
 """
 
+from collections import Counter
+
 import pytest
 import torch
 from op_calls import LAYOUTS, ROWS, Draw, Drawn, Row
@@ -25,6 +27,7 @@ from fastseg.ops import (
     upsample_topk,
 )
 from fastseg.ops.core.dispatch import INTERPRETED
+from fastseg.ops.core.forms import Forms
 
 pytestmark = pytest.mark.filterwarnings("ignore:max_unpool")
 CLASSES = {"BatchNormArgs", "PoolIndices"}
@@ -148,3 +151,33 @@ def test_compiled(name, dynamic, pytestconfig):
 def test_every_public_function_is_compiled():
     names = {name for key in PUBLIC for name in key.split(", ")}
     assert set(fastseg.ops.__all__) - CLASSES <= names
+
+
+CALLS = {"aspp": {"conv2d_act": 2}}  # the pooled branch and the projection
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="kernels are interpreted")
+@pytest.mark.parametrize("name", PUBLIC)
+def test_an_eager_call_decides_once(name, monkeypatch):
+    """Each list is asked once a call: the public function or the registered op asks, never both."""
+    asked, choose, decide = [], Forms.choose, Forms.decide
+
+    def counted_decide(forms, *args, **options):
+        asked.append(forms.op)
+        with monkeypatch.context() as once:
+            once.setattr(Forms, "choose", choose)
+            return decide(forms, *args, **options)
+
+    def counted_choose(forms, request):
+        asked.append(forms.op)
+        return choose(forms, request)
+
+    row = PUBLIC[name]
+    for grad in [False, True] if row.grad else [False]:
+        run, tensors = row.draw(Draw(LAYOUTS[row.layouts[0]], grad))
+        with monkeypatch.context() as counted, torch.set_grad_enabled(grad):
+            counted.setattr(Forms, "decide", counted_decide)
+            counted.setattr(Forms, "choose", counted_choose)
+            run(*tensors)
+        assert {op: times for op, times in Counter(asked).items() if times > 1} == CALLS.get(name, {})
+        asked.clear()

@@ -145,6 +145,10 @@ class Forms:
             refused.append(Refusal(form.name, why or str(cost.says), cost and cost.microseconds))
         raise AssertionError(f"{self.op}: {self.forms[-1].name}, the last form, refused {request}: {refused}")
 
+    def named(self, name: str) -> Form:
+        """The form that a caller has chosen."""
+        return self._named[name]
+
     def forced(self) -> tuple[str, ...]:
         """The forms that ``force`` blocks ask for, the innermost first."""
         blocks = _forced.get()

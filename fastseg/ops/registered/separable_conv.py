@@ -58,6 +58,7 @@ class Call(NamedTuple):
     post: str
     post_eps: float
     out_act: str = "none"  # after the residual; there is no post_act then. Only in the op without gradients
+    form: str = ""  # of ``LAUNCH_FORMS``, where the caller has asked; "" asks here
 
     @property
     def out_shape(self) -> tuple[int, int, int, int]:
@@ -147,10 +148,15 @@ class LaunchForm(KernelForm):
     run = KernelForm.launch
 
 
-def _launch_eval(*args) -> Tensor:
-    a = Call(*args)
+def _launch(a: Call, train: bool) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     request = _request(a)
-    return LAUNCH_FORMS(request, a, request.g, False)[0]
+    if a.form:
+        return LAUNCH_FORMS.named(a.form).run(a, request.g, train)
+    return LAUNCH_FORMS(request, a, request.g, train)
+
+
+def _launch_eval(*args) -> Tensor:
+    return _launch(Call(*args), False)[0]
 
 
 def run_eval(form: KernelForm, g: "Geometry", *args) -> Tensor:
@@ -161,8 +167,8 @@ def run_eval(form: KernelForm, g: "Geometry", *args) -> Tensor:
 
 def _launch_train(*args) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     a = Call(*args)
-    request, stats = _request(a), stats_dtype_of(a.x)
-    y, z, mid_stats, post_stats = LAUNCH_FORMS(request, a, request.g, True)
+    y, z, mid_stats, post_stats = _launch(a, True)
+    stats = stats_dtype_of(a.x)
     empty = lambda t, dtype: a.x.new_empty(0, dtype=dtype) if t is None else t
     return y, empty(z, a.x.dtype), empty(mid_stats, stats), empty(post_stats, stats)
 
