@@ -4,6 +4,7 @@ Small blocks stand for large maps: with 16 rows a block, 60 pixels walk every lo
 """
 
 import contextlib
+import sys
 
 import pytest
 import torch
@@ -99,6 +100,28 @@ def test_frozen_folds_the_middle_norm_into_packed_taps(order, K, bias, form, dev
             torch.testing.assert_close(y, separable_conv2d_ref(x, *weights, **kwargs), rtol=1e-5, atol=1e-5)
             taps = [named for named in seen if "DW_C" in named]
             assert taps and all((named["DW_C"] == 1 and not named["MID_NORM"]) is not written for named in taps)
+
+
+@pytest.mark.parametrize("order, bias", [("aspp", True), ("smp", False)])
+@pytest.mark.parametrize("values, folded", [(7 * 6 * 17, True), (7 * 6 * 17 + 1, False)])
+def test_a_large_map_folds_the_middle_norm_at_each_call(order, bias, values, folded, form, device, monkeypatch):
+    """The fused form, which would compute each scale in every program; nothing is remembered, and training does not."""
+    monkeypatch.setattr(sys.modules[separable_conv2d_ref.__module__], "FOLDED_FROM", values)
+    inputs, kwargs = make(order, C=17, COUT=21, H=7, W=6, bias=bias, device=device)
+    inputs = [None if t is None else t.detach() for t in inputs]
+    seen: list[dict] = []
+
+    def note(kernel, grid, args, named):
+        seen.append(named)
+        run(kernel, grid, args, named)
+
+    for _ in range(2):
+        with torch.no_grad(), intercept(note):
+            y = separable_conv2d(*inputs, **kwargs)
+        torch.testing.assert_close(y, separable_conv2d_ref(*inputs, **kwargs), rtol=1e-5, atol=1e-5)
+        inputs[1].mul_(2)
+    norms = [named["MID_NORM"] for named in seen if "DW_C" in named]
+    assert norms == [bool(kwargs.get("mid_norm")) and not (folded and form == "fused")] * 2
 
 
 # Both sides of every corner of the activations, the corners themselves, and what must not be swallowed; as many as fill
