@@ -13,8 +13,8 @@ compute the depthwise half again, end sooner than a few long ones.
 
 The static model of the compiled code (`make predict`) finds the fused form slower on an H200: a block of 8 warps fills
 a multiprocessor's registers. It asks for the next step's taps before its product. The decoder takes 248 us so, 201 with
-the norm folded into the taps, as on large maps and inside ``fastseg.frozen``, and 241 split. Neither is measured: the stage `forms` of
-`make gpu` times both, and decides.
+the norm folded into the taps, as on large maps and inside ``fastseg.frozen``, and 241 split. Neither is measured: the
+stage `forms` of `make gpu` times both, and decides.
 
 In training with batch statistics between the halves, fused pays one more pass over the input, for the statistics, in a
 launch of its own. LAUNCH is what decides on small maps. The
