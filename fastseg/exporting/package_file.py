@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fastseg.exporting.ceil_pools import CEIL_POOLS
 from fastseg.exporting.onnx_file import Run
 from fastseg.exporting.trace import Traced
 from fastseg.io.files import first_line
@@ -22,10 +23,13 @@ def write_package(traced: Traced, path: Path, facts: Mapping[str, str]) -> None:
     compile_and_package = aoti_compiler()
     if compile_and_package is None:
         raise ValueError(f"export: torch {torch.__version__} has no AOTInductor; write .onnx")
+    program = traced.program
     try:
         with quiet():
+            if {"height", "width"} & set(traced.free):
+                program = program.run_decompositions(CEIL_POOLS)
             compile_and_package(
-                traced.program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(facts)}
+                program, package_path=str(path), inductor_configs={"aot_inductor.metadata": dict(facts)}
             )
     except Exception as error:  # no C++ compiler, or an op that Inductor cannot take
         raise ValueError(f"export: AOTInductor: {first_line(error)}") from error
