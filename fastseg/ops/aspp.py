@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastseg.ops.atrous_conv2d import atrous_conv2d, atrous_maps
 from fastseg.ops.conv_act import conv2d_act
-from fastseg.ops.core.norm import ACTIVATIONS, Activation
+from fastseg.ops.core.norm import ACTIVATIONS, Activation, activate
 from fastseg.ops.core.override import overridable
 
 
@@ -77,6 +78,32 @@ def aspp(
     else:
         share = None if project_bias is None else project_bias.expand(x.shape[0], -1)
     return project(maps, map_weight.split([m.shape[1] for m in maps], 1), share, act)
+
+
+def aspp_ref(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    dilations: Sequence[int],
+    biases: Sequence[Tensor] | None = None,
+    *,
+    project_weight: Tensor | None = None,
+    project_bias: Tensor | None = None,
+    pool_weight: Tensor | None = None,
+    pool_bias: Tensor | None = None,
+    pool_first: bool = False,
+    act: Activation | None = "relu",
+    fusion: str = "concat",
+) -> Tensor:
+    """``aspp`` in torch's own lines."""
+    maps = []
+    for i, (weight, dilation) in enumerate(zip(weights, dilations, strict=True)):
+        maps.append(F.conv2d(x, weight, None if biases is None else biases[i], padding="same", dilation=dilation))
+    if fusion == "sum":
+        return torch.stack(maps).sum(0)
+    if pool_weight is not None:
+        p = F.conv2d(x.mean((2, 3), keepdim=True), pool_weight, pool_bias).expand(-1, -1, *x.shape[2:])
+        maps.insert(0 if pool_first else len(maps), p)
+    return activate(F.conv2d(activate(torch.cat(maps, 1), act), project_weight, project_bias), act)
 
 
 def split_projection(weight: Tensor, channels: int, pool_first: bool) -> tuple[Tensor, Tensor]:

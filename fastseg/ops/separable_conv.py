@@ -1,7 +1,6 @@
 """Depthwise separable convolution with norms, activations and residual as one op."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -34,9 +33,6 @@ from fastseg.ops.registered.separable_conv import (
     run_eval,
     train_op,
 )
-
-if TYPE_CHECKING:
-    from fastseg.kernels.runtime.conv_sizes import Geometry
 
 
 @overridable
@@ -116,7 +112,7 @@ def separable_conv2d(
     wants_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *given))
     batch = (mid_norm is not None and mid_norm.training) or (post_norm is not None and post_norm.training)
     if not wants_grad and not batch:
-        taps = _folded_taps(x, depthwise_weight, depthwise_bias, mid_norm, mid, form.name == "fused" and request.g)
+        taps = _folded_taps(x, depthwise_weight, depthwise_bias, mid_norm, mid, form, request)
         if taps is not None:
             mid_norm = None
             given = (taps[0], pointwise_weight, taps[1], pointwise_bias, *norm_tensors(None), *post, residual)
@@ -147,17 +143,18 @@ FOLDED_FROM = 2**23
 
 def _folded_taps(
     x: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNormArgs | None, of_norm: tuple[Tensor | None, ...],
-    fused: "Geometry | Literal[False] | None",
+    form: Form, r: Request,
 ) -> tuple[Tensor, Tensor | None] | None:  # fmt: skip
     """Depthwise weight and bias with the norm behind them, for a call without gradients; None as they are.
 
     Inside ``frozen`` they are kept, and the weight lies as (K, K, C) in memory, as kernels read it best: one layout for
     maps of any size. Outside, they are made at each call where that pays. The norm, whose tensors are ``of_norm``, has
-    fixed statistics. ``fused``: the call's sizes where they are known and the form is fused.
+    fixed statistics.
     """
     sources = (weight, bias, *of_norm)
     kept = keeper(sources)
-    if kept is None and not (norm and fused and fused.N * fused.OH * fused.OW * fused.C >= FOLDED_FROM):
+    pays = norm is not None and form.name == "fused" and r.g is not None
+    if kept is None and not (pays and r.g.N * r.g.OH * r.g.OW * r.g.C >= FOLDED_FROM):
         return None
 
     def make() -> tuple[Tensor, Tensor | None]:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastseg.ops.core.confidence import full_precision, full_size, measured
 from fastseg.ops.core.dispatch import HAS_TRITON, followed, known, no_kernel, what_follows
@@ -159,6 +160,14 @@ def upsample_topk(
     return classes, values
 
 
+def upsample_topk_ref(
+    logits: Tensor, k: int, size: Size = None, scale_factor: Factor = None, *, align_corners: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``upsample_topk`` in torch's own lines."""
+    values, classes = _interpolated(logits, size, scale_factor, align_corners).softmax(1).topk(k, 1)
+    return classes, values.float()
+
+
 @overridable
 def upsample_threshold(
     logits: Tensor,
@@ -203,6 +212,26 @@ def upsample_threshold(
         v = full_size(logits.detach(), H, W, factors, align_corners)[:, 0]  # one plane: no larger than its result
     above = (v > math.log(threshold / (1 - threshold))).to(torch.uint8)
     return (above, v.sigmoid().float()) if confidence else above
+
+
+def upsample_threshold_ref(
+    logits: Tensor,
+    size: Size = None,
+    scale_factor: Factor = None,
+    *,
+    threshold: float = 0.5,
+    align_corners: bool = False,
+    confidence: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``upsample_threshold`` in torch's own lines."""
+    p = _interpolated(logits, size, scale_factor, align_corners)[:, 0].sigmoid()
+    above = (p > threshold).to(torch.uint8)
+    return (above, p.float()) if confidence else above
+
+
+def _interpolated(logits: Tensor, size: Size, scale_factor: Factor, align_corners: bool) -> Tensor:
+    mode = "trilinear" if logits.dim() == 5 else "bilinear"
+    return F.interpolate(full_precision(logits.detach()), size, scale_factor, mode, align_corners)
 
 
 def _check(name: str, logits: Tensor) -> None:

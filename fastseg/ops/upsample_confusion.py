@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fastseg.ops.core.dispatch import followed, what_follows
 from fastseg.ops.core.labels import LABEL_DTYPES
@@ -61,3 +62,19 @@ def upsample_confusion(
         classes = upsample_argmax(image, tuple(target.shape[1:]), align_corners=align_corners)
         counts = add_pairs(counts, classes, labels, C, ignore_index, followed=follow)
     return counts[: C * C].view(C, C)
+
+
+def upsample_confusion_ref(
+    logits: Tensor,
+    target: Tensor,
+    num_classes: int,
+    *,
+    ignore_index: int | None = None,
+    align_corners: bool = False,
+) -> Tensor:
+    """``upsample_confusion`` in torch's own lines."""
+    mode = "trilinear" if logits.dim() == 5 else "bilinear"
+    classes = F.interpolate(logits, target.shape[1:], mode=mode, align_corners=align_corners).argmax(1)
+    counted = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
+    pairs = target[counted].long() * num_classes + classes[counted]
+    return torch.bincount(pairs, minlength=num_classes**2).view(num_classes, num_classes)

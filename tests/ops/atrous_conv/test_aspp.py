@@ -5,14 +5,13 @@ import importlib
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 import fastseg
 from fastseg.ops import aspp
+from fastseg.ops.aspp import aspp_ref
 
 atrous_module = importlib.import_module("fastseg.ops.atrous_conv2d")  # the package's attribute is the function
 DILATIONS = (5, 1, 4)  # a 1x1 has any
-ACTS = {None: lambda v: v, "relu": F.relu, "relu6": F.relu6, "leaky_relu": F.leaky_relu}
 
 
 def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
@@ -22,15 +21,6 @@ def tensors(*shapes: tuple[int, ...]) -> list[Tensor]:
 def branches(biased: bool) -> tuple[list[Tensor], list[Tensor] | None]:
     weights = tensors((16, 16, 1, 1), (16, 16, 3, 3), (16, 16, 3, 3))
     return weights, tensors(*[(16,)] * 3) if biased else None
-
-
-def maps(x: Tensor, weights, biases, act=None) -> list[Tensor]:
-    biases = biases or [None] * len(weights)
-    pads = [d * (w.shape[-1] // 2) for w, d in zip(weights, DILATIONS, strict=True)]
-    return [
-        ACTS[act](F.conv2d(x, w, b, padding=pad, dilation=d))
-        for w, b, pad, d in zip(weights, biases, pads, DILATIONS, strict=True)
-    ]
 
 
 @pytest.mark.parametrize("pool_first", [False, True])
@@ -43,11 +33,7 @@ def test_concat(act, biased, pool_first):
     project_bias, pool_bias = tensors((5,), (16,)) if biased else (None, None)
     options = {"project_weight": project, "project_bias": project_bias, "pool_weight": pool, "pool_bias": pool_bias}
     run = lambda: aspp(x, weights, DILATIONS, biases, **options, act=act, pool_first=pool_first)
-    parts = maps(x, weights, biases, act)
-    pooled = ACTS[act](F.conv2d(x.mean((2, 3), keepdim=True), pool, pool_bias)).expand(-1, -1, 6, 7)
-    want = ACTS[act](
-        F.conv2d(torch.cat([pooled, *parts] if pool_first else [*parts, pooled], 1), project, project_bias)
-    )
+    want = aspp_ref(x, weights, DILATIONS, biases, **options, act=act, pool_first=pool_first)
     got = run()
     torch.testing.assert_close(got, want)
     leaves = [t for t in (x, *weights, *(biases or ()), *options.values()) if t is not None]
@@ -64,9 +50,9 @@ def test_no_pool_and_sum():
     (x,) = tensors((1, 16, 6, 7))
     weights, biases = branches(True)
     (project,) = tensors((5, 48, 1, 1))
-    want = F.conv2d(torch.cat(maps(x, weights, biases, "relu"), 1), project).relu()
+    want = aspp_ref(x, weights, DILATIONS, biases, project_weight=project)
     torch.testing.assert_close(aspp(x, weights, DILATIONS, biases, project_weight=project), want)
-    want = sum(maps(x, weights, biases))
+    want = aspp_ref(x, weights, DILATIONS, biases, fusion="sum")
     got = aspp(x, weights, DILATIONS, biases, fusion="sum")
     torch.testing.assert_close(got, want)
     for a, b in zip(*(torch.autograd.grad(y.sum(), (x, *weights, *biases)) for y in (got, want)), strict=True):

@@ -14,6 +14,8 @@ from fastseg.ops import (
     upsample_threshold,
     upsample_topk,
 )
+from fastseg.ops.upsample_confidence import upsample_threshold_ref, upsample_topk_ref
+from fastseg.ops.upsample_confusion import upsample_confusion_ref
 
 MEASURES = ("probability", "margin", "entropy")
 NAN = float("nan")
@@ -85,9 +87,9 @@ def test_topk(side):
     """Small maps, and strips of large ones."""
     logits = torch.randn(2, 8, side, side)
     classes, values = upsample_topk(logits, 3, scale_factor=4)
-    want = F.interpolate(logits, scale_factor=4, mode="bilinear").softmax(1).topk(3, 1)
-    torch.testing.assert_close(values, want.values)
-    assert classes.shape == want.indices.shape and (classes != want.indices).float().mean() < 1e-4
+    indices, want = upsample_topk_ref(logits, 3, scale_factor=4)
+    torch.testing.assert_close(values, want)
+    assert classes.shape == indices.shape and (classes != indices).float().mean() < 1e-4
 
 
 @pytest.mark.parametrize("classes", [1, 2])
@@ -114,10 +116,10 @@ def test_two_far_apart(measure, device):
 
 def test_threshold():
     logits = torch.randn(2, 1, 4, 5)
-    full = F.interpolate(logits, (8, 9), mode="bilinear")[:, 0].sigmoid()
-    assert torch.equal(upsample_threshold(logits, (8, 9)), (full > 0.5).to(torch.uint8))
+    assert torch.equal(upsample_threshold(logits, (8, 9)), upsample_threshold_ref(logits, (8, 9)))
     above, values = upsample_threshold(logits, (8, 9), threshold=0.8, confidence=True)
-    assert torch.equal(above, (full > 0.8).to(torch.uint8))
+    want, full = upsample_threshold_ref(logits, (8, 9), threshold=0.8, confidence=True)
+    assert torch.equal(above, want) and 0 < above.sum() < above.numel()
     torch.testing.assert_close(values, full)
 
 
@@ -133,6 +135,7 @@ def test_confusion(device):
     got.update(logits=logits, target=target)
     assert torch.equal(counts.cpu(), want.matrix) and torch.equal(got.matrix, 2 * want.matrix)
     assert counts.sum() == 3 * 6 * 9
+    assert torch.equal(counts, upsample_confusion_ref(logits, target, 5, ignore_index=255))
 
 
 @pytest.mark.parametrize(("classes", "ignored"), [(1, None), (3, 1), (3, None)])

@@ -14,6 +14,8 @@ from fastseg.ops import (
     upsample_topk,
     volume_argmax,
 )
+from fastseg.ops.upsample_confidence import upsample_threshold_ref, upsample_topk_ref
+from fastseg.ops.upsample_confusion import upsample_confusion_ref
 
 SHAPE, SIZE = (2, 5, 3, 4, 3), (5, 7, 6)
 
@@ -72,13 +74,13 @@ def test_nan_stays_where_it_is():
 def test_topk_and_threshold():
     logits = torch.randn(SHAPE)
     classes, values = upsample_topk(logits, 3, SIZE)
-    want = full(logits).softmax(1).topk(3, 1)
-    assert torch.equal(classes, want.indices)
-    torch.testing.assert_close(values, want.values)
-    above, values = upsample_threshold(logits[:, :1], SIZE, threshold=0.3, confidence=True)
-    want = full(logits[:, :1])[:, 0].sigmoid()
+    indices, want = upsample_topk_ref(logits, 3, SIZE)
+    assert torch.equal(classes, indices)
     torch.testing.assert_close(values, want)
-    assert torch.equal(above, (want > 0.3).to(torch.uint8))
+    above, values = upsample_threshold(logits[:, :1], SIZE, threshold=0.3, confidence=True)
+    above_ref, want = upsample_threshold_ref(logits[:, :1], SIZE, threshold=0.3, confidence=True)
+    torch.testing.assert_close(values, want)
+    assert torch.equal(above, above_ref)
 
 
 def test_confusion():
@@ -88,6 +90,7 @@ def test_confusion():
     want.update(upsample_argmax(logits, SIZE), target)
     got.update(logits=logits, target=target)
     assert torch.equal(got.matrix, want.matrix) and got.matrix.sum() == 2 * 4 * 7 * 6
+    assert torch.equal(got.matrix, upsample_confusion_ref(logits, target, 5, ignore_index=255))
     with pytest.raises(IndexError, match="Target 7 is out of bounds"):
         upsample_confusion(logits, target.clamp(max=7), 5)
     with pytest.raises(ValueError, match=r"or \(N, C, d, h, w\) and \(N, D, H, W\)"):
