@@ -57,6 +57,15 @@ class BatchNormArgs(NamedTuple):
     eps: float = 1e-5
 
 
+def with_both(norm: BatchNormArgs) -> BatchNormArgs:
+    """Replace a missing weight by ones, or a missing bias by zeros, if the other one is given."""
+    if norm.weight is None and norm.bias is not None:
+        return norm._replace(weight=torch.ones_like(norm.bias, requires_grad=False))
+    if norm.weight is not None and norm.bias is None:
+        return norm._replace(bias=torch.zeros_like(norm.weight, requires_grad=False))
+    return norm
+
+
 def check_norm(label: str, norm: BatchNormArgs | None, channels: int, x: Tensor, out: tuple[int, ...]) -> None:
     if norm is None:
         return
