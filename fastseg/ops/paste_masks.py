@@ -56,7 +56,7 @@ def paste_masks(
     padded = F.pad(masks, (padding,) * 4)
     args = (padded, whole, H, W, threshold)
     if followed(masks, boxes):
-        return _by_products(*args)
+        return _by_taps(*args)
     return FORMS(Request(masks.is_cpu, len(masks)), *args, recorded=masks)
 
 
@@ -124,27 +124,30 @@ class _Boxes(Form):
         return out
 
 
-def _by_products(padded: Tensor, whole: Tensor, H: int, W: int, threshold: float | None) -> Tensor:
-    """``Y mask X^T`` with the interpolation of each box in its matrices Y (N, H, m) and X (N, W, m)."""
+def _by_taps(padded: Tensor, whole: Tensor, H: int, W: int, threshold: float | None) -> Tensor:
+    """Two rows of the mask for each row of the image, then two columns for each column; 0 outside of the box.
+
+    A product of matrices would bring NaN from any pixel of a mask to all pixels of its image.
+    """
     kind = torch.promote_types(padded.dtype, torch.float32)
     x0, y0, x1, y1 = whole.unbind(1)
-    along_y = _interpolation(y0, y1, H, padded.shape[2], kind)
-    along_x = _interpolation(x0, x1, W, padded.shape[3], kind)
-    full = torch.matmul(torch.matmul(along_y, padded[:, 0].to(kind)), along_x.transpose(1, 2))[:, None]
+    masks, inside_y = _interpolated(padded[:, 0].to(kind), y0, y1, H)
+    columns, inside_x = _interpolated(masks.transpose(1, 2), x0, x1, W)
+    full = torch.where(inside_y[:, :, None] & inside_x[:, None], columns.transpose(1, 2), 0)[:, None]
     return full.to(padded.dtype) if threshold is None else full >= threshold
 
 
-def _interpolation(start: Tensor, end: Tensor, full: int, low: int, kind: torch.dtype) -> Tensor:
-    """(N, full, low): the weights of the mask's pixels in each pixel of the image; 0 outside of the box."""
+def _interpolated(rows: Tensor, start: Tensor, end: Tensor, full: int) -> tuple[Tensor, Tensor]:
+    """(N, low, m) -> (N, full, m), in the pixels of the image, and which of these (N, full) lie within the box."""
+    low = rows.shape[1]
     o = torch.arange(full, device=start.device)[None]
-    scale = low / (end - start + 1).clamp(min=1).to(kind)
+    scale = low / (end - start + 1).clamp(min=1).to(rows.dtype)
     source = ((o - start[:, None] + 0.5) * scale[:, None] - 0.5).clamp(min=0)
     first = source.long().clamp(max=low - 1)
     weight = (source - first).clamp(max=1)[..., None]
-    columns = torch.arange(low, device=start.device)
-    ones = lambda index: (index[..., None] == columns).to(kind)
-    inside = ((o >= start[:, None]) & (o <= end[:, None]))[..., None]
-    return (ones(first) * (1 - weight) + ones((first + 1).clamp(max=low - 1)) * weight) * inside
+    taken = lambda index: rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
+    values = taken(first) * (1 - weight) + taken((first + 1).clamp(max=low - 1)) * weight
+    return values, (o >= start[:, None]) & (o <= end[:, None])
 
 
-FORMS = Forms(NAME, [_Boxes(), Reference(_by_products)])
+FORMS = Forms(NAME, [_Boxes(), Reference(_by_taps)])

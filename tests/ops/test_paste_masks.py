@@ -30,6 +30,16 @@ def test_values(form, padding):
     assert got[4].count_nonzero() == 0 and got[0].count_nonzero() > 900
 
 
+@pytest.mark.parametrize("form", ["boxes", "reference"])
+def test_nan_stays_near_its_pixel(form):
+    m = masks()
+    m[0, 0, 3, 4] = torch.nan
+    with fastseg.force("paste_masks", form):
+        got = paste_masks(m, BOXES, SIZE)
+    want = paste_masks_ref(m, BOXES, SIZE)
+    assert torch.equal(got.isnan(), want.isnan()) and 0 < got.isnan().sum() < 100
+
+
 def test_torchvision():
     foreign("torchvision")
     from torchvision.models.detection.roi_heads import paste_masks_in_image
