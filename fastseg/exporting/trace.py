@@ -9,6 +9,7 @@ from torch.export import Dim, ExportedProgram
 
 from fastseg.exporting.answer import Answer
 from fastseg.io.files import first_line
+from fastseg.io.quiet import quiet
 from fastseg.ops.core.register import DECOMPOSITIONS
 
 MORE = 32  # pixels: what strides divide
@@ -42,7 +43,8 @@ def traced(answer: Answer, x: Tensor) -> Traced:
             why = why or f"at another {name} the model fails: {first_line(error)}"
     several = torch.cat([x, x]) if places["batch"] in asked and x.shape[0] == 1 else x  # 1 would become a constant
     try:
-        program = torch.export.export(answer, (several,), dynamic_shapes=(asked,) if asked else None)
+        with quiet(printed=False):
+            program = torch.export.export(answer, (several,), dynamic_shapes=(asked,) if asked else None)
     except Exception as error:  # torch.export raises whatever the model, Dynamo or a shape raises
         return traced_as_it_is(answer, x, first_line(error))
     shape = _input_shape(program)
@@ -61,7 +63,8 @@ def traced_as_it_is(answer: Answer, x: Tensor, why: str) -> Traced:
         ValueError: ``torch.export`` cannot trace the model.
     """
     try:
-        program = torch.export.export(answer, (x,))
+        with quiet(printed=False):
+            program = torch.export.export(answer, (x,))
     except Exception as error:
         name = type(answer.model).__name__
         raise ValueError(f"export: torch.export cannot trace {name}: {first_line(error)}") from error
