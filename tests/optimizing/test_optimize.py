@@ -140,9 +140,10 @@ class Watched(Branching):
         return self.conv(x)
 
 
-def test_what_cannot_be_traced_runs_as_it_is():
+def test_what_cannot_be_traced_runs_as_it_is(capsys):
     model, x = Branching(), torch.rand(1, 3, 4, 5)
     fast = fastseg.optimize(model, x)
+    assert capsys.readouterr() == ("", "")  # torch.export shows the graph of a failure on stderr
     assert "runs as it is" in fast.explain() and "free sizes" in fast.explain() and fast.fused is None
     for y in (x, -x):
         assert torch.equal(fast(y), plain(model, y))
@@ -157,6 +158,24 @@ def test_hooks_are_called():
     assert "conv has hooks" in fast.explain()
     fast(x)
     assert len(seen) == 1
+
+
+def test_hooks_on_all_modules_are_called():
+    """As profilers put them there, for a while: a graph calls no module."""
+    model, x, seen = Watched(), torch.rand(1, 3, 4, 5), []
+    fast, runner = fastseg.optimize(model, x), Runner(model, x)
+    want = plain(model, x)
+    on_convolutions = lambda module, args, out: seen.append(out.shape) if type(module) is torch.nn.Conv2d else None
+    hook = torch.nn.modules.module.register_module_forward_hook(on_convolutions)
+    try:
+        for made in (fast, runner, fastseg.optimize(model, x)):
+            for _ in range(2):
+                torch.testing.assert_close(made(x), want)
+        assert len(seen) == 3 * 2
+    finally:
+        hook.remove()
+    fast(x), runner(x)
+    assert len(seen) == 3 * 2
 
 
 def test_errors():

@@ -51,6 +51,7 @@ def test_labels_of_one_bit(folder):
         ("{}", "classes is None"),
         ('{"classes": []}', "list of names"),
         ('{"classes": ["a"], "ignore": 1}', "'ignore' is not known"),
+        ('{"classes": ["a", " "]}', "the class 1 is named ' '"),
         ('{"classes": ["a"], "ignore_index": 256}', "ignore_index is 256"),
         ('{"classes": ["a"], "ignore_index": true}', "ignore_index is True"),
         ('{"classes": ["a"], "palette": [[1, 2]]}', "1 colours"),

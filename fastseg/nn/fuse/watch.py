@@ -54,6 +54,11 @@ def watched(*pairs: Any) -> str:
     return ""
 
 
+def all_watched() -> bool:
+    """True if torch has hooks on all modules: profilers and tracers put them there for a while."""
+    return any(_ON_ALL_MODULES)
+
+
 def rewritten(*modules: nn.Module) -> bool:
     """True if version counters may miss writes to their parameters: FSDP writes gathered values uncounted.
 
