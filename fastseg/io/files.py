@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import stat
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -142,6 +143,8 @@ def make_folder(folder: str | Path, names: Sequence[str] = ()) -> None:
     look_at_folder(folder, names)
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):  # on a read-only disk all may be permitted, and nothing possible
+            pass
     except OSError as error:
         message = f"{folder}: cannot be made or written to ({error.strerror}); choose another folder with -o"
         raise OSError(message) from error
