@@ -124,8 +124,8 @@ def in_two_steps(
             wide.register_hook(lambda grad: grad.contiguous(memory_format=layout))
         full = F.interpolate(wide, target.shape[1:], None, "bilinear", align_corners)
         weight = None if weight is None else weight.to(kind)
-        if full.shape[1] == 1:  # its logarithm of the softmax is 0, or NaN: 0.9 of the time
-            loss = F.nll_loss(full - full, pixels, weight, None, ignore_index, reduction=reduction)
+        if full.shape[1] == 1:  # its logarithm of the softmax is 0, or NaN, and so is the gradient: 0.9 of the time
+            loss = F.nll_loss(full * (full - full).detach(), pixels, weight, None, ignore_index, reduction=reduction)
         else:
             if side_by_side:
                 full, pixels = full.permute(0, 2, 3, 1).flatten(0, 2), pixels.flatten()

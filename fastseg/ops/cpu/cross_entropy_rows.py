@@ -200,8 +200,8 @@ class _Walk:
             v.scatter_add_(1, labels.target, -torch.as_tensor(named, dtype=v.dtype, device="cpu").expand_as(loss))
             if smoothing > 0:
                 v -= self.spread if counts is None else self.spread * counts
-            if self.classes == 1:  # the loss of a certain class is exactly 0, without rounding
-                v.zero_()
+            if self.classes == 1:  # the loss of a certain class is exactly 0, without rounding, or NaN
+                v *= 0
         return loss
 
     def _two(self, d: Tensor, labels: Labels, wants_grad: bool) -> Tensor:

@@ -156,6 +156,6 @@ class Walk:
         if every is not None:
             v -= every[:, None] if counts is None else every[:, None] * counts
         v.scatter_add_(1, classes, own if counts is None else own * counts)
-        if v.shape[1] == 1:  # one class is certain: exactly 0, without rounding
-            v.zero_()
+        if v.shape[1] == 1:  # one class is certain: exactly 0, without rounding, or NaN
+            v *= 0
         return v
