@@ -73,7 +73,7 @@ def test_a_cache_that_moved_is_found_by_triton(tmp_path, monkeypatch):
     _cache(tmp_path, {"ABC": {"json": 5, "cubin": 9}})
     monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     manager = FileCacheManager("ABC")
-    assert manager.get_group("k.json") == {}  # Triton keeps absolute paths
+    assert not manager.get_group("k.json")  # Triton keeps absolute paths; 3.9 gives None where 3.7 gives an empty one
     assert warm_cache.adopt(tmp_path) == 1
     assert manager.get_group("k.json") == {name: str(tmp_path / "ABC" / name) for name in ("k.json", "k.cubin")}
 
