@@ -6,6 +6,7 @@ import logging
 import sys
 import threading
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import TextIO
 
@@ -19,7 +20,7 @@ def quiet(level: int = logging.WARNING, *, printed: bool = True) -> Iterator[Non
     logging.disable(level)
     stdout = contextlib.redirect_stdout(io.StringIO()) if printed else contextlib.nullcontext()
     try:
-        with warnings.catch_warnings(), stdout, contextlib.redirect_stderr(_OfOthers(sys.stderr)):
+        with warnings.catch_warnings(), stdout, _silent_stderr():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -27,16 +28,36 @@ def quiet(level: int = logging.WARNING, *, printed: bool = True) -> Iterator[Non
 
 
 class _OfOthers(io.TextIOBase):
-    """A stream that hands on what other threads write."""
+    """A stream that hands on what threads write that are not silent."""
 
     def __init__(self, stream: TextIO | None):
-        self.stream, self.thread = stream, threading.get_ident()
+        self.stream, self.silent = stream, Counter[int]()
 
     def write(self, text: str) -> int:
-        if self.stream is not None and threading.get_ident() != self.thread:
+        if self.stream is not None and not self.silent[threading.get_ident()]:
             self.stream.write(text)
         return len(text)
 
     def flush(self) -> None:
         if self.stream is not None:
             self.stream.flush()
+
+
+_lock = threading.Lock()  # of the place of stderr: blocks of several threads overlap
+
+
+@contextlib.contextmanager
+def _silent_stderr() -> Iterator[None]:
+    """Drop what this thread writes to ``sys.stderr``; the last of overlapping blocks puts the stream back."""
+    me = threading.get_ident()
+    with _lock:
+        ours = sys.stderr if isinstance(sys.stderr, _OfOthers) else _OfOthers(sys.stderr)
+        ours.silent[me] += 1
+        sys.stderr = ours
+    try:
+        yield
+    finally:
+        with _lock:
+            ours.silent[me] -= 1
+            if sys.stderr is ours and not any(ours.silent.values()):
+                sys.stderr = ours.stream
