@@ -20,7 +20,6 @@ from fastseg.ops.core.norm import (
     stats_dtype_of,
     torch_norm,
     update_running,
-    with_both,
 )
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.register import of_sizes, qualified, register
@@ -83,8 +82,6 @@ def batch_norm_act_max_pool2d(
         raise ValueError(f'{name}: act is {act!r}; use None, "relu", "relu6" or "leaky_relu"')
     if x.dim() != 4:
         raise ValueError(f"{name}: x is {tuple(x.shape)}; it must be (N, C, H, W)")
-    if norm is not None and (norm.weight is None) != (norm.bias is None):
-        norm = with_both(norm)
     check_norm(f"{name}: norm", norm, x.shape[1], x, x.shape)
     stride = kernel_size if stride is None else stride
     geometry = pool_geometry(x.shape, kernel_size, stride, padding, 1, ceil_mode, 2)

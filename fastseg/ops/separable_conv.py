@@ -20,7 +20,6 @@ from fastseg.ops.core.norm import (
     norm_tensors,
     torch_norm,
     update_running,
-    with_both,
 )
 from fastseg.ops.core.override import overridable
 from fastseg.ops.core.sizes import whole
@@ -100,10 +99,6 @@ def separable_conv2d(
         padding = dilation * (depthwise_weight.shape[-1] - 1) // 2 if padding is None else padding
     x = x.to(autocast_dtype(x))
     residual = None if residual is None else residual.to(autocast_dtype(residual))
-    if mid_norm is not None and (mid_norm.weight is None) != (mid_norm.bias is None):
-        mid_norm = with_both(mid_norm)
-    if post_norm is not None and (post_norm.weight is None) != (post_norm.bias is None):
-        post_norm = with_both(post_norm)
     tensors = (depthwise_weight, pointwise_weight, depthwise_bias, pointwise_bias)
     out = _check(x, *tensors, stride, padding, dilation, pre_act, mid_norm, mid_act, post_norm, post_act, residual)
     if out_act is not None and out_act not in ACTIVATIONS:

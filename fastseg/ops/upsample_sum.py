@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fastseg.ops.batch_norm_act import batch_norm_act
 from fastseg.ops.core.dispatch import followed, known, needs_grad, runs_kernel
-from fastseg.ops.core.norm import ACTIVATIONS, Activation, BatchNormArgs, activate, check_norm, torch_norm, with_both
+from fastseg.ops.core.norm import ACTIVATIONS, Activation, BatchNormArgs, activate, check_norm, torch_norm
 from fastseg.ops.core.override import overridable
 from fastseg.ops.registered.upsample_sum import FORMS, NAME, sizes_of, upsample_sum_op
 
@@ -48,8 +48,6 @@ def upsample_sum(
     Reference: the all-MLP head of SegFormer, Xie et al., arXiv:2105.15203.
     """
     maps = list(maps)
-    if norm is not None and (norm.weight is None) != (norm.bias is None):
-        norm = with_both(norm)
     _check(base, maps, bias, norm, act)
     dtype = base.dtype
     for m in maps:

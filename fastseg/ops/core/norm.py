@@ -69,8 +69,8 @@ def with_both(norm: BatchNormArgs) -> BatchNormArgs:
 def check_norm(label: str, norm: BatchNormArgs | None, channels: int, x: Tensor, out: tuple[int, ...]) -> None:
     if norm is None:
         return
-    if (norm.weight is None) != (norm.bias is None) or (norm.running_mean is None) != (norm.running_var is None):
-        raise ValueError(f"{label}: give weight and bias both or neither, and running_mean and running_var likewise")
+    if (norm.running_mean is None) != (norm.running_var is None):
+        raise ValueError(f"{label}: give running_mean and running_var both or neither")
     if norm.running_mean is None and not norm.training:
         raise ValueError(f"{label}: without running statistics, set training=True")
     for field, t in zip(norm._fields[:4], norm[:4], strict=True):
@@ -83,8 +83,11 @@ def check_norm(label: str, norm: BatchNormArgs | None, channels: int, x: Tensor,
 
 
 def norm_tensors(norm: BatchNormArgs | None) -> tuple[Tensor | None, ...]:
+    """As kernels take them: running statistics, None where the batch's are used; weight and bias, both or neither."""
     if norm is None:
         return (None, None, None, None)
+    if (norm.weight is None) != (norm.bias is None):
+        norm = with_both(norm)
     running = (None, None) if norm.training else (norm.running_mean, norm.running_var)
     return (*running, norm.weight, norm.bias)
 
