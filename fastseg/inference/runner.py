@@ -16,6 +16,7 @@ from fastseg.inference.gate import Gate
 from fastseg.inference.graphs import captured
 from fastseg.inference.kept_memory import KeptMemory
 from fastseg.io.images import first_line
+from fastseg.nn.fuse.watch import ON_ALL_MODULES
 from fastseg.ops.core.kept import Kept, keeping, tensors_of
 from fastseg.ops.core.marks import CHECKS, Check, Marks
 from fastseg.ops.core.torch_private import NORMS, tree_map_only
@@ -167,7 +168,8 @@ class Runner:
     def _replay(self, method: str, x: Tensor, out: Tensor | None) -> Any:
         """Start the device before the host checks if the model has changed; if it has, start again."""
         returns, state = self._returns(x), self._state
-        graph = None if state is None else state.graph(method, x)
+        called = any(ON_ALL_MODULES)  # a graph would not call the modules' hooks
+        graph = None if state is None or called else state.graph(method, x)
         if graph is not None:
             result = graph(x)
             if state.marks.are_current():
@@ -176,7 +178,7 @@ class Runner:
         state = self._current()
         if returns and state.wants(x):
             state.prepare(x)
-        graph = state.captured(method, x) if returns else None
+        graph = state.captured(method, x) if returns and not called else None
         if graph is not None:
             return _owned(graph(x), out)
         result = state.call(method, x, packed=False)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastseg.nn.fuse.watch import all_watched
+from fastseg.nn.fuse.watch import ON_ALL_MODULES
 from fastseg.ops.core.marks import Marks
 from fastseg.ops.core.torch_private import tree_leaves
 from fastseg.ops.cpu.packed import PackedWeights
@@ -97,7 +97,7 @@ class Optimized(nn.Module):
         self._marks = marks
         self._made_of = (model, inputs, sizes)
         self._names = _names(model)
-        if hooked := "every module" if all_watched() else _hooked(model):
+        if hooked := _hooked(model):
             self.notes = (f"runs as it is: {hooked} has hooks, which a graph would not call",)
             return
         with torch.no_grad(), torch.autocast(inputs[0].device.type, enabled=False):
@@ -156,7 +156,7 @@ class Optimized(nn.Module):
             isinstance(x, Tensor) and x.requires_grad for x in (*args, *kwargs.values())
         ):
             return "an input wants a gradient"
-        if all_watched():
+        if any(ON_ALL_MODULES):
             return "all modules have hooks, which a graph would not call"
         inputs = (*args, *kwargs.values())
         if tuple(self._names[len(args) : len(inputs)]) != tuple(kwargs) or len(inputs) != len(self.holds.kinds):
@@ -238,6 +238,8 @@ def _after(each: ModuleType, work: Work, inputs: tuple[Tensor, ...], want: list,
 
 def _hooked(model: nn.Module) -> str:
     """The name of a module with forward hooks, or ""."""
+    if any(ON_ALL_MODULES):
+        return "every module"
     for name, each in model.named_modules():
         hooks = (*each._forward_hooks.values(), *each._forward_pre_hooks.values())
         if any(getattr(hook, "__module__", "").split(".")[0] not in TRACED_HOOKS for hook in hooks):

@@ -285,6 +285,25 @@ def test_a_graphs_results_are_the_callers(graphs):
     assert torch.equal(classes, plain(model, x).argmax(1))
 
 
+def test_no_graph_while_all_modules_have_hooks(graphs):
+    """As profilers put them there: modules are called until the hooks are gone, and nothing is captured meanwhile."""
+    model, x, wide, seen = net(), image(), image(1, 3, 24, 32), []
+    runner = Runner(model, x)
+    runner(x), runner(wide)
+    count = len(graphs.captured)
+    hook = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module))
+    try:
+        y = runner(x)
+        called = len(seen)
+        close(y, plain(model, x))
+        close(runner(wide), plain(model, wide))
+        assert called > 1 and len(graphs.captured) == count
+    finally:
+        hook.remove()
+    close(runner(x), plain(model, x))
+    assert len(graphs.captured) == count
+
+
 def test_a_graph_of_old_weights_is_not_replayed(graphs):
     model, x = net(), image()
     runner = Runner(model, x)

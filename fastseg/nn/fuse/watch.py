@@ -14,7 +14,7 @@ from fastseg.ops.core.explain import IN_UNFUSED, UNFUSED_DEPTH, in_unfused
 from fastseg.ops.core.norm import ACTIVATIONS, Activation
 
 # torch's hooks on all modules. The names are private; a torch that lacks one of them is assumed to have no such hooks.
-_ON_ALL_MODULES = tuple(
+ON_ALL_MODULES = tuple(
     getattr(torch_module, name, {})
     for name in (
         "_global_forward_hooks",
@@ -49,14 +49,9 @@ def watched(*pairs: Any) -> str:
             return "a child's forward was replaced"
         if module._compiled_call_impl is not None:
             return "a child is compiled by itself"
-        if any(_ON_ALL_MODULES):
+        if any(ON_ALL_MODULES):
             return "all modules have hooks"
     return ""
-
-
-def all_watched() -> bool:
-    """True if torch has hooks on all modules: profilers and tracers put them there for a while."""
-    return any(_ON_ALL_MODULES)
 
 
 def rewritten(*modules: nn.Module) -> bool:
