@@ -125,15 +125,16 @@ class _Boxes(Form):
 
 
 def _by_taps(padded: Tensor, whole: Tensor, H: int, W: int, threshold: float | None) -> Tensor:
-    """Two rows of the mask for each row of the image, then two columns for each column; 0 outside of the box.
+    """Two columns of the mask for each column of the image, then two rows for each row; 0 outside of the box.
 
-    A product of matrices would bring NaN from any pixel of a mask to all pixels of its image.
+    The last step writes two images a mask and adds one to the other in place. A product of matrices writes one, and
+    brings NaN from any pixel of a mask to all pixels of its image.
     """
     kind = torch.promote_types(padded.dtype, torch.float32)
     x0, y0, x1, y1 = whole.unbind(1)
-    masks, inside_y = _interpolated(padded[:, 0].to(kind), y0, y1, H)
-    columns, inside_x = _interpolated(masks.transpose(1, 2), x0, x1, W)
-    full = torch.where(inside_y[:, :, None] & inside_x[:, None], columns.transpose(1, 2), 0)[:, None]
+    columns, inside_x = _interpolated(padded[:, 0].to(kind).transpose(1, 2), x0, x1, W)
+    full, inside_y = _interpolated(columns.transpose(1, 2), y0, y1, H)
+    full = full.masked_fill_(~(inside_y[:, :, None] & inside_x[:, None]), 0)[:, None]
     return full.to(padded.dtype) if threshold is None else full >= threshold
 
 
@@ -146,7 +147,7 @@ def _interpolated(rows: Tensor, start: Tensor, end: Tensor, full: int) -> tuple[
     first = source.long().clamp(max=low - 1)
     weight = (source - first).clamp(max=1)[..., None]
     taken = lambda index: rows.gather(1, index[..., None].expand(-1, -1, rows.shape[2]))
-    values = taken(first) * (1 - weight) + taken((first + 1).clamp(max=low - 1)) * weight
+    values = taken(first).mul_(1 - weight).add_(taken((first + 1).clamp(max=low - 1)).mul_(weight))
     return values, (o >= start[:, None]) & (o <= end[:, None])
 
 
