@@ -15,21 +15,19 @@ from torch.nn import functional as F
 class _Windows(NamedTuple):
     """The windows along one axis, in pixels."""
 
-    size: int
     stride: int
     padding: int
     reach: int  # from a window's first pixel to the one behind its last
 
     def rest(self, n: int) -> int:
         """Pixels by which the last window ends behind a padded axis of ``n`` pixels."""
-        last = -((n + 2 * self.padding - self.reach) // -self.stride) * self.stride
-        return last + self.reach - n - 2 * self.padding
+        return (self.reach - n - 2 * self.padding) % self.stride
 
 
 def _windows(size: Sequence[int], stride: Sequence[int], padding: Any, dilation: Any) -> list[_Windows] | None:
     """Of both axes; None where the last window may begin behind the map: torch leaves such a window out."""
     pairs = [_pair(value) for value in (size, stride or size, padding, dilation)]
-    found = [_Windows(k, s, p, d * (k - 1) + 1) for k, s, p, d in zip(*pairs, strict=True)]
+    found = [_Windows(s, p, d * (k - 1) + 1) for k, s, p, d in zip(*pairs, strict=True)]
     return found if all(w.padding + w.stride <= w.reach for w in found) else None
 
 
@@ -47,6 +45,7 @@ def _padded(x: Tensor, windows: list[_Windows], fill: float) -> Tensor:
 
 
 def max_pool2d_with_indices(x, kernel_size, stride=(), padding=0, dilation=1, ceil_mode=False):
+    """The op of this name; arguments as torch hands them to a decomposition."""
     windows = _windows(kernel_size, stride, padding, dilation) if ceil_mode else None
     if windows is None:
         return NotImplemented
@@ -59,6 +58,7 @@ def max_pool2d_with_indices(x, kernel_size, stride=(), padding=0, dilation=1, ce
 
 
 def avg_pool2d(x, kernel_size, stride=(), padding=0, ceil_mode=False, count_include_pad=True, divisor_override=None):
+    """The op of this name: sums over the windows by how many pixels of them count."""
     windows = _windows(kernel_size, stride, padding, 1) if ceil_mode else None
     if windows is None:
         return NotImplemented

@@ -67,9 +67,9 @@ def read_spec(path: str | Path) -> DatasetSpec:
         raise ValueError(f"{path}: classes is {classes!r}; give a list of names")
     if len(classes) > MAX_CLASSES:
         raise ValueError(f"{path}: {len(classes)} classes; a label PNG holds at most {MAX_CLASSES}")
-    blank = [name for name in classes if not name.strip()]
-    if blank:
-        raise ValueError(f"{path}: the class {classes.index(blank[0])} is named {blank[0]!r}; give each a name")
+    blank = next((i for i, name in enumerate(classes) if not name.strip()), None)
+    if blank is not None:
+        raise ValueError(f"{path}: the class {blank} is named {classes[blank]!r}; give each a name")
     twice = [name for name, count in Counter(classes).items() if count > 1]
     if twice:
         raise ValueError(f"{path}: the class {twice[0]!r} is there twice; each class has a name of its own")

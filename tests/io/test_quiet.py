@@ -16,6 +16,7 @@ def test_one_threads_stderr_alone(capsys):
             print("other, inside", file=sys.stderr)
             inside.set()
             may_end.wait(10)
+            print("other, still inside", file=sys.stderr)
         print("other, behind", file=sys.stderr)
 
     thread = threading.Thread(target=other)
